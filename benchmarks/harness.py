@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every benchmark shares: cases measured in turn, statistics, host facts, JSON lines, tables.
+
+A benchmark is a list of `Case` objects. `measure_interleaved` runs one of each per round, in an order
+that changes every round, so that a noisy moment of the machine strikes all of them alike and a
+ratio between two cases of one run means something even where the absolute numbers do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import pwd
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+MICROSECONDS = "us"
+PER_SECOND = "1/s"
+
+
+@dataclass
+class Series:
+    """The samples of one named figure, in `unit`."""
+
+    name: str
+    unit: str
+    samples: list[float] = field(default_factory=list)
+
+    def quantile(self, fraction: float) -> float:
+        """The value below which `fraction` of the samples lie (linear between neighbours)."""
+        ordered = sorted(self.samples)
+        position = fraction * (len(ordered) - 1)
+        low = math.floor(position)
+        high = math.ceil(position)
+        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+    @property
+    def median(self) -> float:
+        """The middle sample."""
+        return self.quantile(0.5)
+
+    @property
+    def best_tenth(self) -> float:
+        """What the thing costs undisturbed: p10 of a duration, p90 of a rate."""
+        return self.quantile(0.1 if self.unit == MICROSECONDS else 0.9)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure: `measure` does it once and returns {series name: sample in `unit`}."""
+
+    name: str
+    measure: Callable[[], dict[str, float]]
+    unit: str = MICROSECONDS
+
+
+@dataclass(frozen=True)
+class Target:
+    """`name`'s median over `reference`'s: at most `bound` for durations, at least for rates."""
+
+    name: str
+    reference: str
+    bound: float | None = None
+
+
+class Report:
+    """The series of one run, what could not be measured and why, and the host it ran on."""
+
+    def __init__(self) -> None:
+        """An empty report; the host facts are read now."""
+        self.series: dict[str, Series] = {}
+        self.missing: dict[str, str] = {}
+        self.host = host_facts()
+
+    def add(self, unit: str, samples: dict[str, float]) -> None:
+        """Appends one sample to each named series."""
+        for name, sample in samples.items():
+            self.series.setdefault(name, Series(name, unit)).samples.append(sample)
+
+    def write_json_lines(self, stream: TextIO) -> None:
+        """One object a line: name, unit, samples, host."""
+        for series in self.series.values():
+            samples = [round(sample, 1) for sample in series.samples]
+            record = {"name": series.name, "unit": series.unit, "samples": samples}
+            stream.write(json.dumps({**record, "host": self.host}) + "\n")
+
+    def write_table(self, targets: Sequence[Target], stream: TextIO) -> None:
+        """A Markdown table: quantiles of each series, then each ratio next to its target."""
+        facts = ", ".join(f"{key} {value}" for key, value in self.host.items())
+        stream.write(f"Host: {facts}\n\n")
+        header = ["series", "unit", "median", "p10", "p90", "p95", "p99", "n"]
+        rows = [
+            [
+                series.name,
+                series.unit,
+                *(f"{series.quantile(q):.0f}" for q in (0.5, 0.1, 0.9, 0.95, 0.99)),
+                str(len(series.samples)),
+            ]
+            for series in self.series.values()
+        ]
+        _write_markdown(header, rows, stream)
+        stream.write("\n")
+        header = ["ratio", "of medians", "undisturbed", "target", "verdict"]
+        _write_markdown(header, [self._judge(target) for target in targets], stream)
+        for name, reason in self.missing.items():
+            stream.write(f"\n{name}: {reason}")
+        stream.write("\n" if self.missing else "")
+
+    def _judge(self, target: Target) -> list[str]:
+        label = f"{target.name} / {target.reference}"
+        ours = self.series.get(target.name)
+        theirs = self.series.get(target.reference)
+        at_least = (ours or theirs or Series("", MICROSECONDS)).unit == PER_SECOND
+        wanted = "" if target.bound is None else f"{'>=' if at_least else '<='} {target.bound:.2f}"
+        if ours is None or theirs is None:
+            return [label, "-", "-", wanted, "not measured"]
+        ratio = ours.median / theirs.median
+        verdict = ""
+        if target.bound is not None:
+            met = ratio >= target.bound if at_least else ratio <= target.bound
+            verdict = "met" if met else "NOT MET"
+        undisturbed = ours.best_tenth / theirs.best_tenth
+        return [label, f"{ratio:.2f}", f"{undisturbed:.2f}", wanted, verdict]
+
+
+def measure_interleaved(
+    cases: Iterable[Case], report: Report, *, rounds: int, warmup: int, pause: float
+) -> None:
+    """Measures every case once per round; `warmup` rounds more come first and are not counted.
+
+    Each round starts with another case, and every second full turn goes backwards, so that no case
+    always follows the same other one. `pause` seconds between two measurements let the kernel's
+    deferred work (network namespaces are torn down by a worker) end before the next one begins.
+    A case that raises is named in the report and left out from there on.
+    """
+    active = list(cases)
+    for number in range(warmup + rounds):
+        turn, shift = divmod(number, max(1, len(active)))
+        order = active[shift:] + active[:shift]
+        if turn % 2:
+            order.reverse()
+        for case in order:
+            time.sleep(pause)
+            try:
+                samples = case.measure()
+            except Exception as error:  # noqa: BLE001 - one broken peer must not end the others' run
+                report.missing[case.name] = f"failed in round {number + 1}: {describe(error)}"
+                active.remove(case)
+                continue
+            if number >= warmup:
+                report.add(case.unit, samples)
+        progress(f"round {number + 1} of {warmup + rounds}")
+    progress("")
+
+
+def describe(error: BaseException) -> str:
+    """The type of an exception and the first line of its text."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def progress(text: str) -> None:
+    """Shows `text` in place on a terminal; says nothing in a log file."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{text}")
+        sys.stderr.flush()
+
+
+def host_facts() -> dict[str, str]:
+    """Kernel, CPU, Python, commit of this checkout and user, as every published number names them."""
+    return {
+        "kernel": platform.release(),
+        "cpu": f"{os.cpu_count()} x {_cpu_model()}",
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "user": _user(),
+    }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _commit() -> str:
+    # safe.directory: git refuses another user's repository, and CI runs this as nobody as well.
+    git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown (git is not installed)"
+    if head.returncode != 0:
+        return "none"
+    return head.stdout.strip() + ("-dirty" if state.stdout.strip() else "")
+
+
+def _user() -> str:
+    # Not getpass.getuser(): it believes LOGNAME, which setpriv leaves as it was.
+    identity = os.geteuid()
+    try:
+        return f"{pwd.getpwuid(identity).pw_name} ({identity})"
+    except KeyError:
+        return str(identity)
+
+
+def _write_markdown(header: list[str], rows: list[list[str]], stream: TextIO) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    rule = ["-" * width for width in widths]
+    for row in [header, rule, *rows]:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        stream.write("| " + " | ".join(cells) + " |\n")

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The peers nsbox is measured against: the C floor, bubblewrap, crun and a plain subprocess.
+
+Every peer that cannot run here says why, by name, in an `UnavailableError`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+
+INNER_ID = 1000
+FIRST_HOST_ID = 0x70000000
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LC_ALL": "C.UTF-8"}  # noqa: S108 - inside
+ROOT_LINKS = ("bin", "sbin", "lib", "lib64")
+
+
+class UnavailableError(Exception):
+    """A peer cannot be measured here; the text says why."""
+
+
+def compile_floor(directory: Path) -> Path:
+    """Compiles floor.c with `cc -O2` into `directory` and returns the program."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        raise UnavailableError("no C compiler (apt install gcc libc6-dev linux-libc-dev)")
+    program = directory / "floor"
+    source = Path(__file__).with_name("floor.c")
+    done = subprocess.run(
+        [compiler, "-O2", "-o", program, source], capture_output=True, text=True, env=os.environ
+    )
+    if done.returncode != 0:
+        raise UnavailableError(f"floor.c does not compile: {done.stderr.strip()}")
+    return program
+
+
+class FloorServer:
+    """A running `floor --server`: one request a line, times taken in C."""
+
+    def __init__(self, program: Path, command: list[str], *, spawn: bool = False) -> None:
+        """Starts the server for `command`; with `spawn` it starts it without a sandbox of its own."""
+        options = ["--spawn"] if spawn else []
+        self._process = subprocess.Popen(
+            [str(program), *options, "--server", "--", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def one(self) -> float:
+        """One sandbox, start to exit; microseconds."""
+        duration, status = self._ask("one")
+        if status:
+            raise UnavailableError(f"the command ended with status {status}")
+        return duration
+
+    def rate(self, count: int, starters: int) -> float:
+        """`count` sandboxes from `starters` C processes at once; sandboxes per second."""
+        duration, failed = self._ask(f"batch {count} {starters}")
+        if failed:
+            raise UnavailableError(f"{failed} of {count} sandboxes failed")
+        return count * 1e6 / duration
+
+    def _ask(self, request: str) -> tuple[float, int]:
+        requests, answers = self._process.stdin, self._process.stdout
+        if requests is None or answers is None:
+            raise UnavailableError("the floor server has no pipes")
+        requests.write(request.encode() + b"\n")
+        requests.flush()
+        answer = answers.readline().split()
+        if len(answer) != 2:
+            raise UnavailableError(f"the floor server ended with status {self._process.wait()}")
+        return float(answer[0]), int(answer[1])
+
+    def close(self) -> None:
+        """Ends the server (it ends by itself at end of file)."""
+        with self._process:
+            pass
+
+    def __enter__(self) -> FloorServer:
+        """The server itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Ends the server."""
+        self.close()
+
+
+def bubblewrap_argv(command: list[str]) -> list[str]:
+    """bubblewrap set up as near to the floor as its options go (no id of another user, no filter)."""
+    program = shutil.which("bwrap")
+    if program is None:
+        raise UnavailableError("not installed (apt install bubblewrap)")
+    links = [
+        option
+        for name in ROOT_LINKS
+        if (target := _link_target(name))
+        for option in ("--symlink", target, f"/{name}")
+    ]
+    return [
+        *(program, "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session"),
+        *("--uid", str(INNER_ID), "--gid", str(INNER_ID), "--hostname", "sandbox"),
+        *("--ro-bind", "/usr", "/usr", *links),
+        *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/tmp"),  # noqa: S108
+        *("--cap-drop", "ALL", "--", *command),
+    ]
+
+
+def spawn_and_wait(argv: list[str]) -> float:
+    """posix_spawn to waitpid; microseconds."""
+    begin = time.perf_counter_ns()
+    pid = os.posix_spawn(argv[0], argv, ENVIRONMENT)
+    _, status = os.waitpid(pid, 0)
+    duration = time.perf_counter_ns() - begin
+    if status:
+        raise UnavailableError(
+            f"{Path(argv[0]).name} ended with status {os.waitstatus_to_exitcode(status)}"
+        )
+    return duration / 1e3
+
+
+def run_subprocess(command: list[str]) -> float:
+    """A plain `subprocess.run`; microseconds."""
+    begin = time.perf_counter_ns()
+    subprocess.run(command, check=True)
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+class Crun:
+    """`crun run` of a bundle that asks for the floor's namespaces and mounts."""
+
+    def __init__(self, directory: Path, command: list[str]) -> None:
+        """Writes the bundle below `directory`; nothing runs yet."""
+        program = shutil.which("crun")
+        if program is None:
+            raise UnavailableError("not installed (apt install crun)")
+        self._bundle = directory / "bundle"
+        root = self._bundle / "rootfs"
+        for name in ("usr", "dev", "proc", "tmp"):
+            (root / name).mkdir(parents=True)
+        for name in ROOT_LINKS:
+            if target := _link_target(name):
+                (root / name).symlink_to(target)
+        (self._bundle / "config.json").write_text(json.dumps(_crun_config(command)))
+        # No cgroup: the floor and bubblewrap make none, and rootless there is none to be had.
+        self._prefix = [program, f"--root={directory / 'crun'}", "--cgroup-manager=disabled"]
+        self._numbers = itertools.count()
+
+    def run(self) -> float:
+        """One container from start to exit; microseconds."""
+        name = f"nsbox-benchmark-{os.getpid()}-{next(self._numbers)}"
+        return spawn_and_wait([*self._prefix, "run", f"--bundle={self._bundle}", name])
+
+
+def _crun_config(command: list[str]) -> dict[str, object]:
+    quiet = ["nosuid", "nodev"]
+    tmpfs = {"type": "tmpfs", "source": "tmpfs"}
+    mounts: list[dict[str, object]] = [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": [*quiet, "noexec"]},
+        {"destination": "/dev", **tmpfs, "options": ["nosuid", "mode=755", "size=1m"]},
+        {"destination": "/tmp", **tmpfs, "options": [*quiet, "mode=1777", "size=64m"]},  # noqa: S108
+        {
+            "destination": "/usr",
+            "type": "bind",
+            "source": "/usr",
+            "options": ["rbind", "ro", *quiet],
+        },
+    ]
+    root = os.geteuid() == 0
+    user = {"containerID": INNER_ID, "hostID": FIRST_HOST_ID if root else os.geteuid(), "size": 1}
+    group = {"containerID": INNER_ID, "hostID": FIRST_HOST_ID if root else os.getegid(), "size": 1}
+    kinds = ("user", "pid", "network", "ipc", "uts", "mount", "cgroup")
+    return {
+        "ociVersion": "1.0.0",
+        "process": {
+            "terminal": False,
+            "user": {"uid": INNER_ID, "gid": INNER_ID},
+            "args": command,
+            "env": [f"{name}={value}" for name, value in ENVIRONMENT.items()],
+            "cwd": "/tmp",  # noqa: S108 - inside
+            "capabilities": {},
+            "noNewPrivileges": True,
+        },
+        "root": {"path": "rootfs", "readonly": True},
+        "hostname": "sandbox",
+        "mounts": mounts,
+        "linux": {
+            "namespaces": [{"type": kind} for kind in kinds],
+            "uidMappings": [user],
+            "gidMappings": [group],
+        },
+    }
+
+
+def _link_target(name: str) -> str | None:
+    path = Path("/", name)
+    return str(path.readlink()) if path.is_symlink() else None

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nsbox runs untrusted programs on Linux in complete, reusable execution environments.
+
+::
+
+    import nsbox
+
+    result = nsbox.run(["python3", "-c", "print(6 * 7)"], timeout=5)
+    print(result.stdout, result.outcome, result.protections)
+
+    with nsbox.ExecutionEnvironment() as env:
+        env.write_file("/tmp/a.c", b"int main() { return 3; }")
+        env.run(["gcc", "-o", "/tmp/a", "/tmp/a.c"]).check()
+        print(env.run(["/tmp/a"]).exit_code)
+
+Names are loaded on first use (PEP 562), so that the launcher and PID 1, which import parts of this
+package, do not pay for the rest.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nsbox.command import DEVNULL as DEVNULL
+    from nsbox.command import PIPE as PIPE
+    from nsbox.command import Process as Process
+    from nsbox.config import Config as Config
+    from nsbox.config import IoMax as IoMax
+    from nsbox.config import Limits as Limits
+    from nsbox.config import Mount as Mount
+    from nsbox.environment import ExecutionEnvironment as ExecutionEnvironment
+    from nsbox.environment import State as State
+    from nsbox.environment import run as run
+    from nsbox.errors import CleanupError as CleanupError
+    from nsbox.errors import CommandFailed as CommandFailed
+    from nsbox.errors import CommandStartError as CommandStartError
+    from nsbox.errors import ConfigError as ConfigError
+    from nsbox.errors import EnvironmentDied as EnvironmentDied
+    from nsbox.errors import EnvironmentStateError as EnvironmentStateError
+    from nsbox.errors import InvokeError as InvokeError
+    from nsbox.errors import LauncherError as LauncherError
+    from nsbox.errors import NsboxError as NsboxError
+    from nsbox.errors import SetupError as SetupError
+    from nsbox.errors import SyscallError as SyscallError
+    from nsbox.errors import UnsupportedHostError as UnsupportedHostError
+    from nsbox.launcher.client import shutdown as shutdown
+    from nsbox.policy import SeccompPolicy as SeccompPolicy
+    from nsbox.result import Outcome as Outcome
+    from nsbox.result import Protection as Protection
+    from nsbox.result import Protections as Protections
+    from nsbox.result import Result as Result
+    from nsbox.result import Usage as Usage
+
+_HOMES = {
+    "nsbox.command": ("DEVNULL", "PIPE", "Process"),
+    "nsbox.config": ("Config", "IoMax", "Limits", "Mount"),
+    "nsbox.environment": ("ExecutionEnvironment", "State", "run"),
+    "nsbox.errors": (
+        "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "EnvironmentDied",
+        "EnvironmentStateError", "InvokeError", "LauncherError", "NsboxError", "SetupError",
+        "SyscallError", "UnsupportedHostError",
+    ),
+    "nsbox.launcher.client": ("shutdown",),
+    "nsbox.policy": ("SeccompPolicy",),
+    "nsbox.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [*sorted(_HOME_OF), "__version__"]  # noqa: PLE0604 - names are strings of _HOMES
+
+
+def __getattr__(name: str) -> object:
+    module = _HOME_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'nsbox' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(module), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a `Config` and what the host can do to what the launcher is told: pure values.
+
+Here it is decided what is enforced, by what, and what is refused: before anything is created.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Mapping
+from typing import Any, Final
+
+from nsbox.config import Config, Limits, Mount
+from nsbox.errors import ConfigError, UnsupportedHostError
+from nsbox.isolation import namespaces
+from nsbox.result import Protection
+
+_LIMIT_FEATURES: Final = (
+    ("memory_max", "cgroup.memory"),
+    ("pids_max", "cgroup.pids"),
+    ("cpu_max", "cgroup.cpu"),
+    ("cpuset_cpus", "cgroup.cpuset"),
+    ("io_max", "cgroup.io"),
+)
+_OPTIONAL_NAMESPACES: Final = {"time": "namespace.time", "cgroup": "namespace.cgroup"}
+_STANDARD_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def interpreter_prefixes() -> tuple[str, ...]:
+    """Return the directories outside /usr that the running interpreter needs."""
+    found: list[str] = []
+    # A virtual environment's own directory first: its bin comes first in PATH too.
+    candidates = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
+    for prefix in dict.fromkeys(os.path.abspath(path) for path in candidates):
+        resolved = os.path.realpath(prefix)
+        # A prefix that holds homes is no interpreter's own (PYTHONHOME=/ and the like).
+        too_much = resolved in ("/", "/home", "/root", os.path.expanduser("~"))
+        covered = any(prefix == other or prefix.startswith(other + "/") for other in found)
+        if not (too_much or covered or (resolved + "/").startswith("/usr/")):
+            found.append(prefix)
+    return tuple(found)
+
+
+def base_environment(config: Config) -> dict[str, str]:
+    """Return the environment variables of every command; nothing of the host's is in it."""
+    path = _STANDARD_PATH
+    if config.rootfs is None:
+        own = [f"{prefix}/bin" for prefix in interpreter_prefixes()]
+        path = ":".join([*own, path])
+    return {
+        "PATH": path,
+        "HOME": "/tmp",  # noqa: S108 - the environment's own
+        "USER": "sandbox",
+        "LOGNAME": "sandbox",
+        "LANG": "C.UTF-8",
+        **dict(config.env),
+    }
+
+
+def make_layout(config: Config, *, idmap: bool) -> dict[str, Any]:
+    """Return the part of the spec that many environments share (`isolation.userland`)."""
+    wanted = list(config.mounts)
+    if config.rootfs is None:
+        taken = {mount.destination for mount in wanted}
+        for prefix in interpreter_prefixes():
+            if prefix not in taken:
+                wanted.append(Mount(source=os.path.realpath(prefix), destination=prefix))
+    mounts = [_describe_mount(mount, idmap=idmap) for mount in wanted]
+    return {
+        "rootfs": config.rootfs,
+        "mounts": sorted(mounts, key=lambda entry: str(entry["destination"]).count("/")),
+        "user_id": config.user_id,
+        "hostname": config.hostname,
+        "network": config.network,
+    }
+
+
+def _describe_mount(mount: Mount, *, idmap: bool) -> dict[str, Any]:
+    is_bind = mount.type == "bind"
+    idmapped = idmap and is_bind and mount.writable
+    # What lies below /tmp, and what is mapped to the environment's own id, is mounted anew for
+    # each environment; the rest once for all that share the layout.
+    below_tmp = mount.destination.startswith("/tmp/")  # noqa: S108
+    return {
+        "source": mount.source,
+        "destination": mount.destination,
+        "type": mount.type,
+        "writable": mount.writable,
+        "is_directory": not is_bind or os.path.isdir(mount.source),
+        "idmapped": idmapped,
+        "size": mount.size,
+        "shared": is_bind and not idmapped and not below_tmp,
+    }
+
+
+def _device_number(device: str) -> str:
+    major, _, minor = device.partition(":")
+    if major.isdigit() and minor.isdigit():
+        return device
+    try:
+        status = os.stat(device)
+    except OSError as error:
+        raise ConfigError(f"io_max device {device!r}: {error.strerror}") from error
+    if not stat.S_ISBLK(status.st_mode):
+        raise ConfigError(f"io_max device {device!r}: not a block device; see lsblk")
+    return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+
+
+class Blueprint:
+    """The spec for the launcher, and what will be in force.
+
+    Attributes:
+        spec: What the launcher is told; JSON-able.
+        layers: Protections decided so far; the birth adds the rest.
+        accounts_cpu: Whether CPU time of the whole environment can be read.
+    """
+
+    def __init__(self, env_id: str, config: Config, hello: Mapping[str, Any]) -> None:
+        """Decide.
+
+        Raises:
+            UnsupportedHostError: Something asked for cannot be enforced here.
+            ConfigError: A value does not fit this host.
+        """
+        self._config = config
+        self._hello = hello
+        self._cgroups: Mapping[str, Mapping[str, Any]] = hello["cgroups"]
+        self.layers: list[Protection] = []
+        self._rlimits: dict[str, int] = {}
+        names = self._choose_namespaces()
+        limits = self._choose_limits(config.limits)
+        self._choose_rlimits(config.limits)
+        self.accounts_cpu = self._choose_cpu_time(config.limits)
+        flags = 0
+        for name in names:
+            if name != "network" or not hello["networks_ready"]:
+                flags |= namespaces.FLAGS[name]
+        idmap = hello["privileged"] and "idmapped_mounts" not in config.allow_missing
+        self.spec: dict[str, Any] = {
+            "id": env_id,
+            "layout": make_layout(config, idmap=idmap),
+            "namespaces": flags,
+            "namespace_names": names,
+            "network": config.network,
+            "tmp_size": config.tmp_size,
+            "user_id": config.user_id,
+            "cgroup_limits": limits,
+            "rlimits": self._rlimits,
+            "seccomp_name": f"policy {config.seccomp.name!r}",
+        }
+        self._add("tmp", True, f"/tmp and /dev/shm private, {config.tmp_size} bytes each")
+
+    def _add(self, name: str, in_force: bool, detail: str) -> None:
+        self.layers.append(Protection(name, in_force, detail))
+
+    def _choose_namespaces(self) -> list[str]:
+        names = []
+        for name in namespaces.FLAGS:
+            feature = f"namespace.{name}"
+            if name == "network" and self._config.network == "host":
+                self._add(feature, False, "the host's network was asked for")
+                continue
+            if name not in self._hello["namespaces"]:
+                reason = f"this kernel has no {name} namespaces"
+                if _OPTIONAL_NAMESPACES.get(name) not in self._config.allow_missing:
+                    raise UnsupportedHostError(
+                        feature,
+                        reason,
+                        f"Use a kernel that has them, or allow_missing={{'{feature}'}}.",
+                    )
+                self._add(feature, False, reason)
+                continue
+            names.append(name)
+            self._add(feature, True, "its own")
+        return names
+
+    def _choose_limits(self, limits: Limits) -> dict[str, Any]:
+        chosen: dict[str, Any] = {}
+        for field, feature in _LIMIT_FEATURES:
+            value = getattr(limits, field)
+            if value is None or value == ():
+                self._add(feature, False, "no limit was asked for")
+                continue
+            found = self._cgroups[feature]
+            if "missing" not in found:
+                chosen[field] = value
+                self._add(feature, True, f"{field}={value}, cgroup v{found['version']}")
+            elif field == "pids_max" and self._can_use_nproc():
+                self._rlimits["nproc"] = value
+                self._add(feature, True, f"pids_max={value}, RLIMIT_NPROC of its user namespace")
+            else:
+                self._refuse_or_note(field, feature, found["missing"], found["hint"])
+        if "io_max" in chosen:
+            chosen["io_max"] = [
+                {
+                    "device": _device_number(item.device),
+                    "rbps": item.rbps,
+                    "wbps": item.wbps,
+                    "riops": item.riops,
+                    "wiops": item.wiops,
+                }
+                for item in chosen["io_max"]
+            ]
+        return chosen
+
+    def _can_use_nproc(self) -> bool:
+        # Since Linux 5.14 RLIMIT_NPROC counts per user namespace, so that it bounds the
+        # environment and not all of the user's processes.
+        release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+        return release >= (5, 14)
+
+    def _refuse_or_note(self, field: str, feature: str, reason: str, hint: str) -> None:
+        named = field in self._config.limits.named
+        if named and feature not in self._config.allow_missing:
+            raise UnsupportedHostError(feature, f"{field} was asked for, and {reason}", hint)
+        self._add(feature, False, f"{field}: {reason}")
+
+    def _choose_rlimits(self, limits: Limits) -> None:
+        for field, name in (
+            ("open_files", "nofile"),
+            ("file_size", "fsize"),
+            ("core_size", "core"),
+        ):
+            value = getattr(limits, field)
+            if value is not None:
+                self._rlimits[name] = value
+                self._add(f"rlimit.{name}", True, f"{field}={value}")
+
+    def _choose_cpu_time(self, limits: Limits) -> bool:
+        found = self._cgroups["cgroup.cpu_accounting"]
+        accounts = "missing" not in found
+        if limits.cpu_time is not None:
+            if accounts:
+                detail = f"cpu_time={limits.cpu_time:g} s, read from its cgroup"
+                self._add("cpu_time", True, detail)
+            else:
+                self._refuse_or_note("cpu_time", "cpu_time", found["missing"], found["hint"])
+        return accounts
+
+
+def born_layers(config: Config, hello: Mapping[str, Any], born: Mapping[str, Any]) -> list[Protection]:
+    """Return the protections that the launcher has verified at the end of a birth."""
+    ids = {
+        "range": f"host id {born['host_id']}, of no other environment",
+        "subordinate": f"subordinate id {born['host_id']}, of no other environment",
+        "own": "the caller's own id: environments share it",
+    }[hello["ids"]]
+    groups = "no supplementary groups" if hello["drops_groups"] else "the caller's groups remain"
+    proc_text = {
+        "full": "its own, sensitive files masked, settings read-only",
+        "subset=pid": "its own, processes only: this host's /proc is itself masked",
+        "none": "none: this host does not let one be mounted",
+    }[born["proc"]]
+    userland = config.rootfs or "the host's /usr"
+    return [
+        Protection("identity", True, f"uid {config.user_id} inside; {ids}; {groups}"),
+        Protection("rootfs", True, f"pivoted root, {userland} read-only, nosuid, nodev"),
+        Protection("proc", True, proc_text),
+        Protection("capabilities", True, "none in any set, bounding set empty, securebits locked"),
+        Protection("no_new_privs", True, "set"),
+    ]

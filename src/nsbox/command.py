@@ -1,0 +1,506 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command in an environment: its channel to PID 1, its streams, and the verdict on its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from typing import IO, TYPE_CHECKING, Any, Final, Self
+
+from nsbox.errors import CommandStartError, EnvironmentDied, SetupError, SyscallError
+from nsbox.guest import protocol as p
+from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
+from nsbox.result import Outcome, Result, Usage
+
+if TYPE_CHECKING:
+    from nsbox.environment import ExecutionEnvironment
+
+PIPE: Final = -1
+"""Make a pipe, whose other end is an attribute of the `Process`."""
+DEVNULL: Final = -3
+"""Give the command the environment's own /dev/null."""
+
+ANSWER_DEADLINE: Final = 30.0
+"""Seconds PID 1 may take to start a command, or to answer a file operation."""
+KILL_DEADLINE: Final = 5.0
+"""Seconds PID 1 may take to end a killed command before the whole environment is killed."""
+_CHUNK: Final = 1 << 16
+_LEAST_CPU_WAIT: Final = 0.01
+
+Stream = int | IO[Any] | None
+
+
+class Channel:
+    """The host's end of one operation of PID 1. What it reads is not trusted."""
+
+    def __init__(self, control: socket.socket, operation: bytes, fds: list[int]) -> None:
+        """Ask for `operation`; raises OSError when PID 1 is gone."""
+        self.socket, theirs = socket.socketpair()
+        try:
+            send_bytes(control, operation, [theirs.fileno(), *fds])
+        except OSError:
+            self.socket.close()
+            raise
+        finally:
+            theirs.close()
+        self.socket.settimeout(ANSWER_DEADLINE)
+
+    def send_request(self, request: Mapping[str, Any]) -> None:
+        """Send the request itself."""
+        data = json.dumps(request).encode()
+        self.socket.sendall(p.LENGTH.pack(len(data)) + data)
+
+    def receive_answer(self) -> tuple[bytes, int, int, int, list[int]]:
+        """Return the kind, three numbers and the descriptors of the next answer.
+
+        Raises:
+            ConnectionError: PID 1 is gone, or said what it may not say.
+        """
+        data, fds = receive_bytes(self.socket, p.ANSWER.size)
+        while data and len(data) < p.ANSWER.size:
+            more = self.socket.recv(p.ANSWER.size - len(data))
+            if not more:
+                break
+            data += more
+        if len(data) != p.ANSWER.size:
+            close_all(fds)
+            raise ConnectionError("PID 1 is gone")
+        kind, first, second, third = p.ANSWER.unpack(data)
+        if kind == p.FAILED and not (0 <= second < len(p.STAGES) and 0 < first < 4096):
+            close_all(fds)
+            raise ConnectionError("PID 1 sent a malformed answer")
+        return kind, first, second, third, fds
+
+
+class _Verdict:
+    """Why nsbox killed a command, noted before the signal is sent."""
+
+    __slots__ = ("evidence", "outcome")
+
+    def __init__(self, outcome: Outcome, evidence: str) -> None:
+        self.outcome = outcome
+        self.evidence = evidence
+
+
+class Process:
+    """A command that runs in an environment; made by `ExecutionEnvironment.popen`.
+
+    Attributes:
+        argv: Its command line.
+        pid: Its process id inside the environment.
+        stdin, stdout, stderr: Unbuffered binary files where a pipe was asked for, else None.
+        tty: Descriptor of the terminal's master end when one was asked for, else -1. Owned by
+            this object until `close`.
+    """
+
+    def __init__(
+        self,
+        environment: ExecutionEnvironment,
+        argv: tuple[str, ...],
+        request: dict[str, Any],
+        streams: tuple[Stream, Stream, Stream],
+        *,
+        cpu_time: float | None = None,
+    ) -> None:
+        self._environment = environment
+        self.argv = argv
+        self.pid = 0
+        self.tty = -1
+        self.stdin: IO[bytes] | None = None
+        self.stdout: IO[bytes] | None = None
+        self.stderr: IO[bytes] | None = None
+        self._verdict: _Verdict | None = None
+        self._result: Result | None = None
+        self._death: EnvironmentDied | None = None
+        self._killed_at: float | None = None
+        self._cpu_time = cpu_time
+        self._next_cpu_check = 0.0
+        self._lock = threading.RLock()
+        self._before = environment._read_usage()  # noqa: SLF001 - one object in two halves
+        self._started_at = time.monotonic()
+        self._start(request, streams)
+        if cpu_time is not None:
+            self._next_cpu_check = self._started_at + self._cpu_wait(cpu_time)
+
+    def _start(self, request: dict[str, Any], streams: tuple[Stream, Stream, Stream]) -> None:
+        inside: list[int] = []
+        given: list[int] = []
+        try:
+            stdio = []
+            for number, stream in enumerate(streams):
+                if stream == PIPE:
+                    ours, theirs = self._make_pipe(number)
+                    inside.append(theirs)
+                    given.append(theirs)
+                    name = ("stdin", "stdout", "stderr")[number]
+                    mode = "wb" if number == 0 else "rb"
+                    setattr(self, name, os.fdopen(ours, mode, buffering=0))
+                elif stream is not None and stream != DEVNULL:
+                    given.append(stream if isinstance(stream, int) else stream.fileno())
+                stdio.append(stream is not None and stream != DEVNULL)
+            request["stdio"] = stdio
+            self._channel = self._environment._ask(p.RUN, request, given)  # noqa: SLF001
+            try:
+                kind, first, stage, _, fds = self._channel.receive_answer()
+            except (OSError, ConnectionError) as error:
+                self._channel.socket.close()
+                raise self._environment._died(error) from error  # noqa: SLF001
+        except BaseException:
+            self._close_streams()
+            raise
+        finally:
+            close_all(inside)
+        if kind == p.FAILED:
+            close_all(fds)
+            self._channel.socket.close()
+            self._close_streams()
+            raise self._start_error(request, first, p.STAGES[stage])
+        self.pid = first
+        if fds:
+            self.tty = fds[0]
+            close_all(fds[1:])
+        self._channel.socket.settimeout(None)
+
+    def _make_pipe(self, number: int) -> tuple[int, int]:
+        read, write = os.pipe()
+        ours, theirs = (write, read) if number == 0 else (read, write)
+        uid = self._environment._host_id  # noqa: SLF001
+        if uid:
+            # So that the command may open it again as /dev/stdout (proc(5), /proc/PID/fd).
+            os.fchown(theirs, uid, uid)
+        return ours, theirs
+
+    def _start_error(self, request: dict[str, Any], error: int, stage: str) -> Exception:
+        name, text = self.argv[0], os.strerror(error)
+        if stage == "cwd":
+            return SetupError("cwd", f"{request['cwd']!r}: {text}", errno=error)
+        if stage == "tty":
+            return SetupError("tty", f"no terminal could be opened: {text}", errno=error)
+        if stage == "request":
+            return SyscallError("execve", error, name)
+        path = request["env"].get("PATH", "")
+        where = "" if "/" in name else f" in PATH={path}"
+        return CommandStartError(name, error, f"{text}{where}, inside the environment")
+
+    # -- the caller's face ---------------------------------------------------------------------
+
+    def poll(self) -> Result | None:
+        """Return the result when the command is over, else None. Does not wait."""
+        return self._advance(0.0)
+
+    def wait(self, timeout: float | None = None) -> Result:
+        """Wait for the end; output of pipes is the caller's to read meanwhile.
+
+        Raises:
+            TimeoutError: It is not over after `timeout` seconds; it goes on running.
+            EnvironmentDied: The environment ended under it.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left < 0:
+                raise TimeoutError(f"{self.argv[0]!r} is not over after {timeout:g} seconds")
+            result = self._advance(left)
+            if result is not None:
+                return result
+
+    def kill(self) -> None:
+        """SIGKILL the command and everything it started. The outcome will be KILLED."""
+        self._condemn(Outcome.KILLED, "killed by the caller")
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the command's own process."""
+        self._send(p.SIGNAL_MAIN, int(number))
+
+    def close(self) -> None:
+        """Kill the command if it still runs, and close the pipes and the terminal."""
+        if self._result is None:
+            self.kill()
+            try:
+                self.wait(KILL_DEADLINE * 2)
+            except EnvironmentDied:
+                pass  # then it is gone too
+        self._close_streams()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the engine ----------------------------------------------------------------------------
+
+    def communicate(self, data: bytes, timeout: float | None, output_max: int) -> Result:
+        """Feed `data`, read both pipes as they come, enforce the limits, return the result."""
+        deadline = None if timeout is None else self._started_at + timeout
+        outputs = {
+            stream.fileno(): (name, stream, bytearray())
+            for name, stream in (("stdout", self.stdout), ("stderr", self.stderr))
+            if stream is not None
+        }
+        captured = {name: buffer for name, _, buffer in outputs.values()}
+        poller = select.poll()
+        for fd in outputs:
+            os.set_blocking(fd, False)
+            poller.register(fd, select.POLLIN)
+        view = memoryview(data)
+        if self.stdin is not None:
+            if view:
+                os.set_blocking(self.stdin.fileno(), False)
+                poller.register(self.stdin.fileno(), select.POLLOUT)
+            else:
+                self.stdin.close()
+        self._register(poller)
+        result = None
+        while result is None:
+            for fd, _ in poller.poll(self._poll_milliseconds(deadline)):
+                if fd in outputs:
+                    name, _, buffer = outputs[fd]
+                    if not self._read_some(fd, name, buffer, output_max):
+                        poller.unregister(fd)
+                        del outputs[fd]
+                elif self.stdin is not None and fd == self.stdin.fileno():
+                    view = self._write_some(fd, view)
+                    if not view:
+                        poller.unregister(fd)
+                        self.stdin.close()
+                        self.stdin = None
+            if deadline is not None and time.monotonic() >= deadline:
+                self._condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s; nsbox killed it")
+            result = self._advance(0.0)
+        # Every process that could write is gone: what is in the pipes now is all there will be.
+        # Not "read until EOF": a descriptor may have been sent to a command that still runs.
+        for fd, (name, _, buffer) in outputs.items():
+            while self._read_some(fd, name, buffer, output_max):
+                if not select.select([fd], [], [], 0)[0]:
+                    break
+        if self._verdict is not None and self._verdict.outcome is Outcome.OUTPUT_LIMIT:
+            result = self._with_verdict(result)
+        self._close_streams()
+        fields = {name: bytes(buffer) for name, buffer in captured.items()}
+        return _replace(result, **fields)
+
+    def _register(self, poller: select.poll) -> None:
+        poller.register(self._channel.socket.fileno(), select.POLLIN)
+        poller.register(self._environment._supervision_fd, select.POLLIN)  # noqa: SLF001
+
+    def _read_some(self, fd: int, name: str, buffer: bytearray, limit: int) -> bool:
+        """Read once; False at the end of the stream. Bytes over the limit are dropped."""
+        try:
+            data = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            return True
+        if not data:
+            return False
+        room = limit - len(buffer)
+        buffer += data[:room]
+        if len(data) > room:
+            self._condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes; nsbox killed it")
+        return True
+
+    def _write_some(self, fd: int, view: memoryview) -> memoryview:
+        try:
+            return view[os.write(fd, view[:_CHUNK]) :]
+        except BlockingIOError:
+            return view
+        except BrokenPipeError:
+            return view[:0]  # it does not read its input, which is its right
+
+    def _poll_milliseconds(self, deadline: float | None) -> int | None:
+        moments = [deadline] if deadline is not None and self._killed_at is None else []
+        if self._cpu_time is not None and self._killed_at is None:
+            moments.append(self._next_cpu_check)
+        if self._killed_at is not None:
+            moments.append(self._killed_at + KILL_DEADLINE)
+        if not moments:
+            return None
+        return max(0, int((min(moments) - time.monotonic()) * 1000) + 1)
+
+    def _advance(self, timeout: float | None) -> Result | None:
+        """Wait up to `timeout` for the end; look after CPU time and the kill deadline."""
+        with self._lock:
+            if self._death is not None:
+                raise self._death
+            if self._result is not None:
+                return self._result
+            poller = select.poll()
+            self._register(poller)
+            own = self._poll_milliseconds(None)
+            asked = None if timeout is None else max(0, int(timeout * 1000) + (timeout > 0))
+            wait = min((item for item in (own, asked) if item is not None), default=None)
+            ready = {fd for fd, _ in poller.poll(wait)}
+            if self._channel.socket.fileno() in ready:
+                self._finish_from_channel()
+            elif ready and self._environment._note_end():  # noqa: SLF001
+                self._finish_from_end()
+            self._check_cpu_time()
+            if self._killed_at is not None and self._result is None:
+                late = time.monotonic() - self._killed_at - KILL_DEADLINE
+                if late > 0:
+                    self._environment._kill()  # noqa: SLF001 - PID 1 does not do its duty
+            return self._result
+
+    def _check_cpu_time(self) -> None:
+        if self._cpu_time is None or self._result is not None or self._killed_at is not None:
+            return
+        if time.monotonic() < self._next_cpu_check:
+            return
+        used = self._cpu_used()
+        if used >= self._cpu_time:
+            self._condemn(
+                Outcome.CPU_TIMED_OUT,
+                f"used {used:.3f} s of CPU of {self._cpu_time:g} s; nsbox killed it",
+            )
+        self._next_cpu_check = time.monotonic() + self._cpu_wait(self._cpu_time - used)
+
+    def _cpu_used(self) -> float:
+        now = self._environment._read_cpu_usec()  # noqa: SLF001
+        before = self._before.get("cpu_usec")
+        return 0.0 if now is None or before is None else (now - before) / 1e6
+
+    def _cpu_wait(self, left: float) -> float:
+        """Return how long the limit cannot be reached: all CPUs would have to run for it."""
+        return max(left / (os.cpu_count() or 1), _LEAST_CPU_WAIT)
+
+    def _condemn(self, outcome: Outcome, evidence: str) -> None:
+        """Note the verdict, then kill. The first verdict stands."""
+        with self._lock:
+            if self._result is not None or self._verdict is not None:
+                if self._verdict is None and outcome is Outcome.OUTPUT_LIMIT:
+                    self._verdict = _Verdict(outcome, evidence)
+                return
+            self._verdict = _Verdict(outcome, evidence)
+            self._killed_at = time.monotonic()
+            self._send(p.SIGNAL_ALL, signal.SIGKILL)
+
+    def _send(self, kind: bytes, number: int) -> None:
+        with self._lock:
+            if self._result is None:
+                try:
+                    self._channel.socket.sendall(p.SIGNAL.pack(kind, number))
+                except OSError:
+                    pass  # it has just ended; the answer is there to be read
+
+    # -- the verdict ---------------------------------------------------------------------------
+
+    def _finish_from_channel(self) -> None:
+        try:
+            kind, status, user, system, fds = self._channel.receive_answer()
+            close_all(fds)
+            if kind != p.EXITED or not 0 <= status < 1 << 16:
+                raise ConnectionError("PID 1 sent a malformed answer")
+        except OSError as error:
+            self._environment._kill()  # noqa: SLF001 - broken rules end the environment
+            if self._environment._await_end():  # noqa: SLF001
+                self._finish_from_end()
+                return
+            self._death = self._environment._died(error)  # noqa: SLF001
+            raise self._death from error
+        after = self._environment._read_usage()  # noqa: SLF001
+        if after.get("cpu_user_usec") is None:
+            after["cpu_user_usec"], after["cpu_system_usec"] = user, system
+        returncode = os.waitstatus_to_exitcode(status)
+        if _rise(self._before, after, "oom_kills"):
+            # v1 kills one process; the environment's memory is as good as gone all the same.
+            self._environment._kill()  # noqa: SLF001
+            self._conclude(Outcome.OOM_KILLED, returncode, _oom_evidence(self._before, after), after)
+        elif self._verdict is not None:
+            self._conclude(self._verdict.outcome, returncode, self._verdict.evidence, after)
+        elif returncode >= 0:
+            self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
+        else:
+            outcome, evidence = self._environment._judge_signal(-returncode)  # noqa: SLF001
+            self._conclude(outcome, returncode, evidence, after)
+
+    def _finish_from_end(self) -> None:
+        """Conclude from the launcher's report on the end of the whole environment."""
+        report = self._environment._end or {}  # noqa: SLF001
+        after: dict[str, int | None] = report.get("usage") or {}
+        if _rise(self._before, after, "oom_kills"):
+            evidence = _oom_evidence(self._before, after)
+            self._conclude(Outcome.OOM_KILLED, -signal.SIGKILL, evidence, after)
+        elif self._verdict is not None:
+            evidence = f"{self._verdict.evidence} with its whole environment"
+            self._conclude(self._verdict.outcome, -signal.SIGKILL, evidence, after)
+        elif self._environment._closed_by_caller:  # noqa: SLF001
+            self._conclude(Outcome.KILLED, -signal.SIGKILL, "its environment was closed", after)
+        else:
+            self._channel.socket.close()
+            what = f"{self.argv[0]!r}: {self._environment._describe_end()}"  # noqa: SLF001
+            self._death = EnvironmentDied(what, Outcome.SIGNALED)
+            raise self._death
+
+    def _conclude(
+        self, outcome: Outcome, returncode: int, evidence: str, after: dict[str, int | None]
+    ) -> None:
+        usage = usage_between(self._before, after, time.monotonic() - self._started_at)
+        self._result = Result(
+            argv=self.argv,
+            outcome=outcome,
+            returncode=returncode,
+            evidence=evidence,
+            usage=usage,
+            protections=self._environment.protections,
+        )
+        self._channel.socket.close()
+
+    def _with_verdict(self, result: Result) -> Result:
+        if self._verdict is None or result.outcome is not Outcome.EXITED:
+            return result
+        return _replace(result, outcome=self._verdict.outcome, evidence=self._verdict.evidence)
+
+    def _close_streams(self) -> None:
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+        if self.tty >= 0:
+            os.close(self.tty)
+            self.tty = -1
+
+
+def _replace(result: Result, **changes: Any) -> Result:
+    from dataclasses import replace
+
+    return replace(result, **changes)
+
+
+def _rise(
+    before: Mapping[str, int | None], after: Mapping[str, int | None], name: str
+) -> int | None:
+    new, old = after.get(name), before.get(name)
+    return None if new is None else max(0, new - (old or 0))
+
+
+def _oom_evidence(before: Mapping[str, int | None], after: Mapping[str, int | None]) -> str:
+    return f"the memory cgroup counts {_rise(before, after, 'oom_kills')} OOM kills since it began"
+
+
+def usage_between(
+    before: Mapping[str, int | None], after: Mapping[str, int | None], wall: float | None
+) -> Usage:
+    def seconds(name: str) -> float | None:
+        value = _rise(before, after, name)
+        return None if value is None else value / 1e6
+
+    return Usage(
+        wall_seconds=wall,
+        cpu_user_seconds=seconds("cpu_user_usec"),
+        cpu_system_seconds=seconds("cpu_system_usec"),
+        memory_current_bytes=after.get("memory_current"),
+        memory_peak_bytes=after.get("memory_peak"),
+        pids_current=after.get("pids_current"),
+        pids_peak=after.get("pids_peak"),
+        io_read_bytes=_rise(before, after, "io_rbytes"),
+        io_write_bytes=_rise(before, after, "io_wbytes"),
+        throttled_seconds=seconds("throttled_usec"),
+        oom_kills=_rise(before, after, "oom_kills"),
+    )
+
+
+

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every exception nsbox raises.
+
+::
+
+    NsboxError
+    ├─ ConfigError (ValueError)        a bad value; nothing was touched
+    ├─ UnsupportedHostError            .feature .reason .hint; raised before anything is created
+    ├─ SetupError                      .step .errno .hint; the half-built environment is already removed
+    ├─ LauncherError                   the launcher could not be started, or died
+    ├─ SyscallError (OSError)          .syscall .errno .filename
+    ├─ EnvironmentStateError           closed, frozen, or owned by another process
+    ├─ CommandStartError               .argv0 .errno .exit_code (126 or 127): exec refused the program
+    ├─ InvokeError
+    │  └─ EnvironmentDied              .outcome: PID 1 or the launcher went away under a command
+    ├─ CleanupError                    .leaked: what is still there
+    └─ CommandFailed                   .result; only from Result.check()
+
+What the command does is a `Result`; what nsbox fails to do is an exception.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nsbox.result import Outcome, Result
+
+
+class NsboxError(Exception):
+    """Base of every nsbox exception."""
+
+
+class ConfigError(NsboxError, ValueError):
+    """A value the caller gave is wrong. Nothing was created."""
+
+
+class UnsupportedHostError(NsboxError):
+    """This host cannot enforce what was asked for. Nothing was created.
+
+    Attributes:
+        feature: Name of the missing protection, the word `allow_missing` takes.
+        reason: What was found.
+        hint: What to do about it on this host.
+    """
+
+    def __init__(self, feature: str, reason: str, hint: str) -> None:
+        super().__init__(f"{feature} cannot be enforced on this host: {reason}. {hint}")
+        self.feature = feature
+        self.reason = reason
+        self.hint = hint
+
+
+class SetupError(NsboxError):
+    """A step of the birth of an environment failed; what it had made is removed.
+
+    Attributes:
+        step: Name of the step, as printed by `nsbox plan`.
+        errno: The kernel's error number, or 0.
+        hint: What to do about it, or "".
+    """
+
+    def __init__(self, step: str, message: str, *, errno: int = 0, hint: str = "") -> None:
+        text = f"step {step!r} failed: {message}"
+        super().__init__(f"{text}. {hint}" if hint else text)
+        self.step = step
+        self.errno = errno
+        self.hint = hint
+
+
+class LauncherError(NsboxError):
+    """The launcher process could not be started, or died while it was asked."""
+
+
+class SyscallError(NsboxError, OSError):
+    """A system call failed.
+
+    Attributes:
+        syscall: Its name in the manual, e.g. ``"pivot_root"``.
+        errno: The error number.
+        filename: The path it was about, or None.
+    """
+
+    syscall: str
+
+    def __init__(self, syscall: str, errno: int, filename: str | None = None) -> None:
+        # OSError.__init__ with (errno, strerror, filename) fills the usual attributes; a
+        # subclass is never turned into PermissionError and friends, so match on .errno.
+        super().__init__(errno, os.strerror(errno), filename)
+        self.syscall = syscall
+
+    def __str__(self) -> str:
+        place = f" on {self.filename}" if self.filename else ""
+        name = _errno.errorcode.get(self.errno or 0, str(self.errno))
+        return f"{self.syscall}{place}: {self.strerror} ({name})"
+
+
+class EnvironmentStateError(NsboxError):
+    """The environment cannot do this now: it is closed, frozen, broken or another process's."""
+
+
+class CommandStartError(NsboxError):
+    """The program could not be executed inside the environment; the environment is still usable.
+
+    Attributes:
+        argv0: The program asked for.
+        errno: The error number of execve(2).
+        exit_code: What a shell would say: 127 not found, 126 found but not executable.
+    """
+
+    def __init__(self, argv0: str, errno: int, detail: str) -> None:
+        super().__init__(f"cannot execute {argv0!r}: {detail}")
+        self.argv0 = argv0
+        self.errno = errno
+        self.exit_code = 127 if errno in (_errno.ENOENT, _errno.ENOTDIR) else 126
+
+
+class InvokeError(NsboxError):
+    """Base of what can go wrong while something runs in an environment."""
+
+
+class EnvironmentDied(InvokeError):  # noqa: N818 - the contract's name
+    """The environment ended under a running command, by no verdict of nsbox.
+
+    Attributes:
+        outcome: The `Outcome` that describes its end, or None when nothing is known.
+    """
+
+    def __init__(self, message: str, outcome: Outcome | None = None) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+class CleanupError(NsboxError):
+    """Something of an environment is still there after it was closed.
+
+    Attributes:
+        leaked: The paths or process ids that remain.
+    """
+
+    def __init__(self, leaked: Sequence[str]) -> None:
+        super().__init__(f"left behind: {', '.join(leaked)}")
+        self.leaked = tuple(leaked)
+
+
+class CommandFailed(NsboxError):  # noqa: N818 - the contract's name
+    """Raised by `Result.check()` when the command did not exit with 0.
+
+    Attributes:
+        result: The whole result.
+    """
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(f"{result.argv[0]!r} failed: {result.evidence}")
+        self.result = result

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Give up every privilege, for good. The only module that imports python-prctl.
+
+python-prctl is GPL-3.0-or-later (see README, Licence); it is used for what it wraps: securebits,
+bounding set, no_new_privs, dumpable, parent-death signal and process name.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+
+import prctl
+
+from nsbox.linux import calls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# capabilities(7), securebits: with these locked no set-user-ID program, no uid change and no
+# ambient set can ever bring a capability back.
+_SECUREBITS = (
+    prctl.SECBIT_NOROOT
+    | prctl.SECBIT_NOROOT_LOCKED
+    | prctl.SECBIT_NO_SETUID_FIXUP
+    | prctl.SECBIT_NO_SETUID_FIXUP_LOCKED
+    | prctl.SECBIT_KEEP_CAPS_LOCKED
+    | 1 << 6  # SECBIT_NO_CAP_AMBIENT_RAISE and its lock (linux/securebits.h, Linux 4.3)
+    | 1 << 7
+)
+
+
+def _last_capability() -> int:
+    with open("/proc/sys/kernel/cap_last_cap") as file:
+        return int(file.read())
+
+
+_PR_SET_SECUREBITS = 28  # linux/prctl.h, Linux 2.6.26
+
+# Read where the host's /proc is still there: python-prctl may know fewer than the kernel has.
+_CAPABILITIES = tuple(range(_last_capability() + 1))
+
+
+def become(user_id: int, *, drop_groups: bool) -> None:
+    """Take `user_id` as user and group id, and no supplementary group.
+
+    `drop_groups` is False where the kernel forbids setgroups(2): in a user namespace made by an
+    ordinary user (user_namespaces(7)), whose groups then remain.
+    """
+    if drop_groups:
+        os.setgroups([])
+    os.setresgid(user_id, user_id, user_id)
+    os.setresuid(user_id, user_id, user_id)
+
+
+def set_rlimits(limits: Mapping[str, int]) -> None:
+    """Set hard and soft limits; `limits` maps names such as ``"nofile"`` to values."""
+    for name, value in limits.items():
+        kind = getattr(resource, f"RLIMIT_{name.upper()}")
+        hard = resource.getrlimit(kind)[1]
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def drop_all() -> None:
+    """Lock the securebits, empty all five capability sets and set no_new_privs."""
+    # Not through python-prctl, which refuses the ambient bits: it does not know them.
+    calls.prctl(_PR_SET_SECUREBITS, _SECUREBITS)
+    drop = prctl.capbset_drop
+    for capability in _CAPABILITIES:
+        drop(capability)
+    calls.capset_empty()
+    prctl.set_no_new_privs(1)
+
+
+def shield() -> None:
+    """Make this process untouchable by others of its uid, and let it die with its parent."""
+    # Not dumpable: no ptrace, no /proc/PID/mem, fd or environ for the commands, which share its
+    # uid (prctl(2), PR_SET_DUMPABLE). The signal is a second belt to the lifeline.
+    prctl.set_dumpable(0)
+    prctl.set_pdeathsig(signal.SIGKILL)
+    # Without a session keyring of its own it would share the caller's (keyrings(7)).
+    calls.keyctl_join_session_keyring()
+
+
+def set_name(name: str) -> None:
+    """Set the name that ps and /proc/PID/comm show, up to 15 bytes."""
+    prctl.set_name(name)

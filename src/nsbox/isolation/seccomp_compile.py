@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `SeccompPolicy` compiled to a BPF program, with libseccomp (pyseccomp).
+
+libseccomp knows the system call numbers and compiles the comparisons of arguments. Its programs
+are then laid out anew, because loading a filter costs by the instruction: the kernel runs it once
+for every call number to fill its bitmap of calls that are always allowed.
+
+1. wrong architecture, or the x32 bit: KILL_PROCESS. Always first: numbers mean nothing before it.
+2. a binary search over *ranges* of numbers that are decided alike (about 100 for 470 numbers).
+3. a return, or the comparisons libseccomp made for that call.
+
+The result is not trusted: `verify` runs it, in a small interpreter, against the policy's own
+`decide` for every number and for arguments around every value that is compared.
+
+Importing pyseccomp starts subprocesses (ctypes' find_library), so it happens in a child process
+that does nothing else: see `seccomp_cache`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import sys
+import tempfile
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from nsbox import profiles
+from nsbox.errors import UnsupportedHostError
+from nsbox.policy import SeccompPolicy, action_name
+from nsbox.profiles import ENOSYS, INT, KILL_PROCESS, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+AUDIT_ARCH_X86_64 = 0xC000003E  # linux/audit.h
+AUDIT_ARCH_AARCH64 = 0xC00000B7
+X32_BIT = 0x40000000  # asm/unistd.h: __X32_SYSCALL_BIT
+EXIT_UNSUPPORTED = 3
+HINT = "Install it with `apt install libseccomp2`, and pyseccomp with `pip install pyseccomp`"
+
+# linux/bpf_common.h, classic BPF: (code, jump if true, jump if false, constant).
+Instruction = tuple[int, int, int, int]
+_LOAD, _AND, _JUMP, _RETURN = 0x20, 0x54, 0x05, 0x06
+_EQUAL, _GREATER, _AT_LEAST, _ANY_BIT = 0x15, 0x25, 0x35, 0x45
+_NUMBER, _ARCH, _ARGS = 0, 4, 16  # offsets in struct seccomp_data, linux/seccomp.h
+_INSTRUCTIONS_MAX = 4096  # BPF_MAXINSNS
+
+Leaf = tuple[Instruction, ...]
+
+
+def compile_policy(policy: SeccompPolicy) -> bytes:
+    """Return the program as an array of struct sock_filter, 8 bytes each.
+
+    Raises:
+        UnsupportedHostError: no libseccomp here, a machine that is not supported, or a program
+            that does not do what the policy says.
+    """
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError, OSError) as err:  # RuntimeError: no libseccomp.so
+        raise UnsupportedHostError("seccomp", f"libseccomp cannot be loaded: {err}", HINT) from err
+    arch = pyseccomp.system_arch()
+    if arch not in (AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64):
+        raise UnsupportedHostError(
+            "seccomp", f"no filter for architecture {arch:#x}", "Use x86-64 or aarch64"
+        )
+    numbers = known_numbers(pyseccomp, arch)
+    program = _layout(_leaves(pyseccomp, arch, policy, numbers), arch)
+    if len(program) > _INSTRUCTIONS_MAX:
+        raise UnsupportedHostError(
+            "seccomp", f"the filter has {len(program)} instructions", "Use a smaller policy"
+        )
+    verify(program, policy, numbers, arch)
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def known_numbers(library: Any, arch: int) -> dict[str, int]:  # noqa: ANN401 - a module
+    """Return the number of every call that nsbox knows and `arch` has."""
+    numbers: dict[str, int] = {}
+    for name in profiles.TIER_OF:
+        number = library.resolve_syscall(library.Arch.NATIVE, name)
+        if number >= 0:  # negative: libseccomp's way to say "not on this architecture"
+            numbers[name] = number
+    numbers.update(profiles.NEW_NUMBERS)
+    if arch == AUDIT_ARCH_X86_64:
+        numbers.update(profiles.X86_64_NUMBERS)
+    return numbers
+
+
+def _leaves(
+    library: Any,  # noqa: ANN401 - a module
+    arch: int,
+    policy: SeccompPolicy,
+    numbers: Mapping[str, int],
+) -> list[Leaf]:
+    """Return what to do for each number, from 0 to the first one that is too new."""
+    # libseccomp has no "else" for a call's comparisons but the filter's default action, and
+    # refuses rules that repeat the default. So: one filter for each action that is an "else".
+    groups: dict[int, list[tuple[int, Sequence[Rule]]]] = defaultdict(list)
+    otherwise: dict[int, int] = dict.fromkeys(numbers.values(), policy.default_action)
+    for call, rules in policy.rules:
+        if call not in numbers:
+            continue
+        last_action, last_tests = rules[-1]
+        number = numbers[call]
+        if last_tests:
+            groups[policy.default_action].append((number, rules))
+        elif len(rules) > 1:
+            otherwise[number] = last_action
+            groups[last_action].append((number, rules[:-1]))
+        elif last_action != policy.default_action:
+            groups[policy.default_action].append((number, rules))
+    programs = {
+        action: _libseccomp_program(library, action, groups[action])
+        for action in {*otherwise.values(), *groups}
+    }
+    return [
+        _reduce(programs[otherwise[number]], number, arch)
+        if number in otherwise
+        else ((_RETURN, 0, 0, ENOSYS),)
+        for number in range(max(otherwise) + 2)
+    ]
+
+
+def _libseccomp_program(
+    library: Any,  # noqa: ANN401 - a module
+    default: int,
+    calls: Sequence[tuple[int, Sequence[Rule]]],
+) -> list[Instruction]:
+    made = library.SyscallFilter(default)
+    made.set_attr(library.Attr.ACT_BADARCH, KILL_PROCESS)
+    for number, rules in calls:
+        for action, tests in rules:
+            arguments = [library.Arg(i, library.MASKED_EQ, mask, value) for i, mask, value in tests]
+            made.add_rule_exactly(action, number, *arguments)
+    with tempfile.TemporaryFile() as file:
+        made.export_bpf(file)
+        file.seek(0)
+        return list(struct.iter_unpack("=HBBI", file.read()))
+
+
+def _reduce(program: Sequence[Instruction], number: int, arch: int) -> Leaf:
+    """Return what is left of `program` once arch and number are known: from the first argument on.
+
+    Jumps only go forward, so the instructions that can be reached keep their order.
+    """
+    place, loaded = 0, 0
+    while True:
+        code, _, _, constant = program[place]
+        if code == _LOAD and constant >= _ARGS:
+            break
+        if code == _RETURN:
+            return (program[place],)
+        loaded = (number if constant == _NUMBER else arch) if code == _LOAD else loaded
+        place = _next(program[place], place, loaded)
+    reached, waiting = set[int](), [place]
+    while waiting:
+        here = waiting.pop()
+        if here in reached:
+            continue
+        reached.add(here)
+        waiting.extend(_targets(program[here], here))
+    order = {here: index for index, here in enumerate(sorted(reached))}
+    leaf: list[Instruction] = []
+    for here, index in order.items():
+        code, _, _, constant = program[here]
+        targets = [order[target] - index - 1 for target in _targets(program[here], here)]
+        if code == _JUMP:
+            leaf.append((code, 0, 0, targets[0]))
+        elif len(targets) == 2:
+            leaf.append((code, targets[0], targets[1], constant))
+        else:
+            leaf.append((code, 0, 0, constant))
+    return tuple(leaf)
+
+
+def _targets(instruction: Instruction, here: int) -> list[int]:
+    code, if_true, if_false, constant = instruction
+    if code == _RETURN:
+        return []
+    if code == _JUMP:
+        return [here + 1 + constant]
+    if code in (_EQUAL, _GREATER, _AT_LEAST, _ANY_BIT):
+        return [here + 1 + if_true, here + 1 + if_false]
+    if code in (_LOAD, _AND):
+        return [here + 1]
+    raise UnsupportedHostError("seccomp", f"libseccomp made an unknown instruction {code:#x}", HINT)
+
+
+def _next(instruction: Instruction, here: int, loaded: int) -> int:
+    code, _, _, constant = instruction
+    targets = _targets(instruction, here)
+    holds = {
+        _EQUAL: loaded == constant,
+        _GREATER: loaded > constant,
+        _AT_LEAST: loaded >= constant,
+        _ANY_BIT: bool(loaded & constant),
+    }
+    return targets[0] if holds.get(code, True) else targets[1]
+
+
+def _layout(leaves: Sequence[Leaf], arch: int) -> list[Instruction]:
+    """Return the whole program. The last leaf stands for every number above, too."""
+    kill = (_RETURN, 0, 0, KILL_PROCESS)
+    head = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, arch), kill, (_LOAD, 0, 0, _NUMBER)]
+    if arch == AUDIT_ARCH_X86_64:
+        head += [(_ANY_BIT, 0, 1, X32_BIT), kill]
+    starts = [n for n in range(len(leaves)) if n == 0 or leaves[n] != leaves[n - 1]]
+    return head + _search([(start, leaves[start]) for start in starts])
+
+
+def _search(ranges: Sequence[tuple[int, Leaf]]) -> list[Instruction]:
+    if len(ranges) == 1:
+        return list(ranges[0][1])
+    middle = len(ranges) // 2
+    below, above = _search(ranges[:middle]), _search(ranges[middle:])
+    start = ranges[middle][0]
+    if len(below) < 256:
+        return [(_AT_LEAST, len(below), 0, start), *below, *above]
+    return [(_AT_LEAST, 0, 1, start), (_JUMP, 0, 0, len(below)), *below, *above]
+
+
+def run_program(
+    program: Sequence[Instruction], arch: int, number: int, args: Sequence[int] = (0,) * 6
+) -> int:
+    """Return the action `program` takes: an interpreter for what this module makes."""
+    place, loaded = 0, 0
+    while True:
+        code, _, _, constant = program[place]
+        if code == _RETURN:
+            return constant
+        if code == _AND:
+            loaded &= constant
+        elif code == _LOAD and constant >= _ARGS:
+            index, high = divmod(constant - _ARGS, 8)
+            loaded = args[index] >> (32 if high else 0) & INT
+        elif code == _LOAD:
+            loaded = number if constant == _NUMBER else arch
+        place = _next(program[place], place, loaded)
+
+
+def verify(
+    program: Sequence[Instruction], policy: SeccompPolicy, numbers: Mapping[str, int], arch: int
+) -> None:
+    """Compare `program` with what `policy` says.
+
+    Raises:
+        UnsupportedHostError: they differ; libseccomp could not express the policy.
+    """
+
+    def expect(arch: int, number: int, args: Sequence[int], action: int) -> None:
+        found = run_program(program, arch, number, args)
+        if found != action:
+            raise UnsupportedHostError(
+                "seccomp",
+                f"the filter made for {policy.name!r} would answer {action_name(found)} instead of "
+                f"{action_name(action)} to call {number} with {[hex(a) for a in args]}",
+                "Simplify the policy's argument rules",
+            )
+
+    zeros = (0,) * 6
+    names = {number: name for name, number in numbers.items()}
+    for number in (*range(max(names) + 64), 0x3FFFFFFF, 0x80000000):
+        expect(arch ^ 0x80000000, number, zeros, KILL_PROCESS)
+        if arch == AUDIT_ARCH_X86_64:
+            expect(arch, number | X32_BIT, zeros, KILL_PROCESS)
+        name = names.get(number)
+        expect(arch, number, zeros, policy.decide(name, zeros) if name else ENOSYS)
+    for call, rules in policy.rules:
+        if call in numbers:
+            for args in _probes(rules):
+                expect(arch, numbers[call], args, policy.decide(call, args))
+
+
+def _probes(rules: Sequence[Rule]) -> Iterator[tuple[int, ...]]:
+    """Return arguments on and around every compared value, with and without high halves."""
+    values: dict[int, set[int]] = defaultdict(lambda: {0, INT})
+    for _, tests in rules:
+        for index, mask, value in tests:
+            lowest = mask & -mask
+            values[index] |= {value, value ^ lowest, value | ~mask & INT, value ^ mask}
+    columns = [
+        {value | high for value in values[index] for high in (0, 1 << 32, INT << 32)}
+        if index in values
+        else {0}
+        for index in range(6)
+    ]
+    # A policy with very many alternatives is probed only so far; each value still comes up.
+    return itertools.islice(itertools.product(*columns), 20_000)
+
+
+def main() -> None:
+    """Compile the policy on stdin to stdout; the entry point of the child process."""
+    try:
+        program = compile_policy(SeccompPolicy.from_json(sys.stdin.buffer.read()))
+    except UnsupportedHostError as err:
+        sys.stderr.write(f"{err.reason}\n{err.hint}\n")
+        raise SystemExit(EXIT_UNSUPPORTED) from None
+    sys.stdout.buffer.write(program)

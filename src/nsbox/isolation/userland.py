@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build the file tree of a layout once, as a small mount namespace that births start from.
+
+A *layout* is what many environments share: userland, interpreter prefixes, read-only binds,
+synthetic /etc, device nodes. `build` runs in a short-lived helper of the launcher, in a mount
+namespace of its own, and leaves there::
+
+    /            tmpfs, read-only
+    /newroot     the environment's future root: tmpfs, read-only, with all shared binds
+    /proc        the launcher's own /proc. The kernel lets a new /proc be mounted only where an
+                 unmasked one is visible (fs/namespace.c, mnt_already_visible); births detach it.
+    /empty       an empty directory to mask others with
+
+The launcher keeps a descriptor of that namespace, and enters it for the moment of each clone, so
+that an environment never has the host's mount tree to get rid of.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+from nsbox.linux import calls
+from nsbox.linux import constants as c
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+NEW_ROOT = "/newroot"
+EMPTY = "/empty"
+
+_BASE = "/tmp"  # noqa: S108 - only a place to hang the tree, in a private mount namespace
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_NEVER_SHARED = frozenset({"dev", "proc", "sys", "tmp", "run", "lost+found", ".dockerenv"})
+
+# What programs of the host's /usr look for in /etc and that says nothing about the host's users,
+# network or secrets. Files are copied, directories bound.
+_ETC_FILES = (
+    "bash.bashrc", "debian_version", "gai.conf", "host.conf", "inputrc", "ld.so.cache",
+    "ld.so.conf", "locale.alias", "localtime", "magic", "mime.types", "networks", "os-release",
+    "profile", "protocols", "rpc", "services", "shells", "ssl/openssl.cnf", "timezone",
+)  # fmt: skip
+_ETC_DIRECTORIES = (
+    "alternatives", "fonts", "ld.so.conf.d", "pki/ca-trust", "pki/tls/certs", "ssl/certs",
+    "terminfo",
+)  # fmt: skip
+_LARGEST_COPY = 4 << 20
+
+_READ_ONLY = c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
+_WRITABLE = c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
+
+
+def clone_tree(source: str, *, writable: bool = False, device: bool = False) -> int:
+    """Return a descriptor of a detached, recursive copy of the mounts at `source`.
+
+    It is read-only unless `writable`, never honours set-user-ID bits, and no device nodes unless
+    it is one (`device`).
+    """
+    # Recursive, because a user namespace may not clone a part of a tree whose mounts it did not
+    # make itself (fs/namespace.c, has_locked_children), and with the attributes on every mount.
+    fd = calls.open_tree(
+        c.AT_FDCWD, source, c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | c.AT_RECURSIVE
+    )
+    attributes = c.MOUNT_ATTR_NOSUID if device else _WRITABLE if writable else _READ_ONLY
+    try:
+        calls.mount_setattr(
+            fd, "", c.AT_EMPTY_PATH | c.AT_RECURSIVE, attr_set=attributes, propagation=c.MS_PRIVATE
+        )
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def attach(fd: int, destination: str) -> None:
+    """Attach the detached tree `fd` at `destination` and close `fd`."""
+    calls.move_mount(fd, "", c.AT_FDCWD, destination, c.MOVE_MOUNT_F_EMPTY_PATH)
+    os.close(fd)
+
+
+def sources(layout: dict[str, Any]) -> list[str]:
+    """Return the host paths a layout is made of; when one is replaced, the layout is stale."""
+    shared = [mount["source"] for mount in layout["mounts"] if mount["shared"]]
+    return [layout["rootfs"] or "/usr", *shared]
+
+
+def hold(layout: dict[str, Any]) -> int:
+    """Build a layout in a helper process and return a descriptor of its mount namespace.
+
+    Raises:
+        OSError: As the step of `build` that failed.
+    """
+    report, report_write = os.pipe()
+    release, release_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(release_write)
+            try:
+                calls.unshare(c.CLONE_NEWNS)
+                build(layout)
+                os.write(report_write, b"{}")
+                os.read(release, 1)
+            except OSError as error:
+                message = {"errno": error.errno, "message": str(error)}
+                os.write(report_write, json.dumps(message).encode())
+        finally:
+            os._exit(0)
+    os.close(report_write)
+    os.close(release)
+    try:
+        answer = json.loads(os.read(report, 4096) or b'{"errno": 5, "message": "it died"}')
+        if answer:
+            raise OSError(answer["errno"], answer["message"])
+        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    finally:
+        os.close(report)
+        os.close(release_write)
+        os.waitpid(pid, 0)
+
+
+def build(layout: dict[str, Any]) -> None:
+    """Make the tree and pivot into it. Runs once in a process that then only holds it."""
+    calls.mount(None, "/", None, c.MS_REC | c.MS_PRIVATE)
+    binds = _open_binds(layout)  # before anything covers a source below _BASE
+    devices = [(name, clone_tree(f"/dev/{name}", device=True)) for name in _DEVICES]
+    resolv = _read("/etc/resolv.conf") if layout["network"] == "host" else b""
+    proc = calls.open_tree(
+        c.AT_FDCWD, "/proc", c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | c.AT_RECURSIVE
+    )
+    etc = [] if layout["rootfs"] else _host_etc()
+
+    flags = c.MS_NOSUID | c.MS_NODEV
+    calls.mount("tmpfs", _BASE, "tmpfs", flags, "mode=755,size=4096,nr_inodes=16")
+    root = _BASE + NEW_ROOT
+    for path in (root, f"{_BASE}/proc", _BASE + EMPTY):
+        os.mkdir(path, 0o755)
+    calls.mount("tmpfs", root, "tmpfs", flags, "mode=755,size=32m,nr_inodes=8192")
+    attach(proc, f"{_BASE}/proc")
+
+    _make_skeleton(root)
+    if layout["rootfs"]:
+        _place_rootfs(root, layout["rootfs"])
+    else:
+        _place_host_userland(root)
+        for name, content in etc:
+            _write(f"{root}/etc/{name}", content)
+    _place_synthetic_etc(root, layout, resolv)
+    for destination, is_directory, fd in binds:
+        _make_mount_point(root, destination, is_directory=is_directory)
+        attach(fd, root + destination)
+    for mount in layout["mounts"]:
+        if not mount["shared"] and not mount["destination"].startswith("/tmp/"):  # noqa: S108
+            _make_mount_point(root, mount["destination"], is_directory=mount["is_directory"])
+    for name, fd in devices:
+        _write(f"{root}/dev/{name}", b"")
+        attach(fd, f"{root}/dev/{name}")
+    for path in (root, _BASE):
+        calls.mount_setattr(c.AT_FDCWD, path, 0, attr_set=_READ_ONLY)
+    os.chdir(_BASE)
+    calls.pivot_root(".", ".")
+    calls.umount2(".", c.MNT_DETACH)
+    os.chdir("/")
+
+
+def _open_binds(layout: dict[str, Any]) -> list[tuple[str, bool, int]]:
+    """Return (destination, whether it is a directory, detached tree), parents first."""
+    binds = []
+    if not layout["rootfs"]:
+        paths = [f"/etc/{name}" for name in _ETC_DIRECTORIES]
+        binds = [(path, True, clone_tree(path)) for path in paths if os.path.isdir(path)]
+    for mount in layout["mounts"]:
+        if mount["shared"]:
+            fd = clone_tree(mount["source"], writable=mount["writable"])
+            binds.append((mount["destination"], mount["is_directory"], fd))
+    return sorted(binds, key=lambda bind: bind[0].count("/"))
+
+
+def _make_skeleton(root: str) -> None:
+    for name in ("dev", "proc", "tmp", "etc", "run", "var", "dev/pts", "dev/shm"):
+        os.mkdir(f"{root}/{name}", 0o755)
+    for name, target in (
+        ("dev/fd", "/proc/self/fd"),
+        ("dev/stdin", "/proc/self/fd/0"),
+        ("dev/stdout", "/proc/self/fd/1"),
+        ("dev/stderr", "/proc/self/fd/2"),
+        ("dev/ptmx", "pts/ptmx"),
+    ):
+        os.symlink(target, f"{root}/{name}")
+
+
+def _place_host_userland(root: str) -> None:
+    os.mkdir(f"{root}/usr")
+    attach(clone_tree("/usr"), f"{root}/usr")
+    os.symlink("/tmp", f"{root}/var/tmp")  # noqa: S108
+    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
+        _place_entry(root, "/", name)
+
+
+def _place_rootfs(root: str, rootfs: str) -> None:
+    os.rmdir(f"{root}/var")
+    os.rmdir(f"{root}/etc")
+    for name in sorted(os.listdir(rootfs)):
+        if name not in _NEVER_SHARED:
+            _place_entry(root, rootfs, name)
+    for name in ("etc", "var"):
+        if not os.path.lexists(f"{root}/{name}"):
+            os.mkdir(f"{root}/{name}", 0o755)
+
+
+def _place_entry(root: str, parent: str, name: str) -> None:
+    """Put one top-level entry of `parent` into `root`: links as links, the rest bound."""
+    source, target = os.path.join(parent, name), f"{root}/{name}"
+    try:
+        mode = os.lstat(source).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode):
+        os.symlink(os.readlink(source), target)
+    elif stat.S_ISDIR(mode):
+        os.mkdir(target, 0o755)
+        attach(clone_tree(source), target)
+    elif stat.S_ISREG(mode):
+        _write(target, b"")
+        attach(clone_tree(source), target)
+
+
+def _host_etc() -> list[tuple[str, bytes]]:
+    found = []
+    for name in _ETC_FILES:
+        path = f"/etc/{name}"
+        try:
+            status = os.stat(path)
+            if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST_COPY:
+                found.append((name, _read(path)))
+        except OSError:
+            continue  # absent or unreadable to us: it is not part of this host's userland
+    return found
+
+
+def _place_synthetic_etc(root: str, layout: dict[str, Any], resolv: bytes) -> None:
+    user, hostname = layout["user_id"], layout["hostname"]
+    files = {
+        "passwd": "root:x:0:0:root:/:/usr/sbin/nologin\n"
+        f"sandbox:x:{user}:{user}:sandbox:/tmp:/bin/sh\n"
+        "nobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n",
+        "group": f"root:x:0:\nsandbox:x:{user}:\nnogroup:x:65534:\n",
+        "hosts": f"127.0.0.1 localhost {hostname}\n::1 localhost {hostname}\n",
+        "hostname": f"{hostname}\n",
+        "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n"
+        "services: files\nprotocols: files\n",
+    }
+    contents = {name: text.encode() for name, text in files.items()}
+    contents["resolv.conf"] = resolv
+    if not layout["rootfs"] or not os.path.isdir(f"{layout['rootfs']}/etc"):
+        for name, content in contents.items():
+            _write(f"{root}/etc/{name}", content)
+        return
+    # The image's own /etc is bound read-only: cover the files that it has.
+    os.mkdir(f"{root}/run/etc", 0o755)
+    for name, content in contents.items():
+        path = f"{root}/etc/{name}"
+        if os.path.isfile(path) and not os.path.islink(path):
+            _write(f"{root}/run/etc/{name}", content)
+            attach(clone_tree(f"{root}/run/etc/{name}"), path)
+
+
+def _make_mount_point(root: str, destination: str, *, is_directory: bool) -> None:
+    device = os.stat(root).st_dev
+    parts = destination.strip("/").split("/")
+    path = root
+    for index, part in enumerate(parts):
+        parent_device = os.stat(path).st_dev
+        path = f"{path}/{part}"
+        if os.path.lexists(path):
+            if os.path.islink(path):
+                raise calls.SyscallError("mount point is a symbolic link:", 40, destination)
+            continue
+        if parent_device != device:
+            # Creating it would write to the host's tree.
+            raise calls.SyscallError("mount point does not exist in the bound tree:", 2, destination)
+        if index < len(parts) - 1 or is_directory:
+            os.mkdir(path, 0o755)
+        else:
+            _write(path, b"")
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_LARGEST_COPY)
+
+
+def _write(path: str, content: bytes) -> None:
+    os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(content)

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a birth, in the order in which the kernel needs them.
+
+Each step is a value: a name (in `SetupError.step`), a description (`nsbox plan`) and what it does.
+The launcher's steps run first; from `id-maps` on, both sides run at the same time, and meet where
+the environment waits for `mapped` and, before it locks itself in, for `attached`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+
+from nsbox.guest.init import Init
+from nsbox.isolation import filesystem, namespaces, privileges, userland
+from nsbox.linux import calls
+from nsbox.linux import constants as c
+from nsbox.linux.descriptors import close_all_but
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+    from nsbox.isolation.cgroups import EnvironmentCgroup
+    from nsbox.launcher.server import Server
+
+MAPPED = b"m"
+ATTACHED = b"a"
+
+
+class Step:
+    """One step: `name` for errors, `describe` for people, `run` for the kernel."""
+
+    __slots__ = ("_text", "name", "run", "side")
+
+    def __init__(
+        self,
+        side: str,
+        name: str,
+        text: str | Callable[[dict[str, Any]], str],
+        run: Callable[[Any], None],
+    ) -> None:
+        self.side = side
+        self.name = name
+        self._text = text
+        self.run = run
+
+    def describe(self, spec: dict[str, Any]) -> str:
+        """Say what the step does for the environment `spec` describes."""
+        return self._text if isinstance(self._text, str) else self._text(spec)
+
+
+class Birth:
+    """An environment on its way: what both sides of the clone need to know."""
+
+    def __init__(
+        self, server: Server, spec: dict[str, Any], control: int, lifeline: int, program: bytes
+    ) -> None:
+        self.server = server
+        self.spec = spec
+        self.control = control
+        self.lifeline = lifeline
+        self.program = program
+        self.step = ""
+        self.host_id = 0
+        self.takes_id = False
+        self.cgroup: EnvironmentCgroup | None = None
+        self.layout = -1
+        self.trees: dict[str, int] = {}
+        self.proc = ""
+        self.pid = 0
+        self.pidfd = -1
+        self.sync, self._child_sync = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+    def run_launcher_side(self) -> None:
+        """Run the launcher's steps; an exception leaves `step` at the one that failed."""
+        for step in LAUNCHER_STEPS:
+            self.step = step.name
+            step.run(self)
+        self._child_sync.close()
+
+    def close(self) -> None:
+        """Let go of what only the birth needed."""
+        self.sync.close()
+        self._child_sync.close()
+        for fd in self.trees.values():
+            os.close(fd)
+        self.trees = {}
+
+    # -- the launcher's side -------------------------------------------------------------------
+
+    def _take_id(self) -> None:
+        pool = self.server.ids
+        self.takes_id = pool is not None
+        self.host_id = 0 if pool is None else pool.take()
+
+    def _make_cgroup(self) -> None:
+        self.cgroup = self.server.make_cgroup(self.spec)
+
+    def _find_layout(self) -> None:
+        self.layout = self.server.layout(self.spec["layout"])
+
+    def _open_trees(self) -> None:
+        for mount in self.spec["layout"]["mounts"]:
+            if mount["shared"] or mount["type"] != "bind":
+                continue
+            fd = userland.clone_tree(mount["source"], writable=mount["writable"])
+            self.trees[mount["destination"]] = fd
+            if mount["idmapped"]:
+                owner = os.stat(mount["source"])
+                mapping = namespaces.mapping_namespace((owner.st_uid, owner.st_gid), self.host_id)
+                try:
+                    calls.mount_setattr(
+                        fd, "", c.AT_EMPTY_PATH, attr_set=c.MOUNT_ATTR_IDMAP, userns_fd=mapping
+                    )
+                finally:
+                    os.close(mapping)
+
+    def _clone(self) -> None:
+        flags = self.spec["namespaces"]
+        networks = self.server.networks if self.spec["network"] == "none" else None
+        cgroup = self.cgroup.clone_fd if self.cgroup is not None else -1
+        server = self.server
+        if networks is not None:
+            networks.enter()
+        try:
+            calls.setns(self.layout, c.CLONE_NEWNS)
+            try:
+                self.pid, self.pidfd = calls.clone3(flags, cgroup=cgroup)
+                if self.pid == 0:
+                    self._run_environment_side()
+            finally:
+                calls.setns(server.home_mounts, c.CLONE_NEWNS)
+        finally:
+            if networks is not None:
+                networks.leave()
+
+    def _write_id_maps(self) -> None:
+        namespaces.write_id_maps(self.pid, self.spec["user_id"], self.host_id)
+        self.sync.send(MAPPED)
+
+    def _attach_cgroup(self) -> None:
+        if self.cgroup is not None:
+            self.cgroup.attach(self.pid)
+        self.sync.send(ATTACHED)
+
+    # -- the environment's side ----------------------------------------------------------------
+
+    def _run_environment_side(self) -> NoReturn:
+        try:
+            gc.disable()
+            for step in ENVIRONMENT_STEPS:
+                self.step = step.name
+                step.run(self)
+            init = Init(self.control, self.lifeline)
+            self._child_sync.send(json.dumps({"proc": self.proc}).encode())
+            self._child_sync.close()
+            init.run()
+        except BaseException as error:  # noqa: BLE001 - there is no caller to raise to
+            try:
+                self._child_sync.send(json.dumps(describe_error(self.step, error)).encode())
+            except OSError:
+                pass
+        finally:
+            os._exit(1)
+
+    def _start_session(self) -> None:
+        # First of all: nothing of the launcher's may outlive this point in the child. The
+        # launcher's objects that own these descriptors stay referenced and are never closed.
+        close_all_but(
+            (0, 1, 2, self.control, self.lifeline, self._child_sync.fileno(), *self.trees.values())
+        )
+        os.setsid()
+        privileges.set_name("nsbox-" + self.spec["id"])
+
+    def _become_user(self) -> None:
+        self._await(MAPPED)
+        privileges.become(self.spec["user_id"], drop_groups=self.server.may_drop_groups)
+
+    def _set_hostname(self) -> None:
+        socket.sethostname(self.spec["layout"]["hostname"])
+
+    def _set_loopback_up(self) -> None:
+        if self.spec["namespaces"] & c.CLONE_NEWNET:
+            calls.set_link_up("lo")
+
+    def _take_root(self) -> None:
+        filesystem.take_root()
+
+    def _mount_scratch(self) -> None:
+        filesystem.mount_scratch(self.spec["tmp_size"])
+
+    def _mount_proc(self) -> None:
+        self.proc = filesystem.mount_proc(self.server.proc_masks)
+
+    def _mount_extra(self) -> None:
+        filesystem.mount_extra(self.spec["layout"]["mounts"], self.trees)
+
+    def _pivot(self) -> None:
+        filesystem.pivot()
+
+    def _set_rlimits(self) -> None:
+        privileges.set_rlimits(self.spec["rlimits"])
+
+    def _drop_privileges(self) -> None:
+        privileges.drop_all()
+        privileges.shield()
+
+    def _await_attached(self) -> None:
+        self._await(ATTACHED)
+
+    def _load_filter(self) -> None:
+        if self.program:
+            calls.seccomp_set_filter(self.program)
+
+    def _await(self, expected: bytes) -> None:
+        # The launcher's own copy of this end is closed after the clone, so that its death reads
+        # as EOF here at every moment.
+        if self._child_sync.recv(1) != expected:
+            os._exit(1)
+
+
+def describe_error(step: str, error: BaseException) -> dict[str, Any]:
+    """Return an error of a birth as the JSON-able fields of a `SetupError`."""
+    return {
+        "step": step,
+        "errno": getattr(error, "errno", None) or 0,
+        "message": str(error) if isinstance(error, OSError) else repr(error),
+    }
+
+
+def _cgroup_text(spec: dict[str, Any]) -> str:
+    limits = ", ".join(f"{name}={value}" for name, value in spec["cgroup_limits"].items() if value)
+    return f"make the cgroup below the launcher's own, with {limits or 'no limit'}"
+
+
+def _mounts_text(spec: dict[str, Any]) -> str:
+    own = [mount["destination"] for mount in spec["layout"]["mounts"] if not mount["shared"]]
+    return f"attach this environment's own mounts: {', '.join(own) or 'none'}"
+
+
+def _layout_text(spec: dict[str, Any]) -> str:
+    layout = spec["layout"]
+    shared = [mount["destination"] for mount in layout["mounts"] if mount["shared"]]
+    parts = [layout["rootfs"] or "/usr", *shared]
+    return (
+        "make once, or find, the mount namespace with the read-only userland: "
+        f"{', '.join(parts)}, synthetic /etc, minimal /dev"
+    )
+
+
+def _clone_text(spec: dict[str, Any]) -> str:
+    names = ", ".join(spec["namespace_names"])
+    network = (
+        "with an unused network namespace (loopback up)"
+        if spec["network"] == "none"
+        else "in the host's network"
+    )
+    return f"clone3 the launcher into new {names} namespaces, {network}, into the cgroup where v2"
+
+
+def _user_text(spec: dict[str, Any]) -> str:
+    return f"wait for the maps; no supplementary groups; become uid and gid {spec['user_id']}"
+
+
+def _rlimit_text(spec: dict[str, Any]) -> str:
+    return "set " + ", ".join(f"RLIMIT_{k.upper()}={v}" for k, v in spec["rlimits"].items())
+
+
+LAUNCHER_STEPS = (
+    Step("launcher", "host-id", "take a host uid and gid no other environment has (as root)",
+         Birth._take_id),
+    Step("launcher", "cgroup", _cgroup_text, Birth._make_cgroup),
+    Step("launcher", "layout", _layout_text, Birth._find_layout),
+    Step("launcher", "trees", "clone the trees of this environment's own binds",
+         Birth._open_trees),
+    Step("launcher", "clone", _clone_text, Birth._clone),
+    Step("launcher", "id-maps", lambda spec: f"write uid_map and gid_map: {spec['user_id']} inside",
+         Birth._write_id_maps),
+    Step("launcher", "cgroup-attach", "move it into its v1 cgroups (hybrid and v1 hosts)",
+         Birth._attach_cgroup),
+)  # fmt: skip
+
+ENVIRONMENT_STEPS = (
+    Step("environment", "session", "close every inherited descriptor; a session of its own",
+         Birth._start_session),
+    Step("environment", "identity", _user_text, Birth._become_user),
+    Step("environment", "hostname", lambda spec: f"sethostname {spec['layout']['hostname']!r}",
+         Birth._set_hostname),
+    Step("environment", "loopback", "set lo up, where the namespace was not made ready before",
+         Birth._set_loopback_up),
+    Step("environment", "root", "clone the layout's tree and go there", Birth._take_root),
+    Step("environment", "scratch",
+         lambda spec: f"mount /tmp and /dev/shm of {spec['tmp_size']} bytes each, and /dev/pts",
+         Birth._mount_scratch),
+    Step("environment", "proc", "mount /proc of its own pid namespace, masked", Birth._mount_proc),
+    Step("environment", "mounts", _mounts_text, Birth._mount_extra),
+    Step("environment", "pivot", "pivot_root, detach the old root, check the working directory",
+         Birth._pivot),
+    Step("environment", "rlimits", _rlimit_text, Birth._set_rlimits),
+    Step("environment", "privileges",
+         "lock securebits, empty all capability sets, no_new_privs, not dumpable, new keyring",
+         Birth._drop_privileges),
+    Step("environment", "attached", "wait until the cgroups hold it", Birth._await_attached),
+    Step("environment", "seccomp", lambda spec: f"load the filter: {spec['seccomp_name']}",
+         Birth._load_filter),
+)  # fmt: skip
+
+STEPS = LAUNCHER_STEPS + ENVIRONMENT_STEPS

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side of the launcher: start it once, ask it for births, notice its death.
+
+The host process never forks: it may have forty threads. The launcher is started by
+posix_spawn(3) with an empty environment, in a session of its own (Ctrl-C is not for it).
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import importlib.util
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from typing import Any, Final
+
+import nsbox
+from nsbox.errors import ConfigError, LauncherError, UnsupportedHostError
+from nsbox.launcher import wire
+from nsbox.launcher.idmaps import write_launcher_maps
+
+_log = logging.getLogger("nsbox")
+
+START_DEADLINE: Final = 30.0
+"""Seconds the launcher may take to say hello."""
+_FAREWELL: Final = 5.0  # seconds the interpreter waits at its exit until all is removed
+_FIRST_FREE: Final = 10  # descriptors are passed to the child below this number
+
+
+class Launcher:
+    """A running launcher process.
+
+    Attributes:
+        hello: What it found out about this host (see `nsbox.launcher`).
+        pid: Its process id.
+    """
+
+    def __init__(self) -> None:
+        """Start a launcher and wait for its hello.
+
+        Raises:
+            UnsupportedHostError: A user or mount namespace cannot be made here.
+            LauncherError: It did not start.
+        """
+        self._owner = os.getpid()
+        self._channel, theirs = wire.pair()
+        self._done, done_write = os.pipe()
+        try:
+            self.pid = _spawn(theirs.fileno(), done_write)
+            self._pidfd = os.pidfd_open(self.pid)
+        except OSError as error:
+            self.abandon()
+            raise LauncherError(f"the launcher could not be started: {error}") from error
+        finally:
+            theirs.close()
+            os.close(done_write)
+        try:
+            self.hello = self._await_hello()
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_hello(self) -> dict[str, Any]:
+        self._channel.settimeout(START_DEADLINE)
+        while True:
+            try:
+                received = wire.receive(self._channel)
+            except TimeoutError:
+                raise LauncherError(
+                    f"the launcher said nothing for {START_DEADLINE:g} seconds"
+                ) from None
+            if received is None:
+                raise LauncherError("the launcher ended before it said hello")
+            message = received[0]
+            if message["kind"] == "user-namespace":
+                write_launcher_maps(message["pid"])
+                wire.send(self._channel, {"kind": "mapped"})
+            elif message["kind"] == "fatal":
+                _raise_start_failure(message)
+            else:
+                self._channel.settimeout(None)
+                return message
+
+    @property
+    def alive(self) -> bool:
+        """Whether this process started it and it still runs."""
+        return self._owner == os.getpid() and not _is_readable(self._pidfd, 0)
+
+    def request_birth(self, spec: dict[str, Any], control: int, supervision: int) -> None:
+        """Ask for an environment; the answer comes on the supervision socket.
+
+        Raises:
+            ConfigError: The configuration is too large for one message.
+            LauncherError: The launcher is gone.
+        """
+        try:
+            wire.send(self._channel, spec, [control, supervision])
+        except ValueError as error:
+            raise ConfigError(f"the configuration is too large: {error}") from error
+        except OSError as error:
+            raise LauncherError(f"the launcher is gone: {error}") from error
+
+    def last_words(self) -> str:
+        """Return what a launcher that failed has said of it, or ""."""
+        if not _is_readable(self._channel.fileno(), 0.1):
+            return ""
+        received = wire.receive(self._channel)
+        return "" if received is None else str(received[0].get("text", ""))
+
+    def close(self) -> None:
+        """End the launcher and wait until nothing of it or its environments is left."""
+        self._channel.close()
+        # EOF comes when the launcher and its janitor are both gone.
+        if not _is_readable(self._done, _FAREWELL):
+            _log.warning("the launcher %d had not cleaned up after %g s", self.pid, _FAREWELL)
+        os.close(self._done)
+        self._reap()
+        os.close(self._pidfd)
+
+    def _reap(self) -> None:
+        try:
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:
+            pass  # a SIGCHLD handler of the host program took it
+
+    def abandon(self) -> None:
+        """Close the descriptors only: in a forked child of the host, whose launcher it is not."""
+        self._channel.close()
+        for fd in (self._done, getattr(self, "_pidfd", -1)):
+            if fd >= 0:
+                os.close(fd)
+
+
+def _is_readable(fd: int, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN | select.POLLHUP)
+    return bool(poll.poll(timeout * 1000))
+
+
+def _import_paths() -> list[str]:
+    """Return the directories that hold nsbox and the extension modules the launcher imports."""
+    paths = [os.path.dirname(os.path.dirname(os.path.abspath(nsbox.__file__)))]
+    for name, remedy in (("_prctl", "python-prctl"), ("cgroupspy", "cgroupspy")):
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            raise LauncherError(f"the package {remedy} is not installed; pip install {remedy}")
+        directory = os.path.dirname(found.origin)
+        paths.append(os.path.dirname(directory) if found.submodule_search_locations else directory)
+    return list(dict.fromkeys(paths))
+
+
+def _spawn(channel: int, done: int) -> int:
+    if not sys.executable:
+        raise LauncherError("sys.executable is not set: nsbox needs the interpreter's path")
+    settings = {"paths": _import_paths(), "channel": 3, "done": 4, "host": os.getpid()}
+    id_range = os.environ.get("NSBOX_ID_RANGE")
+    if id_range:
+        settings["id_range"] = _parse_id_range(id_range)
+    # Copies above the numbers they go to, or one dup2 could overwrite the other's source.
+    sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE) for fd in (channel, done)]
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return os.posix_spawn(
+            sys.executable,
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                os.path.join(os.path.dirname(__file__), "main.py"),
+                json.dumps(settings),
+            ],
+            {},
+            file_actions=[
+                *((os.POSIX_SPAWN_DUP2, null, number) for number in range(3)),
+                (os.POSIX_SPAWN_DUP2, sources[0], 3),
+                (os.POSIX_SPAWN_DUP2, sources[1], 4),
+            ],
+            setsid=True,
+            setsigmask=(),
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+        )
+    finally:
+        for fd in (*sources, null):
+            os.close(fd)
+
+
+def _parse_id_range(text: str) -> tuple[int, int]:
+    first, _, count = text.partition(":")
+    if not (first.isdigit() and count.isdigit()) or int(first) < 1 or int(count) < 1:
+        raise ConfigError(f"NSBOX_ID_RANGE: {text!r} is not FIRST:COUNT, such as 1879048192:65536")
+    return int(first), int(count)
+
+
+def _raise_start_failure(message: dict[str, Any]) -> None:
+    if "unshare" in message["message"]:
+        raise UnsupportedHostError(
+            "namespace.user",
+            message["message"],
+            "Unprivileged user namespaces are switched off here; 'nsbox doctor' names the remedy.",
+        )
+    raise LauncherError(f"the launcher failed to start: {message['message']}\n{message['text']}")
+
+
+_lock = threading.Lock()
+_current: Launcher | None = None
+
+
+def get_launcher() -> Launcher:
+    """Return this process's launcher, started on first use and anew when it has died."""
+    global _current
+    with _lock:
+        if _current is None or not _current.alive:
+            if _current is not None:
+                _log.warning("the launcher %d has died; starting another", _current.pid)
+                _current.close()
+                _current = None
+            _current = Launcher()
+        return _current
+
+
+def shutdown() -> None:
+    """End the launcher and with it every environment of this process; both start anew on use."""
+    global _current
+    with _lock:
+        if _current is not None:
+            _current.close()
+            _current = None
+
+
+def _forget_in_child() -> None:
+    global _current, _lock
+    _lock = threading.Lock()  # another thread of the parent may hold the old one for ever
+    if _current is not None:
+        _current.abandon()
+        _current = None
+
+
+atexit.register(shutdown)
+os.register_at_fork(after_in_child=_forget_in_child)

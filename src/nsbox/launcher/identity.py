@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who the launcher is, and which host ids its environments can have.
+
+Three cases: root of the host, each environment with an id of a configured range; an ordinary user
+with subordinate ids (subuid(5)), the same out of those; an ordinary user without, all
+environments with the user's own id. Never the id 0.
+"""
+
+from __future__ import annotations
+
+import os
+
+from nsbox.isolation.namespaces import HOST_ID_BASE, HOST_ID_COUNT, IdPool
+from nsbox.linux import calls
+
+_CAP_SYS_ADMIN = 21  # linux/capability.h
+_CAP_SETUID = 7
+
+
+class Identity:
+    """What the launcher may do about ids.
+
+    Attributes:
+        ids: Where environments get their host ids from; None when all have the launcher's own.
+        may_drop_groups: Whether setgroups(2) is allowed in its user namespace.
+        kind: ``"range"``, ``"subordinate"`` or ``"own"``.
+    """
+
+    def __init__(self, ids: IdPool | None, kind: str) -> None:
+        self.ids = ids
+        self.kind = kind
+        self.may_drop_groups = _setgroups_allowed()
+
+
+def is_privileged() -> bool:
+    """Whether this process is root with the capabilities a birth needs."""
+    effective = calls.capget()[0]
+    needed = 1 << _CAP_SYS_ADMIN | 1 << _CAP_SETUID
+    return os.geteuid() == 0 and effective & needed == needed
+
+
+def choose(*, own_namespace: bool, id_range: tuple[int, int] | None) -> Identity:
+    """Return the identity of this process, which has its id maps by now.
+
+    Args:
+        own_namespace: Whether the launcher made a user namespace for itself.
+        id_range: First id and count given by the operator; None for the default range.
+    """
+    extents = _extents()
+    if own_namespace:
+        # Ids from 1 up are the subordinate ones, if newuidmap wrote any.
+        for inside, outside, count in extents:
+            if inside == 1:
+                return Identity(IdPool(outside, count, offset=outside - inside), "subordinate")
+        return Identity(None, "own")
+    first, count = id_range or (HOST_ID_BASE, HOST_ID_COUNT)
+    for inside, _, length in extents:
+        if inside <= first and first + count <= inside + length:
+            return Identity(IdPool(first, count), "range")
+    if id_range is not None:
+        raise ValueError(f"NSBOX_ID_RANGE {first}:{count} is not mapped in this user namespace")
+    # Root of a container: take the upper half of what was given to it.
+    inside, outside, length = max(extents, key=lambda extent: extent[2])
+    if length < 2:
+        return Identity(None, "own")
+    half = length // 2
+    first = inside + length - half
+    return Identity(IdPool(outside + length - half, half, offset=outside - inside), "range")
+
+
+def _extents() -> list[tuple[int, int, int]]:
+    """Return the id ranges mapped for both users and groups: (inside, outside, count)."""
+    found = []
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/self/{name}") as file:
+            found.append([tuple(int(word) for word in line.split()) for line in file])
+    users, groups = found
+    both = [
+        (inside, outside, min(count, other[2]))
+        for inside, outside, count in users
+        for other in groups
+        if other[0] == inside
+    ]
+    return both or [(0, 0, 1)]
+
+
+def _setgroups_allowed() -> bool:
+    try:
+        with open("/proc/self/setgroups") as file:
+            return file.read().strip() == "allow"
+    except FileNotFoundError:
+        return True

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the id maps of a rootless launcher's user namespace, from the host's side.
+
+With a range in /etc/subuid and /etc/subgid (subuid(5)) the set-user-ID helpers newuidmap and
+newgidmap write them; else the caller's own id is all an ordinary user may map
+(user_namespaces(7)).
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+
+
+def write_launcher_maps(pid: int) -> None:
+    """Map id 0 of the launcher `pid` to the caller's, and ids from 1 to subordinate ones if any."""
+    uid, gid = os.geteuid(), os.getegid()
+    users, groups = _subordinate("/etc/subuid", uid), _subordinate("/etc/subgid", uid)
+    tools = shutil.which("newuidmap"), shutil.which("newgidmap")
+    if users and groups and all(tools) and pid > 0:
+        count = min(users[1], groups[1])
+        done = [
+            subprocess.run(  # noqa: S603 - fixed programs, numbers only
+                [str(tool), str(pid), "0", str(own), "1", "1", str(first), str(count)],
+                check=False,
+                capture_output=True,
+                env={},
+            ).returncode
+            for tool, own, first in zip(tools, (uid, gid), (users[0], groups[0]), strict=True)
+        ]
+        if done == [0, 0]:
+            return
+        # One map may be there and the other not: fill the one that is missing below.
+    _write_if_empty(pid, "uid_map", f"0 {uid} 1")
+    if not _read(pid, "gid_map"):
+        # Without it a process could drop a group that denies it access (CVE-2014-8989).
+        with open(f"/proc/{pid}/setgroups", "w") as file:
+            file.write("deny")
+        _write_if_empty(pid, "gid_map", f"0 {gid} 1")
+
+
+def _read(pid: int, name: str) -> str:
+    with open(f"/proc/{pid}/{name}") as file:
+        return file.read()
+
+
+def _write_if_empty(pid: int, name: str, line: str) -> None:
+    if not _read(pid, name):
+        with open(f"/proc/{pid}/{name}", "w") as file:
+            file.write(line)
+
+
+def _subordinate(path: str, uid: int) -> tuple[int, int] | None:
+    """Return the first id and the count that `path` grants to `uid`, or None."""
+    names = {str(uid)}
+    try:
+        names.add(pwd.getpwuid(uid).pw_name)
+    except KeyError:
+        pass  # an id without an account can still be named by number
+    try:
+        with open(path) as file:
+            for line in file:
+                name, _, rest = line.strip().partition(":")
+                first, _, count = rest.partition(":")
+                if name in names and first.isdigit() and count.isdigit() and int(count) > 0:
+                    return int(first), int(count)
+    except OSError:
+        return None
+    return None

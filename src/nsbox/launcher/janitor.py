@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The janitor: waits for the launcher's end, whatever it was, and removes its cgroups.
+
+Processes, mounts and sockets of a dead launcher go by themselves (lifelines, namespaces). Cgroup
+directories are all that would stay, and a process killed with SIGKILL cannot remove its own.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+from nsbox.isolation import cgroups, privileges
+from nsbox.linux.descriptors import close_all_but
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+def start(directories: list[str], done: int) -> int:
+    """Fork the janitor of the calling process; return its pidfd.
+
+    `done` is a pipe end that the janitor keeps open until all is removed: who reads EOF from it
+    knows that nothing is left.
+    """
+    launcher = os.pidfd_open(os.getpid())
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _run(launcher, directories, done)
+        finally:
+            os._exit(1)
+    os.close(launcher)
+    return os.pidfd_open(pid)
+
+
+def _run(launcher: int, directories: list[str], done: int) -> NoReturn:
+    privileges.set_name("nsbox-janitor")
+    # The launcher's lifeline and its socket to the host must not stay open here.
+    close_all_but((0, 1, 2, launcher, done))
+    poll = select.poll()
+    poll.register(launcher, select.POLLIN)
+    poll.poll()
+    cgroups.remove_tree_after(directories)
+    os._exit(0)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages between the host and its launcher: one JSON object a datagram, with descriptors.
+
+Both ends are trusted. What comes from inside an environment has its own, fixed-size frames
+(`nsbox.guest.protocol`).
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+
+from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+LARGEST = 160 << 10
+"""Bytes of one message; below the kernel's default send buffer (net.core.wmem_default)."""
+
+
+def pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[socket.socket, socket.socket]:
+    """Return a connected pair of Unix sockets, close-on-exec."""
+    return socket.socketpair(socket.AF_UNIX, kind)
+
+
+def send(channel: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    """Send one message.
+
+    Raises:
+        ValueError: The message is larger than `LARGEST`.
+        OSError: The other end is gone.
+    """
+    data = json.dumps(message).encode()
+    if len(data) > LARGEST:
+        raise ValueError(f"a message of {len(data)} bytes is over the limit of {LARGEST}")
+    send_bytes(channel, data, fds)
+
+
+def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    """Return the next message and its descriptors, or None when the other end is gone."""
+    try:
+        data, fds = receive_bytes(channel, LARGEST)
+    except ConnectionError:
+        return None
+    if not data:
+        close_all(fds)
+        return None
+    return json.loads(data), fds

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel constants, by the header that defines them, with the first kernel version.
+
+Only what the standard library does not have: `os.O_PATH`, `signal.SIGKILL` and the like come from
+there. Every value is the same on x86_64 and aarch64 (`calls` has the numbers that are not).
+"""
+
+from __future__ import annotations
+
+# asm/signal.h. Here because `import signal` loads enum, which costs the launcher milliseconds.
+SIGCHLD = 17
+
+# linux/sched.h: clone3(2), unshare(2), setns(2)
+CLONE_NEWTIME = 0x00000080  # 5.6; inside clone(2)'s signal mask, so only unshare and clone3 take it
+CLONE_VM = 0x00000100
+CLONE_PIDFD = 0x00001000  # 5.2
+CLONE_VFORK = 0x00004000
+CLONE_PARENT = 0x00008000  # 2.3.13
+CLONE_NEWNS = 0x00020000  # 2.4.19
+CLONE_CHILD_CLEARTID = 0x00200000  # 2.5.49
+CLONE_CHILD_SETTID = 0x01000000  # 2.5.49
+CLONE_NEWCGROUP = 0x02000000  # 4.6
+CLONE_NEWUTS = 0x04000000  # 2.6.19
+CLONE_NEWIPC = 0x08000000  # 2.6.19
+CLONE_NEWUSER = 0x10000000  # 2.6.23; without privilege since 3.8
+CLONE_NEWPID = 0x20000000  # 2.6.24
+CLONE_NEWNET = 0x40000000  # 2.6.24
+CLONE_CLEAR_SIGHAND = 0x1_0000_0000  # 5.5, clone3 only
+CLONE_INTO_CGROUP = 0x2_0000_0000  # 5.7, clone3 only
+
+# linux/mount.h: mount(2)
+MS_RDONLY = 0x1
+MS_NOSUID = 0x2
+MS_NODEV = 0x4
+MS_NOEXEC = 0x8
+MS_REMOUNT = 0x20
+MS_NOSYMFOLLOW = 0x100  # 5.10
+MS_NOATIME = 0x400
+MS_NODIRATIME = 0x800
+MS_BIND = 0x1000  # 2.4
+MS_MOVE = 0x2000  # 2.4.18
+MS_REC = 0x4000  # 2.4.11
+MS_SILENT = 0x8000  # 2.6.17
+MS_UNBINDABLE = 0x20000  # 2.6.15
+MS_PRIVATE = 0x40000  # 2.6.15
+MS_SLAVE = 0x80000  # 2.6.15
+MS_SHARED = 0x100000  # 2.6.15
+MS_RELATIME = 0x200000  # 2.6.20
+MS_STRICTATIME = 0x1000000  # 2.6.30
+
+# linux/fs.h, sys/mount.h: umount2(2)
+MNT_FORCE = 0x1
+MNT_DETACH = 0x2  # 2.4.11
+MNT_EXPIRE = 0x4  # 2.6.8
+UMOUNT_NOFOLLOW = 0x8  # 2.6.34
+
+# linux/fcntl.h: the *at() family and the file descriptor mount calls
+AT_FDCWD = -100
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_SYMLINK_FOLLOW = 0x400
+AT_NO_AUTOMOUNT = 0x800  # 2.6.38
+AT_EMPTY_PATH = 0x1000  # 2.6.39
+AT_RECURSIVE = 0x8000  # 5.2
+
+# linux/mount.h: open_tree(2), move_mount(2)
+OPEN_TREE_CLONE = 0x1  # 5.2
+OPEN_TREE_CLOEXEC = 0o2000000  # 5.2; O_CLOEXEC
+MOVE_MOUNT_F_SYMLINKS = 0x1  # 5.2
+MOVE_MOUNT_F_AUTOMOUNTS = 0x2  # 5.2
+MOVE_MOUNT_F_EMPTY_PATH = 0x4  # 5.2
+MOVE_MOUNT_T_SYMLINKS = 0x10  # 5.2
+MOVE_MOUNT_T_AUTOMOUNTS = 0x20  # 5.2
+MOVE_MOUNT_T_EMPTY_PATH = 0x40  # 5.2
+MOVE_MOUNT_SET_GROUP = 0x100  # 5.15
+MOVE_MOUNT_BENEATH = 0x200  # 6.5
+
+# linux/mount.h: mount_setattr(2) 5.12, and the attributes of fsmount(2) 5.2
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
+MOUNT_ATTR__ATIME = 0x70  # the mask; clear it whenever one of the next three is set
+MOUNT_ATTR_RELATIME = 0x0
+MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR_STRICTATIME = 0x20
+MOUNT_ATTR_NODIRATIME = 0x80
+MOUNT_ATTR_IDMAP = 0x100000  # 5.12; tmpfs since 6.3
+MOUNT_ATTR_NOSYMFOLLOW = 0x200000  # 5.14
+
+# linux/mount.h: fsopen(2), fsconfig(2), fsmount(2)
+FSOPEN_CLOEXEC = 0x1  # 5.2
+FSMOUNT_CLOEXEC = 0x1  # 5.2
+FSCONFIG_SET_FLAG = 0  # 5.2
+FSCONFIG_SET_STRING = 1  # 5.2
+FSCONFIG_SET_BINARY = 2  # 5.2
+FSCONFIG_SET_PATH = 3  # 5.2
+FSCONFIG_SET_PATH_EMPTY = 4  # 5.2
+FSCONFIG_SET_FD = 5  # 5.2
+FSCONFIG_CMD_CREATE = 6  # 5.2
+FSCONFIG_CMD_RECONFIGURE = 7  # 5.2
+
+# linux/openat2.h: openat2(2), 5.6
+RESOLVE_NO_XDEV = 0x1
+RESOLVE_NO_MAGICLINKS = 0x2
+RESOLVE_NO_SYMLINKS = 0x4
+RESOLVE_BENEATH = 0x8
+RESOLVE_IN_ROOT = 0x10
+RESOLVE_CACHED = 0x20  # 5.12
+
+# linux/close_range.h: close_range(2), 5.9
+CLOSE_RANGE_UNSHARE = 0x2
+CLOSE_RANGE_CLOEXEC = 0x4  # 5.11
+CLOSE_RANGE_MAX = 0xFFFF_FFFF
+"""The `last` that means "every descriptor from `first` on"."""
+
+# linux/keyctl.h: keyctl(2)
+KEYCTL_JOIN_SESSION_KEYRING = 1  # 2.6.10
+
+# linux/prctl.h: prctl(2); only what `linux/` itself uses and the prctl module has no function for
+PR_SET_PDEATHSIG = 1  # 2.1.57; the prctl module is not loaded in the launcher
+PR_GET_TID_ADDRESS = 40  # 3.5; EINVAL without CONFIG_CHECKPOINT_RESTORE
+PR_CAP_AMBIENT = 47  # 4.3
+PR_CAP_AMBIENT_IS_SET = 1  # 4.3
+PR_CAP_AMBIENT_CLEAR_ALL = 4  # 4.3
+
+# linux/seccomp.h: seccomp(2), 3.17
+SECCOMP_SET_MODE_FILTER = 1
+SECCOMP_GET_ACTION_AVAIL = 2  # 4.14
+SECCOMP_FILTER_FLAG_TSYNC = 0x1  # 3.17
+SECCOMP_FILTER_FLAG_LOG = 0x2  # 4.14
+SECCOMP_FILTER_FLAG_SPEC_ALLOW = 0x4  # 4.17
+SECCOMP_FILTER_FLAG_TSYNC_ESRCH = 0x10  # 5.7
+SECCOMP_MODE_DISABLED = 0  # the values of `Seccomp:` in /proc/PID/status
+SECCOMP_MODE_STRICT = 1
+SECCOMP_MODE_FILTER = 2
+SECCOMP_RET_KILL_PROCESS = 0x8000_0000  # 4.14
+SECCOMP_RET_KILL_THREAD = 0x0
+SECCOMP_RET_ERRNO = 0x0005_0000  # 3.5
+SECCOMP_RET_LOG = 0x7FFC_0000  # 4.14
+SECCOMP_RET_ALLOW = 0x7FFF_0000  # 3.5
+# linux/bpf_common.h
+BPF_MAXINSNS = 4096
+
+# linux/capability.h: capset(2)
+LINUX_CAPABILITY_VERSION_3 = 0x2008_0522  # 2.6.26
+LINUX_CAPABILITY_U32S_3 = 2
+
+# linux/sockios.h, linux/if.h: netdevice(7)
+SIOCGIFFLAGS = 0x8913
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 0x1
+IFNAMSIZ = 16

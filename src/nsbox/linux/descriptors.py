@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bytes with descriptors over Unix sockets (unix(7), SCM_RIGHTS)."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+
+from nsbox.linux import calls
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+MOST_FDS = 16
+"""Descriptors one message may carry."""
+
+
+def send_bytes(channel: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+    """Send raw bytes with descriptors."""
+    if fds:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        channel.sendmsg([data], [rights])
+    else:
+        channel.send(data)
+
+
+def receive_bytes(channel: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    """Return up to `size` raw bytes and the descriptors that came with them (close-on-exec)."""
+    data, ancillary, flags, _ = channel.recvmsg(
+        size, socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    fds = array.array("i")
+    for level, kind, content in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+    received = list(fds)
+    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        close_all(received)
+        raise ConnectionError("a message was cut off")
+    return data, received
+
+
+def close_all(fds: Sequence[int]) -> None:
+    """Close descriptors."""
+    for fd in fds:
+        os.close(fd)
+
+
+def close_all_but(kept: Sequence[int]) -> None:
+    """Close every descriptor of this process but `kept`, with one call for each gap."""
+    ordered = sorted(kept)
+    for low, high in zip([-1, *ordered], [*ordered, 1 << 32], strict=True):
+        if high - low > 1:
+            calls.close_range(low + 1, high - 1)
