@@ -294,8 +294,9 @@ static double run_batch(struct batch *batch, unsigned count, unsigned starters, 
     atomic_store(&batch->failed, 0);
     DO(pipe2(ready, O_CLOEXEC));
     DO(pipe2(barrier, O_CLOEXEC));
+    pid_t pids[MAX_STARTERS];
     for (unsigned index = 0; index < starters; index++) {
-        pid_t pid = fork();
+        pid_t pid = pids[index] = fork();
         DO(pid);
         if (pid == 0) {
             close(barrier[1]);
@@ -310,7 +311,7 @@ static double run_batch(struct batch *batch, unsigned count, unsigned starters, 
     close(barrier[1]);
     for (unsigned index = 0; index < starters; index++) {
         int status;
-        DO(wait(&status));
+        DO(waitpid(pids[index], &status, 0)); /* by pid: orphans of a spawned sandbox may be ours, too */
         if (status != 0)
             atomic_fetch_add(&batch->failed, 1);
     }
@@ -356,6 +357,8 @@ static int serve(char **command) {
     DO(dup2(null, 0));
     DO(dup2(null, 1));
     close(null);
+    /* bubblewrap ends before its own PID 1 does: reap that here, after the answer, not in the host's init. */
+    DO(prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0));
     FILE *input = fdopen(requests, "r");
     if (input == NULL)
         fail("fdopen");
@@ -373,6 +376,10 @@ static int serve(char **command) {
             dprintf(2, "floor: unknown request: %s", line);
             return 2;
         }
+        while (waitpid(-1, NULL, WNOHANG) > 0) {
+        }
+    }
+    while (waitpid(-1, NULL, 0) > 0) {
     }
     return 0;
 }

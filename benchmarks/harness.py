@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark shares: cases measured in turn, statistics, host facts, JSON lines, tables.
+"""What every benchmark shares: cases measured in turn, statistics, host facts, output.
 
-A benchmark is a list of `Case` objects. `measure_interleaved` runs one of each per round, in an order
-that changes every round, so that a noisy moment of the machine strikes all of them alike and a
-ratio between two cases of one run means something even where the absolute numbers do not.
+A benchmark is a list of `Case` objects. `measure_interleaved` runs one of each per round, in an
+order that changes every round, so that a noisy moment of the machine strikes all of them alike and
+a ratio between two cases of one run means something even where the absolute numbers do not.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Target:
     name: str
     reference: str
     bound: float | None = None
+    unit: str = MICROSECONDS
 
 
 class Report:
@@ -80,10 +81,16 @@ class Report:
         self.missing: dict[str, str] = {}
         self.host = host_facts()
 
-    def add(self, unit: str, samples: dict[str, float]) -> None:
-        """Appends one sample to each named series."""
+    def add(self, unit: str, samples: dict[str, float], *, counted: bool = True) -> None:
+        """Appends one sample to each named series; one not `counted` only fixes the order."""
         for name, sample in samples.items():
-            self.series.setdefault(name, Series(name, unit)).samples.append(sample)
+            series = self.series.setdefault(name, Series(name, unit))
+            if counted:
+                series.samples.append(sample)
+
+    def drop_empty(self) -> None:
+        """Forgets the series that have no samples: their case failed before the first round."""
+        self.series = {name: series for name, series in self.series.items() if series.samples}
 
     def write_json_lines(self, stream: TextIO) -> None:
         """One object a line: name, unit, samples, host."""
@@ -118,7 +125,7 @@ class Report:
         label = f"{target.name} / {target.reference}"
         ours = self.series.get(target.name)
         theirs = self.series.get(target.reference)
-        at_least = (ours or theirs or Series("", MICROSECONDS)).unit == PER_SECOND
+        at_least = target.unit == PER_SECOND
         wanted = "" if target.bound is None else f"{'>=' if at_least else '<='} {target.bound:.2f}"
         if ours is None or theirs is None:
             return [label, "-", "-", wanted, "not measured"]
@@ -155,10 +162,10 @@ def measure_interleaved(
                 report.missing[case.name] = f"failed in round {number + 1}: {describe(error)}"
                 active.remove(case)
                 continue
-            if number >= warmup:
-                report.add(case.unit, samples)
+            report.add(case.unit, samples, counted=number >= warmup)
         progress(f"round {number + 1} of {warmup + rounds}")
     progress("")
+    report.drop_empty()
 
 
 def describe(error: BaseException) -> str:
@@ -175,7 +182,7 @@ def progress(text: str) -> None:
 
 
 def host_facts() -> dict[str, str]:
-    """Kernel, CPU, Python, commit of this checkout and user, as every published number names them."""
+    """Kernel, CPU, Python, commit and user: what every published number has to name."""
     return {
         "kernel": platform.release(),
         "cpu": f"{os.cpu_count()} x {_cpu_model()}",
@@ -197,7 +204,9 @@ def _commit() -> str:
     # safe.directory: git refuses another user's repository, and CI runs this as nobody as well.
     git = ["git", "-c", "safe.directory=*", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+        )
         state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     except FileNotFoundError:
         return "unknown (git is not installed)"

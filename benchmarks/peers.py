@@ -6,12 +6,12 @@ Every peer that cannot run here says why, by name, in an `UnavailableError`.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -43,11 +43,16 @@ def compile_floor(directory: Path) -> Path:
 class FloorServer:
     """A running `floor --server`: one request a line, times taken in C."""
 
-    def __init__(self, program: Path, command: list[str], *, spawn: bool = False) -> None:
-        """Starts the server for `command`; with `spawn` it starts it without a sandbox of its own."""
+    def __init__(
+        self, program: Path, command: list[str], *, spawn: bool = False, prefix: Sequence[str] = ()
+    ) -> None:
+        """Starts a server for `command`; with `spawn` it makes no sandbox of its own.
+
+        `prefix` is a command that ends by executing its arguments; the server runs under it.
+        """
         options = ["--spawn"] if spawn else []
         self._process = subprocess.Popen(
-            [str(program), *options, "--server", "--", *command],
+            [*prefix, str(program), *options, "--server", "--", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -97,7 +102,7 @@ class FloorServer:
 
 
 def bubblewrap_argv(command: list[str]) -> list[str]:
-    """bubblewrap set up as near to the floor as its options go (no id of another user, no filter)."""
+    """bubblewrap as near to the floor as its options go (no other user's id, no filter)."""
     program = shutil.which("bwrap")
     if program is None:
         raise UnavailableError("not installed (apt install bubblewrap)")
@@ -116,19 +121,6 @@ def bubblewrap_argv(command: list[str]) -> list[str]:
     ]
 
 
-def spawn_and_wait(argv: list[str]) -> float:
-    """posix_spawn to waitpid; microseconds."""
-    begin = time.perf_counter_ns()
-    pid = os.posix_spawn(argv[0], argv, ENVIRONMENT)
-    _, status = os.waitpid(pid, 0)
-    duration = time.perf_counter_ns() - begin
-    if status:
-        raise UnavailableError(
-            f"{Path(argv[0]).name} ended with status {os.waitstatus_to_exitcode(status)}"
-        )
-    return duration / 1e3
-
-
 def run_subprocess(command: list[str]) -> float:
     """A plain `subprocess.run`; microseconds."""
     begin = time.perf_counter_ns()
@@ -136,30 +128,44 @@ def run_subprocess(command: list[str]) -> float:
     return (time.perf_counter_ns() - begin) / 1e3
 
 
-class Crun:
-    """`crun run` of a bundle that asks for the floor's namespaces and mounts."""
+def crun_argv(directory: Path, command: list[str]) -> list[str]:
+    """`crun run` of a bundle, written below `directory`, with the floor's namespaces and mounts."""
+    program = shutil.which("crun")
+    if program is None:
+        raise UnavailableError("not installed (apt install crun)")
+    bundle = directory / "bundle"
+    root = bundle / "rootfs"
+    for name in ("usr", "dev", "proc", "tmp"):
+        (root / name).mkdir(parents=True)
+    for name in ROOT_LINKS:
+        if target := _link_target(name):
+            (root / name).symlink_to(target)
+    (bundle / "config.json").write_text(json.dumps(_crun_config(command)))
+    # No cgroup: the floor and bubblewrap make none, and rootless there is none to be had.
+    options = [f"--root={directory / 'crun'}", "--cgroup-manager=disabled"]
+    return [program, *options, "run", f"--bundle={bundle}", f"nsbox-benchmark-{os.getpid()}"]
 
-    def __init__(self, directory: Path, command: list[str]) -> None:
-        """Writes the bundle below `directory`; nothing runs yet."""
-        program = shutil.which("crun")
-        if program is None:
-            raise UnavailableError("not installed (apt install crun)")
-        self._bundle = directory / "bundle"
-        root = self._bundle / "rootfs"
-        for name in ("usr", "dev", "proc", "tmp"):
-            (root / name).mkdir(parents=True)
-        for name in ROOT_LINKS:
-            if target := _link_target(name):
-                (root / name).symlink_to(target)
-        (self._bundle / "config.json").write_text(json.dumps(_crun_config(command)))
-        # No cgroup: the floor and bubblewrap make none, and rootless there is none to be had.
-        self._prefix = [program, f"--root={directory / 'crun'}", "--cgroup-manager=disabled"]
-        self._numbers = itertools.count()
 
-    def run(self) -> float:
-        """One container from start to exit; microseconds."""
-        name = f"nsbox-benchmark-{os.getpid()}-{next(self._numbers)}"
-        return spawn_and_wait([*self._prefix, "run", f"--bundle={self._bundle}", name])
+def crun_prefix() -> list[str]:
+    """What has to stand before a program that starts crun on this host (nothing, as a rule).
+
+    crun 1.8 refuses hybrid hosts whose v2 hierarchy has a controller, even when told to leave
+    cgroups alone. Root can hide that hierarchy in a mount namespace of the benchmark's own.
+    """
+    unified = Path("/sys/fs/cgroup/unified")
+    controllers = unified / "cgroup.controllers"
+    hybrid = controllers.exists() and controllers.read_text().strip()
+    if not hybrid or os.geteuid() != 0:
+        return []
+    return ["unshare", "--mount", "sh", "-c", 'umount "$0" && exec "$@"', str(unified)]
+
+
+def check_runs(argv: list[str]) -> None:
+    """Runs `argv` once; an UnavailableError with its own words when it fails."""
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT)
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+        raise UnavailableError(f"does not run here: {words[-1]}")
 
 
 def _crun_config(command: list[str]) -> dict[str, object]:

@@ -24,13 +24,14 @@ from types import ModuleType
 
 from harness import MICROSECONDS, PER_SECOND, Case, Report, Target, describe, measure_interleaved
 from peers import (
-    Crun,
     FloorServer,
     UnavailableError,
     bubblewrap_argv,
+    check_runs,
     compile_floor,
+    crun_argv,
+    crun_prefix,
     run_subprocess,
-    spawn_and_wait,
 )
 
 COMMAND = ["/bin/true"]
@@ -45,9 +46,9 @@ TARGETS = (
     Target("nsbox-fresh", "floor", 2.0),
     Target("nsbox-fresh", "bwrap", 1.0),
     Target("nsbox-existing", "subprocess", 2.5),
-    Target("nsbox-rate-8", "floor-rate-8", 0.5),
-    Target("nsbox-rate-2", "floor-rate-2"),
-    Target("nsbox-rate-8", "bwrap-rate-8"),
+    Target("nsbox-rate-8", "floor-rate-8", 0.5, PER_SECOND),
+    Target("nsbox-rate-2", "floor-rate-2", unit=PER_SECOND),
+    Target("nsbox-rate-8", "bwrap-rate-8", unit=PER_SECOND),
     Target("nsbox-run", "floor"),
     Target("bwrap", "floor"),
     Target("crun", "floor"),
@@ -62,17 +63,21 @@ class Suite:
         self._wanted = wanted
         self._report = report
         self._stack = contextlib.ExitStack()
+        self._directory = Path()
+        self._program: Path | None = None
         self.single: list[Case] = []
         self.rates: list[Case] = []
 
     def __enter__(self) -> Suite:
         """Starts every peer; one that cannot run is named in the report."""
         with contextlib.ExitStack() as stack:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nsbox-bench-")))
-            directory.chmod(0o755)  # crun enters its bundle as the container's user
+            temporary = tempfile.TemporaryDirectory(prefix="nsbox-bench-")
+            self._directory = Path(stack.enter_context(temporary))
+            self._directory.chmod(0o755)  # crun enters its bundle as the container's user
             self._stack = stack
-            self._add_floor_and_bubblewrap(directory)
-            self._attempt("crun", lambda: self._add_crun(directory))
+            self._attempt("floor", self._add_floor)
+            self._attempt("bwrap", self._add_bubblewrap)
+            self._attempt("crun", self._add_crun)
             self._add("subprocess", lambda: run_subprocess(COMMAND))
             self._attempt("nsbox", self._add_nsbox)
             self._stack = stack.pop_all()
@@ -86,7 +91,8 @@ class Suite:
         return not self._wanted or any(name.startswith(prefix) for prefix in self._wanted)
 
     def _attempt(self, name: str, add: Callable[[], None]) -> None:
-        if not any(self._wants(case) for case in (*CASE_NAMES, *RATE_NAMES) if case.startswith(name)):
+        cases = [case for case in (*CASE_NAMES, *RATE_NAMES) if case.startswith(name)]
+        if not any(map(self._wants, cases)):
             return
         try:
             add()
@@ -105,36 +111,33 @@ class Suite:
                 count = starters * SANDBOXES_PER_STARTER
                 self.rates.append(_rate_case(name, measure, count, starters))
 
-    def _add_floor_and_bubblewrap(self, directory: Path) -> None:
-        program: list[Path] = []
+    def _add_floor(self) -> None:
+        server = self._stack.enter_context(FloorServer(self._compiled(), COMMAND))
+        server.one()
+        self._add("floor", server.one)
+        self._add_rates("floor", server.rate)
 
-        def add_floor() -> None:
-            server = self._stack.enter_context(FloorServer(compiled(), COMMAND))
-            server.one()
-            self._add("floor", server.one)
-            self._add_rates("floor", server.rate)
+    def _add_bubblewrap(self) -> None:
+        argv = bubblewrap_argv(COMMAND)
+        check_runs(argv)
+        # From C, as the floor is: Python's own cost is nsbox's alone to bear, and Python threads
+        # that start bubblewrap would queue for the interpreter lock.
+        server = self._stack.enter_context(FloorServer(self._compiled(), argv, spawn=True))
+        self._add("bwrap", server.one)
+        self._add_rates("bwrap", server.rate)
 
-        def add_bubblewrap() -> None:
-            argv = bubblewrap_argv(COMMAND)
-            spawn_and_wait(argv)
-            self._add("bwrap", lambda: spawn_and_wait(argv))
-            if any(self._wants(f"bwrap-rate-{starters}") for starters in STARTERS):
-                # C starters, as the floor has: Python threads would queue for the interpreter lock.
-                server = self._stack.enter_context(FloorServer(compiled(), argv, spawn=True))
-                self._add_rates("bwrap", server.rate)
+    def _add_crun(self) -> None:
+        argv = crun_argv(self._directory, COMMAND)
+        prefix = crun_prefix()
+        check_runs([*prefix, *argv])
+        program = self._compiled()
+        server = self._stack.enter_context(FloorServer(program, argv, spawn=True, prefix=prefix))
+        self._add("crun", server.one)
 
-        def compiled() -> Path:
-            if not program:
-                program.append(compile_floor(directory))
-            return program[0]
-
-        self._attempt("floor", add_floor)
-        self._attempt("bwrap", add_bubblewrap)
-
-    def _add_crun(self, directory: Path) -> None:
-        crun = Crun(directory, COMMAND)
-        crun.run()
-        self._add("crun", crun.run)
+    def _compiled(self) -> Path:
+        if self._program is None:
+            self._program = compile_floor(self._directory)
+        return self._program
 
     def _add_nsbox(self) -> None:
         nsbox = _import_nsbox()
@@ -157,9 +160,7 @@ class Suite:
         self._add_rates("nsbox", lambda count, starters: _nsbox_rate(nsbox, count, starters))
 
 
-def _rate_case(
-    name: str, measure: Callable[[int, int], float], count: int, starters: int
-) -> Case:
+def _rate_case(name: str, measure: Callable[[int, int], float], count: int, starters: int) -> Case:
     return Case(name, lambda: {name: measure(count, starters)}, PER_SECOND)
 
 
@@ -226,7 +227,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=_positive, default=3, help="rounds before (default 3)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds: a smoke test")
     parser.add_argument(
-        "--pause", type=float, default=0.003, help="seconds between two measurements (default 0.003)"
+        "--pause", type=float, default=0.003, help="seconds between measurements (default 0.003)"
     )
     parser.add_argument(
         "--only",

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from nsbox.config import Config, Limits, Mount
 from nsbox.errors import ConfigError, UnsupportedHostError
-from nsbox.isolation import namespaces
+from nsbox.isolation import namespaces, seccomp
 from nsbox.result import Protection
 
 _LIMIT_FEATURES: Final = (
@@ -24,7 +24,9 @@ _LIMIT_FEATURES: Final = (
     ("cpuset_cpus", "cgroup.cpuset"),
     ("io_max", "cgroup.io"),
 )
-_OPTIONAL_NAMESPACES: Final = {"time": "namespace.time", "cgroup": "namespace.cgroup"}
+# A time namespace hides no resource of the host; it is there so that offsets stay inside. Where the
+# kernel has none (CONFIG_TIME_NS) environments do without it and say so.
+_BEST_EFFORT_NAMESPACES: Final = frozenset({"time"})
 _STANDARD_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -115,10 +117,12 @@ class Blueprint:
         spec: What the launcher is told; JSON-able.
         layers: Protections decided so far; the birth adds the rest.
         accounts_cpu: Whether CPU time of the whole environment can be read.
+        environment: Variables of every command.
+        program: The compiled system call filter.
     """
 
-    def __init__(self, env_id: str, config: Config, hello: Mapping[str, Any]) -> None:
-        """Decide.
+    def __init__(self, config: Config, hello: Mapping[str, Any]) -> None:
+        """Decide; `plan` does so once for a config.
 
         Raises:
             UnsupportedHostError: Something asked for cannot be enforced here.
@@ -139,7 +143,6 @@ class Blueprint:
                 flags |= namespaces.FLAGS[name]
         idmap = hello["privileged"] and "idmapped_mounts" not in config.allow_missing
         self.spec: dict[str, Any] = {
-            "id": env_id,
             "layout": make_layout(config, idmap=idmap),
             "namespaces": flags,
             "namespace_names": names,
@@ -150,10 +153,25 @@ class Blueprint:
             "rlimits": self._rlimits,
             "seccomp_name": f"policy {config.seccomp.name!r}",
         }
+        self.environment = base_environment(config)
+        self.program = self._compile_filter()
+        self.spec["seccomp"] = self.program.hex()
         self._add("tmp", True, f"/tmp and /dev/shm private, {config.tmp_size} bytes each")
 
     def _add(self, name: str, in_force: bool, detail: str) -> None:
         self.layers.append(Protection(name, in_force, detail))
+
+    def _compile_filter(self) -> bytes:
+        policy = self._config.seccomp
+        try:
+            program = seccomp.filter_for(policy)
+        except UnsupportedHostError as error:
+            if "seccomp" not in self._config.allow_missing:
+                raise
+            self._add("seccomp", False, error.reason)
+            return b""
+        self._add("seccomp", True, f"policy {policy.name!r}")
+        return program
 
     def _choose_namespaces(self) -> list[str]:
         names = []
@@ -164,12 +182,8 @@ class Blueprint:
                 continue
             if name not in self._hello["namespaces"]:
                 reason = f"this kernel has no {name} namespaces"
-                if _OPTIONAL_NAMESPACES.get(name) not in self._config.allow_missing:
-                    raise UnsupportedHostError(
-                        feature,
-                        reason,
-                        f"Use a kernel that has them, or allow_missing={{'{feature}'}}.",
-                    )
+                if name not in _BEST_EFFORT_NAMESPACES:
+                    raise UnsupportedHostError(feature, reason, "Use a kernel that has them.")
                 self._add(feature, False, reason)
                 continue
             names.append(name)
@@ -240,8 +254,34 @@ class Blueprint:
         return accounts
 
 
-def born_layers(config: Config, hello: Mapping[str, Any], born: Mapping[str, Any]) -> list[Protection]:
-    """Return the protections that the launcher has verified at the end of a birth."""
+_plans: dict[int, tuple[Config, Mapping[str, Any], Blueprint]] = {}
+_PLANS_KEPT: Final = 32
+
+
+def plan(config: Config, hello: Mapping[str, Any]) -> Blueprint:
+    """Return the blueprint of `config` for the host that `hello` describes.
+
+    The same config object gets the same blueprint again: deciding takes longer than the rest of
+    the host's part of a birth.
+    """
+    known = _plans.get(id(config))
+    if known is not None and known[0] is config and known[1] is hello:
+        return known[2]
+    made = Blueprint(config, hello)
+    if len(_plans) >= _PLANS_KEPT:
+        _plans.clear()
+    # Holding the config keeps its id from being another's.
+    _plans[id(config)] = (config, hello, made)
+    return made
+
+
+def born_layers(
+    config: Config,
+    hello: Mapping[str, Any],
+    born: Mapping[str, Any],
+    decided: Sequence[Protection],
+) -> list[Protection]:
+    """Return what is in force: the protections verified at the end of a birth, then `decided`."""
     ids = {
         "range": f"host id {born['host_id']}, of no other environment",
         "subordinate": f"subordinate id {born['host_id']}, of no other environment",
@@ -260,4 +300,5 @@ def born_layers(config: Config, hello: Mapping[str, Any], born: Mapping[str, Any
         Protection("proc", True, proc_text),
         Protection("capabilities", True, "none in any set, bounding set empty, securebits locked"),
         Protection("no_new_privs", True, "set"),
+        *decided,
     ]

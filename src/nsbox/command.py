@@ -8,12 +8,19 @@ import os
 import select
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any, Final, Self
 
-from nsbox.errors import CommandStartError, EnvironmentDied, SetupError, SyscallError
+from nsbox.errors import (
+    CommandStartError,
+    ConfigError,
+    EnvironmentDied,
+    SetupError,
+    SyscallError,
+)
 from nsbox.guest import protocol as p
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 from nsbox.result import Outcome, Result, Usage
@@ -143,6 +150,7 @@ class Process:
                     setattr(self, name, os.fdopen(ours, mode, buffering=0))
                 elif stream is not None and stream != DEVNULL:
                     given.append(stream if isinstance(stream, int) else stream.fileno())
+                    _check_given(given[-1])
                 stdio.append(stream is not None and stream != DEVNULL)
             request["stdio"] = stdio
             self._channel = self._environment._ask(p.RUN, request, given)  # noqa: SLF001
@@ -212,7 +220,7 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL the command and everything it started. The outcome will be KILLED."""
-        self._condemn(Outcome.KILLED, "killed by the caller")
+        self.condemn(Outcome.KILLED, "killed by the caller")
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the command's own process."""
@@ -256,10 +264,10 @@ class Process:
                 poller.register(self.stdin.fileno(), select.POLLOUT)
             else:
                 self.stdin.close()
-        self._register(poller)
+        self.register(poller)
         result = None
         while result is None:
-            for fd, _ in poller.poll(self._poll_milliseconds(deadline)):
+            for fd, _ in poller.poll(self.poll_milliseconds(deadline)):
                 if fd in outputs:
                     name, _, buffer = outputs[fd]
                     if not self._read_some(fd, name, buffer, output_max):
@@ -272,7 +280,7 @@ class Process:
                         self.stdin.close()
                         self.stdin = None
             if deadline is not None and time.monotonic() >= deadline:
-                self._condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s; nsbox killed it")
+                self.condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s; nsbox killed it")
             result = self._advance(0.0)
         # Every process that could write is gone: what is in the pipes now is all there will be.
         # Not "read until EOF": a descriptor may have been sent to a command that still runs.
@@ -286,7 +294,8 @@ class Process:
         fields = {name: bytes(buffer) for name, buffer in captured.items()}
         return _replace(result, **fields)
 
-    def _register(self, poller: select.poll) -> None:
+    def register(self, poller: select.poll) -> None:
+        """Register with `poller` what becomes readable when `poll` may have an answer."""
         poller.register(self._channel.socket.fileno(), select.POLLIN)
         poller.register(self._environment._supervision_fd, select.POLLIN)  # noqa: SLF001
 
@@ -301,7 +310,7 @@ class Process:
         room = limit - len(buffer)
         buffer += data[:room]
         if len(data) > room:
-            self._condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes; nsbox killed it")
+            self.condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes; nsbox killed it")
         return True
 
     def _write_some(self, fd: int, view: memoryview) -> memoryview:
@@ -312,7 +321,8 @@ class Process:
         except BrokenPipeError:
             return view[:0]  # it does not read its input, which is its right
 
-    def _poll_milliseconds(self, deadline: float | None) -> int | None:
+    def poll_milliseconds(self, deadline: float | None) -> int | None:
+        """Return how long to wait before `poll` is due: CPU time to check, a kill to follow up."""
         moments = [deadline] if deadline is not None and self._killed_at is None else []
         if self._cpu_time is not None and self._killed_at is None:
             moments.append(self._next_cpu_check)
@@ -330,8 +340,8 @@ class Process:
             if self._result is not None:
                 return self._result
             poller = select.poll()
-            self._register(poller)
-            own = self._poll_milliseconds(None)
+            self.register(poller)
+            own = self.poll_milliseconds(None)
             asked = None if timeout is None else max(0, int(timeout * 1000) + (timeout > 0))
             wait = min((item for item in (own, asked) if item is not None), default=None)
             ready = {fd for fd, _ in poller.poll(wait)}
@@ -353,7 +363,7 @@ class Process:
             return
         used = self._cpu_used()
         if used >= self._cpu_time:
-            self._condemn(
+            self.condemn(
                 Outcome.CPU_TIMED_OUT,
                 f"used {used:.3f} s of CPU of {self._cpu_time:g} s; nsbox killed it",
             )
@@ -368,7 +378,7 @@ class Process:
         """Return how long the limit cannot be reached: all CPUs would have to run for it."""
         return max(left / (os.cpu_count() or 1), _LEAST_CPU_WAIT)
 
-    def _condemn(self, outcome: Outcome, evidence: str) -> None:
+    def condemn(self, outcome: Outcome, evidence: str) -> None:
         """Note the verdict, then kill. The first verdict stands."""
         with self._lock:
             if self._result is not None or self._verdict is not None:
@@ -462,6 +472,16 @@ class Process:
         if self.tty >= 0:
             os.close(self.tty)
             self.tty = -1
+
+
+def _check_given(fd: int) -> None:
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError as error:
+        raise ConfigError(f"descriptor {fd}: {error.strerror}") from error
+    if stat.S_ISDIR(mode):
+        # openat(2) from a directory of the host leads out of the pivoted root.
+        raise ConfigError(f"descriptor {fd} is a directory, which would lead out of the sandbox")
 
 
 def _replace(result: Result, **changes: Any) -> Result:

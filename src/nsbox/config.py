@@ -7,6 +7,7 @@ are the cgroup v2 file names with ``.`` as ``_`` (kernel: Documentation/admin-gu
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,10 @@ from nsbox.errors import ConfigError
 from nsbox.policy import SeccompPolicy
 
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+# 20 digits are more than any size has, and few enough for int() and float().
+_SIZE: Final = re.compile(
+    r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE
+)
 _LARGEST: Final = 1 << 62
 _CPUSET: Final = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
@@ -31,9 +35,6 @@ ALLOWABLE: Final = frozenset(
         "cgroup.cpuset",
         "cgroup.io",
         "cpu_time",
-        "namespace.time",
-        "namespace.cgroup",
-        "proc",
         "seccomp",
         "idmapped_mounts",
     }
@@ -69,7 +70,8 @@ def parse_size(value: int | str, what: str = "size") -> int:
             raise ConfigError(
                 f"{what}: {value!r} is no size; give bytes or a number with K, M, G or T: '256M'"
             )
-        value = int(float(match[1]) * _UNITS[match[2].upper()])
+        unit = _UNITS[match[2].upper()]
+        value = int(float(match[1]) * unit) if "." in match[1] else int(match[1]) * unit
     if value <= 0:
         raise ConfigError(f"{what}: must be above zero, got {value}")
     if value > _LARGEST:
@@ -127,6 +129,8 @@ def check_argv(argv: Sequence[str]) -> tuple[str, ...]:
             f"argv: give a list of arguments, not the string {argv!r}; "
             "for a shell line use ['sh', '-c', line]"
         )
+    if not isinstance(argv, Iterable):
+        raise ConfigError(f"argv: give a list of arguments, got {argv!r}")
     checked = tuple(check_text(word, f"argv[{index}]") for index, word in enumerate(argv))
     if not checked or not checked[0]:
         raise ConfigError(f"argv: a command is needed, got {list(argv)!r}")
@@ -390,9 +394,14 @@ class Config:
         return replace(self, **changes)
 
 
+@functools.cache
+def _default_config() -> Config:
+    return Config()
+
+
 def make_config(config: Config | None, changes: Mapping[str, Any]) -> Config:
     """Return `config` (or the default) with `changes`, naming unknown fields."""
-    base = Config() if config is None else config
+    base = _default_config() if config is None else config
     if not isinstance(base, Config):
         raise ConfigError(f"config: must be a Config, got {base!r}")
     return base.replace(**changes) if changes else base

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import secrets
 import select
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Self
 
-from nsbox.blueprint import Blueprint, base_environment, born_layers
+from nsbox.blueprint import born_layers, plan
 from nsbox.command import DEVNULL, KILL_DEADLINE, PIPE, Channel, Process, Stream, usage_between
 from nsbox.config import (
     Config,
@@ -36,14 +37,15 @@ from nsbox.errors import (
     UnsupportedHostError,
 )
 from nsbox.guest import protocol as p
-from nsbox.isolation import cgroups, seccomp
+from nsbox.isolation import cgroups, readback
 from nsbox.launcher import wire
 from nsbox.launcher.client import Launcher, get_launcher
-from nsbox.result import Outcome, Protection, Protections, Result, Usage
+from nsbox.result import Outcome, Protections, Result, Usage
 
 BIRTH_DEADLINE: Final = 30.0
 """Seconds a birth may take."""
 _CLOSE_DEADLINE: Final = 10.0
+_READY_MOST: Final = 16  # bytes of PID 1's first and only word on the control socket
 _STEP_HINTS: Final = {
     "clone": "'nsbox doctor' tells which namespace this host does not allow",
     "mounts": "a mount point inside a bound tree must exist there already",
@@ -72,7 +74,6 @@ class ExecutionEnvironment:
         id: Eight hexadecimal digits, as `nsbox ps` shows them.
         config: What it was made from.
         pid: Process id of its PID 1, on the host.
-        protections: What is in force, layer by layer.
     """
 
     def __init__(self, config: Config | None = None, **fields: Any) -> None:
@@ -96,10 +97,9 @@ class ExecutionEnvironment:
         self._pidfd = -1
         self.config = make_config(config, fields)
         self.id = secrets.token_hex(4)
-        program, layer = _filter_of(self.config)
         launcher = get_launcher()
-        blueprint = Blueprint(self.id, self.config, launcher.hello)
-        spec = {**blueprint.spec, "seccomp": program.hex()}
+        blueprint = plan(self.config, launcher.hello)
+        spec = {**blueprint.spec, "id": self.id}
         self._control, control = wire.pair()
         self._supervision, supervision = wire.pair()
         try:
@@ -109,41 +109,75 @@ class ExecutionEnvironment:
                 control.close()
                 supervision.close()
             born = self._await_birth(launcher)
+            self.pid: int = born["pid"]
+            self._verify(filtered=bool(blueprint.program))
         except BaseException:
-            self._control.close()
-            self._supervision.close()
+            self._release()
             raise
-        self.pid: int = born["pid"]
         self._host_id: int = born["host_id"] if launcher.hello["ids"] != "own" else 0
         self._accounts_cpu = blueprint.accounts_cpu
         self._reader = cgroups.UsageReader(born["cgroup"]) if born["cgroup"] else None
-        self._environment = base_environment(self.config)
-        layers = [*born_layers(self.config, launcher.hello, born), layer, *blueprint.layers]
-        self.protections = Protections(tuple(layers))
+        self._environment = blueprint.environment
+        self._describe = functools.partial(
+            born_layers, self.config, launcher.hello, born, blueprint.layers
+        )
         self._state = State.READY
 
     def _await_birth(self, launcher: Launcher) -> dict[str, Any]:
-        self._supervision.settimeout(BIRTH_DEADLINE)
-        try:
-            received = wire.receive(self._supervision)
-        except TimeoutError:
-            raise SetupError("birth", f"not over after {BIRTH_DEADLINE:g} seconds") from None
+        """Wait until the environment is cloned (from the launcher) and locked in (from itself)."""
+        deadline = time.monotonic() + BIRTH_DEADLINE
+        poll = select.poll()
+        poll.register(self._supervision, select.POLLIN)
+        poll.register(self._control, select.POLLIN)
+        born: dict[str, Any] = {}
+        while True:
+            left = deadline - time.monotonic()
+            ready = {fd for fd, _ in poll.poll(max(0.0, left) * 1000)}
+            if not ready:
+                raise SetupError("birth", f"not over after {BIRTH_DEADLINE:g} seconds")
+            if self._supervision.fileno() in ready:
+                born.update(self._hear_of_birth(launcher))
+            elif born:
+                try:
+                    word = self._control.recv(_READY_MOST)
+                except ConnectionError:
+                    word = b""
+                if word:
+                    born["proc"] = word.decode()
+                    return born
+                # It ended: why stands on the supervision socket.
+                poll.unregister(self._control)
+
+    def _hear_of_birth(self, launcher: Launcher) -> dict[str, Any]:
+        received = wire.receive(self._supervision)
         if received is None:
             raise LauncherError(f"the launcher died during the birth. {launcher.last_words()}")
         message, fds = received
-        if message["kind"] != "born":
-            step = message["step"]
-            raise SetupError(
-                step,
-                message["message"],
-                errno=message.get("errno", 0),
-                hint=_STEP_HINTS.get(step, ""),
-            )
-        self._pidfd = fds[0]
-        self._supervision.settimeout(None)
-        return message
+        if message["kind"] == "born":
+            self._pidfd = fds[0]
+            return message
+        if message["kind"] == "gone":
+            raise SetupError("birth", "the environment was killed before it was ready")
+        step = message["step"]
+        raise SetupError(
+            step, message["message"], errno=message["errno"], hint=_STEP_HINTS.get(step, "")
+        )
+
+    def _verify(self, *, filtered: bool) -> None:
+        try:
+            missing = readback.missing_lock(self.pid, filtered=filtered)
+        except OSError:
+            self._request("verify")  # /proc hides it from us (hidepid), not from its launcher
+            return
+        if missing:
+            raise SetupError("verify", f"its status does not say {missing!r}")
 
     # -- what users do -------------------------------------------------------------------------
+
+    @functools.cached_property
+    def protections(self) -> Protections:
+        """What is in force, layer by layer."""
+        return Protections(tuple(self._describe()))
 
     @property
     def state(self) -> State:
@@ -223,13 +257,15 @@ class ExecutionEnvironment:
     ) -> Process:
         """Start a command and return it while it runs; several may run at once.
 
-        With `tty` (rows, columns) it gets a terminal of the environment's own as stdin, stdout
-        and stderr, whose master end is `Process.tty`. Raises as `run` does.
+        With `tty` (rows, columns) it gets a terminal of the environment's own as stdin, and as
+        stdout and stderr unless a descriptor is given for them; its master end is `Process.tty`.
+        Raises as `run` does.
 
         When a command ends, everything is killed that is no descendant of one still running.
         """
         if tty is not None:
-            stdin = stdout = stderr = None
+            stdin = None
+            stdout, stderr = (None if item == PIPE else item for item in (stdout, stderr))
         return self._start(argv, env, cwd, (stdin, stdout, stderr), tty, cpu_time)
 
     def _start(
@@ -552,16 +588,6 @@ class ExecutionEnvironment:
             # A filter's kill and a SIGSYS that a program sends itself have the same wait status.
             return Outcome.SIGNALED, f"{name}: by the system call filter, or sent by a process inside"
         return Outcome.SIGNALED, f"{name}, not sent by nsbox"
-
-
-def _filter_of(config: Config) -> tuple[bytes, Protection]:
-    try:
-        program = seccomp.filter_for(config.seccomp)
-    except UnsupportedHostError as error:
-        if "seccomp" not in config.allow_missing:
-            raise
-        return b"", Protection("seccomp", False, error.reason)
-    return program, Protection("seccomp", True, f"policy {config.seccomp.name!r}")
 
 
 def run(

@@ -10,6 +10,7 @@ Pure: no kernel, no libseccomp. `nsbox.isolation.seccomp` turns a policy into a 
 
 from __future__ import annotations
 
+import functools
 import difflib
 import hashlib
 import json
@@ -60,7 +61,7 @@ class SeccompPolicy:
 
     @classmethod
     def default(cls) -> SeccompPolicy:
-        """Return `strict` and what numpy, V8 and database clients want besides: 258 calls."""
+        """Return `strict` and what numpy, V8 and database clients want besides: 260 calls."""
         return cls._profile(profiles.DEFAULT)
 
     @classmethod
@@ -86,6 +87,7 @@ class SeccompPolicy:
         return cls._profile(name)
 
     @classmethod
+    @functools.cache
     def _profile(cls, tier: str) -> SeccompPolicy:
         special = (
             profiles.DOCKER_ARGUMENT_RULES if tier == profiles.DOCKER else profiles.ARGUMENT_RULES

@@ -144,6 +144,12 @@ GROUPS: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         DEFAULT,
+        "named pipes",
+        "mkfifo(1), tar, and the job server of make 4.4; by argument, no device node",
+        """mknod mknodat""",
+    ),
+    (
+        DEFAULT,
         "priorities",
         "only downwards without CAP_SYS_NICE; numpy's BLAS and V8 set them",
         """setpriority sched_setattr sched_setparam sched_setscheduler""",
@@ -184,7 +190,7 @@ GROUPS: tuple[tuple[str, str, str, str], ...] = (
         "rest of Docker's list",
         "harmless without capabilities, and unused by the 16 workloads that were measured",
         """adjtimex clock_adjtime epoll_ctl_old epoll_wait_old fanotify_mark ioprio_get ioprio_set
-        listmount mknod mknodat msgctl msgget msgrcv msgsnd name_to_handle_at personality readahead
+        listmount msgctl msgget msgrcv msgsnd name_to_handle_at personality readahead
         rt_sigqueueinfo rt_tgsigqueueinfo sched_rr_get_interval statmount""",
     ),
     (
@@ -304,6 +310,14 @@ _NO_TERMINAL_INJECTION = _equal(
     0x5423,  # TIOCSETD, loads line disciplines
 )
 
+_IFMT, _IFIFO, _IFREG = 0o170000, 0o010000, 0o100000  # linux/stat.h
+
+
+def _no_device(index: int) -> tuple[tuple[Test, ...], ...]:
+    # A type of 0 is a regular file as well (mknod(2)).
+    return tuple(((index, _IFMT, kind),) for kind in (_IFIFO, _IFREG, 0))
+
+
 ONLY = "only"
 EXCEPT = "except"
 ArgumentRule = tuple[str, tuple[tuple[Test, ...], ...]]
@@ -322,6 +336,8 @@ ARGUMENT_RULES: dict[str, ArgumentRule] = {
     # others; stacked listeners are kernel surface that no program here needs.
     "seccomp": (ONLY, (((1, 8, 0),),)),
     "prctl": (EXCEPT, _equal(0, 35, 0x59616D61)),  # linux/prctl.h: PR_SET_MM, PR_SET_PTRACER
+    "mknod": (ONLY, _no_device(1)),
+    "mknodat": (ONLY, _no_device(2)),
     "personality": (ONLY, _equal(0, 0, INT)),  # PER_LINUX, and "only ask"
 }
 """`only`: one of the alternatives must hold, else EPERM. `except`: none may hold."""

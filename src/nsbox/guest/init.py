@@ -124,6 +124,7 @@ class Init:
         try:
             if request["tty"]:
                 actions, terminal = _open_terminal()
+                actions += _given_actions(request["stdio"], stdio)
             else:
                 actions = _stdio_actions(request["stdio"], stdio)
             pid = _spawn(request, actions)
@@ -302,6 +303,12 @@ def _stdio_actions(stdio: list[bool], fds: list[int]) -> list[Any]:
             mode = os.O_RDONLY if number == 0 else os.O_WRONLY
             actions.append((os.POSIX_SPAWN_OPEN, number, "/dev/null", mode, 0))
     return actions
+
+
+def _given_actions(stdio: list[bool], fds: list[int]) -> list[Any]:
+    """Return posix_spawn file actions for the given ones of 0, 1, 2 alone."""
+    numbers = [number for number, given in enumerate(stdio) if given]
+    return [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in zip(numbers, fds, strict=True)]
 
 
 def _open_terminal() -> tuple[list[Any], list[int]]:

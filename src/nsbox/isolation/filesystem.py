@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a birth does to its own mounts, inside a fresh copy of a layout's mount namespace.
 
-Every path here is on a tree that nsbox made itself and that no guest code has seen yet; new
-mounts are made detached and moved by descriptor (lesson of CVE-2025-31133 and its kin).
+Every path here is on a tree that nsbox made itself and that no guest code has seen yet: that is
+what makes mounting by path safe (lesson of CVE-2025-31133 and its kin). Sources of the host were
+cloned by descriptor before, in `userland`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ READ_ONLY = ("bus", "fs", "irq", "sys", "sysrq-trigger")
 
 PROC_FULL, PROC_PID_ONLY, PROC_NONE = "full", "subset=pid", "none"
 
-_NO_EXEC = c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV | c.MOUNT_ATTR_NOEXEC
-_SCRATCH = c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
+_SCRATCH = c.MS_NOSUID | c.MS_NODEV
+_NO_EXEC = _SCRATCH | c.MS_NOEXEC
 # One inode for every 4 KiB: more than real trees need, and a bound on what empty files may cost
 # (each takes about 1 KiB of kernel memory whatever its size; tmpfs(5), nr_inodes).
 _BYTES_PER_INODE = 4096
@@ -43,22 +44,9 @@ def paths_to_mask() -> tuple[list[str], list[str], list[str]]:
     return files, directories, [name for name in READ_ONLY if name in present]
 
 
-def new_mount(fstype: str, options: dict[str, str], attributes: int) -> int:
-    """Return a descriptor of a detached new mount of `fstype`."""
-    context = calls.fsopen(fstype, c.FSOPEN_CLOEXEC)
-    try:
-        for key, value in options.items():
-            calls.fsconfig_set_string(context, key, value)
-        calls.fsconfig_create(context)
-        return calls.fsmount(context, c.FSMOUNT_CLOEXEC, attributes)
-    finally:
-        os.close(context)
-
-
-def tmpfs_options(size: int, mode: str = "1777") -> dict[str, str]:
-    """Return the mount options of a private tmpfs of `size` bytes."""
-    inodes = max(64, size // _BYTES_PER_INODE)
-    return {"size": str(size), "nr_inodes": str(inodes), "mode": mode}
+def tmpfs_options(size: int) -> str:
+    """Return the mount options of a private tmpfs of `size` bytes (tmpfs(5))."""
+    return f"size={size},nr_inodes={max(64, size // _BYTES_PER_INODE)},mode=1777"
 
 
 def take_root() -> None:
@@ -75,11 +63,11 @@ def take_root() -> None:
 def mount_scratch(size: int) -> None:
     """Mount the private /tmp, /dev/shm and /dev/pts; the working directory is the new root."""
     options = tmpfs_options(size)
-    attach(new_mount("tmpfs", options, _SCRATCH), "tmp")
-    attach(new_mount("tmpfs", options, _NO_EXEC), "dev/shm")
+    calls.mount("tmpfs", "tmp", "tmpfs", _SCRATCH, options)
+    calls.mount("tmpfs", "dev/shm", "tmpfs", _NO_EXEC, options)
     # Every devpts mount is an instance of its own since Linux 4.7.
-    pts = {"ptmxmode": "0666", "mode": "0620"}
-    attach(new_mount("devpts", pts, c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NOEXEC), "dev/pts")
+    pts = "ptmxmode=0666,mode=0620"
+    calls.mount("devpts", "dev/pts", "devpts", c.MS_NOSUID | c.MS_NOEXEC, pts)
 
 
 def mount_proc(masks: tuple[list[str], list[str], list[str]]) -> str:
@@ -89,24 +77,22 @@ def mount_proc(masks: tuple[list[str], list[str], list[str]]) -> str:
     own is masked, as in a container; none. Never the host's.
     """
     try:
-        fd = new_mount("proc", {}, _NO_EXEC)
+        calls.mount("proc", "proc", "proc", _NO_EXEC)
     except OSError:
         try:
-            fd = new_mount("proc", {"subset": "pid"}, _NO_EXEC)
+            calls.mount("proc", "proc", "proc", _NO_EXEC, "subset=pid")
         except OSError:
             return PROC_NONE
-        attach(fd, "proc")
         return PROC_PID_ONLY
-    attach(fd, "proc")
     files, directories, read_only = masks
-    clone = c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC
     for names, blank in ((files, "dev/null"), (directories, EMPTY)):
         for name in names:
-            attach(calls.open_tree(c.AT_FDCWD, blank, clone), f"proc/{name}")
+            calls.mount(blank, f"proc/{name}", None, c.MS_BIND)
     for name in read_only:
-        fd = calls.open_tree(c.AT_FDCWD, f"proc/{name}", clone)
-        calls.mount_setattr(fd, "", c.AT_EMPTY_PATH, attr_set=c.MOUNT_ATTR_RDONLY)
-        attach(fd, f"proc/{name}")
+        path = f"proc/{name}"
+        calls.mount(path, path, None, c.MS_BIND)
+        # A bind takes no other flag in the same call (mount(2)).
+        calls.mount(None, path, None, c.MS_REMOUNT | c.MS_BIND | c.MS_RDONLY | _NO_EXEC)
     return PROC_FULL
 
 
@@ -123,7 +109,8 @@ def mount_extra(mounts: list[dict[str, Any]], trees: dict[str, int]) -> None:
             else:
                 os.close(os.open(destination[1:], os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
         if mount["type"] == "tmpfs":
-            attach(new_mount("tmpfs", tmpfs_options(mount["size"]), _SCRATCH), destination[1:])
+            options = tmpfs_options(mount["size"])
+            calls.mount("tmpfs", destination[1:], "tmpfs", _SCRATCH, options)
         else:
             attach(trees[destination], destination[1:])
 

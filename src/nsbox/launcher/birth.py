@@ -2,8 +2,8 @@
 """The steps of a birth, in the order in which the kernel needs them.
 
 Each step is a value: a name (in `SetupError.step`), a description (`nsbox plan`) and what it does.
-The launcher's steps run first; from `id-maps` on, both sides run at the same time, and meet where
-the environment waits for `mapped` and, before it locks itself in, for `attached`.
+The launcher's steps run first; from `id-maps` on both sides run at the same time, and meet where
+the environment waits for its maps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nsbox.guest.init import Init
 from nsbox.isolation import filesystem, namespaces, privileges, userland
 from nsbox.linux import calls
 from nsbox.linux import constants as c
-from nsbox.linux.descriptors import close_all_but
+from nsbox.linux.descriptors import close_all, close_all_but
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from nsbox.launcher.server import Server
 
 MAPPED = b"m"
-ATTACHED = b"a"
 
 
 class Step:
@@ -69,8 +68,9 @@ class Birth:
         self.takes_id = False
         self.cgroup: EnvironmentCgroup | None = None
         self.layout = -1
+        self.tasks: list[int] = []
         self.trees: dict[str, int] = {}
-        self.proc = ""
+        self.proc = b""
         self.pid = 0
         self.pidfd = -1
         self.sync, self._child_sync = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -86,9 +86,8 @@ class Birth:
         """Let go of what only the birth needed."""
         self.sync.close()
         self._child_sync.close()
-        for fd in self.trees.values():
-            os.close(fd)
-        self.trees = {}
+        close_all([*self.tasks, *self.trees.values()])
+        self.tasks, self.trees = [], {}
 
     # -- the launcher's side -------------------------------------------------------------------
 
@@ -99,6 +98,8 @@ class Birth:
 
     def _make_cgroup(self) -> None:
         self.cgroup = self.server.make_cgroup(self.spec)
+        if self.cgroup is not None:
+            self.tasks = self.cgroup.open_tasks()
 
     def _find_layout(self) -> None:
         self.layout = self.server.layout(self.spec["layout"])
@@ -142,11 +143,6 @@ class Birth:
         namespaces.write_id_maps(self.pid, self.spec["user_id"], self.host_id)
         self.sync.send(MAPPED)
 
-    def _attach_cgroup(self) -> None:
-        if self.cgroup is not None:
-            self.cgroup.attach(self.pid)
-        self.sync.send(ATTACHED)
-
     # -- the environment's side ----------------------------------------------------------------
 
     def _run_environment_side(self) -> NoReturn:
@@ -155,10 +151,9 @@ class Birth:
             for step in ENVIRONMENT_STEPS:
                 self.step = step.name
                 step.run(self)
-            init = Init(self.control, self.lifeline)
-            self._child_sync.send(json.dumps({"proc": self.proc}).encode())
             self._child_sync.close()
-            init.run()
+            os.write(self.control, self.proc)
+            Init(self.control, self.lifeline).run()
         except BaseException as error:  # noqa: BLE001 - there is no caller to raise to
             try:
                 self._child_sync.send(json.dumps(describe_error(self.step, error)).encode())
@@ -171,13 +166,26 @@ class Birth:
         # First of all: nothing of the launcher's may outlive this point in the child. The
         # launcher's objects that own these descriptors stay referenced and are never closed.
         close_all_but(
-            (0, 1, 2, self.control, self.lifeline, self._child_sync.fileno(), *self.trees.values())
+            (
+                *(0, 1, 2, self.control, self.lifeline, self._child_sync.fileno()),
+                *self.tasks,
+                *self.trees.values(),
+            )
         )
         os.setsid()
         privileges.set_name("nsbox-" + self.spec["id"])
 
+    def _join_cgroups(self) -> None:
+        for fd in self.tasks:
+            os.write(fd, b"0")
+        if self.tasks:
+            close_all(self.tasks)
+            # The root of a cgroup namespace is where its maker was then (cgroup_namespaces(7)):
+            # clone3's is still right for v2, where the environment was born in its cgroup.
+            calls.unshare(c.CLONE_NEWCGROUP)
+
     def _become_user(self) -> None:
-        self._await(MAPPED)
+        self._await_maps()
         privileges.become(self.spec["user_id"], drop_groups=self.server.may_drop_groups)
 
     def _set_hostname(self) -> None:
@@ -194,7 +202,7 @@ class Birth:
         filesystem.mount_scratch(self.spec["tmp_size"])
 
     def _mount_proc(self) -> None:
-        self.proc = filesystem.mount_proc(self.server.proc_masks)
+        self.proc = filesystem.mount_proc(self.server.proc_masks).encode()
 
     def _mount_extra(self) -> None:
         filesystem.mount_extra(self.spec["layout"]["mounts"], self.trees)
@@ -209,17 +217,14 @@ class Birth:
         privileges.drop_all()
         privileges.shield()
 
-    def _await_attached(self) -> None:
-        self._await(ATTACHED)
-
     def _load_filter(self) -> None:
         if self.program:
             calls.seccomp_set_filter(self.program)
 
-    def _await(self, expected: bytes) -> None:
+    def _await_maps(self) -> None:
         # The launcher's own copy of this end is closed after the clone, so that its death reads
         # as EOF here at every moment.
-        if self._child_sync.recv(1) != expected:
+        if self._child_sync.recv(1) != MAPPED:
             os._exit(1)
 
 
@@ -280,13 +285,13 @@ LAUNCHER_STEPS = (
     Step("launcher", "clone", _clone_text, Birth._clone),
     Step("launcher", "id-maps", lambda spec: f"write uid_map and gid_map: {spec['user_id']} inside",
          Birth._write_id_maps),
-    Step("launcher", "cgroup-attach", "move it into its v1 cgroups (hybrid and v1 hosts)",
-         Birth._attach_cgroup),
 )  # fmt: skip
 
 ENVIRONMENT_STEPS = (
     Step("environment", "session", "close every inherited descriptor; a session of its own",
          Birth._start_session),
+    Step("environment", "cgroup-join", "enter the v1 cgroups, on hybrid and v1 hosts",
+         Birth._join_cgroups),
     Step("environment", "identity", _user_text, Birth._become_user),
     Step("environment", "hostname", lambda spec: f"sethostname {spec['layout']['hostname']!r}",
          Birth._set_hostname),
@@ -304,7 +309,6 @@ ENVIRONMENT_STEPS = (
     Step("environment", "privileges",
          "lock securebits, empty all capability sets, no_new_privs, not dumpable, new keyring",
          Birth._drop_privileges),
-    Step("environment", "attached", "wait until the cgroups hold it", Birth._await_attached),
     Step("environment", "seccomp", lambda spec: f"load the filter: {spec['seccomp_name']}",
          Birth._load_filter),
 )  # fmt: skip

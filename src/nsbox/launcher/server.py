@@ -7,6 +7,7 @@ environments are clones of its memory.
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -15,10 +16,9 @@ import signal
 import socket
 import sys
 import time
-import traceback
 
 from nsbox.errors import NsboxError
-from nsbox.isolation import cgroups, filesystem, namespaces, privileges, userland
+from nsbox.isolation import cgroups, filesystem, namespaces, privileges, readback, userland
 from nsbox.isolation.network import NetworkPool
 from nsbox.launcher import identity, janitor, wire
 from nsbox.launcher.birth import Birth, describe_error
@@ -34,6 +34,7 @@ NETWORKS_READY = 4
 LAYOUTS_KEPT = 8
 _REMOVAL_DEADLINE = 5.0  # seconds a cgroup may stay busy (containers/common PR 858)
 _REMOVAL_RETRY = 0.005
+_QUIET = 0.002  # seconds without a request before network namespaces are made ahead of need
 
 
 class _Environment:
@@ -131,8 +132,8 @@ class Server:
                 self._on_idle()
 
     def _wait_time(self) -> float | None:
-        if self.networks is not None and self.networks.wants_more:
-            return 0
+        if self.networks is not None and self.networks.wants_more and not self._timers:
+            return _QUIET
         if self._timers:
             return max(0.0, min(self._timers)[0] - time.monotonic())
         return None
@@ -200,9 +201,16 @@ class Server:
             os.close(control)
         environment = _Environment(birth, supervision)
         self._environments[birth.pidfd] = environment
-        self._watch(birth.sync.fileno(), lambda: self._on_ready(environment))
+        self._watch(birth.sync.fileno(), lambda: self._on_birth_news(environment))
         self._watch(supervision_fd, lambda: self._on_supervision(environment))
         self._watch(birth.pidfd, lambda: self._on_exit(environment))
+        born = {
+            "kind": "born",
+            "pid": birth.pid,
+            "host_id": birth.host_id,
+            "cgroup": birth.cgroup.paths if birth.cgroup is not None else {},
+        }
+        self._answer(supervision, born, [birth.pidfd])
 
     def _abort(self, birth: Birth) -> None:
         """Remove what the launcher's steps had made when one of them failed."""
@@ -238,7 +246,8 @@ class Server:
         self._layouts[key] = known  # the most recently used last
         return known[0]
 
-    def _on_ready(self, environment: _Environment) -> None:
+    def _on_birth_news(self, environment: _Environment) -> None:
+        """Hear of the end of a birth: EOF when the environment has locked itself in."""
         birth = environment.birth
         if birth is None:
             return
@@ -248,45 +257,14 @@ class Server:
             # It ended before it had read all that was sent to it; what it said comes after.
             data = birth.sync.recv(4096)
         self._forget(birth.sync.fileno())
-        message = json.loads(data) if data else {"step": birth.step, "message": "it died"}
-        answer: dict[str, Any]
-        if "proc" in message:
-            answer = self._verify(environment, birth) or {
-                "kind": "born",
-                "pid": environment.pid,
-                "proc": message["proc"],
-                "host_id": environment.host_id,
-                "cgroup": environment.cgroup.paths if environment.cgroup is not None else {},
-            }
-        else:
-            answer = {"kind": "failed", **message}
         birth.close()
         environment.birth = None
-        if environment.supervision is None:
-            return  # the host has given it up already
-        if answer["kind"] == "born":
+        if not data:
             self._watch_memory(environment)
-            self._answer(environment.supervision, answer, [environment.pidfd])
-        else:
-            self._answer(environment.supervision, answer)
-            self._kill(environment)
-
-    def _verify(self, environment: _Environment, birth: Birth) -> dict[str, Any] | None:
-        """Read back from outside that the environment has locked itself in; None when it has."""
-        with open(f"/proc/{environment.pid}/status") as file:
-            status = proc.parse_status(file.read())
-        expected = {"NoNewPrivs": "1", "Seccomp": "2" if birth.program else "0"}
-        for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-            expected[name] = "0" * 16
-        for name, value in expected.items():
-            if status.get(name) != value:
-                return {
-                    "kind": "failed",
-                    "step": "verify",
-                    "errno": 0,
-                    "message": f"{name} is {status.get(name)}, not {value}",
-                }
-        return None
+            return
+        if environment.supervision is not None:
+            self._answer(environment.supervision, {"kind": "failed", **json.loads(data)})
+        self._kill(environment)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -320,7 +298,14 @@ class Server:
             if kind == "close":
                 self._kill(environment)
                 return  # "gone" is the answer
-            self._freeze(environment) if kind == "freeze" else self._thaw(environment)
+            if kind == "freeze":
+                self._freeze(environment)
+            elif kind == "thaw":
+                self._thaw(environment)
+            elif kind == "verify":
+                missing = readback.missing_lock(environment.pid, filtered=True)
+                if missing:
+                    raise OSError(errno.EPERM, f"its status does not say {missing!r}")
         except OSError as error:
             self._answer(supervision, {"kind": "failed", **describe_error(kind, error)})
         else:
@@ -343,7 +328,7 @@ class Server:
                 except ProcessLookupError:
                     continue
                 environment.stopped.append(pid)
-        raise OSError(16, "it makes processes faster than they can be stopped")
+        raise OSError(errno.EBUSY, "it makes processes faster than they can be stopped")
 
     def _thaw(self, environment: _Environment) -> None:
         if environment.cgroup is not None and environment.cgroup.can_freeze:
@@ -367,8 +352,7 @@ class Server:
     def _on_exit(self, environment: _Environment) -> None:
         _, status = os.waitpid(environment.pid, 0)
         if environment.birth is not None:
-            # It died between the clone and "ready": say so as a failed birth.
-            self._on_ready(environment)
+            self._on_birth_news(environment)
         del self._environments[environment.pidfd]
         self._forget(environment.pidfd)
         os.close(environment.pidfd)
@@ -434,6 +418,8 @@ def main(channel_fd: int, done: int, host_pid: int, settings: dict[str, Any]) ->
             os._exit(0)  # the host died meanwhile, and its number may be another's
         Server(channel, host, done, settings).run()
     except Exception as error:  # noqa: BLE001 - the host is told whatever it was
+        import traceback  # needed once at most, and it is half as large as the rest
+
         text = "".join(traceback.format_exception(error))
         try:
             wire.send(

@@ -17,6 +17,10 @@ from nsbox.errors import SyscallError, UnsupportedHostError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from ctypes import _Pointer, _SimpleCData
+    from typing import Any, TypeAlias
+
+    _CType: TypeAlias = type[_SimpleCData[Any]] | type[_Pointer[Any]]
     from typing import Any
 
 # asm/unistd.h. Since Linux 5.1 a new call has one number on every architecture. The newer calls
@@ -65,15 +69,15 @@ _libc = CDLL(None, use_errno=True)
 _libc_with_gil = PyDLL(None, use_errno=True)
 
 
-def bind(name: str, *argtypes: Any, result: Any = c_int) -> Callable[..., int]:
-    """Return the C library's function; it gives -1 and sets errno on failure."""
+def bind(name: str, *argtypes: _CType) -> Callable[..., int]:
+    """Return a function of the C library that gives -1 and sets errno on failure."""
     function = _libc[name]  # [] makes a new object each time, so the types are its own
     function.argtypes = argtypes
-    function.restype = result
+    function.restype = c_int
     return function
 
 
-def bind_syscall(*argtypes: Any, keep_gil: bool = False) -> Callable[..., int]:
+def bind_syscall(*argtypes: _CType, keep_gil: bool = False) -> Callable[..., int]:
     """Return syscall(2) for one signature; call it with the number first.
 
     Integers are passed as long: syscall(2) is variadic, and a whole register is then defined.
@@ -85,6 +89,7 @@ def bind_syscall(*argtypes: Any, keep_gil: bool = False) -> Callable[..., int]:
 
 
 def bind_python(name: str) -> Callable[[], None]:
+    """Return a function of CPython's C API that takes and gives nothing."""
     function = _libc_with_gil[name]
     function.argtypes = ()
     function.restype = None
@@ -92,6 +97,7 @@ def bind_python(name: str) -> Callable[[], None]:
 
 
 def encode(path: str | bytes) -> bytes:
+    """Return the bytes of a path. Raises `ValueError` if there is a NUL among them."""
     raw = os.fsencode(path)
     if b"\0" in raw:
         raise ValueError(f"embedded null byte in {path!r}")
@@ -99,6 +105,7 @@ def encode(path: str | bytes) -> bytes:
 
 
 def encode_optional(path: str | bytes | None) -> bytes | None:
+    """Return the bytes of a path, None for None (a NULL pointer)."""
     return None if path is None else encode(path)
 
 

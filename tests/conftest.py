@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For all tests: the `needs` mark, the leak check around each of them, and common fixtures."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# tests/ is no installed package; its helpers are imported as tests.leaks and tests.support.
+_REPOSITORY = str(Path(__file__).resolve().parent.parent)
+if _REPOSITORY not in sys.path:
+    sys.path.insert(0, _REPOSITORY)
+
+import nsbox  # noqa: E402 - needs no path of ours, but stays with what does
+from tests import leaks  # noqa: E402
+
+try:  # SHIM-BEGIN until src/nsbox/features.py is there
+    from nsbox import features
+except ImportError:
+    import shutil
+    from types import SimpleNamespace
+
+    def _shim(name: str) -> tuple[bool, str]:
+        if name in ("gcc", "node", "git", "strace", "newuidmap"):
+            return shutil.which(name) is not None, f"{name} is not installed"
+        if name == "root":
+            return os.geteuid() == 0, "not root"
+        if name == "cgroup2":
+            return not os.path.exists("/sys/fs/cgroup/unified"), "hybrid"
+        if name.startswith("cgroup."):
+            from nsbox.launcher.client import get_launcher
+
+            found = get_launcher().hello["cgroups"][name]
+            return "missing" not in found, str(found.get("missing"))
+        return True, ""
+
+    features = SimpleNamespace(  # type: ignore[assignment]
+        probe=_shim,
+        NAMES=(
+            "userns", "seccomp", "overlay", "root", "gcc", "node", "git", "strace", "newuidmap",
+            "cgroup2", "cgroup.memory", "cgroup.pids", "cgroup.cpu", "cgroup.cpuset", "cgroup.io",
+            "cgroup.freeze", "cgroup.kill",
+        ),
+    )  # SHIM-END
+
+# No database: a failing example is to be copied into the test that found it. No deadline: another
+# program on the machine, or User-Mode Linux, would decide then what passes.
+settings.register_profile(
+    "nsbox", database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("nsbox")
+
+_must_run = frozenset(filter(None, os.environ.get("NSBOX_MUST_RUN", "").split(",")))
+_probed: dict[str, tuple[bool, str]] = {}
+
+
+def _probe(name: str) -> tuple[bool, str]:
+    if name not in _probed:
+        _probed[name] = features.probe(name)
+    return _probed[name]
+
+
+def pytest_configure() -> None:
+    unknown = _must_run - set(features.NAMES)
+    if unknown:
+        raise pytest.UsageError(
+            f"NSBOX_MUST_RUN: {', '.join(sorted(unknown))}: none of {', '.join(features.NAMES)}"
+        )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("needs"):
+        for name in mark.args:
+            if name not in features.NAMES:
+                raise pytest.UsageError(f"needs({name!r}): none of {', '.join(features.NAMES)}")
+            works, reason = _probe(name)
+            if not works:
+                text = f"{name}: {reason}"
+                if name in _must_run:
+                    pytest.fail(f"NSBOX_MUST_RUN names it, and it does not work: {text}")
+                pytest.skip(text)
+
+
+@pytest.fixture(scope="session")
+def _temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A directory of this session alone for temporary files, so that a forgotten one is seen."""
+    directory = str(tmp_path_factory.mktemp("tmpdir"))
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = tempfile.tempdir = directory
+    yield directory
+    tempfile.tempdir = None
+    if before is None:
+        del os.environ["TMPDIR"]
+    else:
+        os.environ["TMPDIR"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _launcher_ends_with_the_session(_temporary: str) -> Iterator[None]:
+    before = leaks.snapshot(_temporary)
+    yield
+    if "nsbox.launcher.client" in sys.modules:
+        nsbox.shutdown()
+    leaked = leaks.await_clean(before, _temporary)
+    # Modules imported meanwhile may keep a descriptor or a thread; the checks of each test have
+    # seen to those.
+    leaked.pop("descriptors", None)
+    leaked.pop("threads", None)
+    assert not leaked, f"left behind by the session: {leaked}"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(_temporary: str) -> Iterator[None]:
+    before = leaks.snapshot(_temporary)
+    yield
+    leaked = leaks.await_clean(before, _temporary)
+    assert not leaked, f"left behind by the test: {leaked}"
+
+
+@pytest.fixture
+def env() -> Iterator[nsbox.ExecutionEnvironment]:
+    """A ready default environment, closed afterwards."""
+    with nsbox.ExecutionEnvironment() as environment:
+        yield environment
+
+
+@pytest.fixture
+def make_env() -> Iterator[Callable[..., nsbox.ExecutionEnvironment]]:
+    """A function that makes environments from fields of `Config`; all are closed afterwards."""
+    made: list[nsbox.ExecutionEnvironment] = []
+
+    def make(config: nsbox.Config | None = None, **fields: object) -> nsbox.ExecutionEnvironment:
+        made.append(nsbox.ExecutionEnvironment(config, **fields))
+        return made[-1]
+
+    yield make
+    for environment in made:
+        environment.close()

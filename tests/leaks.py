@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What nsbox may leave behind, as a value that can be taken before a test and compared after it.
+
+Other programs and other test sessions run on the same machine: only what is certainly ours counts,
+by descent from this process, by nsbox's names together with a dead owner, or by place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from typing import Any
+
+GRACE = 3.0
+"""Seconds the asynchronous teardown may take (run() answers first and removes after)."""
+_OUR_NAME = re.compile(r"nsbox-(launcher|janitor|[0-9a-f]{8})")
+_CGROUP_ROOT = "/sys/fs/cgroup"
+
+Snapshot = dict[str, frozenset[str]]
+
+
+def current_launcher() -> Any:  # noqa: ANN401 - a Launcher, which not every test has imported
+    """Return the launcher of this process, or None; never starts one."""
+    client = sys.modules.get("nsbox.launcher.client")
+    return None if client is None else client._current
+
+
+def snapshot(temporary: str) -> Snapshot:
+    """Return what there is now; `temporary` is this session's own directory for such files."""
+    launcher = current_launcher()
+    processes = _processes()
+    return {
+        "descriptors": _descriptors(launcher),
+        "mounts": _lines("/proc/self/mountinfo"),
+        "mounts of the launcher": _launcher_mounts(launcher),
+        "descriptors of the launcher": _launcher_descriptors(launcher),
+        "cgroups": _cgroups(launcher),
+        "processes": _leaked_processes(processes, launcher),
+        "sockets": _sockets(processes),
+        "temporary files": frozenset([*_names(temporary), *_stray_files()]),
+        "threads": _threads(),
+    }
+
+
+def difference(before: Snapshot, after: Snapshot) -> dict[str, list[str]]:
+    """Return what is there now and was not before, by kind."""
+    found = {kind: sorted(after[kind] - before[kind]) for kind in after}
+    return {kind: items for kind, items in found.items() if items}
+
+
+def await_clean(before: Snapshot, temporary: str, grace: float = GRACE) -> dict[str, list[str]]:
+    """Wait for the teardown of what has been let go; return what stays.
+
+    What other programs do meanwhile comes and goes: only what was there at every look counts.
+    """
+    launcher = current_launcher()
+    if launcher is not None and not launcher.alive:
+        sys.modules["nsbox.launcher.client"].shutdown()
+    deadline = time.monotonic() + grace
+    leaked = difference(before, snapshot(temporary))
+    delay = 0.002
+    while leaked and time.monotonic() < deadline:
+        time.sleep(delay)
+        delay = min(delay * 2, 0.1)
+        again = difference(before, snapshot(temporary))
+        leaked = {
+            kind: [item for item in items if item in again.get(kind, ())]
+            for kind, items in leaked.items()
+            if again.get(kind)
+        }
+        leaked = {kind: items for kind, items in leaked.items() if items}
+    return leaked
+
+
+def _lines(path: str) -> frozenset[str]:
+    try:
+        with open(path) as file:
+            return frozenset(file)
+    except OSError:
+        return frozenset()
+
+
+def _names(path: str) -> list[str]:
+    try:
+        return [f"{path}/{name}" for name in os.listdir(path)]
+    except FileNotFoundError:
+        return []
+
+
+def _descriptors(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
+    own: set[int] = set()
+    if launcher is not None:
+        own = {launcher._channel.fileno(), launcher._done, launcher._pidfd}
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in own:
+            try:
+                found.add(f"{name} -> {os.readlink(f'/proc/self/fd/{name}')}")
+            except FileNotFoundError:
+                continue  # the descriptor of the listing itself
+    return frozenset(found)
+
+
+def _launcher_mounts(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
+    """Say how many mounts more than the host the launcher has: none, between births."""
+    if launcher is None:
+        return frozenset()
+
+    ours = len(_lines("/proc/self/mountinfo"))
+    theirs = len(_lines(f"/proc/{launcher.pid}/mountinfo"))
+    # Another program may mount or unmount something meanwhile, which the launcher sees too.
+    return frozenset([f"{theirs} and not {ours}"]) if theirs > ours else frozenset()
+
+
+def _launcher_descriptors(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
+    """Return kinds and counts of the launcher's open files, without what it keeps on purpose."""
+    if launcher is None:
+        return frozenset()
+    directory = f"/proc/{launcher.pid}/fd"
+    links = []
+    try:
+        for name in os.listdir(directory):
+            links.append(os.readlink(f"{directory}/{name}"))
+    except OSError:
+        return frozenset()  # not dumpable, and this user may not look; or it has ended
+    # Layouts (mnt) and ready network namespaces (net) are kept; the rest is what it began with:
+    # the channel, the janitor's and the host's pidfd, epoll, the lifeline, the done pipe, 0 to 2.
+    sockets = sum(link.startswith("socket:") for link in links)
+    pidfds = sum("pidfd" in link for link in links)
+    found = []
+    if sockets > 2:
+        found.append(f"{sockets} sockets")
+    if pidfds > 2:
+        found.append(f"{pidfds} pidfds")
+    namespaces = sum(link.startswith(("mnt:", "net:")) for link in links)
+    if namespaces > 2 + 8 + 4:
+        found.append(f"{namespaces} namespaces")
+    return frozenset(found)
+
+
+def _cgroups(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
+    """Return directories of environments of our launcher, and those whose launcher is dead."""
+    found: set[str] = set()
+    bases = _cgroup_bases()
+    if launcher is not None:
+        for tree in set(launcher.hello["trees"].values()):
+            bases.add(os.path.dirname(tree))
+            try:
+                found.update(entry.path for entry in os.scandir(tree) if entry.is_dir())
+            except FileNotFoundError:
+                continue  # it has just ended
+    for base in bases:
+        for entry in _directories(base):
+            if entry.startswith("nsbox.") and entry.count(".") == 4 and _is_dead(entry):
+                found.add(f"{base}/{entry}")
+    return frozenset(found)
+
+
+_bases: set[str] | None = None
+
+
+def _cgroup_bases() -> set[str]:
+    """Return this process's cgroup directories, where launchers make theirs."""
+    global _bases  # noqa: PLW0603 - asked before and after every test, and never changes
+    if _bases is None:
+        _bases = set()
+        with open("/proc/self/cgroup") as file:
+            for line in file:
+                _, controllers, path = line.rstrip("\n").split(":", 2)
+                for mount in ("unified", "") if not controllers else controllers.split(","):
+                    base = f"{_CGROUP_ROOT}/{mount}{path}".rstrip("/")
+                    if os.path.exists(f"{base}/cgroup.procs"):
+                        # A user's processes are moved to a leaf, and directories are made beside.
+                        _bases.add(base.removesuffix("/nsbox.host"))
+    return set(_bases)
+
+
+def _directories(path: str) -> list[str]:
+    try:
+        return os.listdir(path)
+    except OSError:
+        return []
+
+
+def _is_dead(name: str) -> bool:
+    from nsbox.isolation.cgroups import Owner
+
+    owner = Owner.parse(name)
+    return owner is not None and owner.is_dead()
+
+
+class _Process:
+    __slots__ = ("name", "parent", "pid", "state")
+
+    def __init__(self, pid: int, name: str, state: str, parent: int) -> None:
+        self.pid, self.name, self.state, self.parent = pid, name, state, parent
+
+
+def _processes() -> dict[int, _Process]:
+    found = {}
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            with open(f"/proc/{entry}/stat", "rb", buffering=0) as file:
+                text = file.read(512).decode(errors="replace")
+        except OSError:
+            continue
+        name = text[text.index("(") + 1 : text.rindex(")")]
+        state, parent = text[text.rindex(")") + 2 :].split(" ", 2)[:2]
+        found[int(entry)] = _Process(int(entry), name, state, int(parent))
+    return found
+
+
+def _host_of(launcher: int) -> int:
+    try:
+        with open(f"/proc/{launcher}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+        return int(json.loads(words[4])["host"])
+    except (OSError, IndexError, ValueError, KeyError):
+        return 0
+
+
+def _leaked_processes(all_of_them: dict[int, _Process], launcher: Any) -> frozenset[str]:  # noqa: ANN401
+    """Return children and descendants of this process, and nsbox's processes without an owner."""
+    kept = set()
+    if launcher is not None:
+        kept = {launcher.pid}
+    me = os.getpid()
+    found = set()
+    for process in all_of_them.values():
+        parent = all_of_them.get(process.parent)
+        label = f"{process.pid} {process.name} {process.state}"
+        if process.pid in kept:
+            continue
+        if process.parent == me or (process.parent in kept and process.name != "nsbox-janitor"):
+            found.add(label)
+        elif _OUR_NAME.fullmatch(process.name):
+            if process.name == "nsbox-launcher":
+                orphan = process.parent != _host_of(process.pid) and not (
+                    # A clone of a launcher on its way to being an environment or a janitor.
+                    parent is not None and parent.name == "nsbox-launcher"
+                )
+            else:
+                orphan = parent is None or parent.name != "nsbox-launcher"
+            if orphan:
+                found.add(label)
+    return frozenset(found)
+
+
+def _sockets(processes: dict[int, _Process]) -> frozenset[str]:
+    """Return named sockets of nsbox: only each launcher's lock on its block of ids may be there."""
+    launchers = sum(process.name == "nsbox-launcher" for process in processes.values())
+    names = [line.split()[7] for line in _lines("/proc/net/unix") if "nsbox" in line]
+    locks = [name for name in names if name.startswith("@nsbox/ids/")]
+    others = [name for name in names if not name.startswith("@nsbox/ids/")]
+    if len(locks) > launchers:
+        others.append(f"{len(locks)} id locks of {launchers} launchers")
+    return frozenset(others)
+
+
+_STRAY = re.compile(r"\.?nsbox[-._]?[0-9a-f]{8}")
+
+
+def _stray_files() -> list[str]:
+    return [
+        f"{place}/{name}"
+        for place in ("/tmp", "/dev/shm", "/run", "/var/tmp")
+        for name in _directories(place)
+        if _STRAY.fullmatch(name)
+    ]
+
+
+def _threads() -> frozenset[str]:
+    names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
+    return frozenset(f"{tid} {names.get(tid, '')}" for tid in os.listdir("/proc/self/task"))

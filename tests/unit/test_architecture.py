@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of the house, read off the syntax trees: who imports whom, and what is done where."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import nsbox
+from nsbox import errors
+from nsbox.launcher import client
+
+SOURCE = Path(nsbox.__file__).parent
+
+# A module may import from its own room and from rooms below it. A room is a list of modules and
+# packages; docs/architecture.md draws the same picture.
+ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("cli", ("cli", "__main__")),
+    ("environment", ("environment",)),
+    ("command", ("command",)),
+    ("blueprint", ("blueprint",)),
+    ("launcher", ("launcher",)),
+    ("guest", ("guest",)),
+    ("isolation", ("isolation",)),
+    ("features", ("features",)),
+    ("values", ("config", "result", "policy", "policy_oci", "profiles", "terminal")),
+    ("linux", ("linux",)),
+    ("errors", ("errors",)),
+)
+
+# One process each: neither side may load the other's code. `launcher.wire` and `guest.protocol`,
+# the two descriptions of messages, belong to both.
+LAUNCHER_SIDE = {
+    "launcher.main", "launcher.server", "launcher.birth", "launcher.identity", "launcher.janitor",
+    "guest.init",
+}  # fmt: skip
+SHARED = {"launcher", "launcher.wire", "guest", "guest.protocol"}
+
+MAX_LINES = 500
+
+# Too slow to start (measured: dataclasses 28 ms, typing 22, subprocess 36; a bare interpreter 10)
+# or too powerful for the process that every environment is a clone of.
+NOT_IN_LAUNCHER = {
+    "argparse", "asyncio", "click", "collections.abc.Callable", "dataclasses", "hashlib", "inspect",
+    "logging", "multiprocessing", "nsbox.config", "nsbox.result", "pathlib", "pickle", "psutil",
+    "pyseccomp", "shutil", "site", "ssl", "subprocess", "tempfile", "threading", "typing", "urllib",
+}  # fmt: skip
+
+
+@dataclass
+class Module:
+    """A source file, parsed."""
+
+    name: str
+    path: Path = field(repr=False)
+    tree: ast.Module = field(repr=False)
+    lines: int
+    imports: set[str] = field(default_factory=set, repr=False)
+    """Full names of what it imports at run time, as modules or as names in them."""
+    calls: set[str] = field(default_factory=set, repr=False)
+    """What it calls, as written: ``os.fork``."""
+
+    @property
+    def nsbox_imports(self) -> set[str]:
+        """Modules of nsbox that it imports, relative to the package, itself excepted."""
+        found = {to_module(name.removeprefix("nsbox.")) for name in self.imports if is_own(name)}
+        return found - {self.name}
+
+    @property
+    def external_roots(self) -> set[str]:
+        return {name.partition(".")[0] for name in self.imports if not is_own(name)}
+
+
+def is_own(name: str) -> bool:
+    return name.startswith("nsbox.")
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return "TYPE_CHECKING" in ast.unparse(test)
+
+
+def run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Walk a tree without the blocks that only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and is_type_checking(node.test):
+            for other in node.orelse:
+                yield other
+                yield from run_time_nodes(other)
+            continue
+        yield node
+        yield from run_time_nodes(node)
+
+
+def parse(path: Path) -> Module:
+    text = path.read_text()
+    relative = path.relative_to(SOURCE).with_suffix("")
+    parts = relative.parts[:-1] if relative.name == "__init__" else relative.parts
+    module = Module(".".join(parts), path, ast.parse(text), len(text.splitlines()))
+    for node in run_time_nodes(module.tree):
+        if isinstance(node, ast.Import):
+            module.imports |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            module.imports |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call):
+            module.calls.add(ast.unparse(node.func))
+    return module
+
+
+PATHS = sorted(SOURCE.rglob("*.py"))
+NAMES = {
+    ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    for parts in (path.relative_to(SOURCE).with_suffix("").parts for path in PATHS)
+}
+
+
+def to_module(name: str) -> str:
+    """Return the module that an imported name is, or is in."""
+    while name not in NAMES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+MODULES = {module.name: module for module in map(parse, PATHS)}
+every_module = pytest.mark.parametrize(
+    "module", [pytest.param(module, id=name or "nsbox") for name, module in MODULES.items()]
+)
+
+
+def room_of(name: str) -> int:
+    for index, (_, members) in enumerate(ROOMS):
+        if name.partition(".")[0] in members:
+            return index
+    raise AssertionError(f"{name} is in no room: give it one in ROOMS and docs/architecture.md")
+
+
+def test_the_package_is_what_is_looked_at() -> None:
+    assert len(MODULES) >= 30
+    assert {"", "environment", "launcher.server", "isolation.cgroups.v2", "linux.calls"} <= NAMES
+
+
+# -- imports -----------------------------------------------------------------------------------
+
+
+@every_module
+def test_imports_go_downwards(module: Module) -> None:
+    if not module.name:
+        assert not module.nsbox_imports, "the package's own names are loaded on first use"
+        return
+    own = room_of(module.name)
+    upwards = {name for name in module.nsbox_imports if name and room_of(name) < own}
+    assert not upwards, f"{module.name} ({ROOMS[own][0]}) imports {sorted(upwards)} from above"
+
+
+@every_module
+def test_host_and_launcher_share_messages_only(module: Module) -> None:
+    # What a module imports from launcher/ and guest/; isolation and linux are tools of both.
+    processes = {
+        name
+        for name in module.nsbox_imports
+        if name.partition(".")[0] in ("launcher", "guest") and name not in SHARED
+    }
+    if module.name in LAUNCHER_SIDE:
+        assert processes <= LAUNCHER_SIDE
+        values = {name for name in module.nsbox_imports if ROOMS[room_of(name)][0] == "values"}
+        assert not values, "the launcher is told a plain spec"
+    elif module.name in SHARED:
+        assert not processes
+    else:
+        assert not processes & LAUNCHER_SIDE
+
+
+def test_imports_have_no_cycle() -> None:
+    state: dict[str, int] = {}
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert state.get(name) != 1, " -> ".join((*way, name))
+        if name not in state:
+            state[name] = 1
+            for other in sorted(MODULES[name].nsbox_imports - {""}):
+                # A package's __init__ may gather its modules, which may name the package.
+                if not name.startswith(f"{other}."):
+                    visit(other, (*way, name))
+            state[name] = 2
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize(
+    ("package", "homes"),
+    [
+        ("ctypes", ("linux.",)),
+        ("prctl", ("isolation.privileges",)),
+        ("_prctl", ()),
+        ("pyseccomp", ("isolation.seccomp_compile",)),
+        ("cgroupspy", ("isolation.cgroups.",)),
+        ("click", ("cli",)),
+        ("psutil", ("cli",)),
+        ("pickle", ()),
+        ("marshal", ()),
+        ("shelve", ()),
+        ("multiprocessing", ()),
+        ("pytest", ()),
+    ],
+)
+def test_package_has_one_home(package: str, homes: tuple[str, ...]) -> None:
+    users = {name for name, module in MODULES.items() if package in module.external_roots}
+    strangers = {name for name in users if not name.startswith(homes)} if homes else users
+    assert not strangers
+
+
+def test_only_declared_packages_are_imported() -> None:
+    roots = set().union(*(module.external_roots for module in MODULES.values()))
+    declared = {"prctl", "pyseccomp", "cgroupspy", "psutil", "click"}
+    assert roots - sys.stdlib_module_names - declared == {"nsbox"}
+
+
+# -- what is done where ------------------------------------------------------------------------
+
+
+@every_module
+def test_only_the_launcher_forks(module: Module) -> None:
+    forks = module.calls & {"os.fork", "os.forkpty", "pty.fork", "calls.clone3", "calls.fork"}
+    if forks:
+        assert module.name.startswith(("launcher.", "isolation."))
+        assert module.name not in ("launcher.client", "launcher.idmaps", "launcher.wire")
+
+
+@every_module
+def test_nothing_runs_between_fork_and_exec_in_the_host(module: Module) -> None:
+    for node in run_time_nodes(module.tree):
+        if isinstance(node, ast.Call):
+            keywords = {keyword.arg for keyword in node.keywords}
+            assert "preexec_fn" not in keywords
+            for keyword in node.keywords:
+                if keyword.arg == "shell":
+                    assert ast.unparse(keyword.value) == "False"
+    assert not module.calls & {"os.system", "os.popen"}
+
+
+@every_module
+def test_printing_and_leaving_is_for_the_command_line(module: Module) -> None:
+    if module.name.partition(".")[0] not in ("cli", "__main__"):
+        assert not module.calls & {"print", "sys.exit", "exit", "input"}
+
+
+@every_module
+def test_no_run_time_check_is_an_assert(module: Module) -> None:
+    asserts = [n.lineno for n in ast.walk(module.tree) if isinstance(n, ast.Assert)]
+    assert not asserts, "python -O removes them"
+
+
+@every_module
+def test_no_library_is_searched_for_and_nothing_evaluated(module: Module) -> None:
+    # ctypes.util.find_library starts subprocesses.
+    assert not {call for call in module.calls if call.endswith("find_library")}
+    assert not module.calls & {"eval", "exec", "compile", "__import__"}
+
+
+@every_module
+def test_time_limits_do_not_follow_the_wall_clock(module: Module) -> None:
+    assert "time.time" not in module.calls, "a clock that somebody sets back stops a deadline"
+
+
+# -- form --------------------------------------------------------------------------------------
+
+
+@every_module
+def test_module_is_short(module: Module) -> None:
+    assert module.lines <= MAX_LINES, "over 500 lines means two concerns"
+
+
+@every_module
+def test_module_begins_with_licence_and_docstring(module: Module) -> None:
+    first, second = module.path.read_text().split("\n", 2)[:2]
+    assert first == "# SPDX-License-Identifier: Apache-2.0"
+    assert second.startswith('"""')
+    assert ast.get_docstring(module.tree)
+
+
+def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    for node in tree.body:
+        if isinstance(node, kinds) and not node.name.startswith("_"):
+            yield node.name, node
+            # A derived class's methods may be those that its base documents.
+            if isinstance(node, ast.ClassDef) and not node.bases:
+                for item in node.body:
+                    if isinstance(item, kinds) and not item.name.startswith("_"):
+                        yield f"{node.name}.{item.name}", item
+
+
+@every_module
+def test_public_definition_has_a_docstring(module: Module) -> None:
+    silent = [
+        name
+        for name, node in public_definitions(module.tree)
+        if not ast.get_docstring(node)  # type: ignore[arg-type]
+        and not is_overload_or_setter(node)
+    ]
+    assert not silent
+
+
+def is_overload_or_setter(node: ast.AST) -> bool:
+    words = [ast.unparse(item) for item in getattr(node, "decorator_list", [])]
+    return any(word == "overload" or word.endswith(".setter") for word in words)
+
+
+EXCEPTIONS = sorted(
+    name
+    for name, value in vars(errors).items()
+    if isinstance(value, type) and issubclass(value, errors.NsboxError)
+)
+
+
+@pytest.mark.parametrize("name", [n for n in EXCEPTIONS if n not in ("NsboxError", "InvokeError")])
+def test_exception_is_used(name: str) -> None:
+    users = {
+        module.name
+        for module in MODULES.values()
+        if {call.rpartition(".")[2] for call in module.calls} & {name}
+    }
+    assert users, f"nothing raises {name}"
+
+
+def test_exceptions_are_drawn_in_the_docstring() -> None:
+    drawn = [name for name in EXCEPTIONS if f" {name} " in f" {errors.__doc__} ".replace("\n", " ")]
+    assert drawn == EXCEPTIONS
+
+
+# -- what a start of the launcher loads ----------------------------------------------------------
+
+
+def test_launcher_starts_light() -> None:
+    code = (
+        f"import sys; sys.path[:0] = {client._import_paths()!r}\n"
+        "import nsbox.launcher.server\n"
+        "print('\\n'.join(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, env={}
+    )
+    loaded = set(done.stdout.split())
+    assert "nsbox.guest.init" in loaded, "PID 1 of every environment is a clone: nothing comes later"
+    assert not loaded & NOT_IN_LAUNCHER
+    # socket brings enum and selectors, signal brings enum; nothing else of that size may come.
+    assert len(loaded) < 130, sorted(loaded)
