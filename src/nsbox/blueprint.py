@@ -6,6 +6,8 @@ Here it is decided what is enforced, by what, and what is refused: before anythi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import stat
 import sys
@@ -156,6 +158,9 @@ class Blueprint:
         self.environment = base_environment(config)
         self.program = self._compile_filter()
         self.spec["seccomp"] = self.program.hex()
+        # The launcher prepares the calls of a spec once and finds them again by this.
+        canonical = json.dumps(self.spec, sort_keys=True).encode()
+        self.spec["key"] = hashlib.sha256(canonical).hexdigest()
         self._add("tmp", True, f"/tmp and /dev/shm private, {config.tmp_size} bytes each")
 
     def _add(self, name: str, in_force: bool, detail: str) -> None:

@@ -129,7 +129,7 @@ class Process:
         self._cpu_time = cpu_time
         self._next_cpu_check = 0.0
         self._lock = threading.RLock()
-        self._before = environment._read_usage()  # noqa: SLF001 - one object in two halves
+        self._before = environment._read_counters()  # noqa: SLF001 - one object in two halves
         self._started_at = time.monotonic()
         self._start(request, streams)
         if cpu_time is not None:

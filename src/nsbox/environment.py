@@ -566,12 +566,16 @@ class ExecutionEnvironment:
     # -- accounting ----------------------------------------------------------------------------
 
     def _read_usage(self) -> dict[str, int | None]:
-        if self._reader is None:
-            return {}
         try:
-            return self._reader.read()
+            return {} if self._reader is None else self._reader.read()
         except OSError:
             return {}  # its cgroup has just been removed
+
+    def _read_counters(self) -> dict[str, int | None]:
+        try:
+            return {} if self._reader is None else self._reader.counters()
+        except OSError:
+            return {}
 
     def _read_cpu_usec(self) -> int | None:
         try:

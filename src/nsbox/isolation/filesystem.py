@@ -8,6 +8,7 @@ cloned by descriptor before, in `userland`.
 
 from __future__ import annotations
 
+import errno
 import os
 
 from nsbox.isolation.userland import EMPTY, NEW_ROOT, attach
@@ -17,6 +18,8 @@ from nsbox.linux import constants as c
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from nsbox.linux.program import Program
 
 # OCI's maskedPaths and readonlyPaths (runc, moby). The environment's ids are mapped to no
 # privileged id outside, so ordinary permissions protect these files already; this is the belt.
@@ -35,93 +38,112 @@ _NO_EXEC = _SCRATCH | c.MS_NOEXEC
 _BYTES_PER_INODE = 4096
 
 
-def paths_to_mask() -> tuple[list[str], list[str], list[str]]:
-    """Return the masked files, masked directories and read-only paths this kernel's /proc has."""
-    present = set(os.listdir("/proc"))
-    masked = [name for name in MASKED if name in present]
-    directories = [name for name in masked if os.path.isdir(f"/proc/{name}")]
-    files = [name for name in masked if name not in directories]
-    return files, directories, [name for name in READ_ONLY if name in present]
-
-
 def tmpfs_options(size: int) -> str:
     """Return the mount options of a private tmpfs of `size` bytes (tmpfs(5))."""
     return f"size={size},nr_inodes={max(64, size // _BYTES_PER_INODE)},mode=1777"
 
 
-def take_root() -> None:
-    """Make a copy of the layout's tree that this namespace may pivot into, and go there."""
+def take_root(program: Program) -> None:
+    """Prepare: make a copy of the layout's tree that this namespace may pivot into; go there."""
     # The copies of a more privileged namespace's mounts are locked, and pivot_root(2) refuses a
-    # locked mount; a recursive clone of them is not locked itself, though its parts stay so.
-    fd = calls.open_tree(
-        c.AT_FDCWD, NEW_ROOT, c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | c.AT_RECURSIVE
-    )
-    attach(fd, NEW_ROOT)
-    os.chdir(NEW_ROOT)
+    # locked mount; a recursive bind of them is not locked itself, though its parts stay so.
+    program.mount(NEW_ROOT, NEW_ROOT, None, c.MS_BIND | c.MS_REC)
+    program.call(os.chdir, NEW_ROOT)
 
 
-def mount_scratch(size: int) -> None:
-    """Mount the private /tmp, /dev/shm and /dev/pts; the working directory is the new root."""
+def mount_scratch(program: Program, size: int) -> None:
+    """Prepare: mount the private /tmp, /dev/shm and /dev/pts below the new root."""
     options = tmpfs_options(size)
-    calls.mount("tmpfs", "tmp", "tmpfs", _SCRATCH, options)
-    calls.mount("tmpfs", "dev/shm", "tmpfs", _NO_EXEC, options)
+    program.mount("tmpfs", "tmp", "tmpfs", _SCRATCH, options)
+    program.mount("tmpfs", "dev/shm", "tmpfs", _NO_EXEC, options)
     # Every devpts mount is an instance of its own since Linux 4.7.
     pts = "ptmxmode=0666,mode=0620"
-    calls.mount("devpts", "dev/pts", "devpts", c.MS_NOSUID | c.MS_NOEXEC, pts)
+    program.mount("devpts", "dev/pts", "devpts", c.MS_NOSUID | c.MS_NOEXEC, pts)
 
 
-def mount_proc(masks: tuple[list[str], list[str], list[str]]) -> str:
-    """Mount a /proc of this pid namespace and mask it; return how much of it could be had.
-
-    The ladder: a whole /proc; with ``subset=pid`` (only processes, Linux 5.8) where the host's
-    own is masked, as in a container; none. Never the host's.
-    """
-    try:
-        calls.mount("proc", "proc", "proc", _NO_EXEC)
-    except OSError:
-        try:
-            calls.mount("proc", "proc", "proc", _NO_EXEC, "subset=pid")
-        except OSError:
-            return PROC_NONE
-        return PROC_PID_ONLY
-    files, directories, read_only = masks
-    for names, blank in ((files, "dev/null"), (directories, EMPTY)):
-        for name in names:
-            calls.mount(blank, f"proc/{name}", None, c.MS_BIND)
-    for name in read_only:
-        path = f"proc/{name}"
-        calls.mount(path, path, None, c.MS_BIND)
-        # A bind takes no other flag in the same call (mount(2)).
-        calls.mount(None, path, None, c.MS_REMOUNT | c.MS_BIND | c.MS_RDONLY | _NO_EXEC)
-    return PROC_FULL
+def mount_proc(program: Program, extent: str) -> None:
+    """Prepare: mount a /proc of this pid namespace, as much of it as `probe_proc` found, masked."""
+    if extent == PROC_NONE:
+        return
+    options = "" if extent == PROC_FULL else extent
+    program.mount("proc", "proc", "proc", _NO_EXEC, options)
+    if extent != PROC_FULL:
+        return
+    present = set(os.listdir("/proc"))
+    for name in MASKED:
+        if name in present:
+            blank = EMPTY if os.path.isdir(f"/proc/{name}") else "dev/null"
+            program.mount(blank, f"proc/{name}", None, c.MS_BIND)
+    for name in READ_ONLY:
+        if name in present:
+            path = f"proc/{name}"
+            program.mount(path, path, None, c.MS_BIND)
+            # A bind takes no other flag in the same call (mount(2)).
+            flags = c.MS_REMOUNT | c.MS_BIND | c.MS_RDONLY | _NO_EXEC
+            program.mount(None, path, None, flags)
 
 
-def mount_extra(mounts: list[dict[str, Any]], trees: dict[str, int]) -> None:
-    """Mount what is this environment's own: tmpfs mounts, and the binds in `trees` by path."""
+def mount_extra(
+    program: Program, mounts: list[dict[str, Any]], trees: dict[str, int]
+) -> None:
+    """Prepare: mount what is this environment's own: tmpfs, and the binds in `trees` by path."""
     for mount in mounts:
-        destination = mount["destination"]
         if mount["shared"]:
             continue
+        destination = mount["destination"]
         if destination.startswith("/tmp/"):  # noqa: S108 - the environment's own
-            os.makedirs(os.path.dirname(destination[1:]), 0o755, exist_ok=True)
-            if mount["type"] == "tmpfs" or mount["is_directory"]:
-                os.makedirs(destination[1:], 0o755, exist_ok=True)
-            else:
-                os.close(os.open(destination[1:], os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+            program.call(_make_mount_point, destination[1:], mount["is_directory"])
         if mount["type"] == "tmpfs":
             options = tmpfs_options(mount["size"])
-            calls.mount("tmpfs", destination[1:], "tmpfs", _SCRATCH, options)
+            program.mount("tmpfs", destination[1:], "tmpfs", _SCRATCH, options)
         else:
-            attach(trees[destination], destination[1:])
+            program.call(attach, trees[destination], destination[1:])
 
 
-def pivot() -> None:
-    """Make the working directory the root and let go of everything else."""
+def _make_mount_point(path: str, is_directory: bool) -> None:
+    os.makedirs(os.path.dirname(path), 0o755, exist_ok=True)
+    if is_directory:
+        os.makedirs(path, 0o755, exist_ok=True)
+    else:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+
+
+def pivot(program: Program) -> None:
+    """Prepare: make the working directory the root and let go of everything else."""
     # pivot_root(2), NOTES: with "." twice the old root is stacked on the new one, so that no
     # directory for it is needed and one lazy unmount takes it away.
-    calls.pivot_root(".", ".")
-    calls.umount2(".", c.MNT_DETACH)
-    os.chdir("/")
+    program.pivot_root(".", ".")
+    program.umount2(".", c.MNT_DETACH)
+    program.call(os.chdir, "/")
+    program.call(_check_working_directory)
+
+
+def _check_working_directory() -> None:
     if os.getcwd() != "/":
         # A working directory outside the root reads as "(unreachable)" (CVE-2024-21626).
-        raise calls.SyscallError("getcwd", 2, "/")
+        raise calls.SyscallError("getcwd", errno.ENOENT, "/")
+
+
+def probe_proc() -> str:
+    """Return how much of a /proc can be mounted in a new pid namespace of a layout.
+
+    The ladder: all of it; with ``subset=pid`` (only processes, Linux 5.8) where the host's own is
+    masked, as in a container; none. Never the host's. For the process to be in the layout's
+    namespace is the caller's part.
+    """
+    extents = (PROC_FULL, PROC_PID_ONLY, PROC_NONE)
+    pid, pidfd = calls.clone3(c.CLONE_NEWUSER | c.CLONE_NEWPID | c.CLONE_NEWNS)
+    if pid == 0:
+        answer = 2
+        try:
+            for index, options in enumerate((None, PROC_PID_ONLY)):
+                try:
+                    calls.mount("proc", f"{NEW_ROOT}/proc", "proc", _NO_EXEC, options)
+                except OSError:
+                    continue
+                answer = index
+                break
+        finally:
+            os._exit(answer)
+    os.close(pidfd)
+    return extents[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]

@@ -19,6 +19,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nsbox.linux.program import Program
+
 # capabilities(7), securebits: with these locked no set-user-ID program, no uid change and no
 # ambient set can ever bring a capability back.
 _SECUREBITS = (
@@ -43,26 +45,26 @@ _PR_SET_SECUREBITS = 28  # linux/prctl.h, Linux 2.6.26
 _CAPABILITIES = tuple(range(_last_capability() + 1))
 
 
-def become(user_id: int, *, drop_groups: bool) -> None:
-    """Take `user_id` as user and group id, and no supplementary group.
+def become(program: Program, user_id: int, *, drop_groups: bool) -> None:
+    """Prepare: take `user_id` as user and group id, and no supplementary group.
 
     `drop_groups` is False where the kernel forbids setgroups(2): in a user namespace made by an
     ordinary user (user_namespaces(7)), whose groups then remain.
     """
     if drop_groups:
-        os.setgroups([])
-    os.setresgid(user_id, user_id, user_id)
-    os.setresuid(user_id, user_id, user_id)
+        program.call(os.setgroups, ())
+    program.call(os.setresgid, user_id, user_id, user_id)
+    program.call(os.setresuid, user_id, user_id, user_id)
 
 
-def set_rlimits(limits: Mapping[str, int]) -> None:
-    """Set hard and soft limits; `limits` maps names such as ``"nofile"`` to values."""
+def set_rlimits(program: Program, limits: Mapping[str, int]) -> None:
+    """Prepare: set hard and soft limits; `limits` maps names such as ``"nofile"`` to values."""
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name.upper()}")
         hard = resource.getrlimit(kind)[1]
         if hard != resource.RLIM_INFINITY:
             value = min(value, hard)
-        resource.setrlimit(kind, (value, value))
+        program.call(resource.setrlimit, kind, (value, value))
 
 
 def drop_all() -> None:

