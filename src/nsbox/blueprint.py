@@ -17,6 +17,7 @@ from typing import Any, Final
 from nsbox.config import Config, Limits, Mount
 from nsbox.errors import ConfigError, UnsupportedHostError
 from nsbox.isolation import namespaces, seccomp
+from nsbox.link import Link
 from nsbox.result import Protection
 
 _LIMIT_FEATURES: Final = (
@@ -283,13 +284,13 @@ def plan(config: Config, hello: Mapping[str, Any]) -> Blueprint:
 def born_layers(
     config: Config,
     hello: Mapping[str, Any],
-    born: Mapping[str, Any],
+    link: Link,
     decided: Sequence[Protection],
 ) -> list[Protection]:
     """Return what is in force: the protections verified at the end of a birth, then `decided`."""
     ids = {
-        "range": f"host id {born['host_id']}, of no other environment",
-        "subordinate": f"subordinate id {born['host_id']}, of no other environment",
+        "range": f"host id {link.host_id}, of no other environment",
+        "subordinate": f"subordinate id {link.host_id}, of no other environment",
         "own": "the caller's own id: environments share it",
     }[hello["ids"]]
     groups = "no supplementary groups" if hello["drops_groups"] else "the caller's groups remain"
@@ -297,7 +298,7 @@ def born_layers(
         "full": "its own, sensitive files masked, settings read-only",
         "subset=pid": "its own, processes only: this host's /proc is itself masked",
         "none": "none: this host does not let one be mounted",
-    }[born["proc"]]
+    }[link.proc]
     userland = config.rootfs or "the host's /usr"
     return [
         Protection("identity", True, f"uid {config.user_id} inside; {ids}; {groups}"),

@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
-import socket
 import stat
 import threading
 import time
-from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Any, Final, Self
+from collections.abc import Callable, Mapping
+from typing import IO, Any, Final, Self
 
 from nsbox.errors import (
     CommandStartError,
@@ -22,67 +20,21 @@ from nsbox.errors import (
     SyscallError,
 )
 from nsbox.guest import protocol as p
-from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
-from nsbox.result import Outcome, Result, Usage
-
-if TYPE_CHECKING:
-    from nsbox.environment import ExecutionEnvironment
+from nsbox.link import Link
+from nsbox.linux.descriptors import close_all
+from nsbox.result import Outcome, Protections, Result, Usage
 
 PIPE: Final = -1
 """Make a pipe, whose other end is an attribute of the `Process`."""
 DEVNULL: Final = -3
 """Give the command the environment's own /dev/null."""
 
-ANSWER_DEADLINE: Final = 30.0
-"""Seconds PID 1 may take to start a command, or to answer a file operation."""
 KILL_DEADLINE: Final = 5.0
 """Seconds PID 1 may take to end a killed command before the whole environment is killed."""
 _CHUNK: Final = 1 << 16
 _LEAST_CPU_WAIT: Final = 0.01
 
 Stream = int | IO[Any] | None
-
-
-class Channel:
-    """The host's end of one operation of PID 1. What it reads is not trusted."""
-
-    def __init__(self, control: socket.socket, operation: bytes, fds: list[int]) -> None:
-        """Ask for `operation`; raises OSError when PID 1 is gone."""
-        self.socket, theirs = socket.socketpair()
-        try:
-            send_bytes(control, operation, [theirs.fileno(), *fds])
-        except OSError:
-            self.socket.close()
-            raise
-        finally:
-            theirs.close()
-        self.socket.settimeout(ANSWER_DEADLINE)
-
-    def send_request(self, request: Mapping[str, Any]) -> None:
-        """Send the request itself."""
-        data = json.dumps(request).encode()
-        self.socket.sendall(p.LENGTH.pack(len(data)) + data)
-
-    def receive_answer(self) -> tuple[bytes, int, int, int, list[int]]:
-        """Return the kind, three numbers and the descriptors of the next answer.
-
-        Raises:
-            ConnectionError: PID 1 is gone, or said what it may not say.
-        """
-        data, fds = receive_bytes(self.socket, p.ANSWER.size)
-        while data and len(data) < p.ANSWER.size:
-            more = self.socket.recv(p.ANSWER.size - len(data))
-            if not more:
-                break
-            data += more
-        if len(data) != p.ANSWER.size:
-            close_all(fds)
-            raise ConnectionError("PID 1 is gone")
-        kind, first, second, third = p.ANSWER.unpack(data)
-        if kind == p.FAILED and not (0 <= second < len(p.STAGES) and 0 < first < 4096):
-            close_all(fds)
-            raise ConnectionError("PID 1 sent a malformed answer")
-        return kind, first, second, third, fds
 
 
 class _Verdict:
@@ -108,14 +60,16 @@ class Process:
 
     def __init__(
         self,
-        environment: ExecutionEnvironment,
+        link: Link,
         argv: tuple[str, ...],
         request: dict[str, Any],
         streams: tuple[Stream, Stream, Stream],
         *,
+        protections: Callable[[], Protections],
         cpu_time: float | None = None,
     ) -> None:
-        self._environment = environment
+        self._protections = protections
+        self._link = link
         self.argv = argv
         self.pid = 0
         self.tty = -1
@@ -129,7 +83,7 @@ class Process:
         self._cpu_time = cpu_time
         self._next_cpu_check = 0.0
         self._lock = threading.RLock()
-        self._before = environment._read_counters()  # noqa: SLF001 - one object in two halves
+        self._before = link.counters()
         self._started_at = time.monotonic()
         self._start(request, streams)
         if cpu_time is not None:
@@ -153,12 +107,12 @@ class Process:
                     _check_given(given[-1])
                 stdio.append(stream is not None and stream != DEVNULL)
             request["stdio"] = stdio
-            self._channel = self._environment._ask(p.RUN, request, given)  # noqa: SLF001
+            self._channel = self._link.ask(p.RUN, request, given)
             try:
                 kind, first, stage, _, fds = self._channel.receive_answer()
             except (OSError, ConnectionError) as error:
                 self._channel.socket.close()
-                raise self._environment._died(error) from error  # noqa: SLF001
+                raise self._link.died(error) from error
         except BaseException:
             self._close_streams()
             raise
@@ -178,7 +132,7 @@ class Process:
     def _make_pipe(self, number: int) -> tuple[int, int]:
         read, write = os.pipe()
         ours, theirs = (write, read) if number == 0 else (read, write)
-        uid = self._environment._host_id  # noqa: SLF001
+        uid = self._link.host_id
         if uid:
             # So that the command may open it again as /dev/stdout (proc(5), /proc/PID/fd).
             os.fchown(theirs, uid, uid)
@@ -297,7 +251,7 @@ class Process:
     def register(self, poller: select.poll) -> None:
         """Register with `poller` what becomes readable when `poll` may have an answer."""
         poller.register(self._channel.socket.fileno(), select.POLLIN)
-        poller.register(self._environment._supervision_fd, select.POLLIN)  # noqa: SLF001
+        poller.register(self._link.fileno(), select.POLLIN)
 
     def _read_some(self, fd: int, name: str, buffer: bytearray, limit: int) -> bool:
         """Read once; False at the end of the stream. Bytes over the limit are dropped."""
@@ -347,13 +301,13 @@ class Process:
             ready = {fd for fd, _ in poller.poll(wait)}
             if self._channel.socket.fileno() in ready:
                 self._finish_from_channel()
-            elif ready and self._environment._note_end():  # noqa: SLF001
+            elif ready and self._link.note_end():
                 self._finish_from_end()
             self._check_cpu_time()
             if self._killed_at is not None and self._result is None:
                 late = time.monotonic() - self._killed_at - KILL_DEADLINE
                 if late > 0:
-                    self._environment._kill()  # noqa: SLF001 - PID 1 does not do its duty
+                    self._link.kill()  # PID 1 does not do its duty
             return self._result
 
     def _check_cpu_time(self) -> None:
@@ -370,7 +324,7 @@ class Process:
         self._next_cpu_check = time.monotonic() + self._cpu_wait(self._cpu_time - used)
 
     def _cpu_used(self) -> float:
-        now = self._environment._read_cpu_usec()  # noqa: SLF001
+        now = self._link.cpu_usec()
         before = self._before.get("cpu_usec")
         return 0.0 if now is None or before is None else (now - before) / 1e6
 
@@ -406,31 +360,31 @@ class Process:
             if kind != p.EXITED or not 0 <= status < 1 << 16:
                 raise ConnectionError("PID 1 sent a malformed answer")
         except OSError as error:
-            self._environment._kill()  # noqa: SLF001 - broken rules end the environment
-            if self._environment._await_end():  # noqa: SLF001
+            self._link.kill()  # broken rules end the environment
+            if self._link.await_end():
                 self._finish_from_end()
                 return
-            self._death = self._environment._died(error)  # noqa: SLF001
+            self._death = self._link.died(error)
             raise self._death from error
-        after = self._environment._read_usage()  # noqa: SLF001
+        after = self._link.usage()
         if after.get("cpu_user_usec") is None:
             after["cpu_user_usec"], after["cpu_system_usec"] = user, system
         returncode = os.waitstatus_to_exitcode(status)
         if _rise(self._before, after, "oom_kills"):
             # v1 kills one process; the environment's memory is as good as gone all the same.
-            self._environment._kill()  # noqa: SLF001
+            self._link.kill()
             self._conclude(Outcome.OOM_KILLED, returncode, _oom_evidence(self._before, after), after)
         elif self._verdict is not None:
             self._conclude(self._verdict.outcome, returncode, self._verdict.evidence, after)
         elif returncode >= 0:
             self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
         else:
-            outcome, evidence = self._environment._judge_signal(-returncode)  # noqa: SLF001
+            outcome, evidence = _judge_signal(-returncode)
             self._conclude(outcome, returncode, evidence, after)
 
     def _finish_from_end(self) -> None:
         """Conclude from the launcher's report on the end of the whole environment."""
-        report = self._environment._end or {}  # noqa: SLF001
+        report = self._link.end or {}
         after: dict[str, int | None] = report.get("usage") or {}
         if _rise(self._before, after, "oom_kills"):
             evidence = _oom_evidence(self._before, after)
@@ -438,11 +392,11 @@ class Process:
         elif self._verdict is not None:
             evidence = f"{self._verdict.evidence} with its whole environment"
             self._conclude(self._verdict.outcome, -signal.SIGKILL, evidence, after)
-        elif self._environment._closed_by_caller:  # noqa: SLF001
+        elif self._link.closing:
             self._conclude(Outcome.KILLED, -signal.SIGKILL, "its environment was closed", after)
         else:
             self._channel.socket.close()
-            what = f"{self.argv[0]!r}: {self._environment._describe_end()}"  # noqa: SLF001
+            what = f"{self.argv[0]!r}: {self._link.describe_end()}"
             self._death = EnvironmentDied(what, Outcome.SIGNALED)
             raise self._death
 
@@ -456,7 +410,7 @@ class Process:
             returncode=returncode,
             evidence=evidence,
             usage=usage,
-            protections=self._environment.protections,
+            protections=self._protections(),
         )
         self._channel.socket.close()
 
@@ -523,4 +477,13 @@ def usage_between(
     )
 
 
-
+def _judge_signal(number: int) -> tuple[Outcome, str]:
+    """Return the verdict on a command that a signal ended which nsbox did not send."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # real-time signals have no name
+        name = f"signal {number}"
+    if number == signal.SIGSYS:
+        # A filter's kill and a SIGSYS that a program sends itself have the same wait status.
+        return Outcome.SIGNALED, f"{name}: by the system call filter, or sent by a process inside"
+    return Outcome.SIGNALED, f"{name}, not sent by nsbox"

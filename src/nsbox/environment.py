@@ -7,17 +7,13 @@ import enum
 import functools
 import os
 import secrets
-import select
-import signal
-import socket
 import threading
-import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Self
+from typing import Any, Self
 
 from nsbox.blueprint import born_layers, plan
-from nsbox.command import DEVNULL, KILL_DEADLINE, PIPE, Channel, Process, Stream, usage_between
+from nsbox.command import DEVNULL, PIPE, Process, Stream, usage_between
 from nsbox.config import (
     Config,
     check_argv,
@@ -31,27 +27,15 @@ from nsbox.errors import (
     ConfigError,
     EnvironmentDied,
     EnvironmentStateError,
-    LauncherError,
-    SetupError,
     SyscallError,
     UnsupportedHostError,
 )
 from nsbox.guest import protocol as p
-from nsbox.isolation import cgroups, readback
-from nsbox.launcher import wire
-from nsbox.launcher.client import Launcher, get_launcher
-from nsbox.result import Outcome, Protections, Result, Usage
-
-BIRTH_DEADLINE: Final = 30.0
-"""Seconds a birth may take."""
-_CLOSE_DEADLINE: Final = 10.0
-_READY_MOST: Final = 16  # bytes of PID 1's first and only word on the control socket
-_STEP_HINTS: Final = {
-    "clone": "'nsbox doctor' tells which namespace this host does not allow",
-    "mounts": "a mount point inside a bound tree must exist there already",
-    "trees": "an idmapped mount needs a file system that supports it (ext4, xfs, btrfs, tmpfs "
-    "since Linux 6.3); allow_missing={'idmapped_mounts'} binds without",
-}
+from nsbox.launcher.client import get_launcher
+from nsbox.link import Channel, Link
+from nsbox.linux.descriptors import close_all
+from nsbox.result import Protections, Result, Usage
+from nsbox.terminal import set_window_size
 
 
 class State(enum.Enum):
@@ -90,87 +74,21 @@ class ExecutionEnvironment:
             LauncherError: The launcher cannot be started.
         """
         self._owner = os.getpid()
-        self._state = State.CLOSED
-        self._lock = threading.Lock()
-        self._end: dict[str, Any] | None = None
-        self._closed_by_caller = False
-        self._pidfd = -1
+        self._link: Link | None = None
+        self._frozen = False
+        self._close_lock = threading.Lock()
         self.config = make_config(config, fields)
         self.id = secrets.token_hex(4)
         launcher = get_launcher()
         blueprint = plan(self.config, launcher.hello)
-        spec = {**blueprint.spec, "id": self.id}
-        self._control, control = wire.pair()
-        self._supervision, supervision = wire.pair()
-        try:
-            try:
-                launcher.request_birth(spec, control.fileno(), supervision.fileno())
-            finally:
-                control.close()
-                supervision.close()
-            born = self._await_birth(launcher)
-            self.pid: int = born["pid"]
-            self._verify(filtered=bool(blueprint.program))
-        except BaseException:
-            self._release()
-            raise
-        self._host_id: int = born["host_id"] if launcher.hello["ids"] != "own" else 0
+        link = Link(launcher, {**blueprint.spec, "id": self.id})
+        self.pid = link.pid
         self._accounts_cpu = blueprint.accounts_cpu
-        self._reader = cgroups.UsageReader(born["cgroup"]) if born["cgroup"] else None
         self._environment = blueprint.environment
         self._describe = functools.partial(
-            born_layers, self.config, launcher.hello, born, blueprint.layers
+            born_layers, self.config, launcher.hello, link, blueprint.layers
         )
-        self._state = State.READY
-
-    def _await_birth(self, launcher: Launcher) -> dict[str, Any]:
-        """Wait until the environment is cloned (from the launcher) and locked in (from itself)."""
-        deadline = time.monotonic() + BIRTH_DEADLINE
-        poll = select.poll()
-        poll.register(self._supervision, select.POLLIN)
-        poll.register(self._control, select.POLLIN)
-        born: dict[str, Any] = {}
-        while True:
-            left = deadline - time.monotonic()
-            ready = {fd for fd, _ in poll.poll(max(0.0, left) * 1000)}
-            if not ready:
-                raise SetupError("birth", f"not over after {BIRTH_DEADLINE:g} seconds")
-            if self._supervision.fileno() in ready:
-                born.update(self._hear_of_birth(launcher))
-            elif born:
-                try:
-                    word = self._control.recv(_READY_MOST)
-                except ConnectionError:
-                    word = b""
-                if word:
-                    born["proc"] = word.decode()
-                    return born
-                # It ended: why stands on the supervision socket.
-                poll.unregister(self._control)
-
-    def _hear_of_birth(self, launcher: Launcher) -> dict[str, Any]:
-        received = wire.receive(self._supervision)
-        if received is None:
-            raise LauncherError(f"the launcher died during the birth. {launcher.last_words()}")
-        message, fds = received
-        if message["kind"] == "born":
-            self._pidfd = fds[0]
-            return message
-        if message["kind"] == "gone":
-            raise SetupError("birth", "the environment was killed before it was ready")
-        step = message["step"]
-        raise SetupError(
-            step, message["message"], errno=message["errno"], hint=_STEP_HINTS.get(step, "")
-        )
-
-    def _verify(self, *, filtered: bool) -> None:
-        try:
-            missing = readback.missing_lock(self.pid, filtered=filtered)
-        except OSError:
-            self._request("verify")  # /proc hides it from us (hidepid), not from its launcher
-            return
-        if missing:
-            raise SetupError("verify", f"its status does not say {missing!r}")
+        self._link = link
 
     # -- what users do -------------------------------------------------------------------------
 
@@ -182,9 +100,11 @@ class ExecutionEnvironment:
     @property
     def state(self) -> State:
         """The state now; a death is noticed when it is asked for."""
-        if self._state in (State.READY, State.FROZEN) and self._owner == os.getpid():
-            self._note_end()
-        return self._state
+        if self._link is None:
+            return State.CLOSED
+        if self._owner == os.getpid() and self._link.note_end():
+            return State.DEAD
+        return State.FROZEN if self._frozen else State.READY
 
     def run(
         self,
@@ -292,11 +212,15 @@ class ExecutionEnvironment:
         }
         if not str(request["cwd"]).startswith("/"):
             raise ConfigError(f"cwd: must be absolute, got {cwd!r}")
-        self._require_ready()
-        process = Process(self, command, request, streams, cpu_time=limit)
+        process = Process(
+            self._ready_link(),
+            command,
+            request,
+            streams,
+            protections=lambda: self.protections,
+            cpu_time=limit,
+        )
         if tty is not None:
-            from nsbox.terminal import set_window_size
-
             set_window_size(process.tty, *tty)
         return process
 
@@ -314,16 +238,17 @@ class ExecutionEnvironment:
             raise ConfigError(f"data: must be bytes, got {type(data).__name__}; encode it")
         if isinstance(mode, bool) or not isinstance(mode, int) or mode & ~0o777:
             raise ConfigError(f"mode: must be permission bits such as 0o644, got {mode!r}")
-        request = {"path": self._inside(path), "mode": mode, "size": len(data)}
-        channel = self._ask(p.WRITE, request, [])
+        request = {"path": _inside(path), "mode": mode, "size": len(data)}
+        link = self._ready_link()
+        channel = link.ask(p.WRITE, request, [])
         with channel.socket:
             try:
                 channel.socket.sendall(data)
             except BrokenPipeError:
                 pass  # it has answered with an error already
             except OSError as error:
-                raise self._died(error) from error
-            self._expect_ok(channel, path)
+                raise link.died(error) from error
+            _expect_ok(link, channel, path)
 
     def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """Read a regular file inside; see `write_file` for what is refused.
@@ -333,11 +258,13 @@ class ExecutionEnvironment:
         """
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
             raise ConfigError(f"max_bytes: must not be negative, got {max_bytes!r}")
-        channel = self._ask(p.READ, {"path": self._inside(path), "most": max_bytes}, [])
+        request = {"path": _inside(path), "most": max_bytes}
+        link = self._ready_link()
+        channel = link.ask(p.READ, request, [])
         with channel.socket:
-            size = self._expect_ok(channel, path)
+            size = _expect_ok(link, channel, path)
             if not 0 <= size <= max_bytes:
-                self._kill()
+                link.kill()
                 raise EnvironmentDied("PID 1 sent a malformed answer")
             data = bytearray()
             while len(data) < size:
@@ -352,21 +279,19 @@ class ExecutionEnvironment:
 
         By the cgroup freezer where there is one, else by SIGSTOP to every process.
         """
-        self._require_ready()
-        self._request("freeze")
-        self._state = State.FROZEN
+        self._ready_link().request("freeze")
+        self._frozen = True
 
     def thaw(self) -> None:
         """Let a frozen environment run again; does nothing to one that is not frozen."""
-        self._require_alive()
-        if self._state is State.FROZEN:
-            self._request("thaw")
-            self._state = State.READY
+        link = self._live_link()
+        if self._frozen:
+            link.request("thaw")
+            self._frozen = False
 
     def usage(self) -> Usage:
         """Return the resources used since birth, by everything in the environment."""
-        self._require_alive()
-        return usage_between({}, self._read_usage(), None)
+        return usage_between({}, self._live_link().usage(), None)
 
     def close(self, *, wait: bool = True) -> None:
         """Kill everything in it and remove it. May be called again, and in any state.
@@ -378,21 +303,21 @@ class ExecutionEnvironment:
         Raises:
             CleanupError: Something could not be removed.
         """
-        if self._owner != os.getpid():
-            self._release()  # a forked child's copies of the descriptors; it is not its own
+        with self._close_lock:
+            link, self._link = self._link, None
+        if link is None:
             return
-        with self._lock:
-            if self._state is State.CLOSED:
-                return
-            self._closed_by_caller = True
-        self._kill()
+        if self._owner != os.getpid():
+            link.close()  # a forked child's copies of the descriptors; it is not its own
+            return
+        link.closing = True
+        link.kill()
         leaked: list[str] = []
         if wait:
-            if not self._await_end():
+            if not link.await_end():
                 leaked.append(f"process {self.pid}")
-            leaked += (self._end or {}).get("leaked", [])
-        self._state = State.CLOSED
-        self._release()
+            leaked += (link.end or {}).get("leaked", [])
+        link.close()
         if leaked:
             raise CleanupError(leaked)
 
@@ -403,195 +328,55 @@ class ExecutionEnvironment:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_state", State.CLOSED) is not State.CLOSED:
+        if getattr(self, "_link", None) is not None:
             if self._owner == os.getpid():
                 warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self)
-                self._kill()
-            self._state = State.CLOSED
-            self._release()
+            self.close(wait=False)
 
     def __repr__(self) -> str:
-        return f"<nsbox.ExecutionEnvironment {self.id} {self._state.value}>"
+        return f"<nsbox.ExecutionEnvironment {self.id} {self.state.value}>"
 
     # -- states --------------------------------------------------------------------------------
 
-    def _require_alive(self) -> None:
+    def _live_link(self) -> Link:
         if self._owner != os.getpid():
             raise EnvironmentStateError(
                 f"environment {self.id} belongs to process {self._owner}; this is its forked "
                 f"child {os.getpid()}: make an environment of its own here"
             )
-        if self._state is State.CLOSED:
+        link = self._link
+        if link is None:
             raise EnvironmentStateError(f"environment {self.id} is closed; make a new one")
-        if self._state is State.DEAD or self._note_end():
+        if link.note_end():
             raise EnvironmentStateError(
-                f"environment {self.id} is dead: {self._describe_end()}; make a new one"
+                f"environment {self.id} is dead: {link.describe_end()}; make a new one"
             )
+        return link
 
-    def _require_ready(self) -> None:
-        self._require_alive()
-        if self._state is State.FROZEN:
+    def _ready_link(self) -> Link:
+        link = self._live_link()
+        if self._frozen:
             raise EnvironmentStateError(f"environment {self.id} is frozen; call thaw() first")
+        return link
 
-    def _inside(self, path: str) -> str:
-        self._require_ready()
-        text = check_text(path, "path")
-        if not text.startswith("/"):
-            raise ConfigError(f"path: must be absolute inside the environment, got {path!r}")
-        return text
 
-    def _release(self) -> None:
-        self._control.close()
-        self._supervision.close()
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+def _inside(path: str) -> str:
+    text = check_text(path, "path")
+    if not text.startswith("/"):
+        raise ConfigError(f"path: must be absolute inside the environment, got {path!r}")
+    return text
 
-    # -- PID 1 ---------------------------------------------------------------------------------
 
-    def _ask(self, operation: bytes, request: dict[str, Any], fds: list[int]) -> Channel:
-        try:
-            channel = Channel(self._control, operation, fds)
-        except OSError as error:
-            if self._note_end() or not isinstance(error, ConnectionError):
-                raise self._died(error) from error
-            raise self._died(error) from error
-        try:
-            channel.send_request(request)
-        except BrokenPipeError:
-            pass  # it refused the request before reading all of it: its answer says why
-        except OSError as error:
-            channel.socket.close()
-            raise self._died(error) from error
-        return channel
-
-    def _expect_ok(self, channel: Channel, path: str) -> int:
-        try:
-            kind, first, stage, _, fds = channel.receive_answer()
-        except OSError as error:
-            raise self._died(error) from error
-        wire.close_all(fds)
-        if kind == p.FAILED:
-            what = {"open": "openat2", "kind": "open (regular files only)", "size": "read"}
-            raise SyscallError(what.get(p.STAGES[stage], p.STAGES[stage]), first, path)
-        return first
-
-    def _died(self, cause: OSError) -> EnvironmentDied:
-        """Return the exception for an operation under which PID 1 went away or fell silent."""
-        if isinstance(cause, TimeoutError):
-            self._kill()
-            return EnvironmentDied(f"environment {self.id}: PID 1 did not answer; it was killed")
-        self._await_end()
-        return EnvironmentDied(f"environment {self.id}: {self._describe_end()}", Outcome.SIGNALED)
-
-    def _kill(self) -> None:
-        if self._pidfd >= 0:
-            try:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-
-    # -- supervision ---------------------------------------------------------------------------
-
-    @property
-    def _supervision_fd(self) -> int:
-        return self._supervision.fileno()
-
-    def _request(self, kind: str) -> None:
-        with self._lock:
-            try:
-                wire.send(self._supervision, {"kind": kind})
-                answer = self._receive(_CLOSE_DEADLINE)
-            except OSError:
-                answer = None
-        if answer is None or answer["kind"] == "gone":
-            raise EnvironmentDied(f"environment {self.id}: {self._describe_end()}")
-        if answer["kind"] == "failed":
-            raise SetupError(kind, answer["message"], errno=answer["errno"])
-
-    def _receive(self, timeout: float) -> dict[str, Any] | None:
-        """Return the launcher's next message; notes the end of the environment. Needs the lock."""
-        if self._end is not None:
-            return self._end
-        poll = select.poll()
-        poll.register(self._supervision.fileno(), select.POLLIN)
-        if not poll.poll(timeout * 1000):
-            return None
-        received = wire.receive(self._supervision)
-        message = {"kind": "gone", "launcher": True} if received is None else received[0]
-        if message["kind"] == "gone":
-            self._end = message
-            if self._state is not State.CLOSED:
-                self._state = State.DEAD
-        return message
-
-    def _note_end(self) -> bool:
-        """Whether the environment is gone, as far as the launcher has said by now."""
-        with self._lock:
-            if self._end is None and self._supervision.fileno() >= 0:
-                self._receive(0)
-            return self._end is not None
-
-    def _await_end(self) -> bool:
-        """Wait for the end of a killed environment; False when it does not come."""
-        deadline = time.monotonic() + _CLOSE_DEADLINE
-        with self._lock:
-            while self._end is None and time.monotonic() < deadline:
-                self._receive(max(0.0, deadline - time.monotonic()))
-        if self._end is not None and "launcher" in self._end:
-            return self._await_death_without_launcher()
-        return self._end is not None
-
-    def _await_death_without_launcher(self) -> bool:
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(KILL_DEADLINE * 1000))
-
-    def _describe_end(self) -> str:
-        end = self._end or {}
-        if self._state is State.CLOSED or self._closed_by_caller:
-            return "it was closed"
-        if "launcher" in end:
-            return "the launcher died, and the environment with it"
-        if (end.get("usage") or {}).get("oom_kills"):
-            return "the kernel killed it at the memory limit"
-        status = end.get("status")
-        if status is None:
-            return "PID 1 is gone"
-        code = os.waitstatus_to_exitcode(status)
-        if code < 0:
-            return f"PID 1 was killed from outside by {signal.Signals(-code).name}"
-        return f"PID 1 ended with status {code}"
-
-    # -- accounting ----------------------------------------------------------------------------
-
-    def _read_usage(self) -> dict[str, int | None]:
-        try:
-            return {} if self._reader is None else self._reader.read()
-        except OSError:
-            return {}  # its cgroup has just been removed
-
-    def _read_counters(self) -> dict[str, int | None]:
-        try:
-            return {} if self._reader is None else self._reader.counters()
-        except OSError:
-            return {}
-
-    def _read_cpu_usec(self) -> int | None:
-        try:
-            return None if self._reader is None else self._reader.cpu_usec()
-        except OSError:
-            return None
-
-    def _judge_signal(self, number: int) -> tuple[Outcome, str]:
-        try:
-            name = signal.Signals(number).name
-        except ValueError:
-            name = f"signal {number}"
-        if number == signal.SIGSYS:
-            # A filter's kill and a SIGSYS that a program sends itself have the same wait status.
-            return Outcome.SIGNALED, f"{name}: by the system call filter, or sent by a process inside"
-        return Outcome.SIGNALED, f"{name}, not sent by nsbox"
+def _expect_ok(link: Link, channel: Channel, path: str) -> int:
+    try:
+        kind, first, stage, _, fds = channel.receive_answer()
+    except OSError as error:
+        raise link.died(error) from error
+    close_all(fds)
+    if kind == p.FAILED:
+        what = {"open": "openat2", "kind": "open (regular files only)", "size": "read"}
+        raise SyscallError(what.get(p.STAGES[stage], p.STAGES[stage]), first, path)
+    return first
 
 
 def run(

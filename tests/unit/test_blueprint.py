@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is enforced, by what, and what is refused: decided from values, with made-up hosts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nsbox import Config, ConfigError, IoMax, Limits, Mount, Protections, UnsupportedHostError
+from nsbox import blueprint as b
+from nsbox.isolation import namespaces, seccomp
+from nsbox.linux import constants as c
+
+FEATURES = ("memory", "pids", "cpu", "cpuset", "io", "cpu_accounting", "freeze", "kill")
+MISSING = {"missing": "the directory belongs to root", "hint": "Delegate it: see docs/host-setup.md"}
+FULL_HOST: dict[str, Any] = {
+    "privileged": True,
+    "ids": "range",
+    "drops_groups": True,
+    "namespaces": list(namespaces.FLAGS),
+    "networks_ready": True,
+    "cgroups": {f"cgroup.{name}": {"version": 2} for name in FEATURES},
+}
+
+
+def host(*missing: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - parts of a hello
+    """Return a hello of a host that has everything but the cgroup features named."""
+    hello = {**copy.deepcopy(FULL_HOST), **changes}
+    for name in missing:
+        hello["cgroups"][name] = MISSING
+    return hello
+
+
+POOR_HOST = host(
+    *FULL_HOST["cgroups"], privileged=False, ids="own", drops_groups=False, networks_ready=False
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seccomp, "filter_for", lambda policy: policy.name.encode())
+
+
+def decide(hello: dict[str, Any] = FULL_HOST, **fields: Any) -> b.Blueprint:  # noqa: ANN401 - of Config
+    return b.Blueprint(Config(**fields), hello)
+
+
+def layers(blueprint: b.Blueprint) -> Protections:
+    return Protections(tuple(blueprint.layers))
+
+
+# -- limits ------------------------------------------------------------------------------------
+
+LIMITS: list[tuple[str, Any, str]] = [
+    ("memory_max", "1G", "cgroup.memory"),
+    ("cpu_max", 0.5, "cgroup.cpu"),
+    ("cpuset_cpus", "0", "cgroup.cpuset"),
+    ("io_max", (IoMax(device="8:0", rbps="1M"),), "cgroup.io"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "feature"), LIMITS)
+def test_limit_goes_to_its_controller(name: str, value: object, feature: str) -> None:
+    made = decide(limits=Limits(**{name: value}))  # type: ignore[arg-type]
+    assert name in made.spec["cgroup_limits"]
+    assert layers(made)[feature].in_force
+    assert "cgroup v2" in layers(made)[feature].detail
+
+
+@pytest.mark.parametrize(("name", "value", "feature"), LIMITS)
+def test_named_limit_that_cannot_be_had_is_refused(name: str, value: object, feature: str) -> None:
+    with pytest.raises(UnsupportedHostError) as caught:
+        decide(host(feature), limits=Limits(**{name: value}))  # type: ignore[arg-type]
+    error = caught.value
+    assert error.feature == feature
+    assert name in error.reason
+    assert "belongs to root" in error.reason
+    assert error.hint == MISSING["hint"]
+    assert str(error).startswith(f"{feature} cannot be enforced on this host: ")
+
+
+@pytest.mark.parametrize(("name", "value", "feature"), LIMITS)
+def test_named_limit_may_be_done_without_by_name(name: str, value: object, feature: str) -> None:
+    made = decide(
+        host(feature),
+        limits=Limits(**{name: value}),  # type: ignore[arg-type]
+        allow_missing={feature},
+    )
+    assert name not in made.spec["cgroup_limits"]
+    layer = layers(made)[feature]
+    assert not layer.in_force
+    assert "belongs to root" in layer.detail
+
+
+def test_allowing_one_to_be_missing_allows_no_other() -> None:
+    limits = Limits(memory_max="1G", cpu_max=1)
+    with pytest.raises(UnsupportedHostError, match=r"^cgroup\.cpu "):
+        decide(host("cgroup.memory", "cgroup.cpu"), limits=limits, allow_missing={"cgroup.memory"})
+
+
+def test_default_limit_that_cannot_be_had_is_said_not_to_be_in_force() -> None:
+    made = decide(host("cgroup.memory"))
+    assert "memory_max" not in made.spec["cgroup_limits"]
+    assert not layers(made)["cgroup.memory"].in_force
+    assert layers(made)["cgroup.memory"].detail == "memory_max: the directory belongs to root"
+
+
+def test_a_poor_host_gets_an_environment_with_all_defaults_and_the_truth() -> None:
+    made = decide(POOR_HOST)
+    assert made.spec["cgroup_limits"] == {}
+    assert not made.accounts_cpu
+    missing = {layer.name for layer in layers(made).missing}
+    assert missing == {"cgroup.memory", "cgroup.cpu", "cgroup.cpuset", "cgroup.io"}
+
+
+def test_limit_switched_off_by_name_is_not_in_force_and_never_refused() -> None:
+    made = decide(host("cgroup.memory"), limits=Limits(memory_max=None, pids_max=None))
+    assert made.spec["cgroup_limits"] == {}
+    assert layers(made)["cgroup.memory"].detail == "no limit was asked for"
+    assert "nproc" not in made.spec["rlimits"]
+
+
+def release(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    fake = os.uname_result(("Linux", "host", text, "#1", "x86_64"))
+    monkeypatch.setattr(os, "uname", lambda: fake)
+
+
+def test_pids_fall_back_to_rlimits(monkeypatch: pytest.MonkeyPatch) -> None:
+    release(monkeypatch, "5.14.0-1-amd64")
+    made = decide(host("cgroup.pids"), limits=Limits(pids_max=40))
+    assert made.spec["rlimits"]["nproc"] == 40
+    assert layers(made)["cgroup.pids"].in_force
+    assert "RLIMIT_NPROC" in layers(made)["cgroup.pids"].detail
+    assert "nproc" not in decide().spec["rlimits"]
+
+
+def test_pids_do_not_fall_back_where_rlimits_count_all_of_the_user(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release(monkeypatch, "5.10.0")
+    with pytest.raises(UnsupportedHostError, match=r"^cgroup\.pids "):
+        decide(host("cgroup.pids"), limits=Limits(pids_max=40))
+    made = decide(host("cgroup.pids"))
+    assert not layers(made)["cgroup.pids"].in_force
+    assert "nproc" not in made.spec["rlimits"]
+
+
+def test_rlimits_are_those_asked_for() -> None:
+    assert decide().spec["rlimits"] == {"nofile": 1024, "core": 0}
+    made = decide(limits=Limits(open_files=None, file_size="1M", core_size=None))
+    assert made.spec["rlimits"] == {"fsize": 1 << 20}
+    assert layers(made)["rlimit.fsize"].in_force
+
+
+def test_cpu_time_needs_accounting() -> None:
+    limits = Limits(cpu_time=2)
+    assert layers(decide(limits=limits))["cpu_time"].in_force
+    without = host("cgroup.cpu_accounting")
+    with pytest.raises(UnsupportedHostError) as caught:
+        decide(without, limits=limits)
+    assert caught.value.feature == "cpu_time"
+    made = decide(without, limits=limits, allow_missing={"cpu_time"})
+    assert not layers(made)["cpu_time"].in_force
+
+
+@pytest.mark.parametrize("device", ["/dev/no-such-disk", "/etc/passwd", "/dev/null", "8:x", ":"])
+def test_io_device_must_be_a_block_device(device: str) -> None:
+    with pytest.raises(ConfigError, match="io_max device"):
+        decide(limits=Limits(io_max=(IoMax(device=device, rbps=1),)))
+
+
+def test_io_device_is_told_by_number() -> None:
+    made = decide(limits=Limits(io_max=(IoMax(device="8:16", rbps="1M", wiops=5),)))
+    assert made.spec["cgroup_limits"]["io_max"] == [
+        {"device": "8:16", "rbps": 1 << 20, "wbps": None, "riops": None, "wiops": 5}
+    ]
+
+
+# -- namespaces and the filter -----------------------------------------------------------------
+
+
+def test_all_namespaces_are_made() -> None:
+    made = decide(host(networks_ready=False))
+    assert made.spec["namespace_names"] == list(namespaces.FLAGS)
+    assert made.spec["namespaces"] == sum(namespaces.FLAGS.values())
+
+
+def test_a_network_namespace_held_ready_is_not_made_anew() -> None:
+    made = decide()
+    assert "network" in made.spec["namespace_names"]
+    assert not made.spec["namespaces"] & c.CLONE_NEWNET
+    assert layers(made)["namespace.network"].in_force
+
+
+def test_the_hosts_network_is_said_to_be_in_reach() -> None:
+    made = decide(network="host")
+    assert "network" not in made.spec["namespace_names"]
+    assert not made.spec["namespaces"] & c.CLONE_NEWNET
+    assert not layers(made)["namespace.network"].in_force
+
+
+def test_time_namespaces_are_done_without_and_all_others_are_not() -> None:
+    for name in set(namespaces.FLAGS) - {"time"}:
+        having = [other for other in namespaces.FLAGS if other != name]
+        with pytest.raises(UnsupportedHostError) as caught:
+            decide(host(namespaces=having))
+        assert caught.value.feature == f"namespace.{name}"
+    made = decide(host(namespaces=[other for other in namespaces.FLAGS if other != "time"]))
+    assert not layers(made)["namespace.time"].in_force
+    assert not made.spec["namespaces"] & c.CLONE_NEWTIME
+
+
+def test_filter_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_policy: object) -> bytes:
+        raise UnsupportedHostError("seccomp", "libseccomp is missing", "apt install libseccomp2")
+
+    monkeypatch.setattr(seccomp, "filter_for", refuse)
+    with pytest.raises(UnsupportedHostError, match="libseccomp is missing"):
+        decide()
+    made = decide(allow_missing={"seccomp"})
+    assert made.program == b""
+    assert not layers(made)["seccomp"].in_force
+
+
+def test_filter_is_that_of_the_policy() -> None:
+    made = decide(seccomp="strict")
+    assert bytes.fromhex(made.spec["seccomp"]) == made.program == b"strict"
+    assert "strict" in layers(made)["seccomp"].detail
+
+
+# -- the layout --------------------------------------------------------------------------------
+
+
+def layout_mount(mount: Mount, *, idmap: bool = True) -> dict[str, Any]:
+    mounts = b.make_layout(Config(mounts=(mount,)), idmap=idmap)["mounts"]
+    return next(entry for entry in mounts if entry["destination"] == mount.destination)
+
+
+@pytest.mark.parametrize(
+    ("mount", "idmap", "shared", "idmapped"),
+    [
+        (Mount.bind("/usr", "/data"), True, True, False),
+        (Mount.bind("/usr", "/data", rw=True), True, False, True),
+        # Without idmapped mounts a writable bind is the same for all environments.
+        (Mount.bind("/usr", "/data", rw=True), False, True, False),
+        # Each environment has a /tmp of its own, and so what is in it.
+        (Mount.bind("/usr", "/tmp/data"), True, False, False),
+        (Mount.bind("/usr", "/tmpdata"), True, True, False),
+        (Mount.tmpfs("/data"), True, False, False),
+        (Mount.tmpfs("/tmp/data"), False, False, False),
+    ],
+)
+def test_only_what_no_environment_can_change_is_shared(
+    mount: Mount, idmap: bool, shared: bool, idmapped: bool
+) -> None:
+    entry = layout_mount(mount, idmap=idmap)
+    assert (entry["shared"], entry["idmapped"]) == (shared, idmapped)
+
+
+def test_idmaps_are_for_root_and_can_be_done_without() -> None:
+    mounts = (Mount.bind("/usr", "/data", rw=True),)
+
+    def is_idmapped(made: b.Blueprint) -> bool:
+        return any(entry["idmapped"] for entry in made.spec["layout"]["mounts"])
+
+    assert is_idmapped(decide(mounts=mounts))
+    assert not is_idmapped(decide(mounts=mounts, allow_missing={"idmapped_mounts"}))
+    assert not is_idmapped(decide(host(privileged=False), mounts=mounts))
+
+
+def test_files_and_directories_are_told_apart() -> None:
+    assert layout_mount(Mount.bind("/usr", "/data"))["is_directory"]
+    assert not layout_mount(Mount.bind("/etc/passwd", "/users"))["is_directory"]
+    assert layout_mount(Mount.tmpfs("/data", size=4096))["size"] == 4096
+
+
+def test_parents_are_mounted_before_what_is_in_them() -> None:
+    mounts = tuple(Mount.tmpfs(path) for path in ("/a/b/c", "/a", "/d/e", "/a/b"))
+    made = b.make_layout(Config(mounts=mounts), idmap=False)["mounts"]
+    order = [entry["destination"] for entry in made]
+    assert order.index("/a") < order.index("/a/b") < order.index("/a/b/c")
+
+
+def test_spec_is_json_and_says_nothing_of_the_command() -> None:
+    made = decide(env={"TOKEN": "hunter2"}, limits=Limits(memory_max="1G"))
+    text = json.dumps(made.spec)
+    assert json.loads(text) == made.spec
+    # Later environments are clones of the launcher: it must never see the tenant's data.
+    assert "hunter2" not in text
+    assert made.environment["TOKEN"] == "hunter2"
+
+
+def test_environment_has_nothing_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    assert set(b.base_environment(Config())) == {"PATH", "HOME", "USER", "LOGNAME", "LANG"}
+    changed = b.base_environment(Config(env={"HOME": "/data", "A": "1"}))  # type: ignore[arg-type]
+    assert (changed["HOME"], changed["A"]) == ("/data", "1")
+
+
+# -- interpreters outside /usr -------------------------------------------------------------------
+
+
+def set_prefixes(monkeypatch: pytest.MonkeyPatch, prefix: Path | str, base: Path | str) -> None:
+    for name in ("prefix", "exec_prefix"):
+        monkeypatch.setattr(sys, name, str(prefix))
+        monkeypatch.setattr(sys, f"base_{name}", str(base))
+
+
+def test_interpreter_in_usr_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_prefixes(monkeypatch, "/usr", "/usr")
+    assert b.interpreter_prefixes() == ()
+    set_prefixes(monkeypatch, "/usr/local", "/usr/local")
+    assert b.interpreter_prefixes() == ()
+    assert b.base_environment(Config())["PATH"].startswith("/usr/local/bin:/usr/bin")
+
+
+def test_interpreter_elsewhere_is_bound_and_in_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    venv, base = tmp_path / "venv", tmp_path / "python"
+    set_prefixes(monkeypatch, venv, base)
+    assert b.interpreter_prefixes() == (str(venv), str(base))
+    assert b.base_environment(Config())["PATH"].startswith(f"{venv}/bin:{base}/bin:/usr")
+    made = b.make_layout(Config(), idmap=True)["mounts"]
+    assert {entry["destination"] for entry in made} == {str(venv), str(base)}
+    assert not any(entry["writable"] for entry in made)
+
+
+def test_interpreter_within_another_is_bound_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    set_prefixes(monkeypatch, tmp_path, tmp_path / "base")
+    assert b.interpreter_prefixes() == (str(tmp_path),)
+
+
+@pytest.mark.parametrize("prefix", ["/", "/home", "/root", "~"])
+def test_home_directories_are_never_bound(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
+    path = os.path.expanduser(prefix)
+    set_prefixes(monkeypatch, path, path)
+    assert b.interpreter_prefixes() == ()
+
+
+def test_own_root_and_own_mount_replace_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    set_prefixes(monkeypatch, tmp_path, tmp_path)
+    config = Config(rootfs="/usr")
+    assert b.make_layout(config, idmap=True)["mounts"] == []
+    assert str(tmp_path) not in b.base_environment(config)["PATH"]
+    mine = Config(mounts=(Mount.bind("/usr/bin", str(tmp_path)),))
+    (entry,) = b.make_layout(mine, idmap=True)["mounts"]
+    assert entry["source"] == "/usr/bin"
+
+
+# -- the plan and the end of a birth -------------------------------------------------------------
+
+
+def test_plan_is_made_once_for_a_config_and_a_host() -> None:
+    config = Config()
+    one = b.plan(config, FULL_HOST)
+    assert b.plan(config, FULL_HOST) is one
+    assert b.plan(Config(), FULL_HOST) is not one
+    assert b.plan(config, host()) is not one, "another launcher may have found another host"
+
+
+def test_plans_kept_are_few() -> None:
+    for _ in range(100):
+        b.plan(Config(), FULL_HOST)
+    assert len(b._plans) <= 40
+
+
+@pytest.mark.parametrize(
+    ("ids", "drops_groups", "words"),
+    [
+        ("range", True, "uid 1000 inside; host id 77, of no other environment; no supplementary"),
+        ("subordinate", False, "subordinate id 77, of no other environment; the caller's groups"),
+        ("own", False, "the caller's own id: environments share it; the caller's groups remain"),
+    ],
+)
+def test_identity_is_said_as_it_is(ids: str, drops_groups: bool, words: str) -> None:
+    hello = host(ids=ids, drops_groups=drops_groups)
+    born = {"host_id": 77, "proc": "subset=pid"}
+    made = Protections(tuple(b.born_layers(Config(), hello, born, [])))
+    assert words in made["identity"].detail
+    assert "processes only" in made["proc"].detail
+    assert made["capabilities"].in_force
