@@ -38,7 +38,7 @@ def snapshot(temporary: str) -> Snapshot:
         "mounts": _lines("/proc/self/mountinfo"),
         "mounts of the launcher": _launcher_mounts(launcher),
         "descriptors of the launcher": _launcher_descriptors(launcher),
-        "cgroups": _cgroups(launcher),
+        "cgroups": cgroups(launcher),
         "processes": _leaked_processes(processes, launcher),
         "sockets": _sockets(processes),
         "temporary files": frozenset([*_names(temporary), *_stray_files()]),
@@ -142,7 +142,7 @@ def _launcher_descriptors(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - se
     return frozenset(found)
 
 
-def _cgroups(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
+def cgroups(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
     """Return directories of environments of our launcher, and those whose launcher is dead."""
     found: set[str] = set()
     bases = _cgroup_bases()

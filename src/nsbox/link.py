@@ -91,7 +91,7 @@ class Link:
     Attributes:
         env_id: The environment's id.
         pid: Process id of its PID 1, on the host.
-        host_id: Host uid and gid it has of its own; 0 where it has the caller's.
+        host_id: Uid and gid it has outside, as the launcher's user namespace counts them.
         proc: How much of a /proc it has.
         end: What the launcher said of its end; None while it lives.
         closing: Whether the caller has asked for the end.
@@ -124,7 +124,7 @@ class Link:
         except BaseException:
             self.close()
             raise
-        self.host_id: int = born["host_id"] if launcher.hello["ids"] != "own" else 0
+        self.host_id: int = born["host_id"]
         self._reader = cgroups.UsageReader(born["cgroup"]) if born["cgroup"] else None
 
     # -- birth ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import os
 import signal
 import struct
 import termios
+from contextlib import suppress
 from typing import Final
 
 _SIZE: Final = struct.Struct("HHHH")
@@ -68,11 +69,10 @@ class RawMode:
         self._set(self._saved)
 
     def _set(self, attributes: list[object]) -> None:
-        try:
+        # It fails when the terminal has hung up: then there is nothing left to set.
+        with suppress(termios.error):
             # Not TCSADRAIN: it would wait for ever for a terminal that is held up by Ctrl-S.
             termios.tcsetattr(self._fd, termios.TCSANOW, attributes)  # type: ignore[arg-type]
-        except termios.error:
-            pass  # the terminal has hung up: there is nothing left to set
 
     def __enter__(self) -> RawMode:
         self.resume()

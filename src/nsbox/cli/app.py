@@ -58,9 +58,7 @@ class _Commands(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module, attribute, _ = _COMMANDS[cmd_name]
-        command: click.Command = getattr(
-            importlib.import_module(f"nsbox.cli.{module}"), attribute
-        )
+        command: click.Command = getattr(importlib.import_module(f"nsbox.cli.{module}"), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -86,7 +84,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, value: bool)
     help="Print the version and exit.",
 )
 def app() -> None:
-    """Run untrusted programs in a complete sandbox: namespaces, cgroups, seccomp, a root of its own.
+    """Run untrusted programs in a complete sandbox: namespaces, cgroups, seccomp, own root.
 
     Try: nsbox run -- python3 -c "print(6 * 7)"
     """

@@ -14,7 +14,7 @@ from nsbox.cli.options import environment_options, make_config
 @click.command("plan")
 @environment_options
 @click.option("--json", "as_json", is_flag=True, help="Print one object.")
-def plan_command(as_json: bool, **options: Any) -> int:
+def plan_command(as_json: bool, **options: Any) -> int:  # noqa: ANN401 - click decides
     """Print what `nsbox run` would do with these options, in order; nothing is run.
 
     A launcher is started for it, which finds out what this host can enforce.
@@ -25,9 +25,10 @@ def plan_command(as_json: bool, **options: Any) -> int:
 
     options.pop("timeout")
     config = make_config(options)
-    blueprint = Blueprint("00000000", config, get_launcher().hello)
+    blueprint = Blueprint(config, get_launcher().hello)
+    spec = blueprint.spec
     steps = [
-        {"number": number, "side": step.side, "name": step.name, "text": step.describe(blueprint.spec)}
+        {"number": number, "side": step.side, "name": step.name, "text": step.describe(spec)}
         for number, step in enumerate(STEPS, 1)
     ]
     if as_json:

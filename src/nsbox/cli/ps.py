@@ -88,8 +88,16 @@ def _describe(
         "processes": len(processes),
         "memory_bytes": sum(map(_resident, processes)) if memory is None else memory,
         "cpu_seconds": sum(map(_cpu_time, processes)) if cpu_usec is None else cpu_usec / 1e6,
-        "age_seconds": round(max(0.0, time.time() - init.create_time()), 3),
+        "age_seconds": round(_age(init.pid), 3),
     }
+
+
+def _age(pid: int) -> float:
+    try:
+        started = proc.read_starttime(pid) / os.sysconf("SC_CLK_TCK")
+    except OSError as error:
+        raise psutil.NoSuchProcess(pid) from error
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
 def _resident(process: psutil.Process) -> int:

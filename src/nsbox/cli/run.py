@@ -56,25 +56,25 @@ def exit_status(result: Result) -> int:
 @_json_option
 @_quiet_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True, metavar="-- CMD...")
-def run_command(command: tuple[str, ...], **options: Any) -> int:
+def run_command(command: tuple[str, ...], **options: Any) -> int:  # noqa: ANN401 - click decides
     """Run a command in a fresh sandbox.
 
     stdin, stdout and stderr are the command's. At a terminal it gets a terminal of its own. The
     exit status is the command's; 124 timeout, 137 out of memory or killed, 125 nsbox's own failure.
     """
-    return _run(command, options, shell=False)
+    return _run(command, options, interactive=False)
 
 
 @click.command("shell")
 @environment_options
 @_json_option
 @_quiet_option
-def shell_command(**options: Any) -> int:
-    """Start an interactive shell in a fresh sandbox: yours if it is there inside, else bash or sh."""
-    return _run((), options, shell=True)
+def shell_command(**options: Any) -> int:  # noqa: ANN401 - click decides
+    """Start an interactive shell in a fresh sandbox: yours if it is inside, else bash or sh."""
+    return _run((), options, interactive=True)
 
 
-def _run(command: tuple[str, ...], options: dict[str, Any], *, shell: bool) -> int:
+def _run(command: tuple[str, ...], options: dict[str, Any], *, interactive: bool) -> int:
     json_file, quiet = options.pop("json_file"), options.pop("quiet")
     timeout = options.pop("timeout")
     _check_report(json_file)
@@ -82,8 +82,8 @@ def _run(command: tuple[str, ...], options: dict[str, Any], *, shell: bool) -> i
         if timeout is not None:
             timeout = parse_seconds(timeout, "timeout")
         config = make_config(options)
-        argv = ("sh",) if shell else check_argv(command)
-        result = _execute(argv, config, timeout, quiet=quiet, shell=shell)
+        argv = ("sh",) if interactive else check_argv(command)
+        result = _execute(argv, config, timeout, quiet=quiet, interactive=interactive)
     except NsboxError as error:
         status = error.exit_code if isinstance(error, CommandStartError) else OWN_FAILURE
         _write_report(json_file, {"error": _describe(error), "exit_status": status})
@@ -95,7 +95,7 @@ def _run(command: tuple[str, ...], options: dict[str, Any], *, shell: bool) -> i
 
 
 def _execute(
-    argv: tuple[str, ...], config: Config, timeout: float | None, *, quiet: bool, shell: bool
+    argv: tuple[str, ...], config: Config, timeout: float | None, *, quiet: bool, interactive: bool
 ) -> Result:
     environment = ExecutionEnvironment(config)
     try:
@@ -103,14 +103,14 @@ def _execute(
         if missing and not quiet:
             told = "; ".join(f"{layer.name} ({layer.detail})" for layer in missing)
             say(f"not in force on this host: {told} [--quiet hides this; see 'nsbox doctor']")
-        if shell:
+        if interactive:
             argv = (_find_shell(environment),)
         named = "output_max" in config.limits.named
         session = Session(
             environment,
             timeout=timeout,
             output_max=int(config.limits.output_max) if named else None,
-            suspend=not shell,
+            suspend=not interactive,
         )
         return session.run(argv)
     finally:

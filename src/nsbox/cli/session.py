@@ -13,7 +13,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import FrameType
 from typing import Final
 
@@ -80,8 +80,8 @@ class Session:
             if self._timeout is not None:
                 self._deadline = time.monotonic() + self._timeout
             result = self._relay(process, wake)
-            return self._drain(process, result, wake)
-        raise AssertionError("not reached: nothing on the stack suppresses exceptions")
+            result = self._drain(process, result, wake)
+        return result
 
     # -- the start -----------------------------------------------------------------------------
 
@@ -103,10 +103,8 @@ class Session:
         os.set_blocking(master, False)
 
         def resize() -> None:
-            try:
+            with suppress(OSError):  # one of the two may have hung up
                 set_window_size(master, *window_size(0))
-            except OSError:
-                pass  # one of the two has hung up
 
         def transform(data: bytes) -> bytes:
             return self._watch_for_suspend(process, data)
@@ -267,20 +265,16 @@ class Session:
         began = time.monotonic()
         if self._raw is not None:
             self._raw.restore()
-        try:
+        with suppress(NsboxError):  # when it has just ended there is nothing to freeze
             self._environment.freeze()
-        except NsboxError:
-            pass  # it has just ended; then there is nothing to freeze
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         try:
             os.kill(target, signal.SIGTSTP)  # returns when we are continued
         finally:
             signal.signal(signal.SIGTSTP, handler)
             self._take_terminal_back()
-            try:
+            with suppress(NsboxError):
                 self._environment.thaw()
-            except NsboxError:
-                pass
         if self._deadline is not None:
             self._deadline += time.monotonic() - began
 

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What many tests need: hostile programs to run inside, and events to wait for."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nsbox
+from tests import leaks
+
+SOURCE = str(Path(__file__).resolve().parent.parent / "src")
+
+IS_ROOT = os.geteuid() == 0
+
+SLOW_MACHINE = "User Mode Linux" in Path("/proc/cpuinfo").read_text()
+"""User-Mode Linux: one CPU, system calls at 35 us, Python starts in a quarter of a second."""
+
+PATIENCE = 6.0 if SLOW_MACHINE else 1.0
+"""What to multiply deadlines with."""
+
+x86_64_only = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="written in this machine's call numbers and code"
+)
+
+NUMBERS = {
+    "ptrace": 101, "syslog": 103, "setuid": 105, "personality": 135, "pivot_root": 155,
+    "chroot": 161, "acct": 163, "mount": 165, "umount2": 166, "swapon": 167, "reboot": 169,
+    "sethostname": 170, "iopl": 172, "init_module": 175, "quotactl": 179, "kexec_load": 246,
+    "add_key": 248, "request_key": 249, "keyctl": 250, "unshare": 272, "perf_event_open": 298,
+    "fanotify_init": 300, "prlimit64": 302, "name_to_handle_at": 303, "open_by_handle_at": 304,
+    "clock_adjtime": 305, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
+    "kcmp": 312, "finit_module": 313, "bpf": 321, "userfaultfd": 323, "io_uring_setup": 425,
+    "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428, "move_mount": 429,
+    "fsopen": 430, "fsmount": 432, "fspick": 433, "clone3": 435, "pidfd_getfd": 438,
+    "mount_setattr": 442,
+}  # fmt: skip
+"""x86-64 system call numbers of what attacks use (asm/unistd_64.h)."""
+
+_PRELUDE = """
+import ctypes, errno, json, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def syscall(number, *arguments):
+    ctypes.set_errno(0)
+    words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    libc.syscall.restype = ctypes.c_long
+    result = libc.syscall(ctypes.c_long(number), *words)
+    return errno.errorcode[ctypes.get_errno()] if result == -1 else result
+def attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+def read(path):
+    with open(path, 'rb') as file:
+        return file.read(65536).decode(errors='replace')
+answer = None
+"""
+
+
+def attack(env: nsbox.ExecutionEnvironment, code: str, **arguments: Any) -> Any:
+    """Run Python code inside; return what it has put into `answer`, by way of JSON.
+
+    It finds `syscall(number, ...)` and `attempt(function, ...)`, which return the name of the
+    error where there is one, `read(path)`, and its `arguments` as variables.
+    """
+    lines = [_PRELUDE, *(f"{name} = {value!r}" for name, value in arguments.items())]
+    lines += [textwrap.dedent(code), "print('\\n@' + json.dumps(answer))"]
+    result = env.run(["python3", "-I", "-S", "-c", "\n".join(lines)], timeout=60)
+    assert result.ok, (result.outcome, result.evidence, result.stderr_text())
+    return json.loads(result.text().rpartition("\n@")[2])
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 5.0) -> None:
+    """Return when `condition` holds; fail when it does not within `seconds`."""
+    deadline = time.monotonic() + seconds * PATIENCE
+    delay = 0.001
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds * PATIENCE:g} s: {what}"
+        time.sleep(delay)
+        delay = min(delay * 1.5, 0.05)
+
+
+def host_program(code: str, *arguments: str, **popen: Any) -> subprocess.Popen[bytes]:
+    """Start a Python program outside that uses nsbox: another host."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [SOURCE, *_own_path()]))},
+        **popen,
+    )
+
+
+def _own_path() -> list[str]:
+    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
+
+
+def family_of(host: int) -> list[int]:
+    """Return the launcher, janitor and inits that a host has had made, by their command line."""
+    mark = f'"host": {host}'.encode()
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                text = Path("/proc", entry, "cmdline").read_bytes()
+            except OSError:
+                continue
+            if mark in text and b"launcher/main.py" in text:
+                found.append(int(entry))
+    return sorted(found)
+
+
+def name_of(pid: int) -> str:
+    """Return the name of a process, "" when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def processes_with(mark: str) -> list[int]:
+    """Return the processes that have `mark` in their command line: commands, seen from outside."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                words = Path("/proc", entry, "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if mark.encode() in words:
+                found.append(int(entry))
+    return found
+
+
+def dead_cgroups() -> list[str]:
+    """Return the cgroup directories whose launcher is dead."""
+    return sorted(leaks.cgroups(None))
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def cgroup_feature(name: str) -> bool:
+    """Whether environments here have this cgroup feature."""
+    from nsbox.launcher.client import get_launcher
+
+    return "missing" not in get_launcher().hello["cgroups"][name]
