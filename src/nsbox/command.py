@@ -85,6 +85,7 @@ class Process:
         self._lock = threading.RLock()
         self._before = link.counters()
         self._started_at = time.monotonic()
+        self._started_wall = time.time()  # for nothing but the kernel's log, which knows no other
         self._start(request, streams)
         if cpu_time is not None:
             self._next_cpu_check = self._started_at + self._cpu_wait(cpu_time)
@@ -372,13 +373,15 @@ class Process:
         if _rise(self._before, after, "oom_kills"):
             # v1 kills one process; the environment's memory is as good as gone all the same.
             self._link.kill()
-            self._conclude(Outcome.OOM_KILLED, returncode, _oom_evidence(self._before, after), after)
+            self._conclude(
+                Outcome.OOM_KILLED, returncode, _oom_evidence(self._before, after), after
+            )
         elif self._verdict is not None:
             self._conclude(self._verdict.outcome, returncode, self._verdict.evidence, after)
         elif returncode >= 0:
             self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
         else:
-            outcome, evidence = _judge_signal(-returncode)
+            outcome, evidence = _judge_signal(-returncode, self._link, self._started_wall)
             self._conclude(outcome, returncode, evidence, after)
 
     def _finish_from_end(self) -> None:
@@ -476,13 +479,16 @@ def usage_between(
     )
 
 
-def _judge_signal(number: int) -> tuple[Outcome, str]:
+def _judge_signal(number: int, link: Link, since: float) -> tuple[Outcome, str]:
     """Return the verdict on a command that a signal ended which nsbox did not send."""
     try:
         name = signal.Signals(number).name
     except ValueError:  # real-time signals have no name
         name = f"signal {number}"
     if number == signal.SIGSYS:
+        record = link.filter_kill(since)
+        if record:
+            return Outcome.SECCOMP_KILLED, f"the kernel's log: {record}"
         # A filter's kill and a SIGSYS that a program sends itself have the same wait status.
         return Outcome.SIGNALED, f"{name}: by the system call filter, or sent by a process inside"
     return Outcome.SIGNALED, f"{name}, not sent by nsbox"

@@ -19,9 +19,7 @@ from nsbox.policy import SeccompPolicy
 
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # 20 digits are more than any size has, and few enough for int() and float().
-_SIZE: Final = re.compile(
-    r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE
-)
+_SIZE: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _LARGEST: Final = 1 << 62
 _CPUSET: Final = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
@@ -377,9 +375,7 @@ class Config:
             raise ConfigError("allow_missing: give a set of names, not one string")
         put("allow_missing", frozenset(self.allow_missing))
         for name in sorted(self.allow_missing - ALLOWABLE):
-            raise ConfigError(
-                f"allow_missing: {name!r} is none of {', '.join(sorted(ALLOWABLE))}"
-            )
+            raise ConfigError(f"allow_missing: {name!r} is none of {', '.join(sorted(ALLOWABLE))}")
         if not _HOSTNAME.fullmatch(check_text(self.hostname, "hostname")):
             raise ConfigError(f"hostname: {self.hostname!r} is no host name (up to 64 characters)")
         if not check_text(self.cwd, "cwd").startswith("/"):

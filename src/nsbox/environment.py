@@ -110,7 +110,7 @@ class ExecutionEnvironment:
         self,
         argv: Sequence[str],
         *,
-        input: bytes | None = None,  # noqa: A002 - subprocess.run's name
+        input: bytes | None = None,
         timeout: float | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
@@ -383,7 +383,7 @@ def run(
     argv: Sequence[str],
     *,
     config: Config | None = None,
-    input: bytes | None = None,  # noqa: A002 - subprocess.run's name
+    input: bytes | None = None,
     timeout: float | None = None,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,

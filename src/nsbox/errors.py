@@ -123,7 +123,7 @@ class InvokeError(NsboxError):
     """Base of what can go wrong while something runs in an environment."""
 
 
-class EnvironmentDied(InvokeError):  # noqa: N818 - the contract's name
+class EnvironmentDied(InvokeError):
     """The environment ended under a running command, by no verdict of nsbox.
 
     Attributes:
@@ -147,7 +147,7 @@ class CleanupError(NsboxError):
         self.leaked = tuple(leaked)
 
 
-class CommandFailed(NsboxError):  # noqa: N818 - the contract's name
+class CommandFailed(NsboxError):
     """Raised by `Result.check()` when the command did not exit with 0.
 
     Attributes:

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from nsbox.errors import EnvironmentDied, LauncherError, SetupError
 from nsbox.guest import protocol as p
-from nsbox.isolation import cgroups, readback
+from nsbox.isolation import audit_log, cgroups, readback
 from nsbox.launcher import wire
 from nsbox.launcher.client import Launcher
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
@@ -125,6 +125,7 @@ class Link:
             self.close()
             raise
         self.host_id: int = born["host_id"]
+        self._has_own_id = launcher.hello["ids"] == "range"
         self._reader = cgroups.UsageReader(born["cgroup"]) if born["cgroup"] else None
 
     # -- birth ---------------------------------------------------------------------------------
@@ -314,6 +315,11 @@ class Link:
             return {} if self._reader is None else self._reader.counters()
         except OSError:
             return {}
+
+    def filter_kill(self, since: float) -> str:
+        """Return what the kernel's log says of a filter kill in it since `since`, or ""."""
+        # By its uid: no other process of the host has it. Without one nothing can be said.
+        return audit_log.filter_kill(self.host_id, since) if self._has_own_id else ""
 
     def cpu_usec(self) -> int | None:
         """Return the CPU time used so far, in microseconds."""

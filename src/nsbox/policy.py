@@ -10,8 +10,8 @@ Pure: no kernel, no libseccomp. `nsbox.isolation.seccomp` turns a policy into a 
 
 from __future__ import annotations
 
-import functools
 import difflib
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence

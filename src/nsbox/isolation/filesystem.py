@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 
+from nsbox.errors import SyscallError
 from nsbox.isolation.userland import EMPTY, NEW_ROOT, attach
 from nsbox.linux import calls
 from nsbox.linux import constants as c
@@ -83,9 +84,7 @@ def mount_proc(program: Program, extent: str) -> None:
             program.mount(None, path, None, flags)
 
 
-def mount_extra(
-    program: Program, mounts: list[dict[str, Any]], trees: dict[str, int]
-) -> None:
+def mount_extra(program: Program, mounts: list[dict[str, Any]], trees: dict[str, int]) -> None:
     """Prepare: mount what is this environment's own: tmpfs, and the binds in `trees` by path."""
     for mount in mounts:
         if mount["shared"]:
@@ -121,7 +120,7 @@ def pivot(program: Program) -> None:
 def _check_working_directory() -> None:
     if os.getcwd() != "/":
         # A working directory outside the root reads as "(unreachable)" (CVE-2024-21626).
-        raise calls.SyscallError("getcwd", errno.ENOENT, "/")
+        raise SyscallError("getcwd", errno.ENOENT, "/")
 
 
 def probe_proc() -> str:

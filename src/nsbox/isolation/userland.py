@@ -17,10 +17,12 @@ that an environment never has the host's mount tree to get rid of.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 
+from nsbox.errors import SyscallError
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 
@@ -276,11 +278,13 @@ def _make_mount_point(root: str, destination: str, *, is_directory: bool) -> Non
         path = f"{path}/{part}"
         if os.path.lexists(path):
             if os.path.islink(path):
-                raise calls.SyscallError("mount point is a symbolic link:", 40, destination)
+                raise SyscallError(
+                    "mkdir (a symbolic link is in the way)", errno.ELOOP, destination
+                )
             continue
         if parent_device != device:
             # Creating it would write to the host's tree.
-            raise calls.SyscallError("mount point does not exist in the bound tree:", 2, destination)
+            raise SyscallError("mkdir (not in a bound tree)", errno.ENOENT, destination)
         if index < len(parts) - 1 or is_directory:
             os.mkdir(path, 0o755)
         else:

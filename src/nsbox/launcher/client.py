@@ -15,7 +15,6 @@ import logging
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 from typing import Any, Final
@@ -207,39 +206,55 @@ def _raise_start_failure(message: dict[str, Any]) -> None:
     raise LauncherError(f"the launcher failed to start: {message['message']}\n{message['text']}")
 
 
-_lock = threading.Lock()
-_current: Launcher | None = None
+class _Holder:
+    """This process's launcher, if one runs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._launcher: Launcher | None = None
+
+    def get(self) -> Launcher:
+        with self._lock:
+            if self._launcher is not None and not self._launcher.alive:
+                _log.warning("the launcher %d has died; starting another", self._launcher.pid)
+                self._close()
+            if self._launcher is None:
+                self._launcher = Launcher()
+            return self._launcher
+
+    def shutdown(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            launcher.close()
+
+    def forget(self) -> None:
+        """In a forked child: the launcher is the parent's, and another thread had the lock."""
+        self._lock = threading.Lock()
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            launcher.abandon()
+
+
+_holder = _Holder()
 
 
 def get_launcher() -> Launcher:
-    """Return this process's launcher, started on first use and anew when it has died."""
-    global _current
-    with _lock:
-        if _current is None or not _current.alive:
-            if _current is not None:
-                _log.warning("the launcher %d has died; starting another", _current.pid)
-                _current.close()
-                _current = None
-            _current = Launcher()
-        return _current
+    """Return this process's launcher, started on first use and anew when it has died.
+
+    Raises:
+        As `Launcher`.
+    """
+    return _holder.get()
 
 
 def shutdown() -> None:
     """End the launcher and with it every environment of this process; both start anew on use."""
-    global _current
-    with _lock:
-        if _current is not None:
-            _current.close()
-            _current = None
-
-
-def _forget_in_child() -> None:
-    global _current, _lock
-    _lock = threading.Lock()  # another thread of the parent may hold the old one for ever
-    if _current is not None:
-        _current.abandon()
-        _current = None
+    _holder.shutdown()
 
 
 atexit.register(shutdown)
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(after_in_child=_holder.forget)

@@ -22,7 +22,7 @@ def write_launcher_maps(pid: int) -> None:
     if users and groups and all(tools) and pid > 0:
         count = min(users[1], groups[1])
         done = [
-            subprocess.run(  # noqa: S603 - fixed programs, numbers only
+            subprocess.run(
                 [str(tool), str(pid), "0", str(own), "1", "1", str(first), str(count)],
                 check=False,
                 capture_output=True,

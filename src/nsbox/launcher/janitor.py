@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+
 def start(directories: list[str], done: int) -> int:
     """Fork the janitor of the calling process; return its pidfd.
 

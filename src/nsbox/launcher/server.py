@@ -60,7 +60,9 @@ class _Environment:
 class Server:
     """The launcher's state and loop."""
 
-    def __init__(self, channel: socket.socket, host: int, done: int, settings: Any) -> None:
+    def __init__(
+        self, channel: socket.socket, host: int, done: int, settings: dict[str, Any]
+    ) -> None:
         self._channel = channel
         self._host = host
         self._done = done
@@ -110,9 +112,7 @@ class Server:
                 "networks_ready": self.networks is not None,
                 "namespaces": [
                     name
-                    for name, file in zip(
-                        namespaces.FLAGS, namespaces.FILES, strict=True
-                    )
+                    for name, file in zip(namespaces.FLAGS, namespaces.FILES, strict=True)
                     if os.path.exists(f"/proc/self/ns/{file}")
                 ],
                 "cgroups": capabilities,
@@ -166,11 +166,10 @@ class Server:
         deadline = time.monotonic() + 2.0
         while self._environments and time.monotonic() < deadline:
             for fd, _ in self._poll.poll(0.1):
-                environment = self._environments.get(fd)
-                if environment is not None:
-                    os.waitpid(environment.pid, 0)
+                ended = self._environments.pop(fd, None)
+                if ended is not None:
+                    os.waitpid(ended.pid, 0)
                     self._forget(fd)
-                    del self._environments[fd]
         os._exit(0)
 
     def _start_janitor(self) -> None:
@@ -236,7 +235,9 @@ class Server:
     def layout(self, wanted: dict[str, Any]) -> int:
         """Return the mount namespace of a layout, built anew when a source was replaced."""
         key = json.dumps(wanted, sort_keys=True)
-        stamps = [(status.st_dev, status.st_ino) for status in map(os.stat, userland.sources(wanted))]
+        stamps = [
+            (status.st_dev, status.st_ino) for status in map(os.stat, userland.sources(wanted))
+        ]
         known = self._layouts.pop(key, None)
         if known is not None and known[1] != stamps:
             os.close(known[0])

@@ -10,7 +10,7 @@ the same 60 calls through the functions of `calls` touched 430 pages, this way 2
 from __future__ import annotations
 
 from nsbox.linux import calls
-from nsbox.linux.binding import encode, encode_optional, failure
+from nsbox.linux.binding import SYSCALL, encode, encode_optional, failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ class Program:
         self.entries: list[Entry] = []
         self.step = ""
 
-    def call(self, function: Callable[..., Any], *arguments: Any) -> None:
+    def call(self, function: Callable[..., Any], *arguments: object) -> None:
         """Add a Python function that raises on failure."""
         self.entries.append((self.step, function, arguments, "", None))
 
-    def _foreign(self, name: str, path: str | None, *arguments: Any) -> None:
+    def _foreign(self, name: str, path: str | None, *arguments: object) -> None:
         function = calls.FOREIGN[name]
         self.entries.append((self.step, function, arguments, name, path))
 
@@ -51,12 +51,12 @@ class Program:
 
     def pivot_root(self, new_root: str, put_old: str) -> None:
         """pivot_root(2)."""
-        number = calls.SYSCALL["pivot_root"]
+        number = SYSCALL["pivot_root"]
         self._foreign("pivot_root", new_root, number, encode(new_root), encode(put_old))
 
     def close_range(self, first: int, last: int) -> None:
         """close_range(2)."""
-        self._foreign("close_range", None, calls.SYSCALL["close_range"], first, last, 0)
+        self._foreign("close_range", None, SYSCALL["close_range"], first, last, 0)
 
     def unshare(self, flags: int) -> None:
         """unshare(2)."""
