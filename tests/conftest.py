@@ -18,36 +18,9 @@ if _REPOSITORY not in sys.path:
     sys.path.insert(0, _REPOSITORY)
 
 import nsbox  # noqa: E402 - needs no path of ours, but stays with what does
+from nsbox import features  # noqa: E402
 from tests import leaks  # noqa: E402
 
-try:  # SHIM-BEGIN until src/nsbox/features.py is there
-    from nsbox import features
-except ImportError:
-    import shutil
-    from types import SimpleNamespace
-
-    def _shim(name: str) -> tuple[bool, str]:
-        if name in ("gcc", "node", "git", "strace", "newuidmap"):
-            return shutil.which(name) is not None, f"{name} is not installed"
-        if name == "root":
-            return os.geteuid() == 0, "not root"
-        if name == "cgroup2":
-            return not os.path.exists("/sys/fs/cgroup/unified"), "hybrid"
-        if name.startswith("cgroup."):
-            from nsbox.launcher.client import get_launcher
-
-            found = get_launcher().hello["cgroups"][name]
-            return "missing" not in found, str(found.get("missing"))
-        return True, ""
-
-    features = SimpleNamespace(  # type: ignore[assignment]
-        probe=_shim,
-        NAMES=(
-            "userns", "seccomp", "overlay", "root", "gcc", "node", "git", "strace", "newuidmap",
-            "cgroup2", "cgroup.memory", "cgroup.pids", "cgroup.cpu", "cgroup.cpuset", "cgroup.io",
-            "cgroup.freeze", "cgroup.kill",
-        ),
-    )  # SHIM-END
 
 # No database: a failing example is to be copied into the test that found it. No deadline: another
 # program on the machine, or User-Mode Linux, would decide then what passes.

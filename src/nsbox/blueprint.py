@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import stat
 import sys
 from collections.abc import Mapping, Sequence
@@ -162,7 +163,7 @@ class Blueprint:
         # The launcher prepares the calls of a spec once and finds them again by this.
         canonical = json.dumps(self.spec, sort_keys=True).encode()
         self.spec["key"] = hashlib.sha256(canonical).hexdigest()
-        self._add("tmp", True, f"/tmp and /dev/shm private, {config.tmp_size} bytes each")
+        self._add("tmp", True, f"private, as /dev/shm is; {config.tmp_size} bytes each")
 
     def _add(self, name: str, in_force: bool, detail: str) -> None:
         self.layers.append(Protection(name, in_force, detail))
@@ -206,7 +207,11 @@ class Blueprint:
             found = self._cgroups[feature]
             if "missing" not in found:
                 chosen[field] = value
-                self._add(feature, True, f"{field}={value}, cgroup v{found['version']}")
+                detail = f"{field}={value}, cgroup v{found['version']}"
+                if field == "memory_max":
+                    swap = self._cgroups["cgroup.memory.swap"]
+                    detail += f"; swap: {swap['missing']}" if "missing" in swap else ", no swap"
+                self._add(feature, True, detail)
             elif field == "pids_max" and self._can_use_nproc():
                 self._rlimits["nproc"] = value
                 self._add(feature, True, f"pids_max={value}, RLIMIT_NPROC of its user namespace")
@@ -245,6 +250,12 @@ class Blueprint:
         ):
             value = getattr(limits, field)
             if value is not None:
+                hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
+                if hard != resource.RLIM_INFINITY and value > hard:
+                    raise ConfigError(
+                        f"{field}: {value} is over this process's hard limit of {hard}; "
+                        "raise that first (ulimit -H, LimitNOFILE= and the like)"
+                    )
                 self._rlimits[name] = value
                 self._add(f"rlimit.{name}", True, f"{field}={value}")
 

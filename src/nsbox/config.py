@@ -323,7 +323,7 @@ class Config:
     mounts: tuple[Mount, ...] = ()
     """File trees added to the userland."""
     rootfs: str | None = None
-    """Directory whose tree is the userland, read-only; None is the host's /usr and what it needs."""
+    """Directory that is the userland, read-only; None is the host's /usr and what it needs."""
     tmp_size: int | str = 64 << 20
     """Bytes of the private /tmp, and of /dev/shm; both are charged to `Limits.memory_max`."""
     env: tuple[tuple[str, str], ...] = ()

@@ -330,7 +330,8 @@ class ExecutionEnvironment:
     def __del__(self) -> None:
         if getattr(self, "_link", None) is not None:
             if self._owner == os.getpid():
-                warnings.warn(f"{self!r} was not closed", ResourceWarning, source=self)
+                what = f"{self!r} was not closed"
+                warnings.warn(what, ResourceWarning, stacklevel=2, source=self)
             self.close(wait=False)
 
     def __repr__(self) -> str:

@@ -5,12 +5,12 @@
 
     NsboxError
     ├─ ConfigError (ValueError)        a bad value; nothing was touched
-    ├─ UnsupportedHostError            .feature .reason .hint; raised before anything is created
-    ├─ SetupError                      .step .errno .hint; the half-built environment is already removed
+    ├─ UnsupportedHostError            .feature .reason .hint; before anything is created
+    ├─ SetupError                      .step .errno .hint; what was made is removed again
     ├─ LauncherError                   the launcher could not be started, or died
     ├─ SyscallError (OSError)          .syscall .errno .filename
     ├─ EnvironmentStateError           closed, frozen, or owned by another process
-    ├─ CommandStartError               .argv0 .errno .exit_code (126 or 127): exec refused the program
+    ├─ CommandStartError               .argv0 .errno .exit_code (126 or 127)
     ├─ InvokeError
     │  └─ EnvironmentDied              .outcome: PID 1 or the launcher went away under a command
     ├─ CleanupError                    .leaked: what is still there

@@ -49,7 +49,9 @@ def test_memory_descriptors_and_limits_of_init(
         answer['pidfd_getfd'] = [syscall(nr['pidfd_getfd'], pidfd, n, 0) for n in range(64)]
         answer['ptrace'] = [syscall(nr['ptrace'], r, 1, 0, 0) for r in (16, 0x4206)]
         one = ctypes.create_string_buffer(16)
-        answer['prlimit'] = [syscall(nr['prlimit64'], p, 7, one, 0) for p in (1, 1 | 1 << 32)]
+        # Docker's list has no rule for it: the last test below.
+        numbers = () if profile == 'docker' else (1, 1 | 1 << 32)
+        answer['prlimit'] = [syscall(nr['prlimit64'], p, 7, one, 0) for p in numbers]
         buffer = ctypes.create_string_buffer(64)
         answer['vm_readv'] = syscall(nr['process_vm_readv'], 1, buffer, 1, buffer, 1, 0)
         answer['affinity'] = syscall(203, 1, 8, one)
@@ -57,8 +59,8 @@ def test_memory_descriptors_and_limits_of_init(
         answer['oom'] = attempt(os.open, '/proc/1/oom_score_adj', os.O_WRONLY)
         answer['uid_map'] = attempt(os.open, '/proc/1/uid_map', os.O_WRONLY)
         """,
-        nr=NUMBERS,
-    )
+        nr=NUMBERS, profile=profile,
+    )  # fmt: skip
     assert found.pop("owner") != 1000, "not dumpable: its files in /proc are not the user's"
     refused = {"EACCES", "EPERM", "ENOSYS", "EINVAL", "ENOTDIR", "EISDIR", "ESRCH", "EBADF", "ENOENT"}
     for name, results in found.items():
@@ -96,9 +98,8 @@ def test_kill_of_everything_inside_does_not_end_the_environment(
 ) -> None:
     """kill(-1) spares the caller and PID 1; the result tells what became of the command itself."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        result = env.run(["python3", "-c", f"import os; os.kill(-1, {int(number)}); print('on')"])
-        assert result.text() == "on\n"
-        assert result.outcome is Outcome.EXITED
+        code = f"attempt(os.kill, -1, {int(number)}); answer = attempt(os.kill, -1, 0)"
+        assert attack(env, code) == "ESRCH", "nobody else is there, but for PID 1"
     other = env.popen(["sleep", "60"])
     with other:
         env.run(["python3", "-c", "import os; os.kill(-1, 9)"])
@@ -127,6 +128,8 @@ def test_secrets_of_the_host_are_nowhere_inside(monkeypatch: pytest.MonkeyPatch)
                 answer = []
                 for pid in filter(str.isdigit, os.listdir('/proc')):
                     for name in ('environ', 'cmdline'):
+                        if int(pid) == os.getpid() and name == 'cmdline':
+                            continue  # this program holds the words it looks for
                         try:
                             text = open(f'/proc/{pid}/{name}', 'rb').read()
                         except OSError:
@@ -246,11 +249,26 @@ def test_stopped_init_does_not_hold_up_timeout_and_close(
 ) -> None:
     """SIGSTOP from outside: nothing inside can do that, and the limit holds all the same."""
     env = make_env()
-    process = env.popen(["sleep", "60"])
-    os.kill(env.pid, signal.SIGSTOP)
-    process.kill()
-    started = time.monotonic()
+    with env.popen(["sleep", "60"]) as process:
+        os.kill(env.pid, signal.SIGSTOP)
+        process.kill()
+        started = time.monotonic()
+        result = process.wait(30)
+        assert time.monotonic() - started < 15
+    assert result.outcome is Outcome.KILLED
+    wait_until(lambda: env.state is nsbox.State.DEAD, "what PID 1 does not end is ended whole")
+
+
+@x86_64_only
+def test_limits_of_init_under_dockers_list(
+    make_env: Callable[..., nsbox.ExecutionEnvironment],
+) -> None:
+    """Who takes the weaker list lets the command end its environment, and do no more than that."""
+    env = make_env(seccomp="docker")
     with pytest.raises(nsbox.EnvironmentDied):
-        process.wait(30)
-    assert time.monotonic() - started < 15
-    process.close()
+        attack(
+            env,
+            "zero = ctypes.create_string_buffer(16)\n"
+            "answer = [syscall(302, 1, n, zero, 0) for n in range(16)]",
+        )
+    wait_until(lambda: env.state is nsbox.State.DEAD, "the end is noticed")

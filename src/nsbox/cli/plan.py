@@ -14,7 +14,7 @@ from nsbox.cli.options import environment_options, make_config
 @click.command("plan")
 @environment_options
 @click.option("--json", "as_json", is_flag=True, help="Print one object.")
-def plan_command(as_json: bool, **options: Any) -> int:  # noqa: ANN401 - click decides
+def plan_command(as_json: bool, **options: Any) -> int:
     """Print what `nsbox run` would do with these options, in order; nothing is run.
 
     A launcher is started for it, which finds out what this host can enforce.

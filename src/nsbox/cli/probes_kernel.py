@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from nsbox.isolation import namespaces, privileges, seccomp
+from nsbox.isolation import namespaces, seccomp
 from nsbox.launcher import idmaps
 from nsbox.linux import calls, proc
 from nsbox.linux import constants as c
 from nsbox.policy import SeccompPolicy
 
 _SIZE: Final = 1 << 20
+_PR_SET_NO_NEW_PRIVS: Final = 38  # linux/prctl.h, Linux 3.5
 # Covered by a tmpfs of the probe's own: it is there on every host, and no interpreter is in it.
 _PLACE: Final = "/sys"
 
@@ -226,7 +227,7 @@ def _loopback() -> str:
 def _seccomp() -> str:
     program = seccomp.filter_for(SeccompPolicy.default())
     calls.keyctl_join_session_keyring()
-    calls.prctl(c.PR_SET_NO_NEW_PRIVS, 1)
+    calls.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     seccomp.load(program)
     try:
         calls.keyctl_join_session_keyring()
@@ -285,7 +286,6 @@ def _inner_wait() -> str:
 
 
 def _wait() -> None:
-    privileges.set_name("nsbox-probe")
     _answer(_inner_wait)
     sys.stdin.read()
 

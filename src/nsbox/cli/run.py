@@ -56,7 +56,7 @@ def exit_status(result: Result) -> int:
 @_json_option
 @_quiet_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True, metavar="-- CMD...")
-def run_command(command: tuple[str, ...], **options: Any) -> int:  # noqa: ANN401 - click decides
+def run_command(command: tuple[str, ...], **options: Any) -> int:
     """Run a command in a fresh sandbox.
 
     stdin, stdout and stderr are the command's. At a terminal it gets a terminal of its own. The
@@ -69,7 +69,7 @@ def run_command(command: tuple[str, ...], **options: Any) -> int:  # noqa: ANN40
 @environment_options
 @_json_option
 @_quiet_option
-def shell_command(**options: Any) -> int:  # noqa: ANN401 - click decides
+def shell_command(**options: Any) -> int:
     """Start an interactive shell in a fresh sandbox: yours if it is inside, else bash or sh."""
     return _run((), options, interactive=True)
 

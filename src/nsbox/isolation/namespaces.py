@@ -37,7 +37,7 @@ HOST_ID_BASE = 0x70000000
 """First host id given to environments: above what systemd hands out (systemd, UIDS-GIDS.md)."""
 HOST_ID_COUNT = 1 << 20
 BLOCK = 4096
-"""Ids one launcher holds; each environment takes the next, and none is used again before all are."""
+"""Ids one launcher holds. Each environment takes the next; all are used before one is again."""
 
 
 class IdPool:

@@ -61,9 +61,6 @@ def set_rlimits(program: Program, limits: Mapping[str, int]) -> None:
     """Prepare: set hard and soft limits; `limits` maps names such as ``"nofile"`` to values."""
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name.upper()}")
-        hard = resource.getrlimit(kind)[1]
-        if hard != resource.RLIM_INFINITY:
-            value = min(value, hard)
         program.call(resource.setrlimit, kind, (value, value))
 
 

@@ -75,7 +75,7 @@ def compile_policy(policy: SeccompPolicy) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def known_numbers(library: Any, arch: int) -> dict[str, int]:  # noqa: ANN401 - a module
+def known_numbers(library: Any, arch: int) -> dict[str, int]:
     """Return the number of every call that nsbox knows and `arch` has."""
     numbers: dict[str, int] = {}
     for name in profiles.TIER_OF:
@@ -89,7 +89,7 @@ def known_numbers(library: Any, arch: int) -> dict[str, int]:  # noqa: ANN401 - 
 
 
 def _leaves(
-    library: Any,  # noqa: ANN401 - a module
+    library: Any,
     arch: int,
     policy: SeccompPolicy,
     numbers: Mapping[str, int],
@@ -124,7 +124,7 @@ def _leaves(
 
 
 def _libseccomp_program(
-    library: Any,  # noqa: ANN401 - a module
+    library: Any,
     default: int,
     calls: Sequence[tuple[int, Sequence[Rule]]],
 ) -> list[Instruction]:

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nsbox run` in pipelines: streams, exit statuses, messages, signals, the JSON report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.cli.terminals import nsbox_run, start
+
+PYTHON = sys.executable
+
+
+def last_line(done: subprocess.CompletedProcess[bytes]) -> str:
+    return done.stderr.decode().strip().rpartition("\n")[2]
+
+
+def test_version_and_help() -> None:
+    done = nsbox_run("--version")
+    assert (done.returncode, done.stdout[:6]) == (0, b"nsbox ")
+    done = nsbox_run("run", "--help")
+    assert done.returncode == 0
+    assert b"--memory" in done.stdout
+
+
+def test_streams_pass_through() -> None:
+    done = nsbox_run("run", "-q", command=["sh", "-c", "cat; echo oops >&2"], data=b"a\0b\xff\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a\0b\xff\n", b"oops\n")
+
+
+def test_output_comes_while_the_command_runs() -> None:
+    with start("run", "-q", "--", "cat") as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"one\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"one\n"
+        process.stdin.close()
+        assert process.wait(20) == 0
+
+
+def test_a_reader_that_goes_ends_the_writer() -> None:
+    with start("run", "-q", "--", "yes") as process:
+        assert process.stdout is not None
+        assert process.stdout.read(2) == b"y\n"
+        process.stdout.close()
+        assert process.wait(20) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        (["true"], 0),
+        (["sh", "-c", "exit 3"], 3),
+        (["sh", "-c", "exit 137"], 137),
+        (["sh", "-c", "kill -TERM $$"], 128 + signal.SIGTERM),
+        (["sh", "-c", "kill -KILL $$"], 128 + signal.SIGKILL),
+    ],
+)
+def test_exit_status_is_the_commands(command: list[str], status: int) -> None:
+    done = nsbox_run("run", "-q", command=command)
+    assert (done.returncode, done.stderr) == (status, b"")
+
+
+def test_timeout_is_124() -> None:
+    done = nsbox_run("run", "--timeout", "0.2", command=["sleep", "20"])
+    assert done.returncode == 124
+    assert last_line(done) == "nsbox: timed out: not over after 0.2 s; nsbox killed it"
+
+
+@pytest.mark.needs("cgroup.cpu_accounting")
+def test_cpu_time_is_124() -> None:
+    done = nsbox_run("run", "--cpu-time", "0.2", command=["sh", "-c", "while :; do :; done"])
+    assert done.returncode == 124
+    assert "out of CPU time" in last_line(done)
+
+
+@pytest.mark.needs("cgroup.memory")
+def test_out_of_memory_is_137() -> None:
+    code = "x = b'x' * (200 << 20)"
+    done = nsbox_run("run", "--memory", "48M", command=[PYTHON, "-I", "-S", "-c", code])
+    assert done.returncode == 137
+    assert "out of memory" in last_line(done)
+
+
+@pytest.mark.parametrize(("command", "status"), [("nosuchprogram", 127), ("/etc/passwd", 126)])
+def test_what_cannot_be_started(command: str, status: int) -> None:
+    done = nsbox_run("run", "-q", command=[command])
+    assert done.returncode == status
+    assert last_line(done).startswith(f"nsbox: cannot execute '{command}': ")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--memory", "lots"], ["--memory", "'lots'", "256M"]),
+        (["--memory", "-1"], ["--memory", "'-1'"]),
+        (["--memory", "0"], ["--memory", "above zero"]),
+        (["--pids", "many"], ["--pids", "'many'", "whole number"]),
+        (["--pids", "0"], ["--pids", "from 2"]),
+        (["--cpus", "x"], ["--cpus", "'x'"]),
+        (["--cpus", "-1"], ["--cpus", "-1"]),
+        (["--cpuset", "a-b"], ["--cpuset", "a-b", "0-1,3"]),
+        (["--timeout", "0"], ["--timeout", "above zero"]),
+        (["--timeout", "nan"], ["--timeout", "nan"]),
+        (["--tmp-size", "1X"], ["--tmp-size", "1X"]),
+        (["--file-size", "x"], ["--file-size", "'x'"]),
+        (["--bind", "/srv"], ["--bind", "SRC:DST"]),
+        (["--bind", "/nosuchdir:/data"], ["/nosuchdir", "exists"]),
+        (["--bind", "/usr:data"], ["'data'", "absolute"]),
+        (["--bind", "/usr:/../etc"], ["'..'"]),
+        (["--bind", "/usr:/proc/1"], ["/proc"]),
+        (["--tmpfs", "/scratch:big"], ["'big'"]),
+        (["--env", "NAME"], ["NAME=VALUE"]),
+        (["--io", "/dev/null:rbps=1M"], ["/dev/null", "block device"]),
+        (["--io", "8:0"], ["rbps"]),
+        (["--io", "8:0:speed=1"], ["speed"]),
+        (["--rootfs", "/nosuchdir"], ["--rootfs", "/nosuchdir"]),
+        (["--hostname", "-bad-"], ["--hostname"]),
+        (["--network", "some"], ["--network", "none"]),
+        (["--seccomp", "mine"], ["--seccomp", "strict"]),
+        (["--seccomp", "/nosuch.json"], ["/nosuch.json"]),
+        (["--seccomp-allow", "opne"], ["'opne'", "open"]),
+        (["--seccomp-allow", "mount"], ["'mount'", "--seccomp-allow-dangerous mount"]),
+        (["--allow-missing", "luck"], ["--allow-missing", "'luck'", "cgroup.memory"]),
+        (["--cwd", "tmp"], ["--cwd", "absolute"]),
+        (["--json", "/nosuchdir/x"], ["--json", "/nosuchdir"]),
+        (["--no-such-option"], ["--no-such-option", "--help"]),
+    ],
+)
+def test_wrong_options_are_125_and_one_line(options: list[str], words: list[str]) -> None:
+    done = nsbox_run("run", *options, command=["true"])
+    text = done.stderr.decode()
+    assert done.returncode == 125, text
+    assert text.startswith("nsbox: ")
+    assert text.count("\n") == 1, text
+    assert all(word in text for word in words), text
+
+
+def test_no_command_is_125() -> None:
+    assert nsbox_run("run").returncode == 125
+    assert nsbox_run("frobnicate").returncode == 125
+    assert nsbox_run().returncode == 125
+
+
+def test_a_directory_is_not_handed_in(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        # Python does not start with such a stdin, but with such a stderr it does.
+        with start("run", "-q", "--", "true", stdin=subprocess.DEVNULL, stderr=fd) as process:
+            assert process.wait(20) != 0
+    finally:
+        os.close(fd)
+
+
+def test_options_reach_the_environment(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("from outside\n")
+    script = (
+        "cat /data/file; echo $COLOUR; pwd; hostname; df --output=size -B1 /tmp /scratch | tail -2;"
+        " ulimit -n; touch /data/x 2>/dev/null || echo read-only"
+    )
+    done = nsbox_run(
+        "run", "-q", "--bind", f"{tmp_path}:/data", "--env", "COLOUR=blue=1", "--cwd", "/usr",
+        "--hostname", "box", "--tmp-size", "2M", "--tmpfs", "/scratch:3M", "--open-files", "77",
+        command=["sh", "-c", script],
+    )  # fmt: skip
+    assert done.stderr == b""
+    sizes = [str(2 << 20), str(3 << 20)]
+    expected = ["from outside", "blue=1", "/usr", "box", *sizes, "77", "read-only"]
+    assert done.stdout.decode().split("\n")[:-1] == expected
+
+
+def test_seccomp_options(tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text('{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": []}')
+    done = nsbox_run("run", "-q", "--seccomp", str(profile), command=["true"])
+    assert done.returncode == 125
+    assert "profile.json" in last_line(done)
+    done = nsbox_run("run", "-q", "--seccomp-deny", "uname", command=["uname"])
+    assert done.returncode not in (0, 125)
+
+
+def test_json_report(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    done = nsbox_run("run", "-q", "--json", str(path), command=["sh", "-c", "echo hi; exit 4"])
+    assert (done.returncode, done.stdout) == (4, b"hi\n")
+    report = json.loads(path.read_text())
+    assert report["argv"] == ["sh", "-c", "echo hi; exit 4"]
+    assert (report["outcome"], report["exit_code"], report["stdout"]) == ("exited", 4, "")
+    assert report["protections"]["no_new_privs"]["in_force"] is True
+    assert report["usage"]["wall_seconds"] > 0
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_json_report_of_a_failure(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    done = nsbox_run("run", "-q", "--json", str(path), command=["nosuchprogram"])
+    report = json.loads(path.read_text())
+    assert report["exit_status"] == done.returncode == 127
+    assert report["error"]["type"] == "CommandStartError"
+    done = nsbox_run("run", "-q", "--json", "-", command=["true"])
+    assert json.loads(done.stderr)["outcome"] == "exited"
+
+
+def test_output_max_is_enforced_when_named() -> None:
+    done = nsbox_run("run", "--output-max", "100K", command=["yes"])
+    assert done.returncode == 137
+    assert 100 << 10 < len(done.stdout) < 1 << 20
+    assert "too much output" in last_line(done)
+    done = nsbox_run("run", "--output-max", "1M", command=["head", "-c", "300000", "/dev/zero"])
+    assert (done.returncode, len(done.stdout)) == (0, 300000)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"])
+def test_signals_are_forwarded(name: str) -> None:
+    short = name.removeprefix("SIG")
+    script = f"trap 'echo got; exit 9' {short}; echo ready; while :; do sleep 0.02; done"
+    with start("run", "-q", "--", "sh", "-c", script) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.Signals[name])
+        assert process.stdout.read() == b"got\n"
+        assert process.wait(20) == 9
+
+
+def test_a_second_interrupt_kills() -> None:
+    script = "trap 'echo got' INT; echo ready; while :; do sleep 0.02; done"
+    with start("run", "-q", "--", "sh", "-c", script) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == b"got\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 137
+
+
+def test_ignored_signals_stay_ignored() -> None:
+    script = "echo ready; read line; echo $line"
+    words = ["run", "-q", "--", "sh", "-c", script]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup(1) does
+    try:
+        process = start(*words)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        process.stdin.write(b"still here\n")
+        process.stdin.close()
+        assert process.stdout.read() == b"still here\n"
+
+
+def test_kill_of_the_command_line_leaves_nothing() -> None:
+    with start("run", "-q", "--", "sh", "-c", "echo ready; sleep 60") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+        assert process.stdout.read() == b""  # every holder of the pipe is gone
+
+
+def test_closed_streams() -> None:
+    script = 'exec "$@" <&- >&-'
+    command = ["sh", "-c", script, "sh", PYTHON, "-m", "nsbox", "run", "-q", "--", "sh", "-c"]
+    from tests.cli.terminals import ENVIRONMENT
+
+    done = subprocess.run(
+        [*command, "cat; echo gone; exit 5"], env=ENVIRONMENT, capture_output=True, timeout=30
+    )
+    assert done.returncode == 5, done.stderr
+
+
+def test_non_utf8_names_and_output() -> None:
+    done = nsbox_run("run", "-q", command=["printf", "%s", os.fsdecode(b"\xff\xfe")])
+    assert done.stdout == b"\xff\xfe"
+    done = nsbox_run("run", "-q", command=[os.fsdecode(b"no\xff")])
+    assert done.returncode == 127
+
+
+def test_default_limits_that_are_missing_are_told_in_one_line() -> None:
+    done = nsbox_run("run", command=["true"])
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 0
+    assert len(lines) <= 1
+    assert all(line.startswith("nsbox: not in force on this host: ") for line in lines)
+    assert nsbox_run("run", "--quiet", command=["true"]).stderr == b""
