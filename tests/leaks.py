@@ -26,7 +26,7 @@ Snapshot = dict[str, frozenset[str]]
 def current_launcher() -> Any:  # noqa: ANN401 - a Launcher, which not every test has imported
     """Return the launcher of this process, or None; never starts one."""
     client = sys.modules.get("nsbox.launcher.client")
-    return None if client is None else client._current
+    return None if client is None else client._holder._launcher
 
 
 def snapshot(temporary: str) -> Snapshot:
@@ -239,7 +239,8 @@ def _leaked_processes(all_of_them: dict[int, _Process], launcher: Any) -> frozen
             continue
         if process.parent == me or (process.parent in kept and process.name != "nsbox-janitor"):
             found.add(label)
-        elif _OUR_NAME.fullmatch(process.name):
+        elif process.state != "Z" and _OUR_NAME.fullmatch(process.name):
+            # A zombie that is nobody's child here waits for the machine's own init to reap it.
             if process.name == "nsbox-launcher":
                 orphan = process.parent != _host_of(process.pid) and not (
                     # A clone of a launcher on its way to being an environment or a janitor.

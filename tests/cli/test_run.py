@@ -15,6 +15,7 @@ import pytest
 from tests.cli.terminals import nsbox_run, start
 
 PYTHON = sys.executable
+TICKS = "while :; do echo tick; sleep 0.02; done"
 
 
 def last_line(done: subprocess.CompletedProcess[bytes]) -> str:
@@ -118,7 +119,6 @@ def test_what_cannot_be_started(command: str, status: int) -> None:
         (["--bind", "/usr:/proc/1"], ["/proc"]),
         (["--tmpfs", "/scratch:big"], ["'big'"]),
         (["--env", "NAME"], ["NAME=VALUE"]),
-        (["--io", "/dev/null:rbps=1M"], ["/dev/null", "block device"]),
         (["--io", "8:0"], ["rbps"]),
         (["--io", "8:0:speed=1"], ["speed"]),
         (["--rootfs", "/nosuchdir"], ["--rootfs", "/nosuchdir"]),
@@ -143,6 +143,33 @@ def test_wrong_options_are_125_and_one_line(options: list[str], words: list[str]
     assert all(word in text for word in words), text
 
 
+@pytest.mark.needs("cgroup.io")
+def test_io_wants_a_block_device() -> None:
+    done = nsbox_run("run", "--io", "/dev/null:rbps=1M", command=["true"])
+    assert done.returncode == 125
+    assert "block device" in last_line(done)
+
+
+def test_suspended_and_continued_with_pipes() -> None:
+    # SIGTSTP needs somebody who can continue the group: this very process, in the same session.
+    with start("run", "-q", "--", "sh", "-c", f"echo ready; {TICKS}") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTSTP)
+        assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
+        os.set_blocking(process.stdout.fileno(), False)
+        while process.stdout.read():
+            pass
+        time.sleep(0.2)
+        assert process.stdout.read() is None, "the command goes on while nsbox is stopped"
+        os.set_blocking(process.stdout.fileno(), True)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.readline() == b"tick\n"
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        assert process.wait(20) == 128 + signal.SIGTERM
+
+
 def test_no_command_is_125() -> None:
     assert nsbox_run("run").returncode == 125
     assert nsbox_run("frobnicate").returncode == 125
@@ -161,6 +188,7 @@ def test_a_directory_is_not_handed_in(tmp_path: Path) -> None:
 
 def test_options_reach_the_environment(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("from outside\n")
+    tmp_path.chmod(0o755)  # as root the command is another user
     script = (
         "cat /data/file; echo $COLOUR; pwd; hostname; df --output=size -B1 /tmp /scratch | tail -2;"
         " ulimit -n; touch /data/x 2>/dev/null || echo read-only"
@@ -173,7 +201,7 @@ def test_options_reach_the_environment(tmp_path: Path) -> None:
     assert done.stderr == b""
     sizes = [str(2 << 20), str(3 << 20)]
     expected = ["from outside", "blue=1", "/usr", "box", *sizes, "77", "read-only"]
-    assert done.stdout.decode().split("\n")[:-1] == expected
+    assert [text.strip() for text in done.stdout.decode().splitlines()] == expected
 
 
 def test_seccomp_options(tmp_path: Path) -> None:

@@ -52,8 +52,10 @@ def test_memory_descriptors_and_limits_of_init(
         # Docker's list has no rule for it: the last test below.
         numbers = () if profile == 'docker' else (1, 1 | 1 << 32)
         answer['prlimit'] = [syscall(nr['prlimit64'], p, 7, one, 0) for p in numbers]
+        import struct
         buffer = ctypes.create_string_buffer(64)
-        answer['vm_readv'] = syscall(nr['process_vm_readv'], 1, buffer, 1, buffer, 1, 0)
+        vector = struct.pack('QQ', ctypes.addressof(buffer), 64)
+        answer['vm_readv'] = syscall(nr['process_vm_readv'], 1, vector, 1, vector, 1, 0)
         answer['affinity'] = syscall(203, 1, 8, one)
         answer['name'] = attempt(os.open, '/proc/1/comm', os.O_WRONLY)
         answer['oom'] = attempt(os.open, '/proc/1/oom_score_adj', os.O_WRONLY)

@@ -25,6 +25,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("environment", ("environment",)),
     ("command", ("command",)),
     ("blueprint", ("blueprint",)),
+    ("link", ("link",)),
     ("launcher", ("launcher",)),
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),
@@ -172,6 +173,9 @@ def test_host_and_launcher_share_messages_only(module: Module) -> None:
         assert not values, "the launcher is told a plain spec"
     elif module.name in SHARED:
         assert not processes
+    elif module.name == "cli.plan":
+        # It prints the steps of a birth and runs none; the command line is no program of a user's.
+        assert processes <= {"launcher.birth", "launcher.client"}
     else:
         assert not processes & LAUNCHER_SIDE
 

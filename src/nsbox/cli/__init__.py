@@ -11,6 +11,7 @@ and the imports of all of them would take five times as long.
 
 from __future__ import annotations
 
+import os
 import sys
 
 TYPE_CHECKING = False
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Without the program's name; None takes `sys.argv`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _fill_standard_streams()
     if words == ["--version"]:
         import nsbox
 
@@ -37,3 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from nsbox.cli.app import run_app
 
     return run_app(words)
+
+
+def _fill_standard_streams() -> None:
+    """Open /dev/null for each of 0, 1, 2 that the caller closed.
+
+    The next file we open would get its number otherwise, and be taken for the user's stream.
+    """
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            return
+        os.set_inheritable(fd, True)

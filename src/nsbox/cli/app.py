@@ -96,7 +96,7 @@ def say(text: str) -> None:
         # A terminal may be in raw mode, and a name may have any bytes in it.
         sys.stderr.write(f"nsbox: {' '.join(text.split())}\n")
         sys.stderr.flush()
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         pass  # stderr is closed: there is nobody to tell
 
 
@@ -116,7 +116,8 @@ def run_app(words: list[str]) -> int:
             if stream is not None:
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         status = app.main(args=words, prog_name="nsbox", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return OWN_FAILURE

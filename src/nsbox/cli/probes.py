@@ -20,7 +20,7 @@ def _report(name: str, action: Callable[[], str]) -> None:
         answer["detail"] = action()
         answer["works"] = True
     except Exception as error:  # noqa: BLE001 - whatever it was, it is the finding
-        plain = error.strerror if type(error) is OSError else None
+        plain = error.strerror if type(error) in (OSError, PermissionError) else None
         answer["detail"] = plain or getattr(error, "reason", "") or str(error) or repr(error)
         answer["errno"] = getattr(error, "errno", 0) or 0
         answer["hint"] = getattr(error, "hint", "")

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Final
 
 from nsbox.cli.relay import Pump, open_sink
-from nsbox.command import DEVNULL, PIPE, Process
+from nsbox.command import PIPE, Process
 from nsbox.environment import ExecutionEnvironment
 from nsbox.errors import NsboxError
 from nsbox.result import Outcome, Result
@@ -94,7 +94,7 @@ class Session:
     def _start_with_terminal(
         self, argv: tuple[str, ...], cwd: str | None, stack: ExitStack
     ) -> Process:
-        stderr = 2 if _is_open(2) and not os.isatty(2) else PIPE
+        stderr = PIPE if os.isatty(2) else 2
         process = self._environment.popen(
             argv, cwd=cwd, env=_terminal_variables(), tty=window_size(0), stderr=stderr
         )
@@ -122,9 +122,7 @@ class Session:
     ) -> Process:
         streams = []
         for number in range(3):
-            if not _is_open(number):
-                streams.append(DEVNULL)
-            elif os.isatty(number) or (number and self._output_max is not None):
+            if os.isatty(number) or (number and self._output_max is not None):
                 streams.append(PIPE)
             else:
                 streams.append(number)
@@ -287,14 +285,6 @@ class Session:
 
 def _note(_number: int, _frame: FrameType | None) -> None:
     """Let a signal do no more than write to the wake-up pipe."""
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
 
 
 def _terminal_variables() -> dict[str, str]:

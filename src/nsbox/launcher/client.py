@@ -29,6 +29,7 @@ _log = logging.getLogger("nsbox")
 START_DEADLINE: Final = 30.0
 """Seconds the launcher may take to say hello."""
 _FAREWELL: Final = 5.0  # seconds the interpreter waits at its exit until all is removed
+_REAP: Final = 1.0  # seconds from the launcher's last word to its exit status
 _FIRST_FREE: Final = 10  # descriptors are passed to the child below this number
 
 
@@ -123,6 +124,8 @@ class Launcher:
         os.close(self._pidfd)
 
     def _reap(self) -> None:
+        # Its descriptors are closed a moment before it can be reaped.
+        _is_readable(self._pidfd, _REAP)
         try:
             os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
