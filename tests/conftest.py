@@ -17,10 +17,10 @@ _REPOSITORY = str(Path(__file__).resolve().parent.parent)
 if _REPOSITORY not in sys.path:
     sys.path.insert(0, _REPOSITORY)
 
-import nsbox  # noqa: E402 - needs no path of ours, but stays with what does
-from nsbox import features  # noqa: E402
 from tests import leaks  # noqa: E402
 
+import nsbox  # noqa: E402 - needs no path of ours, but stays with what does
+from nsbox import features  # noqa: E402
 
 # No database: a failing example is to be copied into the test that found it. No deadline: another
 # program on the machine, or User-Mode Linux, would decide then what passes.

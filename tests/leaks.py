@@ -23,7 +23,7 @@ _CGROUP_ROOT = "/sys/fs/cgroup"
 Snapshot = dict[str, frozenset[str]]
 
 
-def current_launcher() -> Any:  # noqa: ANN401 - a Launcher, which not every test has imported
+def current_launcher() -> Any:
     """Return the launcher of this process, or None; never starts one."""
     client = sys.modules.get("nsbox.launcher.client")
     return None if client is None else client._holder._launcher
@@ -91,7 +91,7 @@ def _names(path: str) -> list[str]:
         return []
 
 
-def _descriptors(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
+def _descriptors(launcher: Any) -> frozenset[str]:
     own: set[int] = set()
     if launcher is not None:
         own = {launcher._channel.fileno(), launcher._done, launcher._pidfd}
@@ -105,7 +105,7 @@ def _descriptors(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current
     return frozenset(found)
 
 
-def _launcher_mounts(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
+def _launcher_mounts(launcher: Any) -> frozenset[str]:
     """Say how many mounts more than the host the launcher has: none, between births."""
     if launcher is None:
         return frozenset()
@@ -116,7 +116,7 @@ def _launcher_mounts(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see cur
     return frozenset([f"{theirs} and not {ours}"]) if theirs > ours else frozenset()
 
 
-def _launcher_descriptors(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
+def _launcher_descriptors(launcher: Any) -> frozenset[str]:
     """Return kinds and counts of the launcher's open files, without what it keeps on purpose."""
     if launcher is None:
         return frozenset()
@@ -142,7 +142,7 @@ def _launcher_descriptors(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - se
     return frozenset(found)
 
 
-def cgroups(launcher: Any) -> frozenset[str]:  # noqa: ANN401 - see current_launcher
+def cgroups(launcher: Any) -> frozenset[str]:
     """Return directories of environments of our launcher, and those whose launcher is dead."""
     found: set[str] = set()
     bases = _cgroup_bases()
@@ -225,7 +225,7 @@ def _host_of(launcher: int) -> int:
         return 0
 
 
-def _leaked_processes(all_of_them: dict[int, _Process], launcher: Any) -> frozenset[str]:  # noqa: ANN401
+def _leaked_processes(all_of_them: dict[int, _Process], launcher: Any) -> frozenset[str]:
     """Return children and descendants of this process, and nsbox's processes without an owner."""
     kept = set()
     if launcher is not None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests import leaks
 
 import nsbox
-from tests import leaks
 
 SOURCE = str(Path(__file__).resolve().parent.parent / "src")
 

@@ -16,11 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from tests.support import SOURCE
 
 import nsbox
 from nsbox.config import ALLOWABLE
 from nsbox.launcher import birth
-from tests.support import SOURCE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -133,7 +133,9 @@ def test_readme_command(command: str, expected: list[str]) -> None:
         timeout=60,
     )
     # What this host cannot enforce is said in a line that the document leaves out.
-    found = [line for line in done.stdout.splitlines() if not line.startswith("nsbox: not in force")]
+    found = [
+        line for line in done.stdout.splitlines() if not line.startswith("nsbox: not in force")
+    ]
     assert matches("\n".join(expected), "\n".join(found)), done.stdout
 
 
@@ -148,7 +150,9 @@ def test_readme_begins_with_two_commands() -> None:
 
 def test_readme_names_the_packages_that_the_scripts_install() -> None:
     # Where Python itself is there: what scripts/lib.sh asks for, one by one.
-    wanted = re.findall(r"printf ' ((?:python3-venv|python3-dev|gcc|lib[\w-]+))'", read("scripts/lib.sh"))
+    wanted = re.findall(
+        r"printf ' ((?:python3-venv|python3-dev|gcc|lib[\w-]+))'", read("scripts/lib.sh")
+    )
     told = "python3-venv python3-dev gcc libc6-dev libcap-dev libseccomp2"
     assert set(wanted) == set(told.split())
     for name in ("README.md", "docs/host-setup.md"):
@@ -192,7 +196,9 @@ def test_every_public_name_is_in_the_api_document() -> None:
 
 
 def test_what_may_be_missing_is_told() -> None:
-    line = next(line for line in read("docs/api.md").splitlines() if "`allow_missing` takes" in line)
+    line = next(
+        line for line in read("docs/api.md").splitlines() if "`allow_missing` takes" in line
+    )
     assert set(words(line)) - {"allow_missing"} == set(ALLOWABLE)
 
 
@@ -220,7 +226,9 @@ def size_text(value: object) -> str:
 
 
 def test_defaults_are_those_of_the_code() -> None:
-    defaults = {name: getattr(nsbox.Limits(), name) for name in (f.name for f in fields(nsbox.Limits))}
+    defaults = {
+        name: getattr(nsbox.Limits(), name) for name in (f.name for f in fields(nsbox.Limits))
+    }
     del defaults["named"]
     defaults |= {"tmp_size": nsbox.Config().tmp_size, "timeout": None}
     told = {words(row[0])[0]: row[2] for row in rows(read("README.md"), "## Limits and defaults")}
@@ -256,7 +264,10 @@ def test_number_is_that_of_the_code(told: str, name: str) -> None:
 
 
 def test_profiles_allow_as_many_calls_as_told() -> None:
-    counts = {name: len(nsbox.SeccompPolicy.named(name).allowed) for name in ("default", "strict", "docker")}
+    counts = {
+        name: len(nsbox.SeccompPolicy.named(name).allowed)
+        for name in ("default", "strict", "docker")
+    }
     text = " ".join(read("README.md").split())
     assert (
         f"{counts['default']} system calls (`default`; `strict` has {counts['strict']}, "

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.support import attack
 
 import nsbox
 from nsbox.blueprint import interpreter_prefixes
-from tests.support import attack
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -131,9 +131,7 @@ while True:
             assert len(env.read_file("/tmp/x")) <= 4 << 20
 
 
-def test_files_of_the_host_are_not_there(
-    env: nsbox.ExecutionEnvironment, tmp_path: Path
-) -> None:
+def test_files_of_the_host_are_not_there(env: nsbox.ExecutionEnvironment, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("of the host")
     paths = [

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.support import IS_ROOT, attack
 
 import nsbox
 from nsbox.launcher.client import get_launcher
-from tests.support import IS_ROOT, attack
 
 pytestmark = pytest.mark.needs("userns")
 

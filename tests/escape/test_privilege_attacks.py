@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.support import IS_ROOT, NUMBERS, attack, x86_64_only
 
 import nsbox
-from tests.support import IS_ROOT, NUMBERS, attack, x86_64_only
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -39,7 +39,9 @@ def test_root_does_not_mean_root_outside(env: nsbox.ExecutionEnvironment) -> Non
     assert (inside, count) == (1000, 1)
     assert outside != 0
     for name in ("Uid", "Gid"):
-        assert "0" not in status_of(env.pid)[name].split(), "real, effective, saved or fs id is root"
+        assert "0" not in status_of(env.pid)[name].split(), (
+            "real, effective, saved or fs id is root"
+        )
     assert attack(env, "answer = os.getresuid() + os.getresgid()") == [1000] * 6
     assert attack(env, "answer = [syscall(n, 0) for n in (105, 106)]") in (
         ["EPERM", "EPERM"],
@@ -87,7 +89,7 @@ def test_nothing_of_the_kernel_is_readable_that_is_masked(env: nsbox.ExecutionEn
                 answer[name] = 'zeros' if set(text.split(' ')[0]) <= set('0') else text[:200]
         """,
     )
-    harmless = ("", "zeros", "EACCES", "EPERM", [])
+    harmless: tuple[object, ...] = ("", "zeros", "EACCES", "EPERM", [])
     assert {name: text for name, text in found.items() if text not in harmless} == {}
 
 
@@ -258,9 +260,7 @@ def test_no_environment_reaches_what_root_only_may(
     secret.write_text("only root's")
     secret.chmod(0o600)
     tmp_path.chmod(0o755)
-    with nsbox.ExecutionEnvironment(
-        mounts=[nsbox.Mount.bind(tmp_path, "/data")]
-    ) as other:
+    with nsbox.ExecutionEnvironment(mounts=[nsbox.Mount.bind(tmp_path, "/data")]) as other:
         answer = attack(other, "answer = [os.stat('/data/secret').st_mode, "
                                "attempt(os.open, '/data/secret', 0)]")  # fmt: skip
     assert stat.S_IMODE(answer[0]) == 0o600

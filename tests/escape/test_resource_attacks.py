@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 
 import pytest
+from tests.support import PATIENCE, attack, resident_bytes
 
 import nsbox
 from nsbox import Limits, Outcome
-from tests.support import PATIENCE, attack, resident_bytes
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -84,9 +84,7 @@ for _ in range(64):
 
 @pytest.mark.needs("cgroup.memory")
 @pytest.mark.parametrize("way", WAYS_TO_MEMORY)
-def test_memory_by_every_way(
-    make_env: Callable[..., nsbox.ExecutionEnvironment], way: str
-) -> None:
+def test_memory_by_every_way(make_env: Callable[..., nsbox.ExecutionEnvironment], way: str) -> None:
     env = make_env(limits=Limits(memory_max=BOUND, pids_max=16), tmp_size=1 << 30)
     try:
         result = env.run(["python3", "-c", WAYS_TO_MEMORY[way]], timeout=60 * PATIENCE)
@@ -142,9 +140,7 @@ def test_tmpfs_sizes_hold_without_any_cgroup(
 
 
 @pytest.mark.parametrize("directory", ["/tmp", "/dev/shm"])
-def test_inode_flood(
-    make_env: Callable[..., nsbox.ExecutionEnvironment], directory: str
-) -> None:
+def test_inode_flood(make_env: Callable[..., nsbox.ExecutionEnvironment], directory: str) -> None:
     env = make_env(tmp_size="1M")
     count, code = attack(
         env,

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.support import IS_ROOT, NUMBERS, attack, wait_until, x86_64_only
 
 import nsbox
 from nsbox import Outcome
-from tests.support import IS_ROOT, NUMBERS, attack, wait_until, x86_64_only
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -64,10 +64,22 @@ def test_memory_descriptors_and_limits_of_init(
         nr=NUMBERS, profile=profile,
     )  # fmt: skip
     assert found.pop("owner") != 1000, "not dumpable: its files in /proc are not the user's"
-    refused = {"EACCES", "EPERM", "ENOSYS", "EINVAL", "ENOTDIR", "EISDIR", "ESRCH", "EBADF", "ENOENT"}
+    refused = {
+        "EACCES",
+        "EPERM",
+        "ENOSYS",
+        "EINVAL",
+        "ENOTDIR",
+        "EISDIR",
+        "ESRCH",
+        "EBADF",
+        "ENOENT",
+    }
     for name, results in found.items():
         for result in results if isinstance(results, list) else [results]:
-            if result is False or (name in ("environ", "auxv", "personality", "maps") and result == ""):
+            if result is False or (
+                name in ("environ", "auxv", "personality", "maps") and result == ""
+            ):
                 continue
             assert result in refused, (name, results)
     assert env.run(["true"]).ok
@@ -188,7 +200,7 @@ os._exit(41)
 """
     result = env.run(["python3", "-c", code], timeout=30)
     assert (result.outcome, result.exit_code) == (Outcome.EXITED, 41)
-    result = env.run(["sh", "-c", "echo '{\"outcome\": \"exited\", \"returncode\": 0}'; exit 3"])
+    result = env.run(["sh", "-c", 'echo \'{"outcome": "exited", "returncode": 0}\'; exit 3'])
     assert (result.outcome, result.exit_code) == (Outcome.EXITED, 3)
 
 

@@ -7,9 +7,9 @@ import signal
 from collections.abc import Callable
 
 import pytest
+from tests.support import attack, x86_64_only
 
 import nsbox
-from tests.support import attack, x86_64_only
 
 pytestmark = [pytest.mark.needs("userns", "seccomp"), x86_64_only]
 

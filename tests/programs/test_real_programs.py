@@ -51,7 +51,9 @@ int main(int argc, char **argv) {
 @pytest.mark.needs("gcc")
 def test_gcc_compiles_and_the_program_runs(env: ExecutionEnvironment) -> None:
     env.write_file("/tmp/a.c", C_PROGRAM)
-    built = env.run(["gcc", "-O2", "-Wall", "-Werror", "-o", "/tmp/a", "/tmp/a.c", "-lm"], timeout=60)
+    built = env.run(
+        ["gcc", "-O2", "-Wall", "-Werror", "-o", "/tmp/a", "/tmp/a.c", "-lm"], timeout=60
+    )
     assert (built.stdout, built.stderr, built.returncode) == (b"", b"", 0)
     result = env.run(["/tmp/a", "2"], timeout=10)
     assert result.stdout == b"1.414214 uid=1000\n"
@@ -73,7 +75,9 @@ def test_make_builds_a_project_of_several_files_in_parallel(
     env.run(["mkdir", "/tmp/project"]).check()
     makefile = b"a: a.o b.o c.o\n\tgcc -o $@ $^\n%.o: %.c\n\tgcc -c -o $@ $<\n"
     env.write_file("/tmp/project/Makefile", makefile)
-    env.write_file("/tmp/project/a.c", b"int b(void), c(void); int main(void) { return b() + c(); }")
+    env.write_file(
+        "/tmp/project/a.c", b"int b(void), c(void); int main(void) { return b() + c(); }"
+    )
     env.write_file("/tmp/project/b.c", b"int b(void) { return 40; }")
     env.write_file("/tmp/project/c.c", b"int c(void) { return 2; }")
     env.run(["make", "-j3"], cwd="/tmp/project", timeout=60).check()
@@ -131,7 +135,11 @@ def make_repository(directory: Path) -> str:
 
     def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", "-C", directory, *words], env=settings, check=True, capture_output=True, text=True
+            ["git", "-C", directory, *words],
+            env=settings,
+            check=True,
+            capture_output=True,
+            text=True,
         )
         return done.stdout.strip()
 
@@ -185,10 +193,14 @@ def make_wheel(directory: Path) -> None:
     record = ""
     with zipfile.ZipFile(directory / "tiny_answer-1.0-py3-none-any.whl", "w") as wheel:
         for name, content in files.items():
-            digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+            digest = (
+                base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+            )
             record += f"{name},sha256={digest},{len(content)}\n"
             wheel.writestr(name, content)
-        wheel.writestr("tiny_answer-1.0.dist-info/RECORD", record + "tiny_answer-1.0.dist-info/RECORD,,\n")
+        wheel.writestr(
+            "tiny_answer-1.0.dist-info/RECORD", record + "tiny_answer-1.0.dist-info/RECORD,,\n"
+        )
 
 
 @pytest.mark.slow
@@ -316,7 +328,9 @@ def test_program_that_wants_a_terminal_makes_one(env: ExecutionEnvironment) -> N
 
 
 def test_common_tools_know_the_user_the_host_and_the_time(env: ExecutionEnvironment) -> None:
-    result = env.run(["sh", "-c", "id -un; id -G; hostname; date +%Z; nproc; df -P /tmp | tail -n 1"])
+    result = env.run(
+        ["sh", "-c", "id -un; id -G; hostname; date +%Z; nproc; df -P /tmp | tail -n 1"]
+    )
     user, groups, hostname, zone, cpus, disk = result.check().text().splitlines()
     assert (user, hostname) == ("sandbox", "sandbox")
     assert groups.split()[0] == "1000"

@@ -352,7 +352,9 @@ def test_launcher_starts_light() -> None:
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, env={}
     )
     loaded = set(done.stdout.split())
-    assert "nsbox.guest.init" in loaded, "PID 1 of every environment is a clone: nothing comes later"
+    assert "nsbox.guest.init" in loaded, (
+        "PID 1 of every environment is a clone: nothing comes later"
+    )
     assert not loaded & NOT_IN_LAUNCHER
     # socket brings enum and selectors, signal brings enum; nothing else of that size may come.
     assert len(loaded) < 130, sorted(loaded)

@@ -8,7 +8,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -17,8 +18,24 @@ from nsbox import blueprint as b
 from nsbox.isolation import namespaces, seccomp
 from nsbox.linux import constants as c
 
-FEATURES = ("memory", "pids", "cpu", "cpuset", "io", "cpu_accounting", "freeze", "kill")
-MISSING = {"missing": "the directory belongs to root", "hint": "Delegate it: see docs/host-setup.md"}
+if TYPE_CHECKING:
+    from nsbox.link import Link
+
+FEATURES = (
+    "memory",
+    "memory.swap",
+    "pids",
+    "cpu",
+    "cpuset",
+    "io",
+    "cpu_accounting",
+    "freeze",
+    "kill",
+)
+MISSING = {
+    "missing": "the directory belongs to root",
+    "hint": "Delegate it: see docs/host-setup.md",
+}
 FULL_HOST: dict[str, Any] = {
     "privileged": True,
     "ids": "range",
@@ -29,7 +46,7 @@ FULL_HOST: dict[str, Any] = {
 }
 
 
-def host(*missing: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - parts of a hello
+def host(*missing: str, **changes: Any) -> dict[str, Any]:
     """Return a hello of a host that has everything but the cgroup features named."""
     hello = {**copy.deepcopy(FULL_HOST), **changes}
     for name in missing:
@@ -47,7 +64,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seccomp, "filter_for", lambda policy: policy.name.encode())
 
 
-def decide(hello: dict[str, Any] = FULL_HOST, **fields: Any) -> b.Blueprint:  # noqa: ANN401 - of Config
+def decide(hello: dict[str, Any] = FULL_HOST, **fields: Any) -> b.Blueprint:
     return b.Blueprint(Config(**fields), hello)
 
 
@@ -385,8 +402,8 @@ def test_plans_kept_are_few() -> None:
 )
 def test_identity_is_said_as_it_is(ids: str, drops_groups: bool, words: str) -> None:
     hello = host(ids=ids, drops_groups=drops_groups)
-    born = {"host_id": 77, "proc": "subset=pid"}
-    made = Protections(tuple(b.born_layers(Config(), hello, born, [])))
+    link = cast("Link", SimpleNamespace(host_id=77, proc="subset=pid"))
+    made = Protections(tuple(b.born_layers(Config(), hello, link, [])))
     assert words in made["identity"].detail
     assert "processes only" in made["proc"].detail
     assert made["capabilities"].in_force

@@ -102,7 +102,10 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: IoMax(device="/dev/\0", rbps=1), "io_max device: .*NUL"),
     (lambda: Limits(io_max=("/dev/sda",)), "io_max: must hold IoMax values, got '/dev/sda'"),  # type: ignore[arg-type]
     # mounts
-    (lambda: Mount.bind("/no/such", "/data"), "'/no/such': No such file.*bind something that exists"),
+    (
+        lambda: Mount.bind("/no/such", "/data"),
+        "'/no/such': No such file.*bind something that exists",
+    ),
     (lambda: Mount.bind("/us\0r", "/data"), "mount source: .*NUL"),
     (lambda: bind("data"), "mount destination 'data': must be absolute, e.g. '/data'"),
     (lambda: bind(""), "mount destination '': must be absolute"),
@@ -184,7 +187,7 @@ def test_whole_sizes_are_exact(number: int, unit: str) -> None:
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.binary(), st.none(), st.booleans()))
-def test_any_size_is_bytes_or_a_config_error(value: Any) -> None:  # noqa: ANN401 - anything
+def test_any_size_is_bytes_or_a_config_error(value: Any) -> None:
     try:
         size = parse_size(value)
     except ConfigError as error:
@@ -195,7 +198,7 @@ def test_any_size_is_bytes_or_a_config_error(value: Any) -> None:  # noqa: ANN40
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.none(), st.booleans()))
-def test_any_time_is_finite_or_a_config_error(value: Any) -> None:  # noqa: ANN401 - anything
+def test_any_time_is_finite_or_a_config_error(value: Any) -> None:
     try:
         seconds = parse_seconds(value, "timeout")
     except ConfigError:
@@ -332,11 +335,11 @@ def test_bad_value_is_refused_before_a_launcher_is_started() -> None:
     import nsbox
     from nsbox.launcher import client
 
-    before = client._current
+    before = client._holder._launcher
     with pytest.raises(ConfigError):
         nsbox.run(["true"], tmp_size="x")
     with pytest.raises(ConfigError):
         nsbox.run([], limits=Limits())
     with pytest.raises(ConfigError):
         nsbox.ExecutionEnvironment(colour="red")
-    assert client._current is before
+    assert client._holder._launcher is before

@@ -24,7 +24,7 @@ LAYERS = Protections(
 )
 
 
-def result(outcome: Outcome = Outcome.EXITED, returncode: int = 0, **more: Any) -> Result:  # noqa: ANN401 - passed on
+def result(outcome: Outcome = Outcome.EXITED, returncode: int = 0, **more: Any) -> Result:
     return Result(argv=("prog", "-x"), outcome=outcome, returncode=returncode, **more)
 
 
@@ -37,7 +37,13 @@ def result(outcome: Outcome = Outcome.EXITED, returncode: int = 0, **more: Any) 
         (Outcome.SIGNALED, -11, None, signal.SIGSEGV, False),
         (Outcome.SIGNALED, -40, None, 40, False),  # a real-time signal has no name
         (Outcome.TIMED_OUT, -9, None, signal.SIGKILL, False),
-        (Outcome.OOM_KILLED, 0, 0, None, False),  # a child died; that the parent went on is no success
+        (
+            Outcome.OOM_KILLED,
+            0,
+            0,
+            None,
+            False,
+        ),  # a child died; that the parent went on is no success
         (Outcome.OUTPUT_LIMIT, 0, 0, None, False),
     ],
 )

@@ -19,10 +19,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nsbox import command
-from nsbox.command import Channel
 from nsbox.guest import init
 from nsbox.guest import protocol as p
 from nsbox.launcher import wire
+from nsbox.link import Channel
 from nsbox.linux.descriptors import MOST_FDS, close_all, receive_bytes, send_bytes
 
 KINDS = (p.STARTED, p.EXITED, p.FAILED, p.OK)
@@ -67,7 +67,7 @@ def is_legal(data: bytes) -> bool:
     if len(data) < p.ANSWER.size:
         return False
     kind, first, second, _ = p.ANSWER.unpack(data[: p.ANSWER.size])
-    return kind != p.FAILED or (0 <= second < len(p.STAGES) and 0 < first < 4096)
+    return bool(kind != p.FAILED or (0 <= second < len(p.STAGES) and 0 < first < 4096))
 
 
 @given(st.binary(max_size=80))
@@ -287,7 +287,9 @@ def test_operations_and_answers_have_distinct_bytes() -> None:
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=10,
 )
 

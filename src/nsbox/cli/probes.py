@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+_PLAIN = (OSError, PermissionError)
+
 
 def _report(name: str, action: Callable[[], str]) -> None:
     answer: dict[str, Any] = {"name": name, "works": False, "errno": 0, "hint": ""}
@@ -20,7 +22,7 @@ def _report(name: str, action: Callable[[], str]) -> None:
         answer["detail"] = action()
         answer["works"] = True
     except Exception as error:  # noqa: BLE001 - whatever it was, it is the finding
-        plain = error.strerror if type(error) in (OSError, PermissionError) else None
+        plain = getattr(error, "strerror", None) if type(error) in _PLAIN else None
         answer["detail"] = plain or getattr(error, "reason", "") or str(error) or repr(error)
         answer["errno"] = getattr(error, "errno", 0) or 0
         answer["hint"] = getattr(error, "hint", "")
