@@ -85,7 +85,6 @@ class Process:
         self._lock = threading.RLock()
         self._before = link.counters()
         self._started_at = time.monotonic()
-        self._started_wall = time.time()  # for nothing but the kernel's log, which knows no other
         self._start(request, streams)
         if cpu_time is not None:
             self._next_cpu_check = self._started_at + self._cpu_wait(cpu_time)
@@ -381,7 +380,7 @@ class Process:
         elif returncode >= 0:
             self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
         else:
-            outcome, evidence = _judge_signal(-returncode, self._link, self._started_wall)
+            outcome, evidence = _judge_signal(-returncode, self._link, self._started_at)
             self._conclude(outcome, returncode, evidence, after)
 
     def _finish_from_end(self) -> None:
@@ -460,6 +459,8 @@ def _oom_evidence(before: Mapping[str, int | None], after: Mapping[str, int | No
 def usage_between(
     before: Mapping[str, int | None], after: Mapping[str, int | None], wall: float | None
 ) -> Usage:
+    """Return the usage between two readings of the counters; `wall` in seconds."""
+
     def seconds(name: str) -> float | None:
         value = _rise(before, after, name)
         return None if value is None else value / 1e6
@@ -479,14 +480,14 @@ def usage_between(
     )
 
 
-def _judge_signal(number: int, link: Link, since: float) -> tuple[Outcome, str]:
+def _judge_signal(number: int, link: Link, started_at: float) -> tuple[Outcome, str]:
     """Return the verdict on a command that a signal ended which nsbox did not send."""
     try:
         name = signal.Signals(number).name
     except ValueError:  # real-time signals have no name
         name = f"signal {number}"
     if number == signal.SIGSYS:
-        record = link.filter_kill(since)
+        record = link.filter_kill(time.monotonic() - started_at)
         if record:
             return Outcome.SECCOMP_KILLED, f"the kernel's log: {record}"
         # A filter's kill and a SIGSYS that a program sends itself have the same wait status.

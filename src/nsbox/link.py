@@ -316,10 +316,10 @@ class Link:
         except OSError:
             return {}
 
-    def filter_kill(self, since: float) -> str:
-        """Return what the kernel's log says of a filter kill in it since `since`, or ""."""
+    def filter_kill(self, age: float) -> str:
+        """Return what the kernel's log says of a filter kill in it in `age` seconds, or ""."""
         # By its uid: no other process of the host has it. Without one nothing can be said.
-        return audit_log.filter_kill(self.host_id, since) if self._has_own_id else ""
+        return audit_log.filter_kill(self.host_id, age) if self._has_own_id else ""
 
     def cpu_usec(self) -> int | None:
         """Return the CPU time used so far, in microseconds."""

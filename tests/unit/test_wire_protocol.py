@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nsbox import command
+from nsbox import link
 from nsbox.guest import init
 from nsbox.guest import protocol as p
 from nsbox.launcher import wire
@@ -35,7 +35,7 @@ def open_descriptors() -> set[str]:
 
 @pytest.fixture(autouse=True)
 def _short_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "ANSWER_DEADLINE", 0.2)
+    monkeypatch.setattr(link, "ANSWER_DEADLINE", 0.2)
 
 
 class FakeInit:

@@ -16,8 +16,10 @@ _RECORD_MOST = 8192
 _CLOCK_SLACK = 0.01  # seconds; the record's time is the kernel's coarse clock
 
 
-def filter_kill(host_id: int, since: float) -> str:
-    """Return the record of a kill of `host_id` since the wall-clock time `since`, or ""."""
+def filter_kill(host_id: int, age: float) -> str:
+    """Return the record of a kill of `host_id` in the last `age` seconds, or ""."""
+    # The record carries the wall clock, and nothing else to tell an old one by.
+    since = time.clock_gettime(time.CLOCK_REALTIME) - age - _CLOCK_SLACK
     mark = f" uid={host_id} "
     deadline = time.monotonic() + _DEADLINE
     try:
@@ -37,7 +39,7 @@ def filter_kill(host_id: int, since: float) -> str:
                 continue  # records were overwritten while we read: go on with what is there
             if "type=1326 " in record and mark in record and " sig=31 " in record:
                 stamp = record.partition("audit(")[2].partition(":")[0]
-                if float(stamp) >= since - _CLOCK_SLACK:
+                if float(stamp) >= since:
                     return record.partition(";")[2].splitlines()[0]
     except (OSError, ValueError):
         return ""
