@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import nsbox
-from nsbox import ExecutionEnvironment, Limits, Mount, Outcome
+from nsbox import ExecutionEnvironment, Mount, Outcome
 
 
 def requires(program: str) -> pytest.MarkDecorator:
@@ -220,9 +220,7 @@ def test_pip_installs_a_wheel_and_it_can_be_imported(shared: Path) -> None:
 )
 def test_virtual_environment_is_made_and_used(shared: Path) -> None:
     make_wheel(shared)
-    with ExecutionEnvironment(
-        mounts=[Mount.bind(shared, "/wheels")], tmp_size="256M", limits=Limits(memory_max="1G")
-    ) as env:
+    with ExecutionEnvironment(mounts=[Mount.bind(shared, "/wheels")], tmp_size="256M") as env:
         made = env.run([sys.executable, "-m", "venv", "/tmp/venv"], timeout=100)
         if not made.ok and b"ensurepip is not" in made.stdout:
             pytest.skip("this interpreter's ensurepip has no wheels (Debian: python3-venv)")
