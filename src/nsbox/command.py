@@ -9,7 +9,7 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Final, Self
 
 from nsbox.errors import (
@@ -47,6 +47,32 @@ class _Verdict:
         self.evidence = evidence
 
 
+class Request:
+    """What PID 1 is asked to run, apart from argv and streams.
+
+    Attributes:
+        env: All its environment variables.
+        cwd: Its working directory inside.
+        tty: Whether it gets a terminal.
+        is_announced: Whether the start is waited for, and not only the end.
+    """
+
+    __slots__ = ("cwd", "env", "is_announced", "tty")
+
+    def __init__(self, env: Mapping[str, str], cwd: str, *, tty: bool, announced: bool) -> None:
+        self.env = env
+        self.cwd = cwd
+        self.tty = tty
+        self.is_announced = tty or announced
+
+    def encode(self, argv: Sequence[str], stdio: list[bool]) -> bytes:
+        """Return the frame (`guest.protocol.run_request`)."""
+        flags = (p.TTY if self.tty else 0) | (p.ANNOUNCE if self.is_announced else 0)
+        words = [os.fsencode(word) for word in argv]
+        environment = [os.fsencode(f"{name}={value}") for name, value in self.env.items()]
+        return p.run_request(words, environment, os.fsencode(self.cwd), stdio, flags)
+
+
 class Process:
     """A command that runs in an environment; made by `ExecutionEnvironment.popen`.
 
@@ -62,12 +88,13 @@ class Process:
         self,
         link: Link,
         argv: tuple[str, ...],
-        request: dict[str, Any],
+        request: Request,
         streams: tuple[Stream, Stream, Stream],
         *,
         protections: Callable[[], Protections],
         cpu_time: float | None = None,
     ) -> None:
+        self._request = request
         self._protections = protections
         self._link = link
         self.argv = argv
@@ -78,18 +105,18 @@ class Process:
         self.stderr: IO[bytes] | None = None
         self._verdict: _Verdict | None = None
         self._result: Result | None = None
-        self._death: EnvironmentDied | None = None
+        self._death: Exception | None = None
         self._killed_at: float | None = None
         self._cpu_time = cpu_time
         self._next_cpu_check = 0.0
         self._lock = threading.RLock()
         self._before = link.counters()
         self._started_at = time.monotonic()
-        self._start(request, streams)
+        self._start(streams)
         if cpu_time is not None:
             self._next_cpu_check = self._started_at + self._cpu_wait(cpu_time)
 
-    def _start(self, request: dict[str, Any], streams: tuple[Stream, Stream, Stream]) -> None:
+    def _start(self, streams: tuple[Stream, Stream, Stream]) -> None:
         inside: list[int] = []
         given: list[int] = []
         try:
@@ -106,28 +133,30 @@ class Process:
                     given.append(stream if isinstance(stream, int) else stream.fileno())
                     _check_given(given[-1])
                 stdio.append(stream is not None and stream != DEVNULL)
-            request["stdio"] = stdio
-            self._channel = self._link.ask(p.RUN, request, given)
-            try:
-                kind, first, stage, _, fds = self._channel.receive_answer()
-            except (OSError, ConnectionError) as error:
-                self._channel.socket.close()
-                raise self._link.died(error) from error
+            self._channel = self._link.ask(p.RUN, self._request.encode(self.argv, stdio), given)
+            if self._request.is_announced:
+                self._await_start()
         except BaseException:
             self._close_streams()
             raise
         finally:
             close_all(inside)
+        self._channel.socket.settimeout(None)
+
+    def _await_start(self) -> None:
+        try:
+            kind, first, stage, _, fds = self._channel.receive_answer()
+        except OSError as error:
+            self._channel.socket.close()
+            raise self._link.died(error) from error
         if kind == p.FAILED:
             close_all(fds)
             self._channel.socket.close()
-            self._close_streams()
-            raise self._start_error(request, first, p.STAGES[stage])
+            raise self._start_error(first, p.STAGES[stage])
         self.pid = first
         if fds:
             self.tty = fds[0]
             close_all(fds[1:])
-        self._channel.socket.settimeout(None)
 
     def _make_pipe(self, number: int) -> tuple[int, int]:
         read, write = os.pipe()
@@ -137,15 +166,15 @@ class Process:
         os.fchmod(theirs, 0o666)
         return ours, theirs
 
-    def _start_error(self, request: dict[str, Any], error: int, stage: str) -> Exception:
+    def _start_error(self, error: int, stage: str) -> Exception:
         name, text = self.argv[0], os.strerror(error)
         if stage == "cwd":
-            return SetupError("cwd", f"{request['cwd']!r}: {text}", errno=error)
+            return SetupError("cwd", f"{self._request.cwd!r}: {text}", errno=error)
         if stage == "tty":
             return SetupError("tty", f"no terminal could be opened: {text}", errno=error)
         if stage == "request":
             return SyscallError("execve", error, name)
-        path = request["env"].get("PATH", "")
+        path = self._request.env.get("PATH", "")
         where = "" if "/" in name else f" in PATH={path}"
         return CommandStartError(name, error, f"{text}{where}, inside the environment")
 
@@ -356,6 +385,10 @@ class Process:
         try:
             kind, status, user, system, fds = self._channel.receive_answer()
             close_all(fds)
+            if kind == p.FAILED and not self.pid:
+                self._channel.socket.close()
+                self._death = self._start_error(status, p.STAGES[user])
+                raise self._death
             if kind != p.EXITED or not 0 <= status < 1 << 16:
                 raise ConnectionError("PID 1 sent a malformed answer")
         except OSError as error:

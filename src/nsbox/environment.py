@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from nsbox.blueprint import born_layers, plan
-from nsbox.command import DEVNULL, PIPE, Process, Stream, usage_between
+from nsbox.command import DEVNULL, PIPE, Process, Request, Stream, usage_between
 from nsbox.config import (
     Config,
     check_argv,
@@ -32,7 +32,7 @@ from nsbox.errors import (
 )
 from nsbox.guest import protocol as p
 from nsbox.launcher.client import get_launcher
-from nsbox.link import Channel, Link
+from nsbox.link import Channel, Link, give_birth
 from nsbox.linux.descriptors import close_all
 from nsbox.result import Protections, Result, Usage
 from nsbox.terminal import set_window_size
@@ -81,7 +81,7 @@ class ExecutionEnvironment:
         self.id = secrets.token_hex(4)
         launcher = get_launcher()
         blueprint = plan(self.config, launcher.hello)
-        link = Link(launcher, {**blueprint.spec, "id": self.id})
+        link = give_birth(launcher, blueprint.spec, self.id)
         self.pid = link.pid
         self._accounts_cpu = blueprint.accounts_cpu
         self._environment = blueprint.environment
@@ -153,7 +153,7 @@ class ExecutionEnvironment:
             PIPE if stdout is None else stdout,
             PIPE if stderr is None else stderr,
         )
-        process = self._start(argv, env, cwd, streams, None, cpu_time)
+        process = self._start(argv, env, cwd, streams, None, cpu_time, announced=False)
         output_max = self.config.limits.output_max
         try:
             result = process.communicate(bytes(input or b""), seconds, int(output_max))
@@ -186,7 +186,7 @@ class ExecutionEnvironment:
         if tty is not None:
             stdin = None
             stdout, stderr = (None if item == PIPE else item for item in (stdout, stderr))
-        return self._start(argv, env, cwd, (stdin, stdout, stderr), tty, cpu_time)
+        return self._start(argv, env, cwd, (stdin, stdout, stderr), tty, cpu_time, announced=True)
 
     def _start(
         self,
@@ -196,6 +196,8 @@ class ExecutionEnvironment:
         streams: tuple[Stream, Stream, Stream],
         tty: tuple[int, int] | None,
         cpu_time: float | None,
+        *,
+        announced: bool,
     ) -> Process:
         command = check_argv(argv)
         limit = self.config.limits.cpu_time
@@ -204,14 +206,11 @@ class ExecutionEnvironment:
             if not self._accounts_cpu and "cpu_time" not in self.config.allow_missing:
                 layer = "this host gives no cgroup that counts its CPU time"
                 raise UnsupportedHostError("cpu_time", layer, "See 'nsbox doctor'.")
-        request = {
-            "argv": list(command),
-            "env": {**self._environment, **check_environment(env)},
-            "cwd": check_text(self.config.cwd if cwd is None else cwd, "cwd"),
-            "tty": tty is not None,
-        }
-        if not str(request["cwd"]).startswith("/"):
+        variables = {**self._environment, **check_environment(env)} if env else self._environment
+        directory = self.config.cwd if cwd is None else check_text(cwd, "cwd")
+        if not directory.startswith("/"):
             raise ConfigError(f"cwd: must be absolute, got {cwd!r}")
+        request = Request(variables, directory, tty=tty is not None, announced=announced)
         process = Process(
             self._ready_link(),
             command,
@@ -238,7 +237,7 @@ class ExecutionEnvironment:
             raise ConfigError(f"data: must be bytes, got {type(data).__name__}; encode it")
         if isinstance(mode, bool) or not isinstance(mode, int) or mode & ~0o777:
             raise ConfigError(f"mode: must be permission bits such as 0o644, got {mode!r}")
-        request = {"path": _inside(path), "mode": mode, "size": len(data)}
+        request = p.write_request(os.fsencode(_inside(path)), mode, len(data))
         link = self._ready_link()
         channel = link.ask(p.WRITE, request, [])
         with channel.socket:
@@ -258,7 +257,7 @@ class ExecutionEnvironment:
         """
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
             raise ConfigError(f"max_bytes: must not be negative, got {max_bytes!r}")
-        request = {"path": _inside(path), "most": max_bytes}
+        request = p.read_request(os.fsencode(_inside(path)), max_bytes)
         link = self._ready_link()
         channel = link.ask(p.READ, request, [])
         with channel.socket:

@@ -7,7 +7,6 @@ asked, in frames of fixed size that are checked and not trusted (`nsbox.guest.pr
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -31,13 +30,17 @@ ANSWER_DEADLINE: Final = 30.0
 """Seconds PID 1 may take to start a command, or to answer a file operation."""
 END_DEADLINE: Final = 10.0
 """Seconds a killed environment may take to be gone and removed."""
-_READY_MOST: Final = 16  # bytes of PID 1's first and only word on the control socket
 _STEP_HINTS: Final = {
     "clone": "'nsbox doctor' tells which namespace this host does not allow",
     "layout": "a mount point inside a bound tree must exist there already",
     "trees": "an idmapped mount needs a file system that supports it (ext4, xfs, btrfs, tmpfs "
     "since Linux 6.3); allow_missing={'idmapped_mounts'} binds without",
 }
+
+
+class ForgottenSpec(Exception):
+    """The launcher no longer knows a spec by its key: ask again."""
+
 
 Counters = dict[str, int | None]
 """What `isolation.cgroups.UsageReader` reads; empty where there is no cgroup."""
@@ -46,22 +49,28 @@ Counters = dict[str, int | None]
 class Channel:
     """The host's end of one operation of PID 1. What it reads is not trusted."""
 
-    def __init__(self, control: socket.socket, operation: bytes, fds: list[int]) -> None:
+    def __init__(
+        self, control: socket.socket, operation: bytes, request: bytes, fds: list[int]
+    ) -> None:
         """Ask for `operation`; raises OSError when PID 1 is gone."""
         self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(ANSWER_DEADLINE)
+        is_short = len(request) + 2 <= p.LARGEST_MESSAGE
+        message = operation + (p.HERE + request if is_short else p.ON_CHANNEL)
         try:
-            send_bytes(control, operation, [theirs.fileno(), *fds])
+            send_bytes(control, message, [theirs.fileno(), *fds])
+            if not is_short:
+                self.socket.sendall(p.LENGTH.pack(len(request)) + request)
+        except BrokenPipeError:
+            if is_short:
+                self.socket.close()
+                raise
+            # It refused the request before reading all of it: its answer says why.
         except OSError:
             self.socket.close()
             raise
         finally:
             theirs.close()
-        self.socket.settimeout(ANSWER_DEADLINE)
-
-    def send_request(self, request: Mapping[str, Any]) -> None:
-        """Send the request itself."""
-        data = json.dumps(request).encode()
-        self.socket.sendall(p.LENGTH.pack(len(data)) + data)
 
     def receive_answer(self) -> tuple[bytes, int, int, int, list[int]]:
         """Return the kind, three numbers and the descriptors of the next answer.
@@ -85,6 +94,32 @@ class Channel:
         return kind, first, second, third, fds
 
 
+def give_birth(launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> Link:
+    """Return the link to a new environment.
+
+    Raises:
+        As `Link`.
+    """
+    try:
+        return Link(launcher, spec, env_id)
+    except ForgottenSpec:
+        return Link(launcher, spec, env_id)  # sends the spec itself this time
+
+
+def _setup_error(step: str, number: int, message: str) -> SetupError:
+    return SetupError(step, message, errno=number, hint=_STEP_HINTS.get(step, ""))
+
+
+def _check_ready(word: bytes) -> str:
+    """Return how much of a /proc it has, as the first word of an environment says."""
+    failed = p.parse_failure(word)
+    if failed is not None:
+        raise _setup_error(*failed)
+    if not word:
+        raise SetupError("birth", "the environment was killed before it was ready")
+    return word.decode()
+
+
 class Link:
     """Made with the birth, closed with the environment. Safe to use from many threads.
 
@@ -97,14 +132,14 @@ class Link:
         closing: Whether the caller has asked for the end.
     """
 
-    def __init__(self, launcher: Launcher, spec: Mapping[str, Any]) -> None:
+    def __init__(self, launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> None:
         """Ask `launcher` for a birth and wait until the environment is locked in.
 
         Raises:
             SetupError: A step failed; nothing is left of it.
             LauncherError: The launcher is gone.
         """
-        self.env_id = str(spec["id"])
+        self.env_id = env_id
         self.end: dict[str, Any] | None = None
         self.closing = False
         self._lock = threading.Lock()
@@ -113,16 +148,17 @@ class Link:
         self._supervision, supervision = wire.pair()
         try:
             try:
-                fds = control.fileno(), supervision.fileno()
-                launcher.request_birth({**spec}, *fds)
+                launcher.request_birth(self.env_id, spec, control.fileno(), supervision.fileno())
             finally:
                 control.close()
                 supervision.close()
-            born, self.proc = self._await_birth(launcher)
+            word = self._await_ready()
+            born = self._hear_of_birth(launcher, spec)
             self.pid: int = born["pid"]
+            self.proc = _check_ready(word)
             self._verify(filtered=bool(spec["seccomp"]))
         except BaseException:
-            self.close()
+            self._abandon()
             raise
         self.host_id: int = born["host_id"]
         self._has_own_id = launcher.hello["ids"] == "range"
@@ -130,31 +166,22 @@ class Link:
 
     # -- birth ---------------------------------------------------------------------------------
 
-    def _await_birth(self, launcher: Launcher) -> tuple[dict[str, Any], str]:
-        """Wait until it is cloned (says the launcher) and locked in (says it itself)."""
-        deadline = time.monotonic() + BIRTH_DEADLINE
-        poll = select.poll()
-        poll.register(self._supervision, select.POLLIN)
-        poll.register(self._control, select.POLLIN)
-        born: dict[str, Any] = {}
-        while True:
-            left = deadline - time.monotonic()
-            ready = {fd for fd, _ in poll.poll(max(0.0, left) * 1000)}
-            if not ready:
-                raise SetupError("birth", f"not over after {BIRTH_DEADLINE:g} seconds")
-            if self._supervision.fileno() in ready:
-                born.update(self._hear_of_birth(launcher))
-            elif born:
-                try:
-                    word = self._control.recv(_READY_MOST)
-                except ConnectionError:
-                    word = b""
-                if word:
-                    return born, word.decode()
-                # It ended: why stands on the supervision socket.
-                poll.unregister(self._control)
+    def _await_ready(self) -> bytes:
+        """Return the environment's own first word, b"" when it ended without one.
 
-    def _hear_of_birth(self, launcher: Launcher) -> dict[str, Any]:
+        Every other copy of its end is closed by then, so that its death reads as the end.
+        """
+        if not _is_readable(self._control.fileno(), BIRTH_DEADLINE):
+            raise SetupError("birth", f"not over after {BIRTH_DEADLINE:g} seconds")
+        try:
+            return self._control.recv(p.LARGEST_MESSAGE)
+        except ConnectionError:
+            return b""
+
+    def _hear_of_birth(self, launcher: Launcher, spec: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the launcher's report on the clone; it comes at about the same time."""
+        if not _is_readable(self._supervision.fileno(), BIRTH_DEADLINE):
+            raise SetupError("birth", f"the launcher was silent for {BIRTH_DEADLINE:g} seconds")
         received = wire.receive(self._supervision)
         if received is None:
             raise LauncherError(f"the launcher died during the birth. {launcher.last_words()}")
@@ -162,12 +189,17 @@ class Link:
         if message["kind"] == "born":
             self._pidfd = fds[0]
             return message
-        if message["kind"] == "gone":
-            raise SetupError("birth", "the environment was killed before it was ready")
-        step = message["step"]
-        raise SetupError(
-            step, message["message"], errno=message["errno"], hint=_STEP_HINTS.get(step, "")
-        )
+        if message["kind"] == "unknown-spec":
+            launcher.forget_spec(spec)
+            raise ForgottenSpec(spec["key"])
+        raise _setup_error(message["step"], message["errno"], message["message"])
+
+    def _abandon(self) -> None:
+        """Close a link whose birth failed, when nothing is left of the environment."""
+        if self._pidfd >= 0:
+            self.kill()
+            self.await_end()
+        self.close()
 
     def _verify(self, *, filtered: bool) -> None:
         try:
@@ -180,24 +212,16 @@ class Link:
 
     # -- PID 1 ---------------------------------------------------------------------------------
 
-    def ask(self, operation: bytes, request: Mapping[str, Any], fds: list[int]) -> Channel:
+    def ask(self, operation: bytes, request: bytes, fds: list[int]) -> Channel:
         """Ask PID 1 for an operation; its answer is on the channel.
 
         Raises:
             EnvironmentDied: PID 1 is gone, or does not listen.
         """
         try:
-            channel = Channel(self._control, operation, fds)
-        except ConnectionError as error:
-            raise self.died(error) from error
-        try:
-            channel.send_request(request)
-        except BrokenPipeError:
-            pass  # it refused the request before reading all of it: its answer says why
+            return Channel(self._control, operation, request, fds)
         except OSError as error:
-            channel.socket.close()
             raise self.died(error) from error
-        return channel
 
     def died(self, cause: OSError) -> EnvironmentDied:
         """Return the exception for an operation under which PID 1 went away or fell silent."""

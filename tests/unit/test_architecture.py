@@ -39,9 +39,10 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # the two descriptions of messages, belong to both.
 LAUNCHER_SIDE = {
     "launcher.main", "launcher.server", "launcher.birth", "launcher.identity", "launcher.janitor",
-    "guest.init",
+    "launcher.layouts", "launcher.templates", "launcher.template", "launcher.inside",
+    "launcher.steps", "guest.init",
 }  # fmt: skip
-SHARED = {"launcher", "launcher.wire", "guest", "guest.protocol"}
+SHARED = {"launcher", "launcher.wire", "launcher.process", "guest", "guest.protocol"}
 
 MAX_LINES = 500
 
@@ -208,7 +209,7 @@ def test_imports_have_no_cycle() -> None:
         ("click", ("cli",)),
         ("psutil", ("cli",)),
         ("pickle", ()),
-        ("marshal", ()),
+        ("marshal", ("launcher.template", "launcher.templates")),
         ("shelve", ()),
         ("multiprocessing", ()),
         ("pytest", ()),
@@ -342,19 +343,30 @@ def test_exceptions_are_drawn_in_the_docstring() -> None:
 # -- what a start of the launcher loads ----------------------------------------------------------
 
 
-def test_launcher_starts_light() -> None:
+def loaded_by(module: str) -> set[str]:
     code = (
         f"import sys; sys.path[:0] = {client._import_paths()!r}\n"
-        "import nsbox.launcher.server\n"
+        f"import {module}\n"
         "print('\\n'.join(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True, env={}
     )
-    loaded = set(done.stdout.split())
-    assert "nsbox.guest.init" in loaded, (
-        "PID 1 of every environment is a clone: nothing comes later"
-    )
+    return set(done.stdout.split())
+
+
+def test_launcher_starts_light() -> None:
+    loaded = loaded_by("nsbox.launcher.server")
     assert not loaded & NOT_IN_LAUNCHER
     # socket brings enum and selectors, signal brings enum; nothing else of that size may come.
     assert len(loaded) < 130, sorted(loaded)
+
+
+def test_template_is_small() -> None:
+    loaded = loaded_by("nsbox.launcher.template")
+    assert "nsbox.guest.init" in loaded, (
+        "PID 1 of every environment is a clone: nothing comes later"
+    )
+    # Every page of them is one more to copy for each environment.
+    assert not loaded & (NOT_IN_LAUNCHER | {"json", "socket", "signal", "enum", "re", "selectors"})
+    assert len(loaded) < 80, sorted(loaded)

@@ -9,13 +9,13 @@ its own namespace, and that its descriptors are close-on-exec. It never executes
 from __future__ import annotations
 
 import errno
-import json
 import os
-import resource
 import select
-import signal
-import socket
 import stat
+
+# The C half of `socket`, as in `linux.calls`.
+from _socket import MSG_WAITALL
+from _socket import socket as _Socket
 
 from nsbox.guest import protocol as p
 from nsbox.linux import calls
@@ -25,9 +25,12 @@ from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from resource import struct_rusage
     from typing import Any, NoReturn
 
-_ALL_SIGNALS = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+# What the interpreter ignores stays ignored over an exec; handlers do not (signal(7)).
+_IGNORED_SIGNALS = (c.SIGPIPE, c.SIGXFSZ)
+_SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal signals are merged
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
 _CHUNK = 1 << 18
@@ -47,27 +50,29 @@ class _Command:
 
     __slots__ = ("channel", "pid")
 
-    def __init__(self, pid: int, channel: socket.socket) -> None:
+    def __init__(self, pid: int, channel: _Socket) -> None:
         self.pid = pid
         self.channel = channel
 
 
 class Init:
-    """The event loop of PID 1."""
+    """The event loop of PID 1. Made by the template, once for all that are cloned from it."""
 
-    def __init__(self, control: int, lifeline: int) -> None:
-        self._control = socket.socket(fileno=control)
+    def __init__(self, control: int, lifeline: int, signals: int) -> None:
+        """Take descriptors that are the same in every clone.
+
+        Args:
+            control: The socket that the host asks on.
+            lifeline: Reads as ended when the launcher is gone.
+            signals: A signalfd of SIGCHLD.
+        """
+        self._control = _Socket(fileno=control)
+        self._signals = signals
         self._commands: dict[int, _Command] = {}
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
-        # SIGCHLD wakes the loop through a pipe written by CPython's C handler.
-        self._wake, wake_write = os.pipe()
-        os.set_blocking(self._wake, False)
-        os.set_blocking(wake_write, False)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, _ignore)
         self._watch(control, self._on_control)
-        self._watch(self._wake, self._on_child)
+        self._watch(signals, self._on_child)
         self._watch(lifeline, _leave)
 
     def run(self) -> NoReturn:
@@ -90,20 +95,23 @@ class Init:
 
     def _on_control(self) -> None:
         try:
-            operation, fds = receive_bytes(self._control, 16)
+            message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
         except ConnectionError:
             _leave()
-        if not operation or not fds:
+        if not message or not fds:
             _leave()  # the host closed this environment, or is gone
-        channel = socket.socket(fileno=fds[0])
-        channel.settimeout(_IO_DEADLINE)
+        operation, place, request = message[:1], message[1:2], message[2:]
+        channel = _Socket(fileno=fds[0])
         stdio = fds[1:]
         try:
             try:
-                request = _read_request(channel)
+                if place == p.ON_CHANNEL:
+                    channel.settimeout(_IO_DEADLINE)
+                    request = _read_request(channel)
                 if operation == p.RUN:
                     self._start(channel, request, stdio)
                     return  # the channel lives on
+                channel.settimeout(_IO_DEADLINE)
                 if operation == p.WRITE:
                     _write_file(channel, request)
                 elif operation == p.READ:
@@ -119,30 +127,31 @@ class Init:
             close_all(stdio)
         channel.close()
 
-    def _start(self, channel: socket.socket, request: dict[str, Any], stdio: list[int]) -> None:
+    def _start(self, channel: _Socket, request: bytes, fds: list[int]) -> None:
+        flags, stdio, cwd, argv, environment = p.parse_run(request)
         terminal: list[int] = []
         try:
-            if request["tty"]:
+            if flags & p.TTY:
                 actions, terminal = _open_terminal()
-                actions += _given_actions(request["stdio"], stdio)
+                actions += _given_actions(stdio, fds)
             else:
-                actions = _stdio_actions(request["stdio"], stdio)
-            pid = _spawn(request, actions)
+                actions = _stdio_actions(stdio, fds)
+            pid = _spawn(cwd, argv, environment, actions)
         except _Failure:
             close_all(terminal)
             raise
-        started = p.ANSWER.pack(p.STARTED, pid, 0, 0)
-        try:
-            send_bytes(channel, started, terminal[:1])
-        except OSError:
-            pass  # the channel reads EOF at once, and the command is killed then
+        if flags & (p.TTY | p.ANNOUNCE):
+            try:
+                send_bytes(channel, p.ANSWER.pack(p.STARTED, pid, 0, 0), terminal[:1])
+            except OSError:
+                pass  # the channel reads EOF at once, and the command is killed then
         close_all(terminal)
         command = self._commands[pid] = _Command(pid, channel)
         self._watch(channel.fileno(), lambda: self._on_channel(command))
 
     def _on_channel(self, command: _Command) -> None:
         try:
-            data = command.channel.recv(p.SIGNAL.size, socket.MSG_WAITALL)
+            data = command.channel.recv(p.SIGNAL.size, MSG_WAITALL)
         except OSError:
             data = b""
         if len(data) != p.SIGNAL.size:
@@ -160,8 +169,7 @@ class Init:
 
     def _on_child(self) -> None:
         try:
-            while os.read(self._wake, 4096):
-                pass
+            os.read(self._signals, _SIGNALFD_READ)
         except BlockingIOError:
             pass
         self._reap()
@@ -178,7 +186,7 @@ class Init:
             if command is not None:
                 self._finish(command, status, usage)
 
-    def _finish(self, command: _Command, status: int, usage: resource.struct_rusage) -> None:
+    def _finish(self, command: _Command, status: int, usage: struct_rusage) -> None:
         self._kill_leftovers()
         user, system = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
         try:
@@ -195,7 +203,7 @@ class Init:
             try:
                 # kill(2): every process of this pid namespace but the caller. The kernel holds
                 # the process list meanwhile, so that not even a fork bomb slips through.
-                os.kill(-1, signal.SIGKILL)
+                os.kill(-1, c.SIGKILL)
             except ProcessLookupError:
                 return
             self._reap_all()
@@ -205,7 +213,7 @@ class Init:
             if not strays:
                 return
             for pid in strays:
-                _signal(pid, signal.SIGKILL)
+                _signal(pid, c.SIGKILL)
             self._reap()
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it
 
@@ -252,11 +260,7 @@ class Init:
     def _kill_all_of(self, command: _Command) -> None:
         # The rest of its processes go when the end of the first is seen (_finish).
         if command.pid in self._commands:
-            _signal(command.pid, signal.SIGKILL)
-
-
-def _ignore(_number: int, _frame: object) -> None:
-    """Let SIGCHLD do no more than write to the wake-up pipe."""
+            _signal(command.pid, c.SIGKILL)
 
 
 def _leave() -> NoReturn:
@@ -270,7 +274,7 @@ def _signal(pid: int, number: int) -> None:
         pass  # it is gone; its status is on the way
 
 
-def _read_exactly(channel: socket.socket, size: int) -> bytearray:
+def _read_exactly(channel: _Socket, size: int) -> bytearray:
     data = bytearray(size)
     view = memoryview(data)
     while view:
@@ -281,12 +285,11 @@ def _read_exactly(channel: socket.socket, size: int) -> bytearray:
     return data
 
 
-def _read_request(channel: socket.socket) -> dict[str, Any]:
+def _read_request(channel: _Socket) -> bytes:
     (size,) = p.LENGTH.unpack(_read_exactly(channel, p.LENGTH.size))
     if size > p.LARGEST_REQUEST:
         raise _Failure(errno.E2BIG, "request")
-    request: dict[str, Any] = json.loads(_read_exactly(channel, size))
-    return request
+    return bytes(_read_exactly(channel, size))
 
 
 # -- commands ------------------------------------------------------------------------------------
@@ -326,11 +329,12 @@ def _open_terminal() -> tuple[list[Any], list[int]]:
     return actions, [master, slave]
 
 
-def _spawn(request: dict[str, Any], actions: list[Any]) -> int:
-    argv, environment = request["argv"], request["env"]
-    program = _find_program(argv[0], environment.get("PATH", ""), request["cwd"])
+def _spawn(
+    cwd: bytes, argv: list[bytes], environment: dict[bytes, bytes], actions: list[Any]
+) -> int:
+    program = _find_program(argv[0], environment.get(b"PATH", b""), cwd)
     try:
-        os.chdir(request["cwd"])
+        os.chdir(cwd)
     except OSError as error:
         raise _Failure(error.errno or errno.EIO, "cwd") from error
     try:
@@ -341,7 +345,7 @@ def _spawn(request: dict[str, Any], actions: list[Any]) -> int:
             file_actions=actions,
             setsid=True,
             setsigmask=(),
-            setsigdef=_ALL_SIGNALS,
+            setsigdef=_IGNORED_SIGNALS,
         )
     except OSError as error:
         raise _Failure(error.errno or errno.EIO, "exec") from error
@@ -349,12 +353,12 @@ def _spawn(request: dict[str, Any], actions: list[Any]) -> int:
         os.chdir("/")
 
 
-def _find_program(name: str, path: str, cwd: str) -> str:
+def _find_program(name: bytes, path: bytes, cwd: bytes) -> bytes:
     """Search as execvp(3) does, but in the PATH and working directory of the command."""
-    if "/" in name:
+    if b"/" in name:
         return name
     found_error = errno.ENOENT
-    for directory in path.split(":"):
+    for directory in path.split(b":"):
         candidate = os.path.join(cwd, directory, name)
         try:
             mode = os.stat(candidate).st_mode
@@ -369,7 +373,7 @@ def _find_program(name: str, path: str, cwd: str) -> str:
 # -- files ---------------------------------------------------------------------------------------
 
 
-def _open_regular(path: str, flags: int, mode: int = 0) -> int:
+def _open_regular(path: bytes, flags: int, mode: int = 0) -> int:
     """Open a regular file, following no symbolic link anywhere in `path` and waiting for none."""
     resolve = c.RESOLVE_NO_SYMLINKS | c.RESOLVE_NO_MAGICLINKS
     try:
@@ -383,12 +387,13 @@ def _open_regular(path: str, flags: int, mode: int = 0) -> int:
     return fd
 
 
-def _write_file(channel: socket.socket, request: dict[str, Any]) -> None:
-    size, left = request["size"], request["size"]
-    fd = _open_regular(request["path"], os.O_WRONLY | os.O_CREAT, request["mode"])
+def _write_file(channel: _Socket, request: bytes) -> None:
+    path, mode, size = p.parse_write(request)
+    left = size
+    fd = _open_regular(path, os.O_WRONLY | os.O_CREAT, mode)
     try:
         os.ftruncate(fd, 0)
-        os.fchmod(fd, request["mode"])
+        os.fchmod(fd, mode)
         while left:
             view = memoryview(_read_exactly(channel, min(left, _CHUNK)))
             left -= len(view)
@@ -403,11 +408,12 @@ def _write_file(channel: socket.socket, request: dict[str, Any]) -> None:
     channel.sendall(p.ANSWER.pack(p.OK, size, 0, 0))
 
 
-def _read_file(channel: socket.socket, request: dict[str, Any]) -> None:
-    fd = _open_regular(request["path"], os.O_RDONLY)
+def _read_file(channel: _Socket, request: bytes) -> None:
+    path, most = p.parse_read(request)
+    fd = _open_regular(path, os.O_RDONLY)
     try:
         size = left = os.fstat(fd).st_size
-        if size > request["most"]:
+        if size > most:
             raise _Failure(errno.EFBIG, "size")
         channel.sendall(p.ANSWER.pack(p.OK, size, 0, 0))
         while left:

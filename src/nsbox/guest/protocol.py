@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames between the host and PID 1 of an environment.
 
-The host asks on the environment's control socket (SOCK_SEQPACKET): one byte that names the
-operation, with descriptors: a *channel* (SOCK_STREAM) that this operation alone uses, then stdio.
-The request itself follows on the channel: a 4-byte length and JSON. So many operations may be
-under way at once, from many threads, and none can read another's answer.
+The first word on the control socket (SOCK_SEQPACKET) is the environment's own, while no guest code
+has run: that it is locked in (`launcher.template`), or which step of its birth failed.
+
+After that the host asks on it: a byte that names the operation, a byte that says where the request
+is, and descriptors: a *channel* (SOCK_STREAM) that this operation alone uses, then stdio. A short
+request follows in the same message, a longer one on the channel after its length. So many
+operations may be under way at once, from many threads, and none can read another's answer.
 
 Answers come from inside and are not trusted: fixed-size structs, checked lengths, never pickle.
 """
@@ -14,15 +17,31 @@ from __future__ import annotations
 import struct
 
 RUN = b"R"
-"""Start a command. Descriptors: channel, then those `stdio` names."""
+"""Start a command: `run_request`. Descriptors: channel, then those `stdio` names."""
 WRITE = b"W"
-"""Write a file: request ``{path, mode, size}``, then `size` bytes."""
+"""Write a file: `write_request`, then its bytes on the channel."""
 READ = b"F"
-"""Read a file: request ``{path, most}``; answer OK with the size, then the bytes."""
+"""Read a file: `read_request`; answer OK with the size, then the bytes."""
+
+HERE = b"h"
+"""The request is in this message."""
+ON_CHANNEL = b"c"
+"""The request is on the channel, after its length."""
+LARGEST_MESSAGE = 4096
+"""Bytes of a message on the control socket."""
 
 LENGTH = struct.Struct("!I")
 LARGEST_REQUEST = 8 << 20
 """Bytes of one request; the kernel's own limit on argv + environment is 2 to 6 MiB (execve(2))."""
+
+_RUN = struct.Struct("!BII")
+TTY = 1
+"""Flag of a run: open a terminal; the answer STARTED carries its master end."""
+ANNOUNCE = 2
+"""Flag of a run: answer STARTED as soon as it runs."""
+_STDIO = 4
+_WRITE = struct.Struct("!IQ")
+_READ = struct.Struct("!Q")
 
 ANSWER = struct.Struct("!cqqq")
 """Kind and three numbers, 25 bytes."""
@@ -44,3 +63,63 @@ SIGNAL_MAIN = b"s"
 """Send the signal to the command's own process."""
 SIGNAL_ALL = b"k"
 """SIGKILL the command and everything it started."""
+
+_FAILURE = b"!"
+
+
+def failure_word(step: str, errno: int, message: str) -> bytes:
+    """Return the first word of an environment whose birth failed."""
+    return (_FAILURE + f"{step}\0{errno}\0{message}".encode(errors="replace"))[:LARGEST_MESSAGE]
+
+
+def parse_failure(word: bytes) -> tuple[str, int, str] | None:
+    """Return step, error number and message of a failure, None for any other first word."""
+    if not word.startswith(_FAILURE):
+        return None
+    step, errno, message = word[1:].decode(errors="replace").split("\0", 2)
+    return step, int(errno), message
+
+
+def run_request(
+    argv: list[bytes], environment: list[bytes], cwd: bytes, stdio: list[bool], flags: int
+) -> bytes:
+    """Return the request to run `argv`; `environment` has ``NAME=value``, nothing holds a NUL."""
+    for number, given in enumerate(stdio):
+        flags |= _STDIO << number if given else 0
+    header = _RUN.pack(flags, len(argv), len(environment))
+    return header + b"\0".join([cwd, *argv, *environment])
+
+
+def parse_run(
+    data: bytes,
+) -> tuple[int, list[bool], bytes, list[bytes], dict[bytes, bytes]]:
+    """Return flags, stdio, working directory, argv and environment of a run request."""
+    flags, count, _ = _RUN.unpack_from(data)
+    words = data[_RUN.size :].split(b"\0")
+    environment = {}
+    for word in words[count + 1 :]:
+        name, _, value = word.partition(b"=")
+        environment[name] = value
+    stdio = [bool(flags & _STDIO << number) for number in range(3)]
+    return flags, stdio, words[0], words[1 : count + 1], environment
+
+
+def write_request(path: bytes, mode: int, size: int) -> bytes:
+    """Return the request to write `size` bytes, which follow on the channel, to `path`."""
+    return _WRITE.pack(mode, size) + path
+
+
+def parse_write(data: bytes) -> tuple[bytes, int, int]:
+    """Return path, mode and size of a write request."""
+    mode, size = _WRITE.unpack_from(data)
+    return data[_WRITE.size :], mode, size
+
+
+def read_request(path: bytes, most: int) -> bytes:
+    """Return the request to read `path`, unless it has more than `most` bytes."""
+    return _READ.pack(most) + path
+
+
+def parse_read(data: bytes) -> tuple[bytes, int]:
+    """Return path and most bytes of a read request."""
+    return data[_READ.size :], _READ.unpack_from(data)[0]

@@ -12,7 +12,6 @@ import errno
 import os
 
 from nsbox.errors import SyscallError
-from nsbox.isolation.userland import EMPTY, NEW_ROOT, attach
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 
@@ -21,6 +20,11 @@ if TYPE_CHECKING:
     from typing import Any
 
     from nsbox.linux.program import Program
+
+NEW_ROOT = "/newroot"
+"""Where a layout has the future root of its environments (`userland`)."""
+EMPTY = "/empty"
+"""Where it has an empty directory, to mask others with."""
 
 # OCI's maskedPaths and readonlyPaths (runc, moby). The environment's ids are mapped to no
 # privileged id outside, so ordinary permissions protect these files already; this is the belt.
@@ -42,6 +46,12 @@ _BYTES_PER_INODE = 4096
 def tmpfs_options(size: int) -> str:
     """Return the mount options of a private tmpfs of `size` bytes (tmpfs(5))."""
     return f"size={size},nr_inodes={max(64, size // _BYTES_PER_INODE)},mode=1777"
+
+
+def attach(fd: int, destination: str) -> None:
+    """Attach the detached tree `fd` at `destination` and close `fd`."""
+    calls.move_mount(fd, "", c.AT_FDCWD, destination, c.MOVE_MOUNT_F_EMPTY_PATH)
+    os.close(fd)
 
 
 def take_root(program: Program) -> None:

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
+
+# The C half of `socket`, as in `linux.calls`: the template imports this module.
+from _socket import AF_UNIX, SOCK_DGRAM
+from _socket import socket as _Socket
 
 from nsbox.linux import calls
 from nsbox.linux import constants as c
@@ -51,7 +54,7 @@ class IdPool:
         Raises:
             OSError: EUSERS, all blocks are taken.
         """
-        self._lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._lock = _Socket(AF_UNIX, SOCK_DGRAM)
         size = min(BLOCK, count)
         for block in range(first, first + count - size + 1, size):
             try:

@@ -34,18 +34,10 @@ class NetworkPool:
             calls.set_link_up("lo")
             self._ready.append(os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
         finally:
-            self.leave()
+            calls.setns(self._home, c.CLONE_NEWNET)
 
-    def enter(self) -> None:
-        """Enter a fresh namespace, which only the children of this moment will share."""
+    def take(self) -> int:
+        """Return the descriptor of a fresh namespace; the caller closes it."""
         if not self._ready:
             self.add()
-        fd = self._ready.pop()
-        try:
-            calls.setns(fd, c.CLONE_NEWNET)
-        finally:
-            os.close(fd)
-
-    def leave(self) -> None:
-        """Go back to the launcher's own."""
-        calls.setns(self._home, c.CLONE_NEWNET)
+        return self._ready.pop()

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 
 import prctl
 
 from nsbox.linux import calls
+from nsbox.linux import constants as c
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def shield() -> None:
     # Not dumpable: no ptrace, no /proc/PID/mem, fd or environ for the commands, which share its
     # uid (prctl(2), PR_SET_DUMPABLE). The signal is a second belt to the lifeline.
     prctl.set_dumpable(0)
-    prctl.set_pdeathsig(signal.SIGKILL)
+    prctl.set_pdeathsig(c.SIGKILL)
     # Without a session keyring of its own it would share the caller's (keyrings(7)).
     calls.keyctl_join_session_keyring()
 

@@ -23,15 +23,13 @@ import os
 import stat
 
 from nsbox.errors import SyscallError
+from nsbox.isolation.filesystem import EMPTY, NEW_ROOT, attach
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
-
-NEW_ROOT = "/newroot"
-EMPTY = "/empty"
 
 _BASE = "/tmp"  # noqa: S108 - only a place to hang the tree, in a private mount namespace
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
@@ -74,12 +72,6 @@ def clone_tree(source: str, *, writable: bool = False, device: bool = False) -> 
         os.close(fd)
         raise
     return fd
-
-
-def attach(fd: int, destination: str) -> None:
-    """Attach the detached tree `fd` at `destination` and close `fd`."""
-    calls.move_mount(fd, "", c.AT_FDCWD, destination, c.MOVE_MOUNT_F_EMPTY_PATH)
-    os.close(fd)
 
 
 def sources(layout: dict[str, Any]) -> list[str]:

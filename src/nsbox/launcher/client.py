@@ -8,20 +8,18 @@ posix_spawn(3) with an empty environment, in a session of its own (Ctrl-C is not
 from __future__ import annotations
 
 import atexit
-import fcntl
 import importlib.util
-import json
 import logging
 import os
 import select
-import signal
 import sys
 import threading
+from collections.abc import Mapping
 from typing import Any, Final
 
 import nsbox
 from nsbox.errors import ConfigError, LauncherError, UnsupportedHostError
-from nsbox.launcher import wire
+from nsbox.launcher import process, wire
 from nsbox.launcher.idmaps import write_launcher_maps
 
 _log = logging.getLogger("nsbox")
@@ -29,8 +27,8 @@ _log = logging.getLogger("nsbox")
 START_DEADLINE: Final = 30.0
 """Seconds the launcher may take to say hello."""
 _FAREWELL: Final = 5.0  # seconds the interpreter waits at its exit until all is removed
+_SPECS_NOTED: Final = 1024
 _REAP: Final = 1.0  # seconds from the launcher's last word to its exit status
-_FIRST_FREE: Final = 10  # descriptors are passed to the child below this number
 
 
 class Launcher:
@@ -49,6 +47,7 @@ class Launcher:
             LauncherError: It did not start.
         """
         self._owner = os.getpid()
+        self._specs_sent: set[str] = set()
         self._channel, theirs = wire.pair()
         self._done, done_write = os.pipe()
         try:
@@ -92,19 +91,35 @@ class Launcher:
         """Whether this process started it and it still runs."""
         return self._owner == os.getpid() and not _is_readable(self._pidfd, 0)
 
-    def request_birth(self, spec: dict[str, Any], control: int, supervision: int) -> None:
+    def request_birth(
+        self, env_id: str, spec: Mapping[str, Any], control: int, supervision: int
+    ) -> None:
         """Ask for an environment; the answer comes on the supervision socket.
+
+        The spec itself travels once, its key always. The launcher may forget it ("unknown-spec"):
+        then `forget_spec` and ask again.
 
         Raises:
             ConfigError: The configuration is too large for one message.
             LauncherError: The launcher is gone.
         """
+        key = spec["key"]
+        message = {"id": env_id, "key": key}
+        if key not in self._specs_sent:
+            message["spec"] = spec
         try:
-            wire.send(self._channel, spec, [control, supervision])
+            wire.send(self._channel, message, [control, supervision])
         except ValueError as error:
             raise ConfigError(f"the configuration is too large: {error}") from error
         except OSError as error:
             raise LauncherError(f"the launcher is gone: {error}") from error
+        if len(self._specs_sent) >= _SPECS_NOTED:
+            self._specs_sent.clear()
+        self._specs_sent.add(key)
+
+    def forget_spec(self, spec: Mapping[str, Any]) -> None:
+        """Have the next `request_birth` send the spec again."""
+        self._specs_sent.discard(spec["key"])
 
     def last_words(self) -> str:
         """Return what a launcher that failed has said of it, or ""."""
@@ -160,43 +175,17 @@ def _import_paths() -> list[str]:
 def _spawn(channel: int, done: int) -> int:
     if not sys.executable:
         raise LauncherError("sys.executable is not set: nsbox needs the interpreter's path")
-    settings = {"paths": _import_paths(), "channel": 3, "done": 4, "host": os.getpid()}
-    id_range = os.environ.get("NSBOX_ID_RANGE")
+    id_range = os.environ.get("NSBOX_ID_RANGE", "")
     if id_range:
-        settings["id_range"] = _parse_id_range(id_range)
-    # Copies above the numbers they go to, or one dup2 could overwrite the other's source.
-    sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE) for fd in (channel, done)]
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return os.posix_spawn(
-            sys.executable,
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                os.path.join(os.path.dirname(__file__), "main.py"),
-                json.dumps(settings),
-            ],
-            {},
-            file_actions=[
-                *((os.POSIX_SPAWN_DUP2, null, number) for number in range(3)),
-                (os.POSIX_SPAWN_DUP2, sources[0], 3),
-                (os.POSIX_SPAWN_DUP2, sources[1], 4),
-            ],
-            setsid=True,
-            setsigmask=(),
-            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-        )
-    finally:
-        for fd in (*sources, null):
-            os.close(fd)
+        _check_id_range(id_range)
+    words = [str(os.getpid()), id_range, *_import_paths()]
+    return process.start("launcher", words, [channel, done])
 
 
-def _parse_id_range(text: str) -> tuple[int, int]:
+def _check_id_range(text: str) -> None:
     first, _, count = text.partition(":")
     if not (first.isdigit() and count.isdigit()) or int(first) < 1 or int(count) < 1:
         raise ConfigError(f"NSBOX_ID_RANGE: {text!r} is not FIRST:COUNT, such as 1879048192:65536")
-    return int(first), int(count)
 
 
 def _raise_start_failure(message: dict[str, Any]) -> None:

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the launcher process: ``python -I -S main.py SETTINGS``.
+"""Entry point of nsbox's own processes: ``python -I -S main.py ROLE HOST ID_RANGE PATH...``.
 
-SETTINGS is JSON: the paths to import from, the descriptors and the pid of the host. With -I and
--S the interpreter starts without site-packages and user code, three times faster.
+ROLE is ``launcher`` or ``template``, HOST the host's pid, ID_RANGE ``FIRST:COUNT`` or empty, PATHs
+are imported from. With -I and -S the interpreter starts without site-packages and user code, three
+times faster. Descriptors are those of `nsbox.launcher.process`, in the order of the calls below.
 """
 
-import json
 import sys
 
 if __name__ == "__main__":
-    settings = json.loads(sys.argv[1])
-    sys.path[:0] = settings["paths"]
-    from nsbox.launcher.server import main
+    role, host, id_range, *paths = sys.argv[1:]
+    sys.path[:0] = paths
+    if role == "template":
+        from nsbox.launcher.template import main as template_main
 
-    main(settings["channel"], settings["done"], settings["host"], settings)
+        template_main(lifeline=3, channel=4)
+    else:
+        from nsbox.launcher.server import main as launcher_main
+
+        launcher_main(channel_fd=3, done=4, host_pid=int(host), id_range=id_range, paths=paths)

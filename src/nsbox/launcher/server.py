@@ -8,8 +8,6 @@ environments are clones of its memory.
 from __future__ import annotations
 
 import errno
-import gc
-import json
 import os
 import select
 import signal
@@ -18,23 +16,25 @@ import sys
 import time
 
 from nsbox.errors import NsboxError
-from nsbox.isolation import cgroups, filesystem, namespaces, privileges, readback, userland
+from nsbox.isolation import cgroups, namespaces, privileges, readback
 from nsbox.isolation.network import NetworkPool
 from nsbox.launcher import identity, janitor, wire
-from nsbox.launcher.birth import Birth, describe_error
+from nsbox.launcher.birth import Birth
+from nsbox.launcher.layouts import KnownSpecs, Layouts
+from nsbox.launcher.steps import failure
+from nsbox.launcher.templates import TemplateProcess
 from nsbox.linux import calls, proc
 from nsbox.linux import constants as c
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
-    from nsbox.linux.program import Entry
-
 NETWORKS_READY = 4
-LAYOUTS_KEPT = 8
-SPECS_KEPT = 32
+# A socket queues few messages (net.unix.max_dgram_qlen): more births at once could have launcher
+# and template each wait for the other to read.
+_BIRTHS_AT_ONCE = 4
 _REMOVAL_DEADLINE = 5.0  # seconds a cgroup may stay busy (containers/common PR 858)
 _REMOVAL_RETRY = 0.005
 _QUIET = 0.002  # seconds without a request before network namespaces are made ahead of need
@@ -43,12 +43,10 @@ _QUIET = 0.002  # seconds without a request before network namespaces are made a
 class _Environment:
     """An environment the launcher is parent of."""
 
-    def __init__(self, birth: Birth, supervision: socket.socket) -> None:
-        self.birth: Birth | None = birth
-        self.id: str = birth.spec["id"]
-        self.supervision: socket.socket | None = supervision
-        self.pid = birth.pid
-        self.pidfd = birth.pidfd
+    def __init__(self, birth: Birth, pid: int, pidfd: int) -> None:
+        self.supervision: socket.socket | None = birth.supervision
+        self.pid = pid
+        self.pidfd = pidfd
         self.cgroup = birth.cgroup
         self.host_id = birth.host_id
         self.takes_id = birth.takes_id
@@ -61,16 +59,22 @@ class Server:
     """The launcher's state and loop."""
 
     def __init__(
-        self, channel: socket.socket, host: int, done: int, settings: dict[str, Any]
+        self,
+        channel: socket.socket,
+        host: int,
+        done: int,
+        template_words: Sequence[str],
+        id_range: tuple[int, int] | None,
     ) -> None:
         self._channel = channel
+        self._template_words = template_words
         self._host = host
         self._done = done
         self._handlers: dict[int, Callable[[], None]] = {}
         self._poll = select.epoll()
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._environments: dict[int, _Environment] = {}
-        self._layouts: dict[str, tuple[int, list[tuple[int, int]]]] = {}
+        self._specs = KnownSpecs()
         self._lifeline, self._lifeline_write = os.pipe()
 
         own_namespace = not identity.is_privileged()
@@ -84,23 +88,18 @@ class Server:
         calls.unshare(c.CLONE_NEWNS)
         # Slave: what the operator mounts later is seen here, nothing here is seen there.
         calls.mount(None, "/", None, c.MS_REC | c.MS_SLAVE)
-        self.home_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self.layouts = Layouts(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
         # Without root it could not come back from one: its own belongs to the user namespace
         # it left (setns(2)). Environments get theirs from clone3 then.
         self.networks = None if own_namespace else NetworkPool(NETWORKS_READY)
-        self.identity = identity.choose(
-            own_namespace=own_namespace, id_range=settings.get("id_range")
-        )
+        self._template: TemplateProcess | None = self._start_template()
+        self.identity = identity.choose(own_namespace=own_namespace, id_range=id_range)
         self.ids = self.identity.ids
-        self.may_drop_groups = self.identity.may_drop_groups
-        self.prepared: dict[str, dict[str, list[Entry]]] = {}
         self._proc_extent = ""
         self._tree = cgroups.Tree.for_process(os.getpid())
         capabilities = self._tree.capabilities()
         self._janitor = -1
         self._start_janitor()
-        gc.collect()
-        gc.freeze()
         wire.send(
             channel,
             {
@@ -108,7 +107,7 @@ class Server:
                 "pid": os.getpid(),
                 "privileged": not own_namespace,
                 "ids": self.identity.kind,
-                "drops_groups": self.may_drop_groups,
+                "drops_groups": self.identity.may_drop_groups,
                 "networks_ready": self.networks is not None,
                 "namespaces": [
                     name
@@ -127,11 +126,11 @@ class Server:
         self._watch(self._channel.fileno(), self._on_request)
         self._watch(self._host, self._leave)
         while True:
-            for fd, _ in self._poll.poll(self._wait_time()):
-                handler = self._handlers.get(fd)
-                if handler is not None:
-                    handler()
-                    break  # it may have closed descriptors that the rest of the list names
+            # One event at a time: its handler may close descriptors that others are about, and
+            # the kernel serves those that are ready in turn (epoll(7)), so that none starves.
+            ready = self._poll.poll(self._wait_time(), 1)
+            if ready:
+                self._handlers[ready[0][0]]()
             else:
                 self._on_idle()
 
@@ -185,106 +184,112 @@ class Server:
 
     # -- births --------------------------------------------------------------------------------
 
+    def _start_template(self) -> TemplateProcess:
+        template = TemplateProcess(self._template_words, self._lifeline)
+        self._watch(template.fileno(), self._on_born)
+        self._watch(template.pidfd, self._on_template_exit)
+        return template
+
     def _on_request(self) -> None:
         received = wire.receive(self._channel)
         if received is None:
             self._leave()
-        spec, (control, supervision_fd) = received
+        request, (control, supervision_fd) = received
         supervision = socket.socket(fileno=supervision_fd)
-        birth = Birth(self, spec, control, self._lifeline)
+        known = self._specs.find(request["key"], request.get("spec"))
+        if known is None:
+            self._answer(supervision, {"kind": "unknown-spec"})
+            supervision.close()
+            os.close(control)
+            return
+        birth = Birth(self, known, request["id"], control, supervision)
         try:
             birth.run_launcher_side()
+            birth.step = "clone"
+            self._send_to_template(birth)
         except (OSError, NsboxError, ValueError) as error:
-            self._abort(birth)
-            self._answer(supervision, {"kind": "failed", **describe_error(birth.step, error)})
-            supervision.close()
-            return
+            self._abort(birth, failure(birth.step, error))
         finally:
-            os.close(control)
-        environment = _Environment(birth, supervision)
-        self._environments[birth.pidfd] = environment
-        self._watch(birth.sync.fileno(), lambda: self._on_birth_news(environment))
-        self._watch(supervision_fd, lambda: self._on_supervision(environment))
-        self._watch(birth.pidfd, lambda: self._on_exit(environment))
+            birth.close()
+
+    def _send_to_template(self, birth: Birth) -> None:
+        if self._template is None:
+            self._template = self._start_template()
+        template = self._template
+        if not template.is_introduced:
+            extent = self.layouts.proc_extent(birth.layout)
+            template.introduce(extent, drop_groups=self.identity.may_drop_groups)
+        template.send_birth(birth)
+        if len(template.pending) >= _BIRTHS_AT_ONCE:
+            self._forget(self._channel.fileno())
+
+    def _on_born(self) -> None:
+        template = self._template
+        if template is None:
+            return
+        received = template.receive()
+        if received is None:
+            self._on_template_exit()
+            return
+        birth = template.pending.popleft()
+        if self._channel.fileno() not in self._handlers:
+            self._watch(self._channel.fileno(), self._on_request)
+        pid, pidfd, failed = received
+        if failed is not None:
+            self._abort(birth, failed)
+            return
+        environment = _Environment(birth, pid, pidfd)
+        self._environments[pidfd] = environment
+        self._watch(birth.supervision.fileno(), lambda: self._on_supervision(environment))
+        self._watch(pidfd, lambda: self._on_exit(environment))
+        self._watch_memory(environment)
         born = {
             "kind": "born",
-            "pid": birth.pid,
+            "pid": pid,
             "host_id": birth.host_id,
             "cgroup": birth.cgroup.paths if birth.cgroup is not None else {},
         }
-        self._answer(supervision, born, [birth.pidfd])
+        self._answer(birth.supervision, born, [pidfd])
 
-    def _abort(self, birth: Birth) -> None:
-        """Remove what the launcher's steps had made when one of them failed."""
-        if birth.pid:
-            signal.pidfd_send_signal(birth.pidfd, signal.SIGKILL)
-            os.waitpid(birth.pid, 0)
-            os.close(birth.pidfd)
-        if birth.cgroup is not None:
-            self._remove_cgroup(birth.cgroup, lambda _left: None)
-        if birth.takes_id and self.ids is not None:
-            self.ids.give_back(birth.host_id)
-        birth.close()
+    def _on_template_exit(self) -> None:
+        """Give up the births under way; environments live on, and the next birth starts another."""
+        template, self._template = self._template, None
+        if template is None:
+            return
+        self._forget(template.fileno())
+        self._forget(template.pidfd)
+        signal.pidfd_send_signal(template.pidfd, signal.SIGKILL)
+        os.waitpid(template.pid, 0)
+        lost = failure("clone", OSError(errno.ESRCH, "the template process died"))
+        for birth in template.pending:
+            self._abort(birth, lost)
+        template.close()
+        known = {environment.pid for environment in self._environments.values()}
+        for pid in proc.children(os.getpid()):
+            # A clone that it could not tell of any more. It ends by itself (`inside`, maps).
+            if proc.read_stat(pid).comm == "nsbox-template" and pid not in known:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        if self._channel.fileno() not in self._handlers:
+            self._watch(self._channel.fileno(), self._on_request)
 
-    def make_cgroup(self, spec: dict[str, Any]) -> cgroups.EnvironmentCgroup | None:
+    def _abort(self, birth: Birth, failed: dict[str, Any]) -> None:
+        """Remove what the launcher's steps had made, then tell the host what failed."""
+
+        def finish(_left: Sequence[str]) -> None:
+            if birth.takes_id and self.ids is not None:
+                self.ids.give_back(birth.host_id)
+            self._answer(birth.supervision, {"kind": "failed", **failed})
+            birth.supervision.close()
+
+        if birth.cgroup is None:
+            finish(())
+        else:
+            self._remove_cgroup(birth.cgroup, finish)
+
+    def make_cgroup(self, env_id: str, limits: dict[str, Any]) -> cgroups.EnvironmentCgroup | None:
         """Make the cgroup of an environment, or None where no hierarchy is usable."""
-        if not self._tree.paths:
-            return None
-        return self._tree.make(spec["id"], spec["cgroup_limits"])
-
-    def layout(self, wanted: dict[str, Any]) -> int:
-        """Return the mount namespace of a layout, built anew when a source was replaced."""
-        key = json.dumps(wanted, sort_keys=True)
-        stamps = [
-            (status.st_dev, status.st_ino) for status in map(os.stat, userland.sources(wanted))
-        ]
-        known = self._layouts.pop(key, None)
-        if known is not None and known[1] != stamps:
-            os.close(known[0])
-            known = None
-        if known is None:
-            known = (userland.hold(wanted), stamps)
-            if len(self._layouts) >= LAYOUTS_KEPT:
-                oldest = next(iter(self._layouts))
-                os.close(self._layouts.pop(oldest)[0])
-        self._layouts[key] = known  # the most recently used last
-        return known[0]
-
-    def proc_extent(self, layout: int) -> str:
-        """Return how much of a /proc environments can have; found out once."""
-        if not self._proc_extent:
-            calls.setns(layout, c.CLONE_NEWNS)
-            try:
-                self._proc_extent = filesystem.probe_proc()
-            finally:
-                calls.setns(self.home_mounts, c.CLONE_NEWNS)
-        return self._proc_extent
-
-    def remember(self, key: str, shared: dict[str, list[Entry]]) -> None:
-        """Keep the prepared calls of a spec for the next birth of the same."""
-        if len(self.prepared) >= SPECS_KEPT:
-            self.prepared.clear()
-        self.prepared[key] = shared
-
-    def _on_birth_news(self, environment: _Environment) -> None:
-        """Hear of the end of a birth: EOF when the environment has locked itself in."""
-        birth = environment.birth
-        if birth is None:
-            return
-        try:
-            data = birth.sync.recv(4096)
-        except ConnectionResetError:
-            # It ended before it had read all that was sent to it; what it said comes after.
-            data = birth.sync.recv(4096)
-        self._forget(birth.sync.fileno())
-        birth.close()
-        environment.birth = None
-        if not data:
-            self._watch_memory(environment)
-            return
-        if environment.supervision is not None:
-            self._answer(environment.supervision, {"kind": "failed", **json.loads(data)})
-        self._kill(environment)
+        return self._tree.make(env_id, limits) if self._tree.paths else None
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -327,7 +332,7 @@ class Server:
                 if missing:
                     raise OSError(errno.EPERM, f"its status does not say {missing!r}")
         except OSError as error:
-            self._answer(supervision, {"kind": "failed", **describe_error(kind, error)})
+            self._answer(supervision, {"kind": "failed", **failure(kind, error)})
         else:
             self._answer(supervision, {"kind": "done"})
 
@@ -371,8 +376,6 @@ class Server:
 
     def _on_exit(self, environment: _Environment) -> None:
         _, status = os.waitpid(environment.pid, 0)
-        if environment.birth is not None:
-            self._on_birth_news(environment)
         del self._environments[environment.pidfd]
         self._forget(environment.pidfd)
         os.close(environment.pidfd)
@@ -425,8 +428,15 @@ class Server:
             pass  # the host let go of the environment; its end of the socket reads as EOF
 
 
-def main(channel_fd: int, done: int, host_pid: int, settings: dict[str, Any]) -> NoReturn:
-    """Run the launcher on an inherited socket. Called by `nsbox.launcher.main`."""
+def _parse_range(text: str) -> tuple[int, int] | None:
+    first, _, count = text.partition(":")
+    return (int(first), int(count)) if text else None
+
+
+def main(
+    channel_fd: int, done: int, host_pid: int, id_range: str, paths: Sequence[str]
+) -> NoReturn:
+    """Run the launcher on inherited descriptors. Called by `nsbox.launcher.main`."""
     channel = socket.socket(fileno=channel_fd)
     for fd in (channel_fd, done):
         os.set_inheritable(fd, False)
@@ -436,7 +446,8 @@ def main(channel_fd: int, done: int, host_pid: int, settings: dict[str, Any]) ->
         host = os.pidfd_open(host_pid)
         if os.getppid() != host_pid:
             os._exit(0)  # the host died meanwhile, and its number may be another's
-        Server(channel, host, done, settings).run()
+        template_words = [str(host_pid), "", *paths]
+        Server(channel, host, done, template_words, _parse_range(id_range)).run()
     except Exception as error:  # noqa: BLE001 - the host is told whatever it was
         import traceback  # needed once at most, and it is half as large as the rest
 
@@ -444,7 +455,7 @@ def main(channel_fd: int, done: int, host_pid: int, settings: dict[str, Any]) ->
         try:
             wire.send(
                 channel,
-                {"kind": "fatal", "text": text[-8192:], **describe_error("launcher", error)},
+                {"kind": "fatal", "text": text[-8192:], **failure("launcher", error)},
             )
         except OSError:
             sys.stderr.write(text)

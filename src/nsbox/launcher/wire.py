@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import socket
 
-from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
+from nsbox.linux.descriptors import close_all, receive_message, send_bytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def send(channel: socket.socket, message: dict[str, Any], fds: Sequence[int] = (
 def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     """Return the next message and its descriptors, or None when the other end is gone."""
     try:
-        data, fds = receive_bytes(channel, LARGEST)
+        data, fds = receive_message(channel)
     except ConnectionError:
         return None
     if not data:

@@ -12,7 +12,8 @@ import errno
 import os
 import sys
 
-# The C half of `socket`, whose Python half costs the launcher 10 ms (selectors, enum).
+# The C halves of `signal` and `socket`, whose Python halves cost 10 ms (selectors, enum).
+from _signal import SIG_BLOCK, pthread_sigmask
 from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM
 from _socket import socket as _Socket
 from ctypes import (
@@ -44,6 +45,10 @@ from nsbox.linux.binding import (
     encode_optional,
     failure,
 )
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class _CloneArgs(Structure):
@@ -113,6 +118,8 @@ _prctl_pointer = bind("prctl", c_int, c_void_p, c_ulong, c_ulong, c_ulong)
 _capset = bind("capset", POINTER(_CapHeader), POINTER(_CapData))
 _capget = bind("capget", POINTER(_CapHeader), POINTER(_CapData))
 
+_signalfd = bind("signalfd", c_int, c_char_p, c_int)
+
 _pivot_root = bind_syscall(c_char_p, c_char_p)
 _open_tree = bind_syscall(c_long, c_char_p, c_ulong)
 _move_mount = bind_syscall(c_long, c_char_p, c_long, c_char_p, c_ulong)
@@ -175,7 +182,8 @@ def clone3(flags: int, *, exit_signal: int = c.SIGCHLD, cgroup: int = -1) -> tup
     Args:
         flags: CLONE_NEW* and the like. CLONE_VM and CLONE_VFORK raise `ValueError`: Python code
             cannot run on its parent's memory.
-        exit_signal: What the parent is sent at the end of the child.
+        exit_signal: What the parent is sent at the end of the child. With CLONE_PARENT it is that
+            of the caller, and to be left out (clone(2)).
         cgroup: A descriptor of the cgroup v2 directory to be born in (CLONE_INTO_CGROUP), or -1.
 
     Returns:
@@ -183,6 +191,8 @@ def clone3(flags: int, *, exit_signal: int = c.SIGCHLD, cgroup: int = -1) -> tup
     """
     if flags & (c.CLONE_VM | c.CLONE_VFORK):
         raise ValueError("clone3: the child needs its own memory")
+    if flags & c.CLONE_PARENT:
+        exit_signal = 0
     pidfd = c_int(-1)
     arguments = _CloneArgs(
         flags=flags | c.CLONE_PIDFD, pidfd=addressof(pidfd), exit_signal=exit_signal
@@ -211,6 +221,21 @@ def clone3(flags: int, *, exit_signal: int = c.SIGCHLD, cgroup: int = -1) -> tup
     if pid < 0:
         raise SyscallError("clone3", error)
     return pid, pidfd.value
+
+
+def signalfd(numbers: Sequence[int]) -> int:
+    """signalfd(2). Blocks the signals for this thread, as the descriptor needs; returns it.
+
+    It is close-on-exec and does not block. A clone that inherits it reads its own signals by it.
+    """
+    mask = bytearray(128)  # sigset_t of the GNU C library
+    for number in numbers:
+        mask[(number - 1) // 8] |= 1 << (number - 1) % 8
+    pthread_sigmask(SIG_BLOCK, numbers)
+    fd = _signalfd(-1, bytes(mask), os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        raise failure("signalfd")
+    return fd
 
 
 def unshare(flags: int) -> None:

@@ -8,7 +8,10 @@ there. Every value is the same on x86_64 and aarch64 (`calls` has the numbers th
 from __future__ import annotations
 
 # asm/signal.h. Here because `import signal` loads enum, which costs the launcher milliseconds.
+SIGKILL = 9
+SIGPIPE = 13
 SIGCHLD = 17
+SIGXFSZ = 25
 
 # linux/sched.h: clone3(2), unshare(2), setns(2)
 CLONE_NEWTIME = 0x00000080  # 5.6; inside clone(2)'s signal mask, so only unshare and clone3 take it

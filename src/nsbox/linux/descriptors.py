@@ -3,43 +3,70 @@
 
 from __future__ import annotations
 
-import array
 import os
-import socket
+
+# The C half of `socket`, as in `calls`.
+from _socket import (
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    MSG_CTRUNC,
+    MSG_PEEK,
+    MSG_TRUNC,
+    SCM_RIGHTS,
+    SOL_SOCKET,
+)
+from array import array
 
 from nsbox.linux import calls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket as Socket
     from collections.abc import Sequence
 
-MOST_FDS = 16
-"""Descriptors one message may carry."""
+MOST_FDS = 253
+"""Descriptors one message may carry (unix(7), SCM_MAX_FD)."""
+MOST_FDS_FROM_INSIDE = 16
+"""As many as are taken from a peer that is not trusted, unless said otherwise."""
+_ITEM_SIZE = array("i").itemsize
 
 
-def send_bytes(channel: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
+def send_bytes(channel: Socket, data: bytes, fds: Sequence[int] = ()) -> None:
     """Send raw bytes with descriptors."""
     if fds:
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
+        rights = (SOL_SOCKET, SCM_RIGHTS, array("i", fds))
         channel.sendmsg([data], [rights])
     else:
         channel.send(data)
 
 
-def receive_bytes(channel: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    """Return up to `size` raw bytes and the descriptors that came with them (close-on-exec)."""
+def receive_bytes(
+    channel: Socket, size: int, most_fds: int = MOST_FDS_FROM_INSIDE
+) -> tuple[bytes, list[int]]:
+    """Return up to `size` raw bytes and the descriptors that came with them (close-on-exec).
+
+    Raises:
+        ConnectionError: There was more of either; what had come is closed.
+    """
     data, ancillary, flags, _ = channel.recvmsg(
-        size, socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+        size, CMSG_SPACE(most_fds * _ITEM_SIZE), MSG_CMSG_CLOEXEC
     )
-    fds = array.array("i")
+    fds = array("i")
     for level, kind, content in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+        if level == SOL_SOCKET and kind == SCM_RIGHTS:
+            fds.frombytes(content[: len(content) - len(content) % _ITEM_SIZE])
     received = list(fds)
-    if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+    if flags & (MSG_TRUNC | MSG_CTRUNC):
         close_all(received)
         raise ConnectionError("a message was cut off")
     return data, received
+
+
+def receive_message(channel: Socket) -> tuple[bytes, list[int]]:
+    """Return the next datagram, whatever its size, and its descriptors. For trusted peers."""
+    # A buffer for the largest would be mapped and unmapped each time (malloc(3), M_MMAP_THRESHOLD).
+    size = channel.recv_into(bytearray(1), 1, MSG_PEEK | MSG_TRUNC)
+    return receive_bytes(channel, max(size, 1), MOST_FDS)
 
 
 def close_all(fds: Sequence[int]) -> None:

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The environment's own steps of a birth, in the order in which the kernel needs them.
+
+Each is *prepared* by the template as a list of calls (`nsbox.linux.program`) and made by the clone.
+The first closes what the clone inherited, the last loads the filter; after it no step may come.
+"""
+
+from __future__ import annotations
+
+import os
+
+# The C halves: their Python halves load enum and selectors, a sixth of a clone's memory.
+from _socket import sethostname
+
+from nsbox.isolation import filesystem, privileges
+from nsbox.launcher.steps import Step
+from nsbox.linux import calls
+from nsbox.linux import constants as c
+from nsbox.linux.descriptors import gaps
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from nsbox.linux.program import Program
+
+# Descriptors that every clone finds under these numbers; all others are the template's own.
+LIFELINE = 3
+CONTROL = 4
+SYNC = 5
+SIGNALS = 6
+FIRST_OTHER = 7
+
+MAPPED = b"m"
+
+
+class Inherited:
+    """What a birth brings along besides its spec.
+
+    Attributes:
+        extent: How much of a /proc it can have (`filesystem.probe_proc`).
+        drop_groups: Whether setgroups(2) is allowed.
+        tasks: Descriptors of the v1 ``tasks`` files to write itself into.
+        trees: Destination -> descriptor of its own binds' detached trees.
+    """
+
+    __slots__ = ("drop_groups", "extent", "tasks", "trees")
+
+    def __init__(
+        self,
+        extent: str,
+        drop_groups: bool,
+        tasks: list[int],
+        trees: dict[str, int],
+    ) -> None:
+        self.extent = extent
+        self.drop_groups = drop_groups
+        self.tasks = tasks
+        self.trees = trees
+
+
+def _start_session(program: Program, _spec: dict[str, Any], birth: Inherited) -> None:
+    # First of all: nothing of the template's may outlive this point in the clone.
+    kept = [*range(FIRST_OTHER), *birth.tasks, *birth.trees.values()]
+    for first, last in gaps(kept):
+        program.close_range(first, last)
+    program.call(os.setsid)
+
+
+def _join_cgroups(program: Program, _spec: dict[str, Any], birth: Inherited) -> None:
+    for fd in birth.tasks:
+        program.call(os.write, fd, b"0")
+        program.call(os.close, fd)
+    if birth.tasks:
+        # The root of a cgroup namespace is where its maker was then (cgroup_namespaces(7)):
+        # clone3's is still right for v2, where the environment was born in its cgroup.
+        program.unshare(c.CLONE_NEWCGROUP)
+
+
+def _await_maps(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
+    program.call(_await)
+
+
+def _await() -> None:
+    # The template holds the only other end: its death at any moment reads as the end of the pipe.
+    if os.read(SYNC, 1) != MAPPED:
+        os._exit(1)
+    os.close(SYNC)
+
+
+def _become_user(program: Program, spec: dict[str, Any], birth: Inherited) -> None:
+    privileges.become(program, spec["user_id"], drop_groups=birth.drop_groups)
+
+
+def _set_hostname(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
+    program.call(sethostname, spec["layout"]["hostname"])
+
+
+def _set_loopback_up(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
+    if spec["namespaces"] & c.CLONE_NEWNET:
+        program.call(calls.set_link_up, "lo")
+
+
+def _take_root(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
+    filesystem.take_root(program)
+
+
+def _mount_scratch(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
+    filesystem.mount_scratch(program, spec["tmp_size"])
+
+
+def _mount_proc(program: Program, _spec: dict[str, Any], birth: Inherited) -> None:
+    filesystem.mount_proc(program, birth.extent)
+
+
+def _mount_extra(program: Program, spec: dict[str, Any], birth: Inherited) -> None:
+    filesystem.mount_extra(program, spec["layout"]["mounts"], birth.trees)
+
+
+def _pivot(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
+    filesystem.pivot(program)
+
+
+def _set_rlimits(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
+    privileges.set_rlimits(program, spec["rlimits"])
+
+
+def _drop_privileges(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
+    program.call(privileges.drop_all)
+    program.call(privileges.shield)
+
+
+def _load_filter(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
+    if spec["seccomp"]:
+        program.call(calls.seccomp_set_filter, bytes.fromhex(spec["seccomp"]))
+
+
+def _user_text(spec: dict[str, Any]) -> str:
+    return f"no supplementary groups; become uid and gid {spec['user_id']}"
+
+
+def _mounts_text(spec: dict[str, Any]) -> str:
+    own = [mount["destination"] for mount in spec["layout"]["mounts"] if not mount["shared"]]
+    return f"attach this environment's own mounts: {', '.join(own) or 'none'}"
+
+
+def _rlimit_text(spec: dict[str, Any]) -> str:
+    return "set " + ", ".join(f"RLIMIT_{k.upper()}={v}" for k, v in spec["rlimits"].items())
+
+
+def _environment_step(name: str, text: Any, prepare: Any) -> Step:
+    return Step("environment", name, text, prepare)
+
+
+STEPS = (
+    _environment_step("session", "close every inherited descriptor; a session of its own",
+                      _start_session),
+    _environment_step("cgroup-join", "enter the v1 cgroups, on hybrid and v1 hosts",
+                      _join_cgroups),
+    _environment_step("maps", "wait for the id maps", _await_maps),
+    _environment_step("identity", _user_text, _become_user),
+    _environment_step("hostname", lambda spec: f"sethostname {spec['layout']['hostname']!r}",
+                      _set_hostname),
+    _environment_step("loopback", "set lo up, where the namespace was not made ready before",
+                      _set_loopback_up),
+    _environment_step("root", "bind the layout's tree anew and go there", _take_root),
+    _environment_step("scratch",
+                      lambda spec: f"mount /tmp and /dev/shm of {spec['tmp_size']} bytes each, "
+                      "and /dev/pts", _mount_scratch),
+    _environment_step("proc", "mount /proc of its own pid namespace, masked", _mount_proc),
+    _environment_step("mounts", _mounts_text, _mount_extra),
+    _environment_step("pivot", "pivot_root, detach the old root, check the working directory",
+                      _pivot),
+    _environment_step("rlimits", _rlimit_text, _set_rlimits),
+    _environment_step("privileges", "lock securebits, empty all capability sets, no_new_privs, "
+                      "not dumpable, new keyring", _drop_privileges),
+    _environment_step("seccomp", lambda spec: f"load the filter: {spec['seccomp_name']}",
+                      _load_filter),
+)  # fmt: skip

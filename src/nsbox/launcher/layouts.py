@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layouts a launcher keeps, and the specs it was told."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from nsbox.isolation import filesystem, userland
+from nsbox.linux import calls
+from nsbox.linux import constants as c
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+LAYOUTS_KEPT = 8
+SPECS_KEPT = 64
+
+
+class KnownSpec:
+    """A spec that the host has sent, with what can be read off it once.
+
+    Attributes:
+        key: The host's name for it.
+        layout_key: The same for all specs with the same layout.
+        sources: Host paths of the layout.
+        own_binds: Mounts that each environment has attached for itself.
+    """
+
+    __slots__ = ("key", "layout_key", "own_binds", "sources", "spec")
+
+    def __init__(self, key: str, spec: dict[str, Any]) -> None:
+        layout = spec["layout"]
+        self.key = key
+        self.spec = spec
+        self.layout_key = json.dumps(layout, sort_keys=True)
+        self.sources = userland.sources(layout)
+        self.own_binds = [
+            mount for mount in layout["mounts"] if not mount["shared"] and mount["type"] == "bind"
+        ]
+
+
+class KnownSpecs:
+    """The specs used last, by key."""
+
+    def __init__(self) -> None:
+        self._specs: dict[str, KnownSpec] = {}
+
+    def find(self, key: str, spec: dict[str, Any] | None) -> KnownSpec | None:
+        """Return the spec of `key`; None when it is not known and was not sent along."""
+        known = self._specs.pop(key, None)
+        if known is None:
+            if spec is None:
+                return None
+            known = KnownSpec(key, spec)
+            if len(self._specs) >= SPECS_KEPT:
+                del self._specs[next(iter(self._specs))]
+        self._specs[key] = known  # the most recently used last
+        return known
+
+
+class Layouts:
+    """Mount namespaces of the layouts used last (`isolation.userland`)."""
+
+    def __init__(self, home_mounts: int) -> None:
+        """`home_mounts` is the launcher's own mount namespace, to come back to."""
+        self._home_mounts = home_mounts
+        self._held: dict[str, tuple[int, list[tuple[int, int]]]] = {}
+        self._proc_extent = ""
+
+    def find(self, wanted: KnownSpec) -> int:
+        """Return the mount namespace of a layout, built anew when a source was replaced.
+
+        Raises:
+            OSError: A source is gone, or a mount was refused.
+        """
+        stamps = [(status.st_dev, status.st_ino) for status in map(os.stat, wanted.sources)]
+        known = self._held.pop(wanted.layout_key, None)
+        if known is not None and known[1] != stamps:
+            os.close(known[0])
+            known = None
+        if known is None:
+            known = (userland.hold(wanted.spec["layout"]), stamps)
+            if len(self._held) >= LAYOUTS_KEPT:
+                oldest = next(iter(self._held))
+                os.close(self._held.pop(oldest)[0])
+        self._held[wanted.layout_key] = known  # the most recently used last
+        return known[0]
+
+    def proc_extent(self, layout: int) -> str:
+        """Return how much of a /proc environments can have here; found out once, in `layout`."""
+        if not self._proc_extent:
+            calls.setns(layout, c.CLONE_NEWNS)
+            try:
+                self._proc_extent = filesystem.probe_proc()
+            finally:
+                calls.setns(self._home_mounts, c.CLONE_NEWNS)
+        return self._proc_extent

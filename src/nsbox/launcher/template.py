@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The template process: what every environment is a clone of.
+
+It imports what PID 1 needs and no more, handles no events but births, and touches as little of
+its memory as it can: after each clone, each page that either side writes to is copied. The clones
+are the launcher's children, not the template's (CLONE_PARENT).
+
+A *birth* arrives as one message with the descriptors it needs; the answer is the clone's pid and
+pidfd, or the step that failed. Both ends are trusted and of one interpreter, hence `marshal`: the
+package json would be a tenth of the memory of every environment.
+"""
+
+from __future__ import annotations
+
+import gc
+import marshal
+import os
+
+# The C halves of `signal` and `socket`, as in `linux.calls`.
+from _signal import SIG_DFL, SIGINT, signal
+from _socket import AF_UNIX, SOCK_SEQPACKET
+from _socket import socket as _Socket
+from fcntl import F_DUPFD_CLOEXEC, fcntl
+
+from nsbox.guest.init import Init
+from nsbox.guest.protocol import failure_word
+from nsbox.isolation import namespaces, privileges
+from nsbox.launcher import inside
+from nsbox.launcher.steps import failure
+from nsbox.linux import calls
+from nsbox.linux import constants as c
+from nsbox.linux.descriptors import receive_message, send_bytes
+from nsbox.linux.program import Program, run
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from nsbox.linux.program import Entry
+
+
+class _Failure(Exception):
+    """A step of a birth failed."""
+
+    def __init__(self, step: str, error: BaseException) -> None:
+        super().__init__(step)
+        self.step = step
+        self.error = error
+
+
+class Template:
+    """The loop of the template process."""
+
+    def __init__(self, channel: int) -> None:
+        """Give what clones inherit the numbers of `inside`, and everything else higher ones."""
+        self._channel = _Socket(fileno=fcntl(channel, F_DUPFD_CLOEXEC, inside.FIRST_OTHER))
+        # The numbers below are taken in turn, so that no descriptor lies on another's.
+        os.dup2(0, inside.SYNC, inheritable=False)
+        _renumber(_Socket(AF_UNIX, SOCK_SEQPACKET).detach(), inside.CONTROL)
+        _renumber(calls.signalfd([c.SIGCHLD]), inside.SIGNALS)
+        self._home_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self._home_network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        # What is opened from here on is one birth's, and closed after it.
+        self._first_own = self._home_network + 1
+        # Made once, before all clones: their numbers are the same in each.
+        self._init = Init(inside.CONTROL, inside.LIFELINE, inside.SIGNALS)
+        self._specs: dict[str, tuple[dict[str, Any], dict[tuple[int, ...], list[Entry]]]] = {}
+        self._extent = b""
+        self._drop_groups = False
+
+    def run(self) -> NoReturn:
+        """Serve until the launcher is gone."""
+        while True:
+            try:
+                data, fds = receive_message(self._channel)
+            except ConnectionError:
+                os._exit(0)
+            if not data:
+                os._exit(0)
+            message = marshal.loads(data)  # noqa: S302 - from the launcher
+            if message[0] == "birth":
+                self._answer_birth(message, fds)
+            elif message[0] == "spec":
+                self._specs[message[1]] = (message[2], {})
+            elif message[0] == "forget":
+                del self._specs[message[1]]
+            else:
+                self._extent = message[1]
+                self._drop_groups = message[2]
+
+    def _answer_birth(self, message: tuple[Any, ...], fds: list[int]) -> None:
+        pid, pidfd, failed = 0, -1, None
+        try:
+            pid, pidfd = self._give_birth(message, fds)
+        except _Failure as reason:
+            failed = failure(reason.step, reason.error)
+        try:
+            answer = marshal.dumps((pid, failed))
+            send_bytes(self._channel, answer, [pidfd] if pid else [])
+        except OSError:
+            os._exit(0)
+        # Everything of this birth, so that the host reads its end when the clone is gone.
+        os.dup2(0, inside.CONTROL, inheritable=False)
+        calls.close_range(self._first_own, c.CLOSE_RANGE_MAX)
+
+    def _give_birth(self, message: tuple[Any, ...], fds: list[int]) -> tuple[int, int]:
+        _, key, env_id, host_id, destinations, has_cgroup, has_network = message
+        spec, prepared = self._specs[key]
+        control, layout, *rest = fds
+        cgroup = rest.pop(0) if has_cgroup else -1
+        network = rest.pop(0) if has_network else -1
+        step = "prepare"
+        try:
+            # Descriptors get the lowest free numbers, so those of like births are the same.
+            numbers = tuple(rest)
+            entries = prepared.get(numbers)
+            if entries is None:
+                entries = prepared[numbers] = self._prepare(spec, destinations, rest)
+            os.dup2(control, inside.CONTROL, inheritable=False)
+            sync, sync_write = os.pipe()
+            os.dup2(sync, inside.SYNC, inheritable=False)
+            step = "clone"
+            flags = spec["namespaces"]
+            pid, pidfd = self._clone(flags, env_id, entries, layout, cgroup, network)
+            step = "id-maps"
+            namespaces.write_id_maps(pid, spec["user_id"], host_id)
+            os.write(sync_write, inside.MAPPED)
+        except OSError as error:
+            # A clone that is there already reads the end of the pipe, and ends.
+            raise _Failure(step, error) from error
+        return pid, pidfd
+
+    def _prepare(
+        self, spec: dict[str, Any], destinations: list[str], fds: list[int]
+    ) -> list[Entry]:
+        tree_count = len(destinations)
+        trees = dict(zip(destinations, fds[:tree_count], strict=True))
+        inherited = inside.Inherited(
+            self._extent.decode(), self._drop_groups, fds[tree_count:], trees
+        )
+        program = Program()
+        for step in inside.STEPS:
+            program.step = step.name
+            step.run(program, spec, inherited)
+        return program.entries
+
+    def _clone(
+        self,
+        flags: int,
+        env_id: str,
+        entries: list[Entry],
+        layout: int,
+        cgroup: int,
+        network: int,
+    ) -> tuple[int, int]:
+        if network >= 0:
+            calls.setns(network, c.CLONE_NEWNET)
+        try:
+            calls.setns(layout, c.CLONE_NEWNS)
+            try:
+                pid, pidfd = calls.clone3(flags | c.CLONE_PARENT, cgroup=cgroup)
+                if pid == 0:
+                    self._be_born(env_id, entries)
+            finally:
+                calls.setns(self._home_mounts, c.CLONE_NEWNS)
+        finally:
+            if network >= 0:
+                calls.setns(self._home_network, c.CLONE_NEWNET)
+        return pid, pidfd
+
+    def _be_born(self, env_id: str, entries: list[Entry]) -> NoReturn:
+        at = ["session"]
+        try:
+            privileges.set_name("nsbox-" + env_id)
+            run(entries, at)
+            os.write(inside.CONTROL, self._extent)
+        except BaseException as error:  # noqa: BLE001 - there is no caller to raise to
+            try:
+                os.write(inside.CONTROL, failure_word(**failure(at[0], error)))
+            finally:
+                os._exit(1)
+        try:
+            self._init.run()
+        finally:
+            os._exit(1)
+
+
+def _renumber(fd: int, number: int) -> None:
+    if fd != number:
+        os.dup2(fd, number, inheritable=False)
+        os.close(fd)
+
+
+def main(lifeline: int, channel: int) -> NoReturn:
+    """Run the template on inherited descriptors. Called by `nsbox.launcher.main`.
+
+    `lifeline` has its number of `inside` already, `channel` any.
+    """
+    os.set_inheritable(lifeline, False)
+    # A signal from inside reaches PID 1 only if it has a handler (pid_namespaces(7)).
+    signal(SIGINT, SIG_DFL)
+    privileges.set_name("nsbox-template")
+    template = Template(channel)
+    gc.disable()
+    gc.collect()
+    gc.freeze()
+    try:
+        template.run()
+    finally:
+        os._exit(1)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher's end of its template process: start it, send it births, hear of them."""
+
+from __future__ import annotations
+
+import collections
+import marshal
+import os
+
+from nsbox.errors import SyscallError
+from nsbox.launcher import process, wire
+from nsbox.linux.descriptors import close_all, receive_message, send_bytes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from nsbox.launcher.birth import Birth
+
+SPECS_KEPT = 32
+
+
+class TemplateProcess:
+    """A template that runs, and the births under way in it.
+
+    Attributes:
+        pid: Its process id.
+        pidfd: Readable when it has ended.
+        pending: Births that it has not answered yet, the oldest first.
+        is_introduced: Whether `introduce` was called.
+    """
+
+    def __init__(self, words: Sequence[str], lifeline: int) -> None:
+        """Start it, and do not wait for it.
+
+        Args:
+            words: Command line after the role (`nsbox.launcher.main`).
+            lifeline: Descriptor that reads as ended when the launcher is gone.
+        """
+        self.pending: collections.deque[Birth] = collections.deque()
+        self._known: dict[str, None] = {}
+        self._channel, theirs = wire.pair()
+        try:
+            self.pid = process.start("template", words, [lifeline, theirs.fileno()])
+        finally:
+            theirs.close()
+        self.pidfd = os.pidfd_open(self.pid)
+        self.is_introduced = False
+
+    def fileno(self) -> int:
+        """Descriptor that is readable when a birth is answered."""
+        return self._channel.fileno()
+
+    def introduce(self, extent: str, *, drop_groups: bool) -> None:
+        """Tell it what all births here have in common; once, before the first.
+
+        Args:
+            extent: How much of a /proc environments can have (`filesystem.probe_proc`).
+            drop_groups: Whether setgroups(2) is allowed here.
+        """
+        self._send(("hello", extent.encode(), drop_groups))
+        self.is_introduced = True
+
+    def send_birth(self, birth: Birth) -> None:
+        """Have `birth` cloned; the answer comes later.
+
+        Raises:
+            OSError: The template is gone, or the spec is too large for one message.
+        """
+        key, spec = birth.key, birth.spec
+        if key not in self._known:
+            if len(self._known) >= SPECS_KEPT:
+                oldest = next(iter(self._known))
+                del self._known[oldest]
+                self._send(("forget", oldest))
+            self._send(("spec", key, spec))
+            self._known[key] = None
+        optional = (birth.cgroup_fd, birth.network)
+        fds = [birth.control, birth.layout, *(fd for fd in optional if fd >= 0)]
+        has_cgroup, has_network = (fd >= 0 for fd in optional)
+        destinations = list(birth.trees)
+        message = (
+            *("birth", key, birth.env_id, birth.host_id),
+            *(destinations, has_cgroup, has_network),
+        )
+        self._send(message, [*fds, *birth.trees.values(), *birth.tasks])
+        self.pending.append(birth)
+
+    def receive(self) -> tuple[int, int, dict[str, Any] | None] | None:
+        """Return pid, pidfd and failure of the oldest pending birth; None when it is gone."""
+        try:
+            data, fds = receive_message(self._channel)
+        except ConnectionError:
+            return None
+        if not data:
+            return None
+        pid, failed = marshal.loads(data)  # noqa: S302 - from a process of ours, not from inside
+        return pid, fds[0] if fds else -1, failed
+
+    def close(self) -> None:
+        """Close the descriptors; a template that still runs ends then."""
+        self._channel.close()
+        close_all([self.pidfd])
+
+    def _send(self, message: tuple[Any, ...], fds: Sequence[int] = ()) -> None:
+        data = marshal.dumps(message)
+        try:
+            send_bytes(self._channel, data, fds)
+        except OSError as error:
+            raise SyscallError("sendmsg", error.errno or 0, "the template process") from error
