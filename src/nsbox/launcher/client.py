@@ -90,7 +90,14 @@ class Launcher:
     @property
     def alive(self) -> bool:
         """Whether this process started it and it still runs."""
-        return self._owner == os.getpid() and not _is_readable(self._pidfd, 0)
+        if self._owner != os.getpid():
+            return False
+        # The kernel closes a dying process's files before its pidfd says that it is dead: the
+        # socket's hang-up comes first, and nobody else is asked in vain meanwhile.
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.register(self._channel, 0)  # POLLHUP is always told
+        return not poll.poll(0)
 
     def request_birth(self, spec: dict[str, Any], control: int, supervision: int) -> None:
         """Ask for an environment; the answer comes on the supervision socket.

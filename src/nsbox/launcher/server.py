@@ -96,9 +96,12 @@ class Server:
         self.prepared: dict[str, dict[str, list[Entry]]] = {}
         self._proc_extent = ""
         self._tree = cgroups.Tree.for_process(os.getpid())
-        capabilities = self._tree.capabilities()
+        self._candidates = self._tree.candidates
         self._janitor = -1
+        # Before the first directory is made: whoever kills this process at any later moment finds
+        # somebody who removes it.
         self._start_janitor()
+        capabilities = self._tree.capabilities()
         gc.collect()
         gc.freeze()
         wire.send(
@@ -173,8 +176,8 @@ class Server:
         os._exit(0)
 
     def _start_janitor(self) -> None:
-        if self._tree.paths:
-            self._janitor = janitor.start(list(self._tree.paths.values()), self._done)
+        if self._candidates:
+            self._janitor = janitor.start(self._candidates, self._done)
             self._watch(self._janitor, self._on_janitor_exit)
 
     def _on_janitor_exit(self) -> None:
