@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ def is_over(pid: int) -> bool:
 
 def parent_of(pid: int) -> int:
     try:
-        return psutil.Process(pid).ppid()
+        return int(psutil.Process(pid).ppid())
     except psutil.Error:
         return 0
 
@@ -146,7 +147,8 @@ def strike(host: subprocess.Popen[bytes], victim: str, delay: float) -> None:
     kill(found[0])
 
 
-def strike_at_random(number: int, temporary: str) -> None:
+def strike_at_random(number: int) -> None:
+    temporary = tempfile.gettempdir()  # this session's own (conftest.py)
     dice = random.Random(SEED + number)
     victim = dice.choice(["host", "launcher", "init"])
     # Of the start of the launcher, or of births and runs.
@@ -180,15 +182,15 @@ def strike_at_random(number: int, temporary: str) -> None:
 
 
 @pytest.mark.parametrize("number", range(10))
-def test_a_kill_at_any_moment(_temporary: str, number: int) -> None:
-    strike_at_random(number, _temporary)
+def test_a_kill_at_any_moment(number: int) -> None:
+    strike_at_random(number)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_hundred_kills(_temporary: str) -> None:
+def test_a_hundred_kills() -> None:
     for number in range(10, 110):
-        strike_at_random(number, _temporary)
+        strike_at_random(number)
 
 
 # -- all at once ---------------------------------------------------------------------------------

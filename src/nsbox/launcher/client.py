@@ -15,6 +15,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 from typing import Any, Final
@@ -49,6 +50,7 @@ class Launcher:
             LauncherError: It did not start.
         """
         self._owner = os.getpid()
+        self._lock = threading.Lock()
         self._channel, theirs = wire.pair()
         self._done, done_write = os.pipe()
         try:
@@ -107,7 +109,8 @@ class Launcher:
             LauncherError: The launcher is gone.
         """
         try:
-            wire.send(self._channel, spec, [control, supervision])
+            with self._lock:
+                wire.send(self._channel, spec, [control, supervision])
         except ValueError as error:
             raise ConfigError(f"the configuration is too large: {error}") from error
         except OSError as error:
@@ -115,14 +118,21 @@ class Launcher:
 
     def last_words(self) -> str:
         """Return what a launcher that failed has said of it, or ""."""
-        if not _is_readable(self._channel.fileno(), 0.1):
-            return ""
-        received = wire.receive(self._channel)
+        with self._lock:
+            if self._channel.fileno() < 0 or not _is_readable(self._channel.fileno(), 0.1):
+                return ""
+            received = wire.receive(self._channel)
         return "" if received is None else str(received[0].get("text", ""))
 
     def close(self) -> None:
         """End the launcher and wait until nothing of it or its environments is left."""
-        self._channel.close()
+        try:
+            # Ends a send that waits for room; only then is nobody else at the descriptor.
+            self._channel.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is gone already
+        with self._lock:
+            self._channel.close()
         # EOF comes when the launcher and its janitor are both gone.
         if not _is_readable(self._done, _FAREWELL):
             _log.warning("the launcher %d had not cleaned up after %g s", self.pid, _FAREWELL)
