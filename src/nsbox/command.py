@@ -130,7 +130,10 @@ class Process:
         self._channel.socket.settimeout(None)
 
     def _make_pipe(self, number: int) -> tuple[int, int]:
-        read, write = os.pipe()
+        try:
+            read, write = os.pipe()
+        except OSError as error:
+            raise SyscallError("pipe2", error.errno or 0) from error
         ours, theirs = (write, read) if number == 0 else (read, write)
         # So that the command, which has another uid, may open it again as /dev/stdout. Nobody else
         # gets at it: a pipe has no name but in the /proc/PID/fd of who holds it (proc(5)).

@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from nsbox.errors import EnvironmentDied, LauncherError, SetupError
+from nsbox.errors import EnvironmentDied, LauncherError, SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.isolation import audit_log, cgroups, readback
 from nsbox.launcher import wire
@@ -109,8 +109,13 @@ class Link:
         self.closing = False
         self._lock = threading.Lock()
         self._pidfd = -1
-        self._control, control = wire.pair()
-        self._supervision, supervision = wire.pair()
+        self._control, control = _pair()
+        try:
+            self._supervision, supervision = _pair()
+        except SetupError:
+            self._control.close()
+            control.close()
+            raise
         try:
             try:
                 fds = control.fileno(), supervision.fileno()
@@ -155,7 +160,10 @@ class Link:
                 poll.unregister(self._control)
 
     def _hear_of_birth(self, launcher: Launcher) -> dict[str, Any]:
-        received = wire.receive(self._supervision)
+        try:
+            received = wire.receive(self._supervision)
+        except OSError as error:
+            raise SetupError("birth", str(error), errno=error.errno or 0) from error
         if received is None:
             raise LauncherError(f"the launcher died during the birth. {launcher.last_words()}")
         message, fds = received
@@ -190,6 +198,8 @@ class Link:
             channel = Channel(self._control, operation, fds)
         except ConnectionError as error:
             raise self.died(error) from error
+        except OSError as error:
+            raise SyscallError("socketpair", error.errno or 0) from error
         try:
             channel.send_request(request)
         except BrokenPipeError:
@@ -327,6 +337,13 @@ class Link:
             return None if self._reader is None else self._reader.cpu_usec()
         except OSError:
             return None
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return wire.pair()
+    except OSError as error:
+        raise SetupError("birth", f"socketpair: {error}", errno=error.errno or 0) from error
 
 
 def _is_readable(fd: int, timeout: float) -> bool:

@@ -51,8 +51,16 @@ class Launcher:
         """
         self._owner = os.getpid()
         self._lock = threading.Lock()
-        self._channel, theirs = wire.pair()
-        self._done, done_write = os.pipe()
+        try:
+            self._channel, theirs = wire.pair()
+        except OSError as error:
+            raise LauncherError(f"the launcher could not be started: {error}") from error
+        try:
+            self._done, done_write = os.pipe()
+        except OSError as error:
+            self._channel.close()
+            theirs.close()
+            raise LauncherError(f"the launcher could not be started: {error}") from error
         try:
             self.pid = _spawn(theirs.fileno(), done_write)
             self._pidfd = os.pidfd_open(self.pid)
@@ -181,10 +189,13 @@ def _spawn(channel: int, done: int) -> int:
     id_range = os.environ.get("NSBOX_ID_RANGE")
     if id_range:
         settings["id_range"] = _parse_id_range(id_range)
-    # Copies above the numbers they go to, or one dup2 could overwrite the other's source.
-    sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE) for fd in (channel, done)]
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    opened: list[int] = []
     try:
+        opened.append(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+        # Copies above the numbers they go to, or one dup2 could overwrite the other's source.
+        for fd in (channel, done):
+            opened.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE))
+        null, *sources = opened
         return os.posix_spawn(
             sys.executable,
             [
@@ -205,7 +216,7 @@ def _spawn(channel: int, done: int) -> int:
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
         )
     finally:
-        for fd in (*sources, null):
+        for fd in opened:
             os.close(fd)
 
 

@@ -11,6 +11,7 @@ import errno
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -189,12 +190,21 @@ class Server:
     # -- births --------------------------------------------------------------------------------
 
     def _on_request(self) -> None:
-        received = wire.receive(self._channel)
+        try:
+            received = wire.receive(self._channel)
+        except OSError:
+            return  # no room for its sockets, which are closed: the host reads that as the end
         if received is None:
             self._leave()
         spec, (control, supervision_fd) = received
         supervision = socket.socket(fileno=supervision_fd)
-        birth = Birth(self, spec, control, self._lifeline)
+        try:
+            birth = Birth(self, spec, control, self._lifeline)
+        except OSError as error:
+            os.close(control)
+            self._answer(supervision, {"kind": "failed", **describe_error("prepare", error)})
+            supervision.close()
+            return
         try:
             birth.run_launcher_side()
         except (OSError, NsboxError, ValueError) as error:
@@ -434,6 +444,10 @@ def main(channel_fd: int, done: int, host_pid: int, settings: dict[str, Any]) ->
     for fd in (channel_fd, done):
         os.set_inheritable(fd, False)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The soft limit is the host's, and an environment takes several descriptors here; what
+    # environments may open is set at their birth.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     privileges.set_name("nsbox-launcher")
     try:
         host = os.pidfd_open(host_pid)

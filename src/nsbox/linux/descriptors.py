@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 
@@ -27,7 +28,12 @@ def send_bytes(channel: socket.socket, data: bytes, fds: Sequence[int] = ()) -> 
 
 
 def receive_bytes(channel: socket.socket, size: int) -> tuple[bytes, list[int]]:
-    """Return up to `size` raw bytes and the descriptors that came with them (close-on-exec)."""
+    """Return up to `size` raw bytes and the descriptors that came with them (close-on-exec).
+
+    Raises:
+        ConnectionError: There were more bytes or descriptors than there may be.
+        OSError: EMFILE, this process has no room for the descriptors, which are lost.
+    """
     data, ancillary, flags, _ = channel.recvmsg(
         size, socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
     )
@@ -38,6 +44,8 @@ def receive_bytes(channel: socket.socket, size: int) -> tuple[bytes, list[int]]:
     received = list(fds)
     if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_all(received)
+        if not flags & socket.MSG_TRUNC and len(received) < MOST_FDS:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         raise ConnectionError("a message was cut off")
     return data, received
 
