@@ -223,7 +223,7 @@ def check_call(call: str, error: str, count: int) -> None:
         except AssertionError as failure:
             raise AssertionError(f"{call} number {number}: {failure}") from failure
         seen.append(verdict)
-        wait_until(lambda: _has_no_environment(), f"{call} number {number}: nothing stays")
+        wait_until(_has_no_environment, f"{call} number {number}: nothing stays")
     nsbox.run(["true"]).check()
     print(call, seen)
     assert set(seen) <= {"whole", "SetupError", "LauncherError", "EnvironmentDied"}, seen
