@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+from nsbox.isolation.namespaces import come_home
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 
@@ -48,4 +49,4 @@ class NetworkPool:
 
     def leave(self) -> None:
         """Go back to the launcher's own."""
-        calls.setns(self._home, c.CLONE_NEWNET)
+        come_home(self._home, c.CLONE_NEWNET)

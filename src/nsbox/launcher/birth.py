@@ -161,7 +161,7 @@ class Birth:
                 if self.pid == 0:
                     self._run_environment_side()
             finally:
-                calls.setns(server.home_mounts, c.CLONE_NEWNS)
+                namespaces.come_home(server.home_mounts, c.CLONE_NEWNS)
         finally:
             if networks is not None:
                 networks.leave()

@@ -270,7 +270,7 @@ class Server:
             try:
                 self._proc_extent = filesystem.probe_proc()
             finally:
-                calls.setns(self.home_mounts, c.CLONE_NEWNS)
+                namespaces.come_home(self.home_mounts, c.CLONE_NEWNS)
         return self._proc_extent
 
     def remember(self, key: str, shared: dict[str, list[Entry]]) -> None:
