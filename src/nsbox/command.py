@@ -253,7 +253,9 @@ class Process:
     def register(self, poller: select.poll) -> None:
         """Register with `poller` what becomes readable when `poll` may have an answer."""
         poller.register(self._channel.socket.fileno(), select.POLLIN)
-        poller.register(self._link.fileno(), select.POLLIN)
+        supervision = self._link.fileno()
+        if supervision >= 0:  # not after the environment's close; the channel tells its end too
+            poller.register(supervision, select.POLLIN)
 
     def _read_some(self, fd: int, name: str, buffer: bytearray, limit: int) -> bool:
         """Read once; False at the end of the stream. Bytes over the limit are dropped."""
@@ -303,7 +305,7 @@ class Process:
             ready = {fd for fd, _ in poller.poll(wait)}
             if self._channel.socket.fileno() in ready:
                 self._finish_from_channel()
-            elif ready and self._link.note_end():
+            elif (ready or self._link.closing) and self._link.note_end():
                 self._finish_from_end()
             self._check_cpu_time()
             if self._killed_at is not None and self._result is None:
@@ -363,7 +365,7 @@ class Process:
                 raise ConnectionError("PID 1 sent a malformed answer")
         except OSError as error:
             self._link.kill()  # broken rules end the environment
-            if self._link.await_end():
+            if self._link.await_end() or self._link.closing:
                 self._finish_from_end()
                 return
             self._death = self._link.died(error)
