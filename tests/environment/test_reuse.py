@@ -209,7 +209,6 @@ def test_a_frozen_environment_runs_no_instruction(env: nsbox.ExecutionEnvironmen
         env.thaw()
         assert select.select([out], [], [], 10)[0], "it goes on"
         env.thaw()  # does nothing to what is not frozen
-        assert env.state is State.READY
     assert env.run(["true"]).ok
 
 
@@ -340,7 +339,12 @@ def test_close_while_a_run_is_under_way(
             future = pool.submit(env.run, ["sleep", mark])
             wait_until(lambda: processes_with(mark), "it runs")  # noqa: B023 - called at once
             env.close()
-            result = future.result(10)
+            try:
+                result = future.result(10)
+            except nsbox.EnvironmentDied as error:
+                # Its process was seen before the caller had been told that it is started.
+                assert "closed" in str(error)
+                continue
         assert result.outcome is Outcome.KILLED
         assert "closed" in result.evidence
 
