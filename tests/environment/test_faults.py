@@ -237,7 +237,7 @@ def _has_no_environment() -> bool:
     return True
 
 
-@pytest.mark.needs("strace", "root")
+@pytest.mark.needs("strace")
 @pytest.mark.parametrize("call", sorted(FEW))
 def test_a_birth_fails_or_is_whole(call: str) -> None:
     error, count = next((error, count) for name, error, count in INJECTED if name == call)
@@ -247,7 +247,7 @@ def test_a_birth_fails_or_is_whole(call: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.needs("strace", "root")
+@pytest.mark.needs("strace")
 @pytest.mark.parametrize(("call", "error", "count"), INJECTED)
 def test_every_call_of_a_birth_fails_once(call: str, error: str, count: int) -> None:
     check_call(call, error, count)

@@ -14,8 +14,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests import leaks
-from tests.support import family_of, host_program, processes_with, wait_until
+from tests.support import family_of, host_program, name_of, processes_with, wait_until
 
 import nsbox
 from nsbox.launcher.client import Launcher, get_launcher
@@ -192,8 +191,7 @@ def test_a_killed_janitor_is_replaced(env: nsbox.ExecutionEnvironment) -> None:
     def janitor() -> int:
         with open(f"/proc/{launcher.pid}/task/{launcher.pid}/children") as file:
             children = [int(word) for word in file.read().split()]
-        names = {pid: leaks._processes()[pid].name for pid in children}
-        return next((pid for pid, name in names.items() if name == "nsbox-janitor"), 0)
+        return next((pid for pid in children if name_of(pid) == "nsbox-janitor"), 0)
 
     first = janitor()
     os.kill(first, signal.SIGKILL)
