@@ -159,7 +159,10 @@ class Process:
             close_all(fds[1:])
 
     def _make_pipe(self, number: int) -> tuple[int, int]:
-        read, write = os.pipe()
+        try:
+            read, write = os.pipe()
+        except OSError as error:
+            raise SyscallError("pipe2", error.errno or 0) from error
         ours, theirs = (write, read) if number == 0 else (read, write)
         # So that the command, which has another uid, may open it again as /dev/stdout. Nobody else
         # gets at it: a pipe has no name but in the /proc/PID/fd of who holds it (proc(5)).
@@ -279,7 +282,9 @@ class Process:
     def register(self, poller: select.poll) -> None:
         """Register with `poller` what becomes readable when `poll` may have an answer."""
         poller.register(self._channel.socket.fileno(), select.POLLIN)
-        poller.register(self._link.fileno(), select.POLLIN)
+        supervision = self._link.fileno()
+        if supervision >= 0:  # not after the environment's close; the channel tells its end too
+            poller.register(supervision, select.POLLIN)
 
     def _read_some(self, fd: int, name: str, buffer: bytearray, limit: int) -> bool:
         """Read once; False at the end of the stream. Bytes over the limit are dropped."""
@@ -329,7 +334,7 @@ class Process:
             ready = {fd for fd, _ in poller.poll(wait)}
             if self._channel.socket.fileno() in ready:
                 self._finish_from_channel()
-            elif ready and self._link.note_end():
+            elif (ready or self._link.closing) and self._link.note_end():
                 self._finish_from_end()
             self._check_cpu_time()
             if self._killed_at is not None and self._result is None:
@@ -393,7 +398,7 @@ class Process:
                 raise ConnectionError("PID 1 sent a malformed answer")
         except OSError as error:
             self._link.kill()  # broken rules end the environment
-            if self._link.await_end():
+            if self._link.await_end() or self._link.closing:
                 self._finish_from_end()
                 return
             self._death = self._link.died(error)

@@ -76,6 +76,7 @@ class ExecutionEnvironment:
         self._owner = os.getpid()
         self._link: Link | None = None
         self._frozen = False
+        self._protections: Protections | None = None
         self._close_lock = threading.Lock()
         self.config = make_config(config, fields)
         self.id = secrets.token_hex(4)
@@ -92,10 +93,14 @@ class ExecutionEnvironment:
 
     # -- what users do -------------------------------------------------------------------------
 
-    @functools.cached_property
+    @property
     def protections(self) -> Protections:
         """What is in force, layer by layer."""
-        return Protections(tuple(self._describe()))
+        # No cached_property: before Python 3.12 it has one lock for all threads, which a forked
+        # child finds held for ever when another thread was in it.
+        if self._protections is None:
+            self._protections = Protections(tuple(self._describe()))
+        return self._protections
 
     @property
     def state(self) -> State:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from nsbox.errors import EnvironmentDied, LauncherError, SetupError
+from nsbox.errors import EnvironmentDied, LauncherError, SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.isolation import audit_log, cgroups, readback
 from nsbox.launcher import wire
@@ -144,8 +144,13 @@ class Link:
         self.closing = False
         self._lock = threading.Lock()
         self._pidfd = -1
-        self._control, control = wire.pair()
-        self._supervision, supervision = wire.pair()
+        self._control, control = _pair()
+        try:
+            self._supervision, supervision = _pair()
+        except SetupError:
+            self._control.close()
+            control.close()
+            raise
         try:
             try:
                 launcher.request_birth(self.env_id, spec, control.fileno(), supervision.fileno())
@@ -220,8 +225,10 @@ class Link:
         """
         try:
             return Channel(self._control, operation, request, fds)
-        except OSError as error:
+        except (ConnectionError, TimeoutError) as error:
             raise self.died(error) from error
+        except OSError as error:
+            raise SyscallError("socketpair", error.errno or 0) from error
 
     def died(self, cause: OSError) -> EnvironmentDied:
         """Return the exception for an operation under which PID 1 went away or fell silent."""
@@ -351,6 +358,13 @@ class Link:
             return None if self._reader is None else self._reader.cpu_usec()
         except OSError:
             return None
+
+
+def _pair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return wire.pair()
+    except OSError as error:
+        raise SetupError("birth", f"socketpair: {error}", errno=error.errno or 0) from error
 
 
 def _is_readable(fd: int, timeout: float) -> bool:

@@ -809,14 +809,22 @@ def test_garbage_of_dead_owners_only(tree: Tree, guest: Callable[[str], Guest]) 
             made.append(f"{base}/{dead[0].name}/environment")
         first = tree.paths.get("unified") or next(iter(tree.paths.values()))
         populated = f"{os.path.dirname(first)}/{dead[1].name}"
+        # Its parent has the owner's pid: so it is with every live environment, and from another
+        # time namespace the owner of one looks dead.
         sleeper = guest("import time; time.sleep(60)")
         Path(populated, "cgroup.procs").write_text(str(sleeper.pid))
+        left = guest("import time; time.sleep(60)")
+        Path(os.path.dirname(first), dead[0].name, "environment", "cgroup.procs").write_text(
+            str(left.pid)
+        )
 
         removed = collect_garbage(Hierarchies.detect())
 
         names = {owner.name for owner in dead}
         expected = {path for path in made if os.path.basename(path) in names} - {populated}
         assert set(removed) == expected
+        assert left.process.wait(10) == -signal.SIGKILL
+        assert sleeper.process.poll() is None
         assert not [path for path in removed if os.path.exists(path)]
         assert os.path.isdir(populated)
         for base in {os.path.dirname(path) for path in tree.paths.values()}:

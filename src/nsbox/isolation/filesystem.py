@@ -155,4 +155,7 @@ def probe_proc() -> str:
         finally:
             os._exit(answer)
     os.close(pidfd)
-    return extents[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+    answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if answer < 0:
+        raise OSError(errno.EINTR, "the probe of /proc was killed from outside")
+    return extents[answer]

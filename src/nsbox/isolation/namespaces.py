@@ -89,6 +89,19 @@ class IdPool:
         self._used.discard(taken)
 
 
+def come_home(fd: int, kind: int) -> None:
+    """Return to a namespace that this process has left for a moment.
+
+    Raises:
+        RuntimeError: It cannot. Whatever it did from here on would be done in the wrong place, so
+            that this is no failure of one birth but the end of the process.
+    """
+    try:
+        calls.setns(fd, kind)
+    except OSError as error:
+        raise RuntimeError("this process cannot return to its own namespace") from error
+
+
 def write_id_maps(pid: int, inside: int, outside: int) -> None:
     """Map the one id `inside` of the user namespace of `pid` to `outside`, for users and groups."""
     line = b"%d %d 1" % (inside, outside)

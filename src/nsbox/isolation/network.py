@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+from nsbox.isolation.namespaces import come_home
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 
@@ -34,7 +35,7 @@ class NetworkPool:
             calls.set_link_up("lo")
             self._ready.append(os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
         finally:
-            calls.setns(self._home, c.CLONE_NEWNET)
+            come_home(self._home, c.CLONE_NEWNET)
 
     def take(self) -> int:
         """Return the descriptor of a fresh namespace; the caller closes it."""

@@ -35,6 +35,15 @@ _programs: dict[str, bytes] = {}
 _lock = threading.Lock()
 
 
+def _renew_lock() -> None:
+    """In a forked child: another thread may have had the lock, and is not there to let go."""
+    global _lock  # noqa: PLW0603 - the child's only thread is this one
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def filter_for(policy: SeccompPolicy) -> bytes:
     """Return the BPF program of `policy`. See `nsbox.isolation.seccomp.filter_for`."""
     digest = policy.digest()

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 import select
+import socket
 import sys
 import threading
 from collections.abc import Mapping
@@ -48,8 +49,17 @@ class Launcher:
         """
         self._owner = os.getpid()
         self._specs_sent: set[str] = set()
-        self._channel, theirs = wire.pair()
-        self._done, done_write = os.pipe()
+        self._lock = threading.Lock()
+        try:
+            self._channel, theirs = wire.pair()
+        except OSError as error:
+            raise LauncherError(f"the launcher could not be started: {error}") from error
+        try:
+            self._done, done_write = os.pipe()
+        except OSError as error:
+            self._channel.close()
+            theirs.close()
+            raise LauncherError(f"the launcher could not be started: {error}") from error
         try:
             self.pid = _spawn(theirs.fileno(), done_write)
             self._pidfd = os.pidfd_open(self.pid)
@@ -89,7 +99,14 @@ class Launcher:
     @property
     def alive(self) -> bool:
         """Whether this process started it and it still runs."""
-        return self._owner == os.getpid() and not _is_readable(self._pidfd, 0)
+        if self._owner != os.getpid():
+            return False
+        # The kernel closes a dying process's files before its pidfd says that it is dead: the
+        # socket's hang-up comes first, and nobody else is asked in vain meanwhile.
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        poll.register(self._channel, 0)  # POLLHUP is always told
+        return not poll.poll(0)
 
     def request_birth(
         self, env_id: str, spec: Mapping[str, Any], control: int, supervision: int
@@ -108,7 +125,8 @@ class Launcher:
         if key not in self._specs_sent:
             message["spec"] = spec
         try:
-            wire.send(self._channel, message, [control, supervision])
+            with self._lock:
+                wire.send(self._channel, message, [control, supervision])
         except ValueError as error:
             raise ConfigError(f"the configuration is too large: {error}") from error
         except OSError as error:
@@ -123,14 +141,21 @@ class Launcher:
 
     def last_words(self) -> str:
         """Return what a launcher that failed has said of it, or ""."""
-        if not _is_readable(self._channel.fileno(), 0.1):
-            return ""
-        received = wire.receive(self._channel)
+        with self._lock:
+            if self._channel.fileno() < 0 or not _is_readable(self._channel.fileno(), 0.1):
+                return ""
+            received = wire.receive(self._channel)
         return "" if received is None else str(received[0].get("text", ""))
 
     def close(self) -> None:
         """End the launcher and wait until nothing of it or its environments is left."""
-        self._channel.close()
+        try:
+            # Ends a send that waits for room; only then is nobody else at the descriptor.
+            self._channel.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is gone already
+        with self._lock:
+            self._channel.close()
         # EOF comes when the launcher and its janitor are both gone.
         if not _is_readable(self._done, _FAREWELL):
             _log.warning("the launcher %d had not cleaned up after %g s", self.pid, _FAREWELL)

@@ -17,6 +17,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+_SWEEP_AFTER = 0.25  # seconds after the launcher's start
+_SWEEP_AT_EXIT = 0.2  # seconds that sweep may take while the host waits for its own to be removed
+
 
 def start(directories: list[str], done: int) -> int:
     """Fork the janitor of the calling process; return its pidfd.
@@ -41,6 +44,13 @@ def _run(launcher: int, directories: list[str], done: int) -> NoReturn:
     close_all_but((0, 1, 2, launcher, done))
     poll = select.poll()
     poll.register(launcher, select.POLLIN)
+    # Later than the first births, or after the launcher's end: nobody is to wait for what a
+    # SIGKILL of host, launcher and janitor together has left of another.
+    outlived = poll.poll(_SWEEP_AFTER * 1000)
+    if not outlived:
+        cgroups.collect_garbage(cgroups.Hierarchies.detect())
     poll.poll()
     cgroups.remove_tree_after(directories)
+    if outlived:
+        cgroups.collect_garbage(cgroups.Hierarchies.detect(), timeout=_SWEEP_AT_EXIT)
     os._exit(0)

@@ -7,6 +7,7 @@ import json
 import os
 
 from nsbox.isolation import filesystem, userland
+from nsbox.isolation.namespaces import come_home
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 
@@ -95,5 +96,5 @@ class Layouts:
             try:
                 self._proc_extent = filesystem.probe_proc()
             finally:
-                calls.setns(self._home_mounts, c.CLONE_NEWNS)
+                come_home(self._home_mounts, c.CLONE_NEWNS)
         return self._proc_extent

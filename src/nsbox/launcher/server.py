@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import signal
 import socket
@@ -97,9 +98,12 @@ class Server:
         self.ids = self.identity.ids
         self._proc_extent = ""
         self._tree = cgroups.Tree.for_process(os.getpid())
-        capabilities = self._tree.capabilities()
+        self._candidates = self._tree.candidates
         self._janitor = -1
+        # Before the first directory is made: whoever kills this process at any later moment finds
+        # somebody who removes it.
         self._start_janitor()
+        capabilities = self._tree.capabilities()
         wire.send(
             channel,
             {
@@ -172,8 +176,8 @@ class Server:
         os._exit(0)
 
     def _start_janitor(self) -> None:
-        if self._tree.paths:
-            self._janitor = janitor.start(list(self._tree.paths.values()), self._done)
+        if self._candidates:
+            self._janitor = janitor.start(self._candidates, self._done)
             self._watch(self._janitor, self._on_janitor_exit)
 
     def _on_janitor_exit(self) -> None:
@@ -191,7 +195,10 @@ class Server:
         return template
 
     def _on_request(self) -> None:
-        received = wire.receive(self._channel)
+        try:
+            received = wire.receive(self._channel)
+        except OSError:
+            return  # no room for its sockets, which are closed: the host reads that as the end
         if received is None:
             self._leave()
         request, (control, supervision_fd) = received
@@ -441,6 +448,10 @@ def main(
     for fd in (channel_fd, done):
         os.set_inheritable(fd, False)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # The soft limit is the host's, and an environment takes several descriptors here; what
+    # environments may open is set at their birth.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     privileges.set_name("nsbox-launcher")
     try:
         host = os.pidfd_open(host_pid)

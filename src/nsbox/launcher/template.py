@@ -162,10 +162,10 @@ class Template:
                 if pid == 0:
                     self._be_born(env_id, entries)
             finally:
-                calls.setns(self._home_mounts, c.CLONE_NEWNS)
+                namespaces.come_home(self._home_mounts, c.CLONE_NEWNS)
         finally:
             if network >= 0:
-                calls.setns(self._home_network, c.CLONE_NEWNET)
+                namespaces.come_home(self._home_network, c.CLONE_NEWNET)
         return pid, pidfd
 
     def _be_born(self, env_id: str, entries: list[Entry]) -> NoReturn:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 # The C half of `socket`, as in `calls`.
@@ -46,7 +47,8 @@ def receive_bytes(
     """Return up to `size` raw bytes and the descriptors that came with them (close-on-exec).
 
     Raises:
-        ConnectionError: There was more of either; what had come is closed.
+        ConnectionError: There were more bytes or descriptors than there may be.
+        OSError: EMFILE, this process has no room for the descriptors, which are lost.
     """
     data, ancillary, flags, _ = channel.recvmsg(
         size, CMSG_SPACE(most_fds * _ITEM_SIZE), MSG_CMSG_CLOEXEC
@@ -58,6 +60,8 @@ def receive_bytes(
     received = list(fds)
     if flags & (MSG_TRUNC | MSG_CTRUNC):
         close_all(received)
+        if not flags & MSG_TRUNC and len(received) < most_fds:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         raise ConnectionError("a message was cut off")
     return data, received
 

@@ -86,6 +86,10 @@ class Owner:
             return False
         return found.starttime != self.start_time or found.state in ("Z", "X")
 
+    def is_of_this_boot_and_namespace(self) -> bool:
+        """Return whether its pid is one of this boot, and of this process's pid namespace."""
+        return self.boot == proc.boot_id()[:8] and self.namespace == _namespace()
+
     def __repr__(self) -> str:
         return f"Owner({self.name!r})"
 

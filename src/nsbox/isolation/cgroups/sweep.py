@@ -13,8 +13,9 @@ import time
 
 from nsbox.errors import SyscallError
 from nsbox.isolation.cgroups.files import read_processes, read_text, write_text
-from nsbox.isolation.cgroups.owner import PREFIX, Owner
+from nsbox.isolation.cgroups.owner import Owner
 from nsbox.isolation.cgroups.v2 import release_leaf
+from nsbox.linux import proc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,23 +137,54 @@ def kill_processes(path: str) -> bool:
     return found
 
 
-def collect_garbage(hierarchies: Hierarchies) -> list[str]:
-    """Remove the directories of dead launchers in the own cgroup; return the removed paths.
+def collect_garbage(hierarchies: Hierarchies, timeout: float = REMOVE_SECONDS) -> list[str]:
+    """Remove what dead launchers left in the own cgroup; return the removed paths.
 
-    Judged by pid, start time and boot id (`Owner.is_dead`). A directory that still holds a process
-    is left alone, and so is one of another pid namespace.
+    Judged by pid, start time, pid namespace and boot id (`Owner.is_dead`). The processes of a dead
+    launcher's environments end by themselves, unless they were frozen: a frozen process neither
+    sees that its launcher is gone nor dies of a signal. Those are killed and thawed, and nothing
+    else is (`_is_orphaned`): a directory with any other process is left alone.
     """
-    removed: list[str] = []
+    dead: dict[str, list[str]] = {}
     for base in hierarchies.bases:
         for path in _children(base):
-            name = os.path.basename(path)
-            owner = Owner.parse(name) if name.startswith(PREFIX) else None
-            if owner is None or not owner.is_dead() or is_populated(path):
-                continue
-            check_tree_path(path)
-            if not remove_subtree(path):
-                removed.append(path)
-    return removed
+            owner = Owner.parse(os.path.basename(path))
+            if owner is not None and owner.is_dead():
+                check_tree_path(path)
+                dead.setdefault(owner.name, []).append(path)
+    empty: list[str] = []
+    orphaned: list[str] = []
+    for name, paths in dead.items():
+        populated = [path for path in paths if is_populated(path)]
+        empty += [path for path in paths if path not in populated]
+        # All of an owner's directories or none: a process is in several hierarchies at once.
+        if all(_is_orphaned(path, name) for path in populated):
+            orphaned += populated
+    removed = [path for path in empty if not remove_subtree(path)]
+    remaining = _kill_and_remove(orphaned, timeout)
+    return removed + [path for path in orphaned if path not in remaining]
+
+
+def _is_orphaned(path: str, name: str) -> bool:
+    """Return whether every process in a dead owner's directory is certainly one it has left.
+
+    Start times differ between time namespaces (time_namespaces(7)), so that from another one a
+    live owner looks dead. But every live environment has a child of its launcher in it: PID 1.
+    """
+    owner = Owner.parse(name)
+    if owner is None or not owner.is_of_this_boot_and_namespace():
+        return False  # its pid means nothing here
+    for directory in walk(path):
+        for process in read_processes(directory):
+            if process == 0:
+                return False  # of a pid namespace outside ours: not to be judged from here
+            try:
+                parent = proc.read_stat(process).ppid
+            except OSError:
+                continue  # it has ended
+            if parent == owner.pid:
+                return False
+    return True
 
 
 def remove_tree_after(paths: Iterable[str], timeout: float = REMOVE_SECONDS) -> list[str]:
@@ -163,22 +195,27 @@ def remove_tree_after(paths: Iterable[str], timeout: float = REMOVE_SECONDS) -> 
     trees = list(paths)
     for path in trees:
         check_tree_path(path)
+    remaining = _kill_and_remove(trees, timeout)
+    for base in dict.fromkeys(os.path.dirname(path) for path in trees):
+        if os.path.exists(f"{base}/cgroup.subtree_control"):
+            release_leaf(base)
+    return remaining
+
+
+def _kill_and_remove(trees: list[str], timeout: float) -> list[str]:
     deadline = time.monotonic() + timeout
     delay = 0.001
     remaining = trees
-    while True:
+    while remaining:
         for path in remaining:
             try:
                 kill_processes(path)
             except OSError:
                 continue  # it was removed meanwhile, by another janitor or a sweep
         remaining = remove_retrying(remaining, min(delay, max(0.0, deadline - time.monotonic())))
-        if not remaining or time.monotonic() >= deadline:
+        if time.monotonic() >= deadline:
             break
         delay = min(delay * 2, 0.25)
-    for base in dict.fromkeys(os.path.dirname(path) for path in trees):
-        if os.path.exists(f"{base}/cgroup.subtree_control"):
-            release_leaf(base)
     return remaining
 
 

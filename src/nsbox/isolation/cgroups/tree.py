@@ -63,6 +63,11 @@ class Tree:
         """The name of the directory."""
         return self.owner.name
 
+    @property
+    def candidates(self) -> list[str]:
+        """Every directory that `create` may make, known before it does."""
+        return [f"{base}/{self.name}" for base in self.hierarchies.bases]
+
     def create(self) -> None:
         """Make the directories; again after the first time does nothing.
 

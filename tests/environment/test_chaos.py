@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL at any moment: of the host, of its launcher, of a PID 1, and of all of them at once."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from tests import leaks
+from tests.support import (
+    PATIENCE,
+    dead_cgroups,
+    family_of,
+    host_program,
+    name_of,
+    processes_with,
+    wait_until,
+)
+
+import nsbox
+from nsbox.isolation.cgroups import Hierarchies, Owner, collect_garbage
+
+pytestmark = pytest.mark.needs("userns")
+
+SEED = 20261124
+GONE_WITHIN = 2.0
+LONGEST_DELAY = 0.05
+
+# Makes environments until its stdin ends, and then one more.
+HOST = """
+import sys, threading
+import nsbox
+
+over = threading.Event()
+
+def work():
+    while not over.is_set():
+        try:
+            with nsbox.ExecutionEnvironment() as env:
+                print("born", env.pid, flush=True)
+                env.run(["sh", "-c", "sleep MARK & setsid sleep MARK & sleep 0.01"])
+                env.run(["true"])
+        except nsbox.NsboxError as error:
+            print("error", type(error).__name__, flush=True)
+
+worker = threading.Thread(target=work)
+print("begin", flush=True)
+worker.start()
+sys.stdin.buffer.read()
+over.set()
+worker.join()
+print(nsbox.run(["echo", "alive"]).text(), end="", flush=True)
+"""
+
+# What may be told of a launcher or a PID 1 that is gone. Never a verdict on the command.
+TYPED = {"LauncherError", "SetupError", "EnvironmentDied", "EnvironmentStateError", "CleanupError"}
+
+WARNING = r"the launcher \d+ has died; starting another"
+
+
+@contextmanager
+def chaotic_host(mark: str) -> Iterator[subprocess.Popen[bytes]]:
+    program = HOST.replace("MARK", mark)
+    pipe = subprocess.PIPE
+    host = host_program(program, stdin=pipe, stdout=pipe, stderr=pipe)
+    try:
+        assert host.stdout is not None
+        assert host.stdout.readline() == b"begin\n"
+        yield host
+    finally:
+        host.kill()
+        host.communicate()
+
+
+def launcher_of(host: int) -> int:
+    """Return the launcher of a host as soon as there is one."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = [pid for pid in family_of(host) if parent_of(pid) == host]
+        return bool(found)
+
+    wait_until(look, "the host has a launcher", 10)
+    return found[0]
+
+
+def is_over(pid: int) -> bool:
+    """Whether a process is gone, or a zombie that waits for its parent."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return True
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).ppid())
+    except psutil.Error:
+        return 0
+
+
+def children_of(launcher: int, *, janitor: bool) -> list[int]:
+    """Return the janitor, or the other children of a launcher: PID 1s, ready or on their way."""
+    try:
+        children = psutil.Process(launcher).children()
+    except psutil.Error:
+        return []
+    return [child.pid for child in children if (name_of(child.pid) == "nsbox-janitor") == janitor]
+
+
+def kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it had ended by itself
+
+
+def strike(host: subprocess.Popen[bytes], victim: str, delay: float) -> None:
+    """Kill `victim` at a moment of the host's life; of a PID 1 one that is there then."""
+    if victim == "host":
+        time.sleep(delay)
+        host.kill()
+        return
+    launcher = launcher_of(host.pid)
+    time.sleep(delay)
+    if victim == "launcher":
+        kill(launcher)
+        wait_until(lambda: is_over(launcher), "the launcher is gone")
+        return
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = children_of(launcher, janitor=False)
+        return bool(found)
+
+    wait_until(look, "the launcher has an environment", 10)
+    kill(found[0])
+
+
+def strike_at_random(number: int) -> None:
+    temporary = tempfile.gettempdir()  # this session's own (conftest.py)
+    dice = random.Random(SEED + number)
+    victim = dice.choice(["host", "launcher", "init"])
+    # Of the start of the launcher, or of births and runs.
+    during_runs = dice.random() < 0.5
+    delay = dice.uniform(0, LONGEST_DELAY)
+    what = f"number {number}: {victim}, {delay:.4f} s, {'runs' if during_runs else 'start'}"
+    mark = f"60.{number:06d}"
+    before = leaks.snapshot(temporary)
+    with chaotic_host(mark) as host:
+        assert host.stdout is not None
+        if during_runs:
+            assert host.stdout.readline().startswith(b"born"), what
+        strike(host, victim, delay)
+        if victim == "host":
+            assert host.wait(10) == -signal.SIGKILL
+        else:
+            out, err = host.communicate(timeout=60)
+            # The one thing to say, by logging.
+            told = err.decode().splitlines()
+            assert all(re.fullmatch(WARNING, line) for line in told), (what, err)
+            assert len(told) <= (victim == "launcher"), (what, err)
+            assert host.returncode == 0, what
+            lines = out.decode().splitlines()
+            assert lines[-1] == "alive", what
+            errors = {line.split()[1] for line in lines if line.startswith("error")}
+            assert errors <= TYPED, what
+    wait_until(lambda: not family_of(host.pid), what, GONE_WITHIN)
+    assert not processes_with(mark), what
+    leaked = leaks.await_clean(before, temporary, GONE_WITHIN * PATIENCE)
+    assert not leaked, (what, leaked)
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_a_kill_at_any_moment(number: int) -> None:
+    strike_at_random(number)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_hundred_kills() -> None:
+    for number in range(10, 110):
+        strike_at_random(number)
+
+
+# -- all at once ---------------------------------------------------------------------------------
+
+ONE_ENVIRONMENT = """
+import sys, nsbox
+env = nsbox.ExecutionEnvironment()
+process = env.popen(["sleep", "MARK"])
+if sys.argv[1] == "frozen":
+    env.freeze()
+print(env.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def kill_all_at_once(mark: str, state: str) -> list[str]:
+    """Kill host, launcher and janitor together; return the cgroup directories they leave."""
+    program = ONE_ENVIRONMENT.replace("MARK", mark)
+    host = host_program(program, state, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert host.stdout is not None
+        host.stdout.readline()
+        launcher = launcher_of(host.pid)
+        doomed = [host.pid, launcher, *children_of(launcher, janitor=True)]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in doomed:
+                os.kill(pid, number)
+    finally:
+        host.kill()
+        host.communicate()
+    wait_until(lambda: not processes_with(mark), "no command outlives its launcher")
+    wait_until(lambda: not family_of(host.pid), "no PID 1 outlives its launcher")
+    wait_until(lambda: is_over(launcher), "the launcher is gone")
+    return [path for path in dead_cgroups() if f"/nsbox.{launcher}." in path]
+
+
+def gc() -> None:
+    done = host_program(
+        "from nsbox.cli import main; main()", "gc", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    _, err = done.communicate(timeout=60)
+    assert (done.returncode, err) == (0, b"")
+
+
+def start_another() -> None:
+    """Start another host, which runs one command and ends."""
+    done = host_program("import nsbox; nsbox.run(['true']).check()", stderr=subprocess.PIPE)
+    _, err = done.communicate(timeout=60)
+    assert (done.returncode, err) == (0, b"")
+
+
+def run_for_a_while() -> None:
+    """Start another host, and leave it running until it has swept."""
+    host = host_program(
+        "import nsbox, sys; nsbox.run(['true']).check(); sys.stdin.read()", stdin=subprocess.PIPE
+    )
+    try:
+        wait_until(lambda: not dead_cgroups(), "a live launcher's janitor sweeps")
+    finally:
+        host.communicate(timeout=60)
+
+
+@pytest.fixture
+def own_janitor_stands_still(env: nsbox.ExecutionEnvironment) -> Iterator[None]:
+    """It sweeps a moment after its launcher's start, which may be now."""
+    del env  # it has made the launcher start
+    janitors = children_of(leaks.current_launcher().pid, janitor=True)
+    for pid in janitors:
+        os.kill(pid, signal.SIGSTOP)
+    yield
+    for pid in janitors:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("own_janitor_stands_still")
+@pytest.mark.parametrize("state", ["running", "frozen"])
+@pytest.mark.parametrize("remover", [gc, start_another, run_for_a_while])
+def test_what_is_left_of_all_is_removed_later(
+    env: nsbox.ExecutionEnvironment, remover: Callable[[], None], state: str
+) -> None:
+    own = env.run(["cat", "/proc/self/cgroup"]).text()
+    directories = [path for path in live_cgroups() if os.path.isdir(f"{path}/{env.id}")]
+    env.freeze()
+    left = kill_all_at_once(f"60.{os.getpid()}", state)
+    assert bool(left) == bool(directories), "otherwise there is nothing to test here"
+    remover()
+    assert [path for path in left if os.path.exists(path)] == []
+    assert [path for path in directories if not os.path.isdir(f"{path}/{env.id}")] == []
+    env.thaw()
+    assert env.run(["cat", "/proc/self/cgroup"]).text() == own
+
+
+def live_cgroups() -> set[str]:
+    launcher = leaks.current_launcher()
+    return set(launcher.hello["trees"].values())
+
+
+@pytest.mark.needs("root")
+def test_a_process_frozen_by_v1_dies_with_its_dead_owners_directory(
+    env: nsbox.ExecutionEnvironment,
+) -> None:
+    """v1's freezer holds even SIGKILL back: thawing is a part of the removal."""
+    place = Hierarchies.detect()["freezer"]
+    if place.version != 1:
+        pytest.skip(f"the freezer is not v1's here: {place!r}")
+    with subprocess.Popen(["true"]) as process:
+        owner = Owner.of(process.pid)
+        process.wait()
+    directory = f"{place.directory}/{owner.name}"
+    os.makedirs(f"{directory}/environment")
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        Path(directory, "environment/cgroup.procs").write_text(str(sleeper.pid))
+        state = Path(directory, "environment/freezer.state")
+        state.write_text("FROZEN")
+        wait_until(lambda: state.read_text() == "FROZEN\n", "it is frozen")
+        kill(sleeper.pid)
+        assert sleeper.poll() is None, "it does not die of SIGKILL alone"
+
+        removed = collect_garbage(Hierarchies.detect())
+
+        assert directory in removed
+        assert sleeper.wait(10) == -signal.SIGKILL
+    finally:
+        if os.path.isdir(directory):
+            Path(directory, "environment/freezer.state").write_text("THAWED")
+            sleeper.kill()
+            sleeper.wait()
+            os.rmdir(f"{directory}/environment")
+            os.rmdir(directory)
+    assert env.run(["true"]).ok
