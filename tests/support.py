@@ -33,6 +33,10 @@ x86_64_only = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="written in this machine's call numbers and code"
 )
 
+i386_only = pytest.mark.skipif(
+    SLOW_MACHINE, reason="User-Mode Linux has no i386 calls: int 0x80 enters the native ones"
+)
+
 NUMBERS = {
     "ptrace": 101, "syslog": 103, "setuid": 105, "personality": 135, "pivot_root": 155,
     "chroot": 161, "acct": 163, "mount": 165, "umount2": 166, "swapon": 167, "reboot": 169,
