@@ -80,7 +80,7 @@ def attack(env: nsbox.ExecutionEnvironment, code: str, **arguments: Any) -> Any:
     """
     lines = [_PRELUDE, *(f"{name} = {value!r}" for name, value in arguments.items())]
     lines += [textwrap.dedent(code), "print('\\n@' + json.dumps(answer))"]
-    result = env.run(["python3", "-I", "-S", "-c", "\n".join(lines)], timeout=60)
+    result = env.run(["python3", "-I", "-S", "-c", "\n".join(lines)], timeout=60 * PATIENCE)
     assert result.ok, (result.outcome, result.evidence, result.stderr_text())
     return json.loads(result.text().rpartition("\n@")[2])
 

@@ -34,7 +34,11 @@ def nsbox_run(
     """Run ``nsbox WORDS -- COMMAND`` with pipes."""
     tail = ["--", *command] if command else []
     return subprocess.run(
-        [*NSBOX, *words, *tail], input=data, capture_output=True, env=ENVIRONMENT, timeout=timeout * PATIENCE
+        [*NSBOX, *words, *tail],
+        input=data,
+        capture_output=True,
+        env=ENVIRONMENT,
+        timeout=timeout * PATIENCE,
     )
 
 

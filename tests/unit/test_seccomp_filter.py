@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from tests.support import SLOW_MACHINE, i386_only
+from tests.support import PATIENCE, SLOW_MACHINE, i386_only
 
 from nsbox.errors import UnsupportedHostError
 from nsbox.isolation import seccomp, seccomp_cache, seccomp_compile
@@ -150,7 +150,7 @@ def probe(directory: Path) -> Probe:
             [directory / "probe", directory / profile, *map(str, words)],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=60 * PATIENCE,
             cwd=directory,
         )
 
