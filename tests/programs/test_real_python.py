@@ -135,7 +135,7 @@ def test_servers_and_clients_on_loopback(env: ExecutionEnvironment) -> None:
 
 
 @pytest.mark.skipif(
-    not os.path.exists("/proc/net/if_inet6"), reason="this kernel has no IPv6 (User-Mode Linux)"
+    not os.path.exists("/proc/net/if_inet6"), reason="this kernel has no IPv6"
 )
 def test_loopback_of_ipv6(env: ExecutionEnvironment) -> None:
     code = """
