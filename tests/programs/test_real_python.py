@@ -134,9 +134,7 @@ def test_servers_and_clients_on_loopback(env: ExecutionEnvironment) -> None:
     assert run_python(env, code).splitlines() == expected
 
 
-@pytest.mark.skipif(
-    not os.path.exists("/proc/net/if_inet6"), reason="this kernel has no IPv6"
-)
+@pytest.mark.skipif(not os.path.exists("/proc/net/if_inet6"), reason="this kernel has no IPv6")
 def test_loopback_of_ipv6(env: ExecutionEnvironment) -> None:
     code = """
         import socket
