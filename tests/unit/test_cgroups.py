@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import PATIENCE, SLOW_MACHINE, wait_until
 
+import nsbox
 from nsbox.errors import EnvironmentStateError, SyscallError, UnsupportedHostError
 from nsbox.isolation.cgroups import (
     EnvironmentCgroup,
@@ -413,6 +414,7 @@ def test_capabilities_say_a_version_or_why_not(tree: Tree) -> None:
 
 def test_processes_move_to_a_leaf_and_back() -> None:
     """No internal processes: v2 hands controllers down only from a cgroup without any."""
+    nsbox.shutdown()  # the launcher of the tests before has moved this process already
     hierarchies = Hierarchies.detect()
     base = hierarchies["unified"].directory
     wanted = [name for name in v2.CONTROLLERS if hierarchies[name].version == 2]
