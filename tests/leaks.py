@@ -15,8 +15,18 @@ import threading
 import time
 from typing import Any
 
+import nsbox
+
 GRACE = 3.0
 """Seconds the asynchronous teardown may take (run() answers first and removes after)."""
+_PACKAGES = tuple(
+    f"{directory}/launcher/main.py".encode()
+    for directory in (
+        os.path.dirname(os.path.abspath(nsbox.__file__)),
+        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src", "nsbox"),
+    )
+)
+"""Entry points of launchers of this session: as installed, and as its other hosts import it."""
 _OUR_NAME = re.compile(r"nsbox-(launcher|janitor|[0-9a-f]{8})")
 _CGROUP_ROOT = "/sys/fs/cgroup"
 
@@ -216,12 +226,24 @@ def _processes() -> dict[int, _Process]:
     return found
 
 
-def _host_of(launcher: int) -> int:
+def _words_of(pid: int) -> list[bytes]:
     try:
-        with open(f"/proc/{launcher}/cmdline", "rb") as file:
-            words = file.read().split(b"\0")
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().split(b"\0")
+    except OSError:
+        return []
+
+
+def _is_ours(process: _Process) -> bool:
+    """Whether it is a launcher, or a clone of one, of the nsbox under test and not of another."""
+    return any(path in _words_of(process.pid) for path in _PACKAGES)
+
+
+def _host_of(launcher: int) -> int:
+    words = _words_of(launcher)
+    try:
         return int(json.loads(words[4])["host"])
-    except (OSError, IndexError, ValueError, KeyError):
+    except (IndexError, ValueError, KeyError):
         return 0
 
 
@@ -248,7 +270,7 @@ def _leaked_processes(all_of_them: dict[int, _Process], launcher: Any) -> frozen
                 )
             else:
                 orphan = parent is None or parent.name != "nsbox-launcher"
-            if orphan:
+            if orphan and _is_ours(process):
                 found.add(label)
     return frozenset(found)
 

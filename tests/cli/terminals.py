@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.support import PATIENCE
+
 import nsbox
 
 NSBOX = (sys.executable, "-m", "nsbox")
@@ -32,14 +34,33 @@ def nsbox_run(
     """Run ``nsbox WORDS -- COMMAND`` with pipes."""
     tail = ["--", *command] if command else []
     return subprocess.run(
-        [*NSBOX, *words, *tail], input=data, capture_output=True, env=ENVIRONMENT, timeout=timeout
+        [*NSBOX, *words, *tail],
+        input=data,
+        capture_output=True,
+        env=ENVIRONMENT,
+        timeout=timeout * PATIENCE,
     )
 
 
-def start(*words: str, **keywords: int) -> subprocess.Popen[bytes]:
+class Started(subprocess.Popen[bytes]):
+    """A process that ends with its `with` block, also when the test fails in it."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # Popen waits here, for ever when the process is stopped or waits for its test.
+        if error is not None:
+            self.kill()
+        super().__exit__(kind, error, trace)
+
+
+def start(*words: str, **keywords: int) -> Started:
     """Start ``nsbox WORDS`` with pipes where `keywords` say no other."""
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
+    return Started(  # type: ignore[call-overload,no-any-return]
         [*NSBOX, *words], env=ENVIRONMENT, **{**streams, **keywords}
     )
 
@@ -72,7 +93,7 @@ class Terminal:
 
     def expect(self, text: bytes, timeout: float = 20) -> bytes:
         """Read until `text` comes; what was read up to its end."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * PATIENCE
         while text not in self.seen:
             left = deadline - time.monotonic()
             assert left > 0, f"{text!r} did not come, but {self.seen!r}"
@@ -89,7 +110,7 @@ class Terminal:
 
     def wait(self, timeout: float = 20) -> int:
         """Return the exit status, reading on meanwhile."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * PATIENCE
         while True:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:

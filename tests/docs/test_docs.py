@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from tests.support import SOURCE
+from tests.support import PATIENCE, SOURCE
 
 import nsbox
 from nsbox.config import ALLOWABLE
@@ -130,7 +130,7 @@ def test_readme_command(command: str, expected: list[str]) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=60 * PATIENCE,
     )
     # What this host cannot enforce is said in a line that the document leaves out.
     found = [

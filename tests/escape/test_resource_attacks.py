@@ -197,7 +197,7 @@ def test_fork_bomb_is_bounded_for_everybody(
 
 def test_output_flood_costs_the_host_no_more_than_the_cap(env: nsbox.ExecutionEnvironment) -> None:
     before = resident_bytes()
-    result = env.run(["sh", "-c", "yes & head -c 10000000000 /dev/zero >&2"], timeout=60)
+    result = env.run(["sh", "-c", "yes & head -c 10000000000 /dev/zero >&2"], timeout=60 * PATIENCE)
     assert result.outcome is Outcome.OUTPUT_LIMIT
     assert max(len(result.stdout), len(result.stderr)) == 16 * MIB
     grown = resident_bytes() - before
@@ -220,7 +220,7 @@ def test_output_of_daemons_and_of_many_processes_counts(
 ) -> None:
     env = make_env(limits=Limits(output_max=1 << 20))
     line = "for i in 1 2 3 4 5 6; do setsid yes & done; sleep 60"
-    result = env.run(["sh", "-c", line], timeout=30)
+    result = env.run(["sh", "-c", line], timeout=30 * PATIENCE)
     assert result.outcome is Outcome.OUTPUT_LIMIT
     assert len(result.stdout) == 1 << 20
 

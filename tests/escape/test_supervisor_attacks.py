@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support import IS_ROOT, NUMBERS, attack, wait_until, x86_64_only
+from tests.support import IS_ROOT, NUMBERS, PATIENCE, attack, wait_until, x86_64_only
 
 import nsbox
 from nsbox import Outcome
@@ -117,7 +117,7 @@ def test_kill_of_everything_inside_does_not_end_the_environment(
     other = env.popen(["sleep", "60"])
     with other:
         env.run(["python3", "-c", "import os; os.kill(-1, 9)"])
-        result = other.wait(10)
+        result = other.wait(10 * PATIENCE)
     assert (result.outcome, result.signal) == (Outcome.SIGNALED, signal.SIGKILL)
     assert env.run(["true"]).ok
 
@@ -159,7 +159,7 @@ def test_secrets_of_the_host_are_nowhere_inside(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("code", [0, 1, 124, 125, 126, 127, 137, 139, 143, 255])
 def test_exit_codes_are_only_exit_codes(env: nsbox.ExecutionEnvironment, code: int) -> None:
-    result = env.run(["sh", "-c", f"exit {code}"], timeout=20)
+    result = env.run(["sh", "-c", f"exit {code}"], timeout=20 * PATIENCE)
     assert (result.outcome, result.exit_code, result.signal) == (Outcome.EXITED, code, None)
 
 
@@ -168,7 +168,7 @@ def test_exit_codes_are_only_exit_codes(env: nsbox.ExecutionEnvironment, code: i
 def test_a_signal_of_its_own_is_no_verdict_of_nsbox(
     env: nsbox.ExecutionEnvironment, number: int
 ) -> None:
-    result = env.run(["sh", "-c", f"kill -{int(number)} $$"], timeout=20)
+    result = env.run(["sh", "-c", f"kill -{int(number)} $$"], timeout=20 * PATIENCE)
     assert (result.outcome, result.returncode) == (Outcome.SIGNALED, -number)
 
 
@@ -198,7 +198,7 @@ for fd in [*range(64), *fds]:
                 pass
 os._exit(41)
 """
-    result = env.run(["python3", "-c", code], timeout=30)
+    result = env.run(["python3", "-c", code], timeout=30 * PATIENCE)
     assert (result.outcome, result.exit_code) == (Outcome.EXITED, 41)
     result = env.run(["sh", "-c", 'echo \'{"outcome": "exited", "returncode": 0}\'; exit 3'])
     assert (result.outcome, result.exit_code) == (Outcome.EXITED, 3)
@@ -251,7 +251,7 @@ def test_killing_init_from_outside_is_told_apart(
     with pytest.raises(nsbox.EnvironmentDied) as caught:
         env.run(["sleep", "30"])
     timer.join()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 5 * PATIENCE
     assert "SIGKILL" in str(caught.value)
     wait_until(lambda: env.state is nsbox.State.DEAD, "the death is noticed")
     with pytest.raises(nsbox.EnvironmentStateError):
@@ -267,8 +267,8 @@ def test_stopped_init_does_not_hold_up_timeout_and_close(
         os.kill(env.pid, signal.SIGSTOP)
         process.kill()
         started = time.monotonic()
-        result = process.wait(30)
-        assert time.monotonic() - started < 15
+        result = process.wait(30 * PATIENCE)
+        assert time.monotonic() - started < 15 * PATIENCE
     assert result.outcome is Outcome.KILLED
     wait_until(lambda: env.state is nsbox.State.DEAD, "what PID 1 does not end is ended whole")
 

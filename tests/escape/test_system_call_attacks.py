@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from tests.support import attack, x86_64_only
+from tests.support import attack, i386_only, x86_64_only
 
 import nsbox
 
@@ -70,7 +70,14 @@ def test_allowed_families_work(env: nsbox.ExecutionEnvironment) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("code", [INT80, X32, SOCKETCALL], ids=["i386", "x32", "socketcall"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(INT80, id="i386", marks=i386_only),
+        pytest.param(X32, id="x32"),
+        pytest.param(SOCKETCALL, id="socketcall", marks=i386_only),
+    ],
+)
 def test_foreign_abis_are_killed(
     make_env: Callable[..., nsbox.ExecutionEnvironment], profile: str, code: bytes
 ) -> None:

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from tests.support import PATIENCE
 
 import nsbox
 from nsbox import ExecutionEnvironment, Mount, Outcome
@@ -55,14 +56,16 @@ def test_gcc_compiles_and_the_program_runs(env: ExecutionEnvironment) -> None:
         ["gcc", "-O2", "-Wall", "-Werror", "-o", "/tmp/a", "/tmp/a.c", "-lm"], timeout=60
     )
     assert (built.stdout, built.stderr, built.returncode) == (b"", b"", 0)
-    result = env.run(["/tmp/a", "2"], timeout=10)
+    result = env.run(["/tmp/a", "2"], timeout=10 * PATIENCE)
     assert result.stdout == b"1.414214 uid=1000\n"
     assert (result.outcome, result.exit_code) == (Outcome.EXITED, 2)
 
 
 @pytest.mark.needs("gcc")
 def test_gcc_tells_of_errors_with_its_own_exit_code(env: ExecutionEnvironment) -> None:
-    result = env.run(["gcc", "-x", "c", "-o", "/tmp/a", "-"], input=b"int main( {", timeout=60)
+    result = env.run(
+        ["gcc", "-x", "c", "-o", "/tmp/a", "-"], input=b"int main( {", timeout=60 * PATIENCE
+    )
     assert result.exit_code == 1
     assert b"error:" in result.stderr
 
@@ -80,7 +83,7 @@ def test_make_builds_a_project_of_several_files_in_parallel(
     )
     env.write_file("/tmp/project/b.c", b"int b(void) { return 40; }")
     env.write_file("/tmp/project/c.c", b"int c(void) { return 2; }")
-    env.run(["make", "-j3"], cwd="/tmp/project", timeout=60).check()
+    env.run(["make", "-j3"], cwd="/tmp/project", timeout=60 * PATIENCE).check()
     assert env.run(["./a"], cwd="/tmp/project").exit_code == 42
 
 
@@ -105,7 +108,7 @@ def test_node_runs_a_script_with_workers_children_and_zlib() -> None:
     # V8 reserves gigabytes of addresses, which cost nothing: the limit counts what is used.
     with ExecutionEnvironment() as env:
         env.write_file("/tmp/a.js", NODE_PROGRAM)
-        result = env.run(["node", "/tmp/a.js"], timeout=60).check()
+        result = env.run(["node", "/tmp/a.js"], timeout=60 * PATIENCE).check()
     assert result.stdout == b'{"n":42,"same":true,"digest":"ba7816bf","echoed":"child"}\n'
 
 
@@ -118,7 +121,7 @@ def test_node_serves_and_fetches_on_loopback(env: ExecutionEnvironment) -> None:
         "  const r = await fetch(`http://127.0.0.1:${s.address().port}/x`);"
         "  console.log(await r.text()); s.close(); });"
     )
-    result = env.run(["node", "-e", script], timeout=60).check()
+    result = env.run(["node", "-e", script], timeout=60 * PATIENCE).check()
     assert result.stdout == b"served /x\n"
 
 
@@ -160,15 +163,19 @@ def test_git_clones_a_bound_repository_and_commits(shared: Path) -> None:
         safe = ["git"]
         variables: dict[str, str] = {}
         env.run([*safe, "config", "--global", "safe.directory", "*"]).check()
-        env.run([*safe, "clone", "-q", "/repository", "/tmp/w"], env=variables, timeout=60).check()
+        env.run(
+            [*safe, "clone", "-q", "/repository", "/tmp/w"], env=variables, timeout=60 * PATIENCE
+        ).check()
         assert env.read_file("/tmp/w/file") == b"one\n"
         env.write_file("/tmp/w/file", b"one\ntwo\n")
         who = ["-c", "user.name=x", "-c", "user.email=x@y"]
-        env.run(["git", *who, "commit", "-q", "-am", "second"], cwd="/tmp/w", timeout=60).check()
+        env.run(
+            ["git", *who, "commit", "-q", "-am", "second"], cwd="/tmp/w", timeout=60 * PATIENCE
+        ).check()
         log = env.run(["git", "log", "--format=%H %s"], cwd="/tmp/w").check().text().splitlines()
         assert [line.split()[1] for line in log] == ["second", "first"]
         assert log[1].split()[0] == commit
-        assert env.run(["git", "fsck", "--strict"], cwd="/tmp/w", timeout=60).ok
+        assert env.run(["git", "fsck", "--strict"], cwd="/tmp/w", timeout=60 * PATIENCE).ok
         # What is bound read-only cannot be pushed to.
         pushed = env.run(["git", "push", "-q", "origin", "HEAD:new"], cwd="/tmp/w", env=variables)
         assert not pushed.ok
@@ -208,7 +215,7 @@ def test_pip_installs_a_wheel_and_it_can_be_imported(shared: Path) -> None:
     make_wheel(shared / "wheels")
     with ExecutionEnvironment(mounts=[Mount.bind(shared / "wheels", "/wheels")]) as env:
         install = [sys.executable, "-m", "pip", "install", "--no-index", "--find-links", "/wheels"]
-        env.run([*install, "--target", "/tmp/lib", "tiny-answer"], timeout=90).check()
+        env.run([*install, "--target", "/tmp/lib", "tiny-answer"], timeout=90 * PATIENCE).check()
         code = "import tiny_answer; print(tiny_answer.answer(), tiny_answer.__file__)"
         result = env.run([sys.executable, "-c", code], env={"PYTHONPATH": "/tmp/lib"}).check()
         assert result.stdout == b"42 /tmp/lib/tiny_answer.py\n"
@@ -221,12 +228,12 @@ def test_pip_installs_a_wheel_and_it_can_be_imported(shared: Path) -> None:
 def test_virtual_environment_is_made_and_used(shared: Path) -> None:
     make_wheel(shared)
     with ExecutionEnvironment(mounts=[Mount.bind(shared, "/wheels")], tmp_size="256M") as env:
-        made = env.run([sys.executable, "-m", "venv", "/tmp/venv"], timeout=100)
+        made = env.run([sys.executable, "-m", "venv", "/tmp/venv"], timeout=100 * PATIENCE)
         if not made.ok and b"ensurepip is not" in made.stdout:
             pytest.skip("this interpreter's ensurepip has no wheels (Debian: python3-venv)")
         made.check()
         pip = ["/tmp/venv/bin/pip", "install", "--no-index", "--find-links", "/wheels"]
-        env.run([*pip, "tiny-answer"], timeout=60).check()
+        env.run([*pip, "tiny-answer"], timeout=60 * PATIENCE).check()
         code = "import sys, tiny_answer; print(sys.prefix, tiny_answer.answer())"
         assert env.run(["/tmp/venv/bin/python", "-c", code]).check().stdout == b"/tmp/venv 42\n"
 
@@ -242,7 +249,7 @@ def test_sqlite_of_the_command_line_with_wal(env: ExecutionEnvironment) -> None:
         b"begin; insert into t(b) values ('one'), ('two'); commit; select sum(a), max(b) from t;"
         b"pragma integrity_check;"
     )
-    result = env.run(["sqlite3", "/tmp/data.db"], input=sql, timeout=30).check()
+    result = env.run(["sqlite3", "/tmp/data.db"], input=sql, timeout=30 * PATIENCE).check()
     assert result.stdout == b"wal\n3|two\nok\n"
     again = env.run(["sqlite3", "-json", "/tmp/data.db", "select count(*) n from t"]).check()
     assert again.stdout == b'[{"n":2}]\n'
@@ -250,7 +257,7 @@ def test_sqlite_of_the_command_line_with_wal(env: ExecutionEnvironment) -> None:
 
 def test_shell_pipeline(env: ExecutionEnvironment) -> None:
     line = "seq 1 20000 | sort -rn | awk '$1 % 7 == 0' | head -n 3 | tr '\\n' ' ' && wc -l < /etc/passwd"
-    result = env.run(["sh", "-c", line], timeout=30).check()
+    result = env.run(["sh", "-c", line], timeout=30 * PATIENCE).check()
     assert result.stdout == b"19999 19992 19985 3\n"
     assert result.stderr == b""
 
@@ -269,7 +276,7 @@ mapfile -t lines < <(seq 3); echo "${#lines[@]}"
 echo "to stderr" > /dev/stderr
 echo $(( $(ulimit -n) ))
 """
-    result = env.run(["bash"], input=script, timeout=30).check()
+    result = env.run(["bash"], input=script, timeout=30 * PATIENCE).check()
     assert result.text().splitlines() == [
         "2c2", "< 2", "---", "> 3", "here", "3", "1024", "trapped",
     ]  # fmt: skip
@@ -278,7 +285,7 @@ echo $(( $(ulimit -n) ))
 
 def test_named_pipe_between_two_programs(env: ExecutionEnvironment) -> None:
     line = "mkfifo /tmp/pipe && (echo through > /tmp/pipe &) && cat /tmp/pipe"
-    assert env.run(["sh", "-c", line], timeout=10).check().stdout == b"through\n"
+    assert env.run(["sh", "-c", line], timeout=10 * PATIENCE).check().stdout == b"through\n"
     refused = env.run(["mknod", "/tmp/null", "c", "1", "3"])
     assert refused.exit_code == 1
     assert b"Operation not permitted" in refused.stderr
@@ -294,14 +301,14 @@ def test_perl_with_fork_pipes_and_sockets(env: ExecutionEnvironment) -> None:
         "open my $p, '-|', 'echo', 'piped' or die; my $line = <$p>; chomp $line;"
         "print join(' ', $got, $? >> 8, $line, (getpwuid $<)[0]), \"\\n\""
     )
-    result = env.run(["perl", "-e", script], timeout=30).check()
+    result = env.run(["perl", "-e", script], timeout=30 * PATIENCE).check()
     assert result.stdout == b"child 3 piped sandbox\n"
 
 
 @requires("java")
 @pytest.mark.slow
 def test_java_virtual_machine_starts(env: ExecutionEnvironment) -> None:
-    result = env.run(["java", "-XX:+UseSerialGC", "-Xmx64m", "-version"], timeout=60)
+    result = env.run(["java", "-XX:+UseSerialGC", "-Xmx64m", "-version"], timeout=60 * PATIENCE)
     assert result.ok, result.stderr
     assert b"version" in result.stderr
 
@@ -310,14 +317,14 @@ def test_java_virtual_machine_starts(env: ExecutionEnvironment) -> None:
 @requires("xz")
 def test_archives_are_packed_and_unpacked(env: ExecutionEnvironment) -> None:
     line = "mkdir a && seq 10000 > a/b && ln a/b a/c && tar cJf x a && mkdir u && tar xf x -C u && cmp a/b u/a/c"
-    assert env.run(["sh", "-ec", line], cwd="/tmp", timeout=30).check().stderr == b""
+    assert env.run(["sh", "-ec", line], cwd="/tmp", timeout=30 * PATIENCE).check().stderr == b""
 
 
 @requires("script")
 def test_program_that_wants_a_terminal_makes_one(env: ExecutionEnvironment) -> None:
     # script(1) opens a pseudo-terminal of the environment's own devpts.
     command = ["script", "-qec", "tty; test -t 0 && test -t 1 && echo yes", "/dev/null"]
-    result = env.run(command, timeout=30).check()
+    result = env.run(command, timeout=30 * PATIENCE).check()
     assert result.text().split() == ["/dev/pts/0", "yes"]
 
 
@@ -334,5 +341,5 @@ def test_common_tools_know_the_user_the_host_and_the_time(env: ExecutionEnvironm
 
 
 def test_run_in_one_call() -> None:
-    result = nsbox.run(["sort", "-n"], input=b"10\n9\n8\n", timeout=10)
+    result = nsbox.run(["sort", "-n"], input=b"10\n9\n8\n", timeout=10 * PATIENCE)
     assert result.check().stdout == b"8\n9\n10\n"

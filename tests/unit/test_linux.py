@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.support import PATIENCE
 
 import nsbox
 from nsbox.errors import SyscallError, UnsupportedHostError
@@ -77,7 +78,7 @@ def run_alone(function: Callable[[], None]) -> str:
         [sys.executable, "-I", "-S", "-c", "\n".join(parts)],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=30 * PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -222,7 +223,7 @@ def test_clone3_into_cgroup() -> None:
             [sys.executable, "-I", "-S", "-c", f"{source}{textwrap.dedent(with_input)}program()"],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=30 * PATIENCE,
         )
         assert done.returncode == 0, done.stderr
     finally:
@@ -681,7 +682,7 @@ def test_children_and_descendants() -> None:
         assert proc.read_stat(found[1]).ppid == found[0]
         assert proc.read_stat(found[1]).comm == "cat"
     finally:
-        parent.communicate(timeout=10)
+        parent.communicate(timeout=10 * PATIENCE)
     assert proc.children(parent.pid) == proc.descendants(parent.pid) == []
     with pytest.raises((FileNotFoundError, ProcessLookupError)):
         proc.read_starttime(parent.pid)

@@ -90,13 +90,18 @@ def _pids() -> str:
 def _cpu() -> str:
     _supported("cgroup.cpu")
     code = (
-        "import time\ne=time.monotonic()+0.5\nwhile time.monotonic()<e: pass\n"
+        "import sys,time\ne=time.monotonic()+float(sys.argv[1])\nwhile time.monotonic()<e: pass\n"
         "print(time.process_time())"
     )
-    result = _run(_python(code), limits=Limits(cpu_max=0.2))
-    used = float(result.text() or 9)
-    _expect(result.ok and used < 0.35, result, f"{used:.2f} s of CPU in half a second at 0.2 CPUs")
-    return f"{used:.2f} s of CPU in 0.5 s at 0.2 CPUs; {_version('cgroup.cpu')}"
+    # A virtual CPU that its host does not run counts as used meanwhile. The kernel takes what was
+    # used over the quota off the next periods, which takes longer to see.
+    for seconds in (0.5, 3.0):
+        result = _run(_python(code, str(seconds)), limits=Limits(cpu_max=0.2))
+        used = float(result.text() or 9)
+        seen = f"{used:.2f} s of CPU in {seconds:g} s at 0.2 CPUs"
+        if result.ok and used < 0.7 * seconds:
+            return f"{seen}; {_version('cgroup.cpu')}"
+    raise _NotSeenError(f"{seen}: {result.outcome.value}, {result.evidence}")
 
 
 def _cpuset() -> str:

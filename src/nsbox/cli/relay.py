@@ -48,6 +48,7 @@ class Pump:
         transform: Callable[[bytes], bytes] | None = None,
         may_read: Callable[[], bool] | None = None,
         patient: bool = False,
+        limit: int | None = None,
     ) -> None:
         """Make a pump.
 
@@ -58,11 +59,13 @@ class Pump:
             may_read: Asked before each wait whether reading is allowed now.
             patient: Go on after an end of input: the master of a terminal reads as ended while
                 nobody has the other side open, which somebody may do again (pty(7)).
+            limit: Bytes to pass on at most; what is read after them is dropped.
         """
         self._source = source
         self._sink = sink
         self._transform = transform
         self._may_read = may_read
+        self._limit = limit
         self._pause_end = 0.0
         self.patient = patient
         self._piece = _SURE_TO_FIT if os.get_blocking(sink) else CHUNK
@@ -116,7 +119,9 @@ class Pump:
             else:
                 self.end_source()
             return
-        self.total += len(data)
+        before, self.total = self.total, self.total + len(data)
+        if self._limit is not None:
+            data = data[: max(0, self._limit - before)]
         self._data = memoryview(data if self._transform is None else self._transform(data))
         if self._data:
             self._write()

@@ -114,7 +114,9 @@ class Session:
         self._inputs.append(
             Pump(os.dup(0), os.dup(master), transform=transform if self._suspend else None)
         )
-        self._outputs["terminal"] = Pump(os.dup(master), open_sink(1), patient=True)
+        self._outputs["terminal"] = Pump(
+            os.dup(master), open_sink(1), patient=True, limit=self._output_max
+        )
         return process
 
     def _start_with_streams(
@@ -132,7 +134,9 @@ class Session:
         for name, number, stream in (("stdout", 1, process.stdout), ("stderr", 2, process.stderr)):
             if stream is not None:
                 os.set_blocking(stream.fileno(), False)
-                self._outputs[name] = Pump(os.dup(stream.fileno()), open_sink(number))
+                self._outputs[name] = Pump(
+                    os.dup(stream.fileno()), open_sink(number), limit=self._output_max
+                )
                 stream.close()
         if process.stdin is not None:
             sink = os.dup(process.stdin.fileno())
