@@ -13,7 +13,10 @@ import re
 import sys
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nsbox.launcher.client import Launcher
 
 GRACE = 3.0
 """Seconds the asynchronous teardown may take (run() answers first and removes after)."""
@@ -23,10 +26,11 @@ _CGROUP_ROOT = "/sys/fs/cgroup"
 Snapshot = dict[str, frozenset[str]]
 
 
-def current_launcher() -> Any:
+def current_launcher() -> Launcher | None:
     """Return the launcher of this process, or None; never starts one."""
     client = sys.modules.get("nsbox.launcher.client")
-    return None if client is None else client._holder._launcher
+    launcher: Launcher | None = None if client is None else client._holder._launcher
+    return launcher
 
 
 def snapshot(temporary: str) -> Snapshot:
@@ -91,7 +95,7 @@ def _names(path: str) -> list[str]:
         return []
 
 
-def _descriptors(launcher: Any) -> frozenset[str]:
+def _descriptors(launcher: Launcher | None) -> frozenset[str]:
     own: set[int] = set()
     if launcher is not None:
         own = {launcher._channel.fileno(), launcher._done, launcher._pidfd}
@@ -105,7 +109,7 @@ def _descriptors(launcher: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def _launcher_mounts(launcher: Any) -> frozenset[str]:
+def _launcher_mounts(launcher: Launcher | None) -> frozenset[str]:
     """Say how many mounts more than the host the launcher has: none, between births."""
     if launcher is None:
         return frozenset()
@@ -116,7 +120,7 @@ def _launcher_mounts(launcher: Any) -> frozenset[str]:
     return frozenset([f"{theirs} and not {ours}"]) if theirs > ours else frozenset()
 
 
-def _launcher_descriptors(launcher: Any) -> frozenset[str]:
+def _launcher_descriptors(launcher: Launcher | None) -> frozenset[str]:
     """Return kinds and counts of the launcher's open files, without what it keeps on purpose."""
     if launcher is None:
         return frozenset()
@@ -142,7 +146,7 @@ def _launcher_descriptors(launcher: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def cgroups(launcher: Any) -> frozenset[str]:
+def cgroups(launcher: Launcher | None) -> frozenset[str]:
     """Return directories of environments of our launcher, and those whose launcher is dead."""
     found: set[str] = set()
     bases = _cgroup_bases()
@@ -225,7 +229,9 @@ def _host_of(launcher: int) -> int:
         return 0
 
 
-def _leaked_processes(all_of_them: dict[int, _Process], launcher: Any) -> frozenset[str]:
+def _leaked_processes(
+    all_of_them: dict[int, _Process], launcher: Launcher | None
+) -> frozenset[str]:
     """Return children and descendants of this process, and nsbox's processes without an owner."""
     kept = set()
     if launcher is not None:

@@ -68,7 +68,7 @@ answer = None
 """
 
 
-def attack(env: nsbox.ExecutionEnvironment, code: str, **arguments: Any) -> Any:
+def attack(env: nsbox.ExecutionEnvironment, code: str, **arguments: object) -> Any:  # noqa: ANN401 - JSON
     """Run Python code inside; return what it has put into `answer`, by way of JSON.
 
     It finds `syscall(number, ...)` and `attempt(function, ...)`, which return the name of the
@@ -91,9 +91,9 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 5.0)
         delay = min(delay * 1.5, 0.05)
 
 
-def host_program(code: str, *arguments: str, **popen: Any) -> subprocess.Popen[bytes]:
+def host_program(code: str, *arguments: str, **popen: int) -> subprocess.Popen[bytes]:
     """Start a Python program outside that uses nsbox: another host."""
-    return subprocess.Popen(
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [SOURCE, *_own_path()]))},
         **popen,

@@ -168,6 +168,9 @@ class Blueprint:
     def _add(self, name: str, in_force: bool, detail: str) -> None:
         self.layers.append(Protection(name, in_force, detail))
 
+    def _add_unwanted(self, name: str, detail: str) -> None:
+        self.layers.append(Protection(name, in_force=False, detail=detail, wanted=False))
+
     def _compile_filter(self) -> bytes:
         policy = self._config.seccomp
         try:
@@ -185,7 +188,7 @@ class Blueprint:
         for name in namespaces.FLAGS:
             feature = f"namespace.{name}"
             if name == "network" and self._config.network == "host":
-                self._add(feature, False, "the host's network was asked for")
+                self._add_unwanted(feature, "the host's network was asked for")
                 continue
             if name not in self._hello["namespaces"]:
                 reason = f"this kernel has no {name} namespaces"
@@ -202,7 +205,7 @@ class Blueprint:
         for field, feature in _LIMIT_FEATURES:
             value = getattr(limits, field)
             if value is None or value == ():
-                self._add(feature, False, "no limit was asked for")
+                self._add_unwanted(feature, "no limit was asked for")
                 continue
             found = self._cgroups[feature]
             if "missing" not in found:

@@ -10,6 +10,8 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import IO, Any, Final, Self
 
 from nsbox.errors import (
@@ -183,10 +185,8 @@ class Process:
         """Kill the command if it still runs, and close the pipes and the terminal."""
         if self._result is None:
             self.kill()
-            try:
+            with suppress(EnvironmentDied):  # then it is gone too
                 self.wait(KILL_DEADLINE * 2)
-            except EnvironmentDied:
-                pass  # then it is gone too
         self._close_streams()
 
     def __enter__(self) -> Self:
@@ -244,8 +244,8 @@ class Process:
         if self._verdict is not None and self._verdict.outcome is Outcome.OUTPUT_LIMIT:
             result = self._with_verdict(result)
         self._close_streams()
-        fields = {name: bytes(buffer) for name, buffer in captured.items()}
-        return _replace(result, **fields)
+        stdout, stderr = (bytes(captured.get(name, b"")) for name in ("stdout", "stderr"))
+        return replace(result, stdout=stdout, stderr=stderr)
 
     def register(self, poller: select.poll) -> None:
         """Register with `poller` what becomes readable when `poll` may have an answer."""
@@ -345,10 +345,8 @@ class Process:
     def _send(self, kind: bytes, number: int) -> None:
         with self._lock:
             if self._result is None:
-                try:
+                with suppress(OSError):  # it has just ended; the answer is there to be read
                     self._channel.socket.sendall(p.SIGNAL.pack(kind, number))
-                except OSError:
-                    pass  # it has just ended; the answer is there to be read
 
     # -- the verdict ---------------------------------------------------------------------------
 
@@ -418,7 +416,7 @@ class Process:
     def _with_verdict(self, result: Result) -> Result:
         if self._verdict is None or result.outcome is not Outcome.EXITED:
             return result
-        return _replace(result, outcome=self._verdict.outcome, evidence=self._verdict.evidence)
+        return replace(result, outcome=self._verdict.outcome, evidence=self._verdict.evidence)
 
     def _close_streams(self) -> None:
         for stream in (self.stdin, self.stdout, self.stderr):
@@ -437,12 +435,6 @@ def _check_given(fd: int) -> None:
     if stat.S_ISDIR(mode):
         # openat(2) from a directory of the host leads out of the pivoted root.
         raise ConfigError(f"descriptor {fd} is a directory, which would lead out of the sandbox")
-
-
-def _replace(result: Result, **changes: Any) -> Result:
-    from dataclasses import replace
-
-    return replace(result, **changes)
 
 
 def _rise(

@@ -382,12 +382,13 @@ class Config:
             raise ConfigError(f"cwd: must be absolute, got {self.cwd!r}")
         put("user_id", _count(self.user_id, "user_id", least=1, most=65533))
 
-    def replace(self, **changes: Any) -> Config:
+    def replace(self, **changes: object) -> Config:
         """Return a copy with some fields changed; checks apply as to a new one."""
         unknown = sorted(set(changes) - {item.name for item in fields(self)})
         if unknown:
             raise ConfigError(f"unknown option {unknown[0]!r} of Config")
-        return replace(self, **changes)
+        values: dict[str, Any] = changes  # __post_init__ checks the types
+        return replace(self, **values)
 
 
 @functools.cache
@@ -395,7 +396,7 @@ def _default_config() -> Config:
     return Config()
 
 
-def make_config(config: Config | None, changes: Mapping[str, Any]) -> Config:
+def make_config(config: Config | None, changes: Mapping[str, object]) -> Config:
     """Return `config` (or the default) with `changes`, naming unknown fields."""
     base = _default_config() if config is None else config
     if not isinstance(base, Config):

@@ -10,7 +10,7 @@ import secrets
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 from nsbox.blueprint import born_layers, plan
 from nsbox.command import DEVNULL, PIPE, Process, Stream, usage_between
@@ -60,7 +60,7 @@ class ExecutionEnvironment:
         pid: Process id of its PID 1, on the host.
     """
 
-    def __init__(self, config: Config | None = None, **fields: Any) -> None:
+    def __init__(self, config: Config | None = None, **fields: object) -> None:
         """Give birth to an environment and wait until it is locked in.
 
         Args:
@@ -393,7 +393,7 @@ def run(
     stderr: Stream = None,
     cpu_time: float | None = None,
     check: bool = False,
-    **fields: Any,
+    **fields: object,
 ) -> Result:
     """Run one command in a fresh environment of its own and return its `Result`.
 

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from nsbox.errors import EnvironmentDied, LauncherError, SetupError
@@ -215,10 +216,8 @@ class Link:
     def kill(self) -> None:
         """SIGKILL PID 1, and so everything in the environment."""
         if self._pidfd >= 0:
-            try:
+            with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     # -- the launcher --------------------------------------------------------------------------
 

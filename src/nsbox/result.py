@@ -69,6 +69,8 @@ class Protection:
     name: str
     in_force: bool
     detail: str
+    wanted: bool = True
+    """False where the configuration does without it: no limit named, the host's network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,8 @@ class Protections(Mapping[str, Protection]):
 
     @property
     def missing(self) -> tuple[Protection, ...]:
-        """The layers that are not in force."""
-        return tuple(layer for layer in self.layers if not layer.in_force)
+        """The layers that are wanted and not in force."""
+        return tuple(layer for layer in self.layers if layer.wanted and not layer.in_force)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -67,7 +67,8 @@ def test_system_v_and_posix_queues_are_private(make_env: MakeEnv) -> None:
     try:
         first, second = make_env(seccomp="docker"), make_env(seccomp="docker")
         code = """
-        answer = [attempt(lambda: libc.shmget(key, 4096, 0o666)), libc.shmget(key, 4096, 0o3666) >= 0,
+        answer = [attempt(lambda: libc.shmget(key, 4096, 0o666)),
+                  libc.shmget(key, 4096, 0o3666) >= 0,
                   libc.mq_open(b'/queue', 0o302, 0o666, None) >= 0]
         """
         # Each may make the key anew, exclusively: it is there neither from the host nor the other.

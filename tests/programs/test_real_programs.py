@@ -95,7 +95,8 @@ fs.writeFileSync('/tmp/packed', zlib.gzipSync(text));
 const same = zlib.gunzipSync(fs.readFileSync('/tmp/packed')).toString() === text;
 const digest = crypto.createHash('sha256').update('abc').digest('hex').slice(0, 8);
 const echoed = execFileSync('echo', ['child']).toString().trim();
-const worker = new Worker("require('worker_threads').parentPort.postMessage(6 * 7)", { eval: true });
+const source = "require('worker_threads').parentPort.postMessage(6 * 7)";
+const worker = new Worker(source, { eval: true });
 worker.on('message', (n) => console.log(JSON.stringify({ n, same, digest, echoed })));
 """
 
@@ -182,7 +183,8 @@ def make_wheel(directory: Path) -> None:
     """Write the wheel of a package of one module, without any tool."""
     files = {
         "tiny_answer.py": b"def answer():\n    return 42\n",
-        "tiny_answer-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-answer\nVersion: 1.0\n",
+        "tiny_answer-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\n"
+        b"Name: tiny-answer\nVersion: 1.0\n",
         "tiny_answer-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: hand\n"
         b"Root-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -249,7 +251,10 @@ def test_sqlite_of_the_command_line_with_wal(env: ExecutionEnvironment) -> None:
 
 
 def test_shell_pipeline(env: ExecutionEnvironment) -> None:
-    line = "seq 1 20000 | sort -rn | awk '$1 % 7 == 0' | head -n 3 | tr '\\n' ' ' && wc -l < /etc/passwd"
+    line = (
+        "seq 1 20000 | sort -rn | awk '$1 % 7 == 0' | head -n 3 | tr '\\n' ' '"
+        " && wc -l < /etc/passwd"
+    )
     result = env.run(["sh", "-c", line], timeout=30).check()
     assert result.stdout == b"19999 19992 19985 3\n"
     assert result.stderr == b""
@@ -309,7 +314,10 @@ def test_java_virtual_machine_starts(env: ExecutionEnvironment) -> None:
 @requires("tar")
 @requires("xz")
 def test_archives_are_packed_and_unpacked(env: ExecutionEnvironment) -> None:
-    line = "mkdir a && seq 10000 > a/b && ln a/b a/c && tar cJf x a && mkdir u && tar xf x -C u && cmp a/b u/a/c"
+    line = (
+        "mkdir a && seq 10000 > a/b && ln a/b a/c && tar cJf x a"
+        " && mkdir u && tar xf x -C u && cmp a/b u/a/c"
+    )
     assert env.run(["sh", "-ec", line], cwd="/tmp", timeout=30).check().stderr == b""
 
 

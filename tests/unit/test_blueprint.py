@@ -46,9 +46,9 @@ FULL_HOST: dict[str, Any] = {
 }
 
 
-def host(*missing: str, **changes: Any) -> dict[str, Any]:
+def host(*missing: str, **changes: object) -> dict[str, Any]:
     """Return a hello of a host that has everything but the cgroup features named."""
-    hello = {**copy.deepcopy(FULL_HOST), **changes}
+    hello: dict[str, Any] = {**copy.deepcopy(FULL_HOST), **changes}
     for name in missing:
         hello["cgroups"][name] = MISSING
     return hello
@@ -64,8 +64,8 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seccomp, "filter_for", lambda policy: policy.name.encode())
 
 
-def decide(hello: dict[str, Any] = FULL_HOST, **fields: Any) -> b.Blueprint:
-    return b.Blueprint(Config(**fields), hello)
+def decide(hello: dict[str, Any] = FULL_HOST, **fields: object) -> b.Blueprint:
+    return b.Blueprint(Config(**fields), hello)  # type: ignore[arg-type]
 
 
 def layers(blueprint: b.Blueprint) -> Protections:
@@ -132,8 +132,10 @@ def test_a_poor_host_gets_an_environment_with_all_defaults_and_the_truth() -> No
     made = decide(POOR_HOST)
     assert made.spec["cgroup_limits"] == {}
     assert not made.accounts_cpu
-    missing = {layer.name for layer in layers(made).missing}
-    assert missing == {"cgroup.memory", "cgroup.cpu", "cgroup.cpuset", "cgroup.io"}
+    assert [layer.name for layer in layers(made).missing] == ["cgroup.memory"]
+    unwanted = {layer.name for layer in made.layers if not layer.wanted}
+    assert unwanted == {"cgroup.cpu", "cgroup.cpuset", "cgroup.io"}
+    assert not any(layer.in_force for layer in made.layers if not layer.wanted)
 
 
 def test_limit_switched_off_by_name_is_not_in_force_and_never_refused() -> None:

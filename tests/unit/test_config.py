@@ -187,18 +187,20 @@ def test_whole_sizes_are_exact(number: int, unit: str) -> None:
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.binary(), st.none(), st.booleans()))
-def test_any_size_is_bytes_or_a_config_error(value: Any) -> None:
+def test_any_size_is_bytes_or_a_config_error(value: object) -> None:
     try:
-        size = parse_size(value)
+        size = parse_size(value)  # type: ignore[arg-type]
     except ConfigError as error:
-        assert str(error).startswith("size: ")
+        message = str(error)
     else:
         assert isinstance(size, int)
         assert 0 < size <= 1 << 62
+        return
+    assert message.startswith("size: ")
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.none(), st.booleans()))
-def test_any_time_is_finite_or_a_config_error(value: Any) -> None:
+def test_any_time_is_finite_or_a_config_error(value: object) -> None:
     try:
         seconds = parse_seconds(value, "timeout")
     except ConfigError:

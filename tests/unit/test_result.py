@@ -7,7 +7,6 @@ import base64
 import dataclasses
 import json
 import signal
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,12 +19,13 @@ LAYERS = Protections(
     (
         Protection("namespace.pid", True, "its own"),
         Protection("cgroup.memory", False, "no delegation"),
+        Protection("cgroup.cpu", False, "no limit was asked for", wanted=False),
     )
 )
 
 
-def result(outcome: Outcome = Outcome.EXITED, returncode: int = 0, **more: Any) -> Result:
-    return Result(argv=("prog", "-x"), outcome=outcome, returncode=returncode, **more)
+def result(outcome: Outcome = Outcome.EXITED, returncode: int = 0, **more: object) -> Result:
+    return Result(argv=("prog", "-x"), outcome=outcome, returncode=returncode, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_to_dict_has_every_field() -> None:
     assert made["usage"]["wall_seconds"] == 0.5
     assert set(made["usage"]) == {item.name for item in dataclasses.fields(Usage)}
     assert made["protections"]["cgroup.memory"] == {
-        "name": "cgroup.memory", "in_force": False, "detail": "no delegation",
+        "name": "cgroup.memory", "in_force": False, "detail": "no delegation", "wanted": True,
     }  # fmt: skip
 
 
@@ -114,8 +114,8 @@ def test_cpu_seconds_needs_both_halves() -> None:
 
 
 def test_protections_are_a_read_only_mapping() -> None:
-    assert list(LAYERS) == ["namespace.pid", "cgroup.memory"]
-    assert len(LAYERS) == 2
+    assert list(LAYERS) == ["namespace.pid", "cgroup.memory", "cgroup.cpu"]
+    assert len(LAYERS) == 3
     assert LAYERS["namespace.pid"].in_force
     assert [layer.name for layer in LAYERS.missing] == ["cgroup.memory"]
     assert "seccomp" not in LAYERS

@@ -444,18 +444,38 @@ class TestCache:
         assert self.get() == b"12345678"
         assert not cache.exists()
 
-    def test_missing_libseccomp_is_an_unsupported_host(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-    ) -> None:
-        import nsbox
 
-        if (Path(nsbox.__file__).parents[1] / "pyseccomp.py").exists():
-            pytest.skip("installed beside pyseccomp, which nothing can come before then")
-        broken = tmp_path / "pyseccomp.py"
-        broken.write_text("raise RuntimeError('Unable to find libseccomp')\n")
-        monkeypatch.syspath_prepend(str(tmp_path))
-        monkeypatch.delitem(sys.modules, "pyseccomp", raising=False)
-        with pytest.raises(UnsupportedHostError, match="apt install libseccomp2") as caught:
-            self.get()
-        assert caught.value.feature == "seccomp"
-        assert "Unable to find libseccomp" in caught.value.reason
+WITHOUT_LIBSECCOMP = """
+import sys
+from nsbox.errors import UnsupportedHostError
+from nsbox.isolation import seccomp
+from nsbox.policy import SeccompPolicy
+try:
+    seccomp.filter_for(SeccompPolicy.default())
+except UnsupportedHostError as error:
+    print(error.feature, error.hint, error.reason, sep="\\n")
+"""
+
+
+@pytest.mark.needs("userns")
+def test_missing_libseccomp_is_an_unsupported_host(tmp_path: Path) -> None:
+    import pyseccomp  # loads it
+
+    assert pyseccomp.system_arch()
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    (library,) = (path for path in loaded if "libseccomp.so" in path)
+    # In a mount namespace of its own, where the library is an empty file.
+    script = 'mount --bind /dev/null "$1" && exec "$2" -c "$3"'
+    words = ["sh", "-c", script, "sh", library, sys.executable, WITHOUT_LIBSECCOMP]
+    done = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", *words],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    feature, hint, reason = done.stdout.splitlines()
+    assert feature == "seccomp"
+    assert "apt install libseccomp2" in hint
+    assert reason.startswith("libseccomp cannot be loaded: ")
+    assert not list(tmp_path.rglob("*.bpf"))

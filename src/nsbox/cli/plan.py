@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import click
 
@@ -14,7 +13,7 @@ from nsbox.cli.options import environment_options, make_config
 @click.command("plan")
 @environment_options
 @click.option("--json", "as_json", is_flag=True, help="Print one object.")
-def plan_command(as_json: bool, **options: Any) -> int:
+def plan_command(as_json: bool, **options: object) -> int:
     """Print what `nsbox run` would do with these options, in order; nothing is run.
 
     A launcher is started for it, which finds out what this host can enforce.
