@@ -271,10 +271,10 @@ def test_clone3_is_enosys_and_a_fork_works(probe: Probe, numbers: dict[str, int]
 def test_python_forks_threads_pipes_and_sockets(probe: Probe, profile: str) -> None:
     code = """if True:
         import asyncio, os, socket, subprocess, tempfile, threading
+        pid = os.fork()  # before the threads: the kernel may count one for a while after join()
+        os.waitpid(pid, 0) if pid else os._exit(0)
         threads = [threading.Thread(target=os.getpid) for _ in range(8)]
         [t.start() for t in threads]; [t.join() for t in threads]
-        pid = os.fork()
-        os.waitpid(pid, 0) if pid else os._exit(0)
         assert subprocess.check_output(["sh", "-c", "echo a b | tr a c"]) == b"c b\\n"
         a, b = socket.socketpair(); a.send(b"x"); assert b.recv(1) == b"x"
         s = socket.create_server(("127.0.0.1", 0)); socket.create_connection(s.getsockname())
