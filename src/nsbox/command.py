@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -19,7 +20,6 @@ from nsbox.errors import (
     ConfigError,
     EnvironmentDied,
     SetupError,
-    SyscallError,
 )
 from nsbox.guest import protocol as p
 from nsbox.link import Link
@@ -105,8 +105,7 @@ class Process:
                     mode = "wb" if number == 0 else "rb"
                     setattr(self, name, os.fdopen(ours, mode, buffering=0))
                 elif stream is not None and stream != DEVNULL:
-                    given.append(stream if isinstance(stream, int) else stream.fileno())
-                    _check_given(given[-1])
+                    given.append(_descriptor_of(stream, ("stdin", "stdout", "stderr")[number]))
                 stdio.append(stream is not None and stream != DEVNULL)
             request["stdio"] = stdio
             self._channel = self._link.ask(p.RUN, request, given)
@@ -145,10 +144,8 @@ class Process:
             return SetupError("cwd", f"{request['cwd']!r}: {text}", errno=error)
         if stage == "tty":
             return SetupError("tty", f"no terminal could be opened: {text}", errno=error)
-        if stage == "request":
-            return SyscallError("execve", error, name)
         path = request["env"].get("PATH", "")
-        where = "" if "/" in name else f" in PATH={path}"
+        where = f" in PATH={path}" if error == errno.ENOENT and "/" not in name else ""
         return CommandStartError(name, error, f"{text}{where}, inside the environment")
 
     # -- the caller's face ---------------------------------------------------------------------
@@ -178,8 +175,14 @@ class Process:
         self.condemn(Outcome.KILLED, "killed by the caller")
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the command's own process."""
-        self._send(p.SIGNAL_MAIN, int(number))
+        """Send a signal to the command's own process.
+
+        Raises:
+            ConfigError: `number` is no signal.
+        """
+        if not isinstance(number, int) or number not in signal.valid_signals():
+            raise ConfigError(f"signal: must be a number such as signal.SIGTERM, got {number!r}")
+        self._send(p.SIGNAL_MAIN, number)
 
     def close(self) -> None:
         """Kill the command if it still runs, and close the pipes and the terminal."""
@@ -427,14 +430,26 @@ class Process:
             self.tty = -1
 
 
-def _check_given(fd: int) -> None:
+def _descriptor_of(stream: object, what: str) -> int:
+    """Return the descriptor of a stream that the caller gave; ConfigError when it is none."""
+    try:
+        fd = stream if isinstance(stream, int) else stream.fileno()  # type: ignore[attr-defined]
+        if isinstance(stream, bool) or not isinstance(fd, int):
+            raise TypeError
+    except (AttributeError, TypeError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"{what}: must be an open file, a descriptor, PIPE or DEVNULL, got {stream!r}"
+        ) from error
     try:
         mode = os.fstat(fd).st_mode
     except OSError as error:
-        raise ConfigError(f"descriptor {fd}: {error.strerror}") from error
+        raise ConfigError(f"{what}: descriptor {fd}: {error.strerror}") from error
     if stat.S_ISDIR(mode):
         # openat(2) from a directory of the host leads out of the pivoted root.
-        raise ConfigError(f"descriptor {fd} is a directory, which would lead out of the sandbox")
+        raise ConfigError(
+            f"{what}: descriptor {fd} is a directory, which would lead out of the sandbox"
+        )
+    return fd
 
 
 def _rise(

@@ -19,6 +19,7 @@ from nsbox.config import (
     check_argv,
     check_environment,
     check_text,
+    check_window_size,
     make_config,
     parse_seconds,
 )
@@ -184,6 +185,7 @@ class ExecutionEnvironment:
         When a command ends, everything is killed that is no descendant of one still running.
         """
         if tty is not None:
+            tty = check_window_size(tty)
             stdin = None
             stdout, stderr = (None if item == PIPE else item for item in (stdout, stderr))
         return self._start(argv, env, cwd, (stdin, stdout, stderr), tty, cpu_time)

@@ -35,7 +35,6 @@ END_DEADLINE: Final = 10.0
 _READY_MOST: Final = 16  # bytes of PID 1's first and only word on the control socket
 _STEP_HINTS: Final = {
     "clone": "'nsbox doctor' tells which namespace this host does not allow",
-    "layout": "a mount point inside a bound tree must exist there already",
     "trees": "an idmapped mount needs a file system that supports it (ext4, xfs, btrfs, tmpfs "
     "since Linux 6.3); allow_missing={'idmapped_mounts'} binds without",
 }
@@ -164,7 +163,7 @@ class Link:
             self._pidfd = fds[0]
             return message
         if message["kind"] == "gone":
-            raise SetupError("birth", "the environment was killed before it was ready")
+            raise SetupError("birth", f"{self._describe_gone(message)} before it was ready")
         step = message["step"]
         raise SetupError(
             step, message["message"], errno=message["errno"], hint=_STEP_HINTS.get(step, "")
@@ -209,9 +208,9 @@ class Link:
             )
         self.kill()  # a broken frame, or it is gone already
         self.await_end()
-        return EnvironmentDied(
-            f"environment {self.env_id}: {self.describe_end()}", Outcome.SIGNALED
-        )
+        killed_by_limit = (self.end or {}).get("usage", {}).get("oom_kills")
+        outcome = Outcome.OOM_KILLED if killed_by_limit else Outcome.SIGNALED
+        return EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}", outcome)
 
     def kill(self) -> None:
         """SIGKILL PID 1, and so everything in the environment."""
@@ -276,9 +275,12 @@ class Link:
 
     def describe_end(self) -> str:
         """Say how the environment ended, for people."""
-        end = self.end or {}
         if self.closing:
             return "it was closed"
+        return self._describe_gone(self.end or {})
+
+    @staticmethod
+    def _describe_gone(end: Mapping[str, Any]) -> str:
         if "launcher" in end:
             return "the launcher died, and the environment with it"
         if (end.get("usage") or {}).get("oom_kills"):

@@ -106,7 +106,8 @@ def hold(layout: dict[str, Any]) -> int:
                 os.write(report_write, b"{}")
                 os.read(release, 1)
             except OSError as error:
-                message = {"errno": error.errno, "message": str(error)}
+                text = str(error).removeprefix(f"[Errno {error.errno}] ")
+                message = {"errno": error.errno, "message": text}
                 os.write(report_write, json.dumps(message).encode())
         finally:
             os._exit(0)
@@ -284,7 +285,8 @@ def _make_mount_point(root: str, destination: str, *, is_directory: bool) -> Non
             continue
         if parent_device != device:
             # Creating it would write to the host's tree.
-            raise SyscallError("mkdir (not in a bound tree)", errno.ENOENT, destination)
+            what = "mkdir (a mount point in a bound tree must exist there already)"
+            raise SyscallError(what, errno.ENOENT, destination)
         if index < len(parts) - 1 or is_directory:
             os.mkdir(path, 0o755)
         else:

@@ -263,7 +263,9 @@ def describe_error(step: str, error: BaseException) -> dict[str, Any]:
     return {
         "step": step,
         "errno": getattr(error, "errno", None) or 0,
-        "message": str(error) if isinstance(error, OSError) else repr(error),
+        "message": str(error).removeprefix(f"[Errno {error.errno}] ")
+        if isinstance(error, OSError)
+        else repr(error),
     }
 
 
