@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import signal as _signal
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -149,11 +150,11 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return the whole result as JSON-able values.
 
-        Streams are text where they are UTF-8, else ``{"base64": ...}``.
+        Streams and words of argv are text where they are UTF-8, else ``{"base64": ...}``.
         """
         signal = self.signal
         return {
-            "argv": list(self.argv),
+            "argv": [_json_bytes(os.fsencode(word)) for word in self.argv],
             "outcome": self.outcome.value,
             "returncode": self.returncode,
             "exit_code": self.exit_code,

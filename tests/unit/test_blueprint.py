@@ -64,6 +64,14 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seccomp, "filter_for", lambda policy: policy.name.encode())
 
 
+@pytest.fixture(autouse=True)
+def _block_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A host with two disks, 8:0 and 8:16, and a partition, 8:17."""
+    for name in ("8:0", "8:16", "8:17/partition"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(b, "_BLOCK_DEVICES", str(tmp_path))
+
+
 def decide(hello: dict[str, Any] = FULL_HOST, **fields: object) -> b.Blueprint:
     return b.Blueprint(Config(**fields), hello)  # type: ignore[arg-type]
 
@@ -192,6 +200,20 @@ def test_cpu_time_needs_accounting() -> None:
 def test_io_device_must_be_a_block_device(device: str) -> None:
     with pytest.raises(ConfigError, match="io_max device"):
         decide(limits=Limits(io_max=(IoMax(device=device, rbps=1),)))
+
+
+@pytest.mark.parametrize(
+    ("device", "words"), [("9:9", "no such device; see lsblk"), ("8:17", "name the whole disk")]
+)
+def test_io_device_must_be_a_whole_device_of_this_host(device: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"io_max device '{device}': .*{words}"):
+        decide(limits=Limits(io_max=(IoMax(device=device, rbps=1),)))
+
+
+@pytest.mark.parametrize("cpus", ["99999", "0,99999", "0-99999", "1-0"])
+def test_cpus_must_be_of_this_host(cpus: str) -> None:
+    with pytest.raises(ConfigError, match=f"of '{cpus}': this host has the CPUs 0-"):
+        decide(limits=Limits(cpuset_cpus=cpus))
 
 
 def test_io_device_is_told_by_number() -> None:

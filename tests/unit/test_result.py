@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import os
 import signal
 
 import pytest
@@ -89,6 +90,8 @@ def test_to_dict_is_json_and_loses_nothing(
     assert back["returncode"] == returncode
     assert (back["exit_code"] is None) == (back["signal"] is not None)
     assert back["argv"] == ["prog", "-x"]
+    words = dataclasses.replace(result(), argv=("prog", os.fsdecode(b"\xff"))).to_dict()["argv"]
+    assert words == ["prog", {"base64": base64.b64encode(b"\xff").decode()}]
 
 
 def test_to_dict_has_every_field() -> None:
