@@ -51,6 +51,9 @@ class _Default:
 
 DEFAULT: Final[Any] = _Default()
 
+Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+"""A word of a command line."""
+
 
 def parse_size(value: int | str, what: str = "size") -> int:
     """Return `value` in bytes.
@@ -162,7 +165,7 @@ def _all_of(kind: type, values: object, what: str) -> tuple[Any, ...]:
     return checked
 
 
-def check_argv(argv: Sequence[str]) -> tuple[str, ...]:
+def check_argv(argv: Sequence[Word]) -> tuple[str, ...]:
     """Return a command line as a tuple; ConfigError when it is a string, empty or has a NUL."""
     if isinstance(argv, str | bytes):
         raise ConfigError(
@@ -425,6 +428,8 @@ class Config:
                 raise ConfigError(
                     f"rootfs {path!r}: not a directory; rootfs/README.md tells how to build one"
                 )
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise ConfigError(f"rootfs {path!r}: not readable by this user")
             put("rootfs", os.path.realpath(path))
         put("tmp_size", parse_size(self.tmp_size, "tmp_size"))
         put("env", tuple(sorted(check_environment(self.env).items())))

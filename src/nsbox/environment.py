@@ -16,6 +16,7 @@ from nsbox.blueprint import born_layers, plan
 from nsbox.command import DEVNULL, PIPE, Process, Stream, usage_between
 from nsbox.config import (
     Config,
+    Word,
     check_argv,
     check_environment,
     check_text,
@@ -109,7 +110,7 @@ class ExecutionEnvironment:
 
     def run(
         self,
-        argv: Sequence[str],
+        argv: Sequence[Word],
         *,
         input: bytes | None = None,
         timeout: float | None = None,
@@ -166,7 +167,7 @@ class ExecutionEnvironment:
 
     def popen(
         self,
-        argv: Sequence[str],
+        argv: Sequence[Word],
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
@@ -192,7 +193,7 @@ class ExecutionEnvironment:
 
     def _start(
         self,
-        argv: Sequence[str],
+        argv: Sequence[Word],
         env: Mapping[str, str] | None,
         cwd: str | None,
         streams: tuple[Stream, Stream, Stream],
@@ -383,7 +384,7 @@ def _expect_ok(link: Link, channel: Channel, path: str) -> int:
 
 
 def run(
-    argv: Sequence[str],
+    argv: Sequence[Word],
     *,
     config: Config | None = None,
     input: bytes | None = None,

@@ -134,6 +134,8 @@ def build(layout: dict[str, Any]) -> None:
         c.AT_FDCWD, "/proc", c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | c.AT_RECURSIVE
     )
     etc = [] if layout["rootfs"] else _host_etc()
+    if layout["rootfs"]:
+        os.chdir(layout["rootfs"])  # it may lie below _BASE, too: from here on it is "."
 
     flags = c.MS_NOSUID | c.MS_NODEV
     calls.mount("tmpfs", _BASE, "tmpfs", flags, "mode=755,size=4096,nr_inodes=16")
@@ -145,7 +147,7 @@ def build(layout: dict[str, Any]) -> None:
 
     _make_skeleton(root)
     if layout["rootfs"]:
-        _place_rootfs(root, layout["rootfs"])
+        _place_rootfs(root)
     else:
         _place_host_userland(root)
         for name, content in etc:
@@ -202,12 +204,13 @@ def _place_host_userland(root: str) -> None:
         _place_entry(root, "/", name)
 
 
-def _place_rootfs(root: str, rootfs: str) -> None:
+def _place_rootfs(root: str) -> None:
+    """Put the working directory's entries into `root`."""
     os.rmdir(f"{root}/var")
     os.rmdir(f"{root}/etc")
-    for name in sorted(os.listdir(rootfs)):
+    for name in sorted(os.listdir(".")):
         if name not in _NEVER_SHARED:
-            _place_entry(root, rootfs, name)
+            _place_entry(root, ".", name)
     for name in ("etc", "var"):
         if not os.path.lexists(f"{root}/{name}"):
             os.mkdir(f"{root}/{name}", 0o755)
@@ -257,7 +260,10 @@ def _place_synthetic_etc(root: str, layout: dict[str, Any], resolv: bytes) -> No
     }
     contents = {name: text.encode() for name, text in files.items()}
     contents["resolv.conf"] = resolv
-    if not layout["rootfs"] or not os.path.isdir(f"{layout['rootfs']}/etc"):
+    if os.path.islink(f"{root}/etc"):
+        # Followed here it would lead to the host's files.
+        raise SyscallError("open (a symbolic link in the rootfs)", errno.ELOOP, "/etc")
+    if not layout["rootfs"] or not os.path.isdir("./etc"):
         for name, content in contents.items():
             _write(f"{root}/etc/{name}", content)
         return
