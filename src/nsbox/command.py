@@ -10,11 +10,12 @@ import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import IO, Any, Final, Self
 
+from nsbox.counters import oom_evidence, rise, usage_between
 from nsbox.errors import (
     CommandStartError,
     ConfigError,
@@ -24,7 +25,7 @@ from nsbox.errors import (
 from nsbox.guest import protocol as p
 from nsbox.link import Link
 from nsbox.linux.descriptors import close_all
-from nsbox.result import Outcome, Protections, Result, Usage
+from nsbox.result import Outcome, Protections, Result
 
 PIPE: Final = -1
 """Make a pipe, whose other end is an attribute of the `Process`."""
@@ -370,12 +371,10 @@ class Process:
         if after.get("cpu_user_usec") is None:
             after["cpu_user_usec"], after["cpu_system_usec"] = user, system
         returncode = os.waitstatus_to_exitcode(status)
-        if _rise(self._before, after, "oom_kills"):
+        if rise(self._before, after, "oom_kills"):
             # v1 kills one process; the environment's memory is as good as gone all the same.
             self._link.kill()
-            self._conclude(
-                Outcome.OOM_KILLED, returncode, _oom_evidence(self._before, after), after
-            )
+            self._conclude(Outcome.OOM_KILLED, returncode, oom_evidence(self._before, after), after)
         elif self._verdict is not None:
             self._conclude(self._verdict.outcome, returncode, self._verdict.evidence, after)
         elif returncode >= 0:
@@ -388,8 +387,8 @@ class Process:
         """Conclude from the launcher's report on the end of the whole environment."""
         report = self._link.end or {}
         after: dict[str, int | None] = report.get("usage") or {}
-        if _rise(self._before, after, "oom_kills"):
-            evidence = _oom_evidence(self._before, after)
+        if rise(self._before, after, "oom_kills"):
+            evidence = oom_evidence(self._before, after)
             self._conclude(Outcome.OOM_KILLED, -signal.SIGKILL, evidence, after)
         elif self._verdict is not None:
             evidence = f"{self._verdict.evidence} with its whole environment"
@@ -450,41 +449,6 @@ def _descriptor_of(stream: object, what: str) -> int:
             f"{what}: descriptor {fd} is a directory, which would lead out of the sandbox"
         )
     return fd
-
-
-def _rise(
-    before: Mapping[str, int | None], after: Mapping[str, int | None], name: str
-) -> int | None:
-    new, old = after.get(name), before.get(name)
-    return None if new is None else max(0, new - (old or 0))
-
-
-def _oom_evidence(before: Mapping[str, int | None], after: Mapping[str, int | None]) -> str:
-    return f"the memory cgroup counts {_rise(before, after, 'oom_kills')} OOM kills since it began"
-
-
-def usage_between(
-    before: Mapping[str, int | None], after: Mapping[str, int | None], wall: float | None
-) -> Usage:
-    """Return the usage between two readings of the counters; `wall` in seconds."""
-
-    def seconds(name: str) -> float | None:
-        value = _rise(before, after, name)
-        return None if value is None else value / 1e6
-
-    return Usage(
-        wall_seconds=wall,
-        cpu_user_seconds=seconds("cpu_user_usec"),
-        cpu_system_seconds=seconds("cpu_system_usec"),
-        memory_current_bytes=after.get("memory_current"),
-        memory_peak_bytes=after.get("memory_peak"),
-        pids_current=after.get("pids_current"),
-        pids_peak=after.get("pids_peak"),
-        io_read_bytes=_rise(before, after, "io_rbytes"),
-        io_write_bytes=_rise(before, after, "io_wbytes"),
-        throttled_seconds=seconds("throttled_usec"),
-        oom_kills=_rise(before, after, "oom_kills"),
-    )
 
 
 def _judge_signal(number: int, link: Link, started_at: float) -> tuple[Outcome, str]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 from nsbox.blueprint import born_layers, plan
-from nsbox.command import DEVNULL, PIPE, Process, Stream, usage_between
+from nsbox.command import DEVNULL, PIPE, Process, Stream
 from nsbox.config import (
     Config,
     Word,
@@ -24,6 +24,7 @@ from nsbox.config import (
     make_config,
     parse_seconds,
 )
+from nsbox.counters import usage_between
 from nsbox.errors import (
     CleanupError,
     ConfigError,

@@ -222,7 +222,12 @@ def test_pip_installs_a_wheel_and_it_can_be_imported(shared: Path) -> None:
 )
 def test_virtual_environment_is_made_and_used(shared: Path) -> None:
     make_wheel(shared)
-    with ExecutionEnvironment(mounts=[Mount.bind(shared, "/wheels")], tmp_size="256M") as env:
+    with ExecutionEnvironment(
+        mounts=[Mount.bind(shared, "/wheels")],
+        tmp_size="256M",  # charged to the memory limit, which must be larger
+        limits=Limits(memory_max="1G"),
+        allow_missing={"cgroup.memory"},
+    ) as env:
         made = env.run([sys.executable, "-m", "venv", "/tmp/venv"], timeout=100)
         if not made.ok and b"ensurepip is not" in made.stdout:
             pytest.skip("this interpreter's ensurepip has no wheels (Debian: python3-venv)")
