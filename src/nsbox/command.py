@@ -43,11 +43,24 @@ Stream = int | IO[Any] | None
 class _Verdict:
     """Why nsbox killed a command, noted before the signal is sent."""
 
-    __slots__ = ("evidence", "outcome")
+    __slots__ = ("_evidence", "outcome")
 
     def __init__(self, outcome: Outcome, evidence: str) -> None:
         self.outcome = outcome
-        self.evidence = evidence
+        self._evidence = evidence
+
+    def holds(self, returncode: int) -> bool:
+        """Whether it is the reason for an end: not when the command had ended by itself.
+
+        Too much output is that all the same, for what is over the limit was dropped.
+        """
+        return returncode == -signal.SIGKILL or self.outcome is Outcome.OUTPUT_LIMIT
+
+    def say(self, returncode: int) -> str:
+        """Return the evidence, with what became of the kill."""
+        if returncode == -signal.SIGKILL:
+            return f"{self._evidence}; nsbox killed it"
+        return f"{self._evidence}; it ended by itself with {returncode}"
 
 
 class Process:
@@ -173,7 +186,7 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL the command and everything it started. The outcome will be KILLED."""
-        self.condemn(Outcome.KILLED, "killed by the caller")
+        self.condemn(Outcome.KILLED, "the caller asked for it")
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the command's own process.
@@ -237,7 +250,7 @@ class Process:
                         self.stdin.close()
                         self.stdin = None
             if deadline is not None and time.monotonic() >= deadline:
-                self.condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s; nsbox killed it")
+                self.condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s")
             result = self._advance(0.0)
         # Every process that could write is gone: what is in the pipes now is all there will be.
         # Not "read until EOF": a descriptor may have been sent to a command that still runs.
@@ -267,7 +280,7 @@ class Process:
         room = limit - len(buffer)
         buffer += data[:room]
         if len(data) > room:
-            self.condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes; nsbox killed it")
+            self.condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes")
         return True
 
     def _write_some(self, fd: int, view: memoryview) -> memoryview:
@@ -322,7 +335,7 @@ class Process:
         if used >= self._cpu_time:
             self.condemn(
                 Outcome.CPU_TIMED_OUT,
-                f"used {used:.3f} s of CPU of {self._cpu_time:g} s; nsbox killed it",
+                f"used {used:.3f} s of CPU of {self._cpu_time:g} s",
             )
         self._next_cpu_check = time.monotonic() + self._cpu_wait(self._cpu_time - used)
 
@@ -336,7 +349,12 @@ class Process:
         return max(left / (os.cpu_count() or 1), _LEAST_CPU_WAIT)
 
     def condemn(self, outcome: Outcome, evidence: str) -> None:
-        """Note the verdict, then kill. The first verdict stands."""
+        """Note the verdict, then kill. The first verdict stands.
+
+        Args:
+            outcome: What it will be, if it does not end by itself before the signal arrives.
+            evidence: Why, as a fact: what was measured.
+        """
         with self._lock:
             if self._result is not None or self._verdict is not None:
                 if self._verdict is None and outcome is Outcome.OUTPUT_LIMIT:
@@ -375,8 +393,8 @@ class Process:
             # v1 kills one process; the environment's memory is as good as gone all the same.
             self._link.kill()
             self._conclude(Outcome.OOM_KILLED, returncode, oom_evidence(self._before, after), after)
-        elif self._verdict is not None:
-            self._conclude(self._verdict.outcome, returncode, self._verdict.evidence, after)
+        elif self._verdict is not None and self._verdict.holds(returncode):
+            self._conclude(self._verdict.outcome, returncode, self._verdict.say(returncode), after)
         elif returncode >= 0:
             self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
         else:
@@ -391,7 +409,7 @@ class Process:
             evidence = oom_evidence(self._before, after)
             self._conclude(Outcome.OOM_KILLED, -signal.SIGKILL, evidence, after)
         elif self._verdict is not None:
-            evidence = f"{self._verdict.evidence} with its whole environment"
+            evidence = f"{self._verdict.say(-signal.SIGKILL)} with its whole environment"
             self._conclude(self._verdict.outcome, -signal.SIGKILL, evidence, after)
         elif self._link.closing:
             self._conclude(Outcome.KILLED, -signal.SIGKILL, "its environment was closed", after)
@@ -416,9 +434,10 @@ class Process:
         self._channel.socket.close()
 
     def _with_verdict(self, result: Result) -> Result:
-        if self._verdict is None or result.outcome is not Outcome.EXITED:
+        if self._verdict is None or result.outcome not in (Outcome.EXITED, Outcome.SIGNALED):
             return result
-        return replace(result, outcome=self._verdict.outcome, evidence=self._verdict.evidence)
+        evidence = self._verdict.say(result.returncode)
+        return replace(result, outcome=self._verdict.outcome, evidence=evidence)
 
     def _close_streams(self) -> None:
         for stream in (self.stdin, self.stdout, self.stderr):

@@ -29,7 +29,7 @@ class Outcome(enum.Enum):
     OUTPUT_LIMIT = "output_limit"
     """nsbox killed it for writing more than `Limits.output_max`."""
     SECCOMP_KILLED = "seccomp_killed"
-    """The kernel's audit log says the system call filter killed it."""
+    """It died of SIGSYS, and the kernel's log says the filter killed a process of its user id."""
     KILLED = "killed"
     """The caller killed it (`Process.kill`, `close`)."""
 

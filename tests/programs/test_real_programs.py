@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import nsbox
-from nsbox import ExecutionEnvironment, Mount, Outcome
+from nsbox import ExecutionEnvironment, Limits, Mount, Outcome
 
 
 def requires(program: str) -> pytest.MarkDecorator:

@@ -136,7 +136,12 @@ def _check_report(path: str | None) -> None:
     """Raise before anything runs when the report could not be written at the end."""
     if path in (None, "-"):
         return
-    directory = os.path.dirname(os.path.abspath(path))
+    try:
+        directory = os.path.dirname(os.path.abspath(path))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"--json {path!r}: the working directory is gone; give an absolute name"
+        ) from error
     if os.path.isdir(path):
         raise ConfigError(f"--json {path!r}: is a directory; give the name of a file")
     if not os.path.exists(path) and not os.path.isdir(directory):
