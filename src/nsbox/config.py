@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -225,8 +225,8 @@ class Limits:
     """CPUs' worth of time, e.g. 0.5; default no limit."""
     cpuset_cpus: str | None = DEFAULT
     """CPUs to run on, e.g. ``"0-1,3"``; default all."""
-    io_max: tuple[IoMax, ...] = DEFAULT
-    """Bandwidth and operations per second of block devices; default none."""
+    io_max: Sequence[IoMax] = DEFAULT
+    """Bandwidth and operations per second of block devices; default none. Kept as a tuple."""
     cpu_time: float | None = DEFAULT
     """Seconds of user plus system CPU time of one command, all its processes; default none."""
     open_files: int | None = DEFAULT
@@ -392,20 +392,20 @@ class Mount:
 class Config:
     """Everything that describes an environment; hashable, so that it can key a pool."""
 
-    mounts: tuple[Mount, ...] = ()
-    """File trees added to the userland."""
+    mounts: Sequence[Mount] = ()
+    """File trees added to the userland; kept as a tuple."""
     rootfs: str | None = None
     """Directory that is the userland, read-only; None is the host's /usr and what it needs."""
     tmp_size: int | str = 64 << 20
     """Bytes of the private /tmp, and of /dev/shm; both are charged to `Limits.memory_max`."""
-    env: tuple[tuple[str, str], ...] = ()
-    """Environment variables of every command, over nsbox's own minimal set."""
+    env: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    """Variables of every command, over nsbox's own minimal set; kept as sorted pairs."""
     limits: Limits = field(default_factory=Limits)
     network: str = "none"
     """``"none"``: a namespace of its own with loopback only; ``"host"``: the host's network."""
     seccomp: SeccompPolicy = field(default_factory=SeccompPolicy.default)
     """The system call filter; a profile name is accepted too."""
-    allow_missing: frozenset[str] = frozenset()
+    allow_missing: Set[str] = frozenset()
     """Protections to do without where the host cannot enforce them, by name (`ALLOWABLE`)."""
     hostname: str = "sandbox"
     cwd: str = "/tmp"  # noqa: S108 - the environment's own

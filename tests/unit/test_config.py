@@ -150,21 +150,21 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: Config(env=5), "env: must be a mapping of names to values, got int"),  # type: ignore[arg-type]
     (lambda: Config(env="A=1"), "env: must be a mapping of names to values, got str"),  # type: ignore[arg-type]
     (lambda: Config(env=["A=1"]), "env: must be a mapping of names to values, got list"),  # type: ignore[arg-type]
-    (lambda: Config(env={"A": "\ud800"}), r"env\['A'\]: '\\ud800' stands for no bytes"),  # type: ignore[arg-type]
+    (lambda: Config(env={"A": "\ud800"}), r"env\['A'\]: '\\ud800' stands for no bytes"),
     (lambda: Config(allow_missing=5), "allow_missing: must be a sequence of str values, got 5"),  # type: ignore[arg-type]
     (lambda: Config(allow_missing=[5]), "allow_missing: must hold str values, got 5"),  # type: ignore[arg-type]
     (lambda: Config().replace(memory_max=1), r"'memory_max' of Config; .*Limits\(memory_max=...\)"),
-    (lambda: Config(env={"": "x"}), "env: '' is no variable name"),  # type: ignore[arg-type]
-    (lambda: Config(env={"A=B": "x"}), "env: 'A=B' is no variable name"),  # type: ignore[arg-type]
-    (lambda: Config(env={"A": "x\0"}), r"env\['A'\]: .*NUL"),  # type: ignore[arg-type]
-    (lambda: Config(env={"A\0": "x"}), "env name: .*NUL"),  # type: ignore[arg-type]
-    (lambda: Config(env={"A": 1}), r"env\['A'\]: must be text, got 1"),  # type: ignore[arg-type]
+    (lambda: Config(env={"": "x"}), "env: '' is no variable name"),
+    (lambda: Config(env={"A=B": "x"}), "env: 'A=B' is no variable name"),
+    (lambda: Config(env={"A": "x\0"}), r"env\['A'\]: .*NUL"),
+    (lambda: Config(env={"A\0": "x"}), "env name: .*NUL"),
+    (lambda: Config(env={"A": 1}), r"env\['A'\]: must be text, got 1"),  # type: ignore[dict-item]
     (lambda: Config(limits={"pids_max": 4}), "limits: must be a Limits value"),  # type: ignore[arg-type]
     (lambda: Config(network="bridge"), "network: must be 'none' or 'host', got 'bridge'"),
     (lambda: Config(seccomp="lax"), "lax"),  # type: ignore[arg-type]
     (lambda: Config(seccomp=None), "seccomp: must be a SeccompPolicy or name"),  # type: ignore[arg-type]
     (lambda: Config(allow_missing="seccomp"), "allow_missing: give a set of names"),  # type: ignore[arg-type]
-    (lambda: Config(allow_missing={"cgroup.mem"}), "'cgroup.mem' is none of cgroup.cpu, cgroup.cp"),  # type: ignore[arg-type]
+    (lambda: Config(allow_missing={"cgroup.mem"}), "'cgroup.mem' is none of cgroup.cpu, cgroup.cp"),
     (lambda: Config(hostname="a b"), "hostname: 'a b' is no host name"),
     (lambda: Config(hostname=""), "hostname: '' is no host name"),
     (lambda: Config(hostname="x" * 65), "hostname: .*up to 64"),
@@ -296,10 +296,10 @@ def test_named_limits_are_told_from_defaults() -> None:
 def test_values_are_hashable_and_equal_by_content() -> None:
     def make() -> Config:
         return Config(
-            mounts=[Mount.bind("/usr", "/data"), Mount.tmpfs("/scratch", size="1M")],  # type: ignore[arg-type]
-            env={"B": "2", "A": "1"},  # type: ignore[arg-type]
-            limits=Limits(memory_max="1G", io_max=[IoMax(device="8:0", rbps="1M")]),  # type: ignore[arg-type]
-            allow_missing={"seccomp"},  # type: ignore[arg-type]
+            mounts=[Mount.bind("/usr", "/data"), Mount.tmpfs("/scratch", size="1M")],
+            env={"B": "2", "A": "1"},
+            limits=Limits(memory_max="1G", io_max=[IoMax(device="8:0", rbps="1M")]),
+            allow_missing={"seccomp"},
             seccomp="strict",  # type: ignore[arg-type]
         )
 
@@ -319,7 +319,7 @@ def test_values_are_frozen() -> None:
 
 
 def test_replace_checks_and_keeps_the_rest() -> None:
-    config = Config(env={"A": "1"}, cwd="/")  # type: ignore[arg-type]
+    config = Config(env={"A": "1"}, cwd="/")
     changed = config.replace(hostname="other")
     assert (changed.hostname, changed.cwd, changed.env) == ("other", "/", (("A", "1"),))
     with pytest.raises(ConfigError, match="hostname"):
