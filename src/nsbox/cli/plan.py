@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import click
 
@@ -31,10 +32,7 @@ def plan_command(as_json: bool, **options: object) -> int:
         for number, step in enumerate(STEPS, 1)
     ]
     if as_json:
-        layers = [
-            {"name": layer.name, "in_force": layer.in_force, "detail": layer.detail}
-            for layer in blueprint.layers
-        ]
+        layers = [asdict(layer) for layer in blueprint.layers]
         click.echo(json.dumps({"steps": steps, "protections": layers}, indent=2))
         return 0
     side = ""
