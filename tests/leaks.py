@@ -7,13 +7,15 @@ by descent from this process, by nsbox's names together with a dead owner, or by
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nsbox.launcher.client import Launcher
 
 import nsbox
 
@@ -27,16 +29,17 @@ _PACKAGES = tuple(
     )
 )
 """Entry points of launchers of this session: as installed, and as its other hosts import it."""
-_OUR_NAME = re.compile(r"nsbox-(launcher|janitor|[0-9a-f]{8})")
+_OUR_NAME = re.compile(r"nsbox-(launcher|template|janitor|[0-9a-f]{8})")
 _CGROUP_ROOT = "/sys/fs/cgroup"
 
 Snapshot = dict[str, frozenset[str]]
 
 
-def current_launcher() -> Any:
+def current_launcher() -> Launcher | None:
     """Return the launcher of this process, or None; never starts one."""
     client = sys.modules.get("nsbox.launcher.client")
-    return None if client is None else client._holder._launcher
+    launcher: Launcher | None = None if client is None else client._holder._launcher
+    return launcher
 
 
 def snapshot(temporary: str) -> Snapshot:
@@ -101,7 +104,7 @@ def _names(path: str) -> list[str]:
         return []
 
 
-def _descriptors(launcher: Any) -> frozenset[str]:
+def _descriptors(launcher: Launcher | None) -> frozenset[str]:
     own: set[int] = set()
     if launcher is not None:
         own = {launcher._channel.fileno(), launcher._done, launcher._pidfd}
@@ -115,7 +118,7 @@ def _descriptors(launcher: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def _launcher_mounts(launcher: Any) -> frozenset[str]:
+def _launcher_mounts(launcher: Launcher | None) -> frozenset[str]:
     """Say how many mounts more than the host the launcher has: none, between births."""
     if launcher is None:
         return frozenset()
@@ -126,7 +129,7 @@ def _launcher_mounts(launcher: Any) -> frozenset[str]:
     return frozenset([f"{theirs} and not {ours}"]) if theirs > ours else frozenset()
 
 
-def _launcher_descriptors(launcher: Any) -> frozenset[str]:
+def _launcher_descriptors(launcher: Launcher | None) -> frozenset[str]:
     """Return kinds and counts of the launcher's open files, without what it keeps on purpose."""
     if launcher is None:
         return frozenset()
@@ -138,13 +141,14 @@ def _launcher_descriptors(launcher: Any) -> frozenset[str]:
     except OSError:
         return frozenset()  # not dumpable, and this user may not look; or it has ended
     # Layouts (mnt) and ready network namespaces (net) are kept; the rest is what it began with:
-    # the channel, the janitor's and the host's pidfd, epoll, the lifeline, the done pipe, 0 to 2.
+    # its sockets to the host and the template, the lock on its ids, the pidfds of both and of the
+    # janitor, epoll, the lifeline, the done pipe, 0 to 2.
     sockets = sum(link.startswith("socket:") for link in links)
     pidfds = sum("pidfd" in link for link in links)
     found = []
-    if sockets > 2:
+    if sockets > 3:
         found.append(f"{sockets} sockets")
-    if pidfds > 2:
+    if pidfds > 3:
         found.append(f"{pidfds} pidfds")
     namespaces = sum(link.startswith(("mnt:", "net:")) for link in links)
     if namespaces > 2 + 8 + 4:
@@ -152,7 +156,7 @@ def _launcher_descriptors(launcher: Any) -> frozenset[str]:
     return frozenset(found)
 
 
-def cgroups(launcher: Any) -> frozenset[str]:
+def cgroups(launcher: Launcher | None) -> frozenset[str]:
     """Return directories of environments of our launcher, and those whose launcher is dead."""
     found: set[str] = set()
     bases = _cgroup_bases()
@@ -239,32 +243,36 @@ def _is_ours(process: _Process) -> bool:
     return any(path in _words_of(process.pid) for path in _PACKAGES)
 
 
-def _host_of(launcher: int) -> int:
-    words = _words_of(launcher)
-    try:
-        return int(json.loads(words[4])["host"])
-    except (IndexError, ValueError, KeyError):
-        return 0
+def host_of(pid: int) -> int:
+    """Return the pid of the host that a launcher, or what it has had made, belongs to; else 0."""
+    words = _words_of(pid)
+    is_ours = len(words) > 5 and words[3].endswith(b"/nsbox/launcher/main.py")
+    return int(words[5]) if is_ours else 0
 
 
-def _leaked_processes(all_of_them: dict[int, _Process], launcher: Any) -> frozenset[str]:
+def _leaked_processes(
+    all_of_them: dict[int, _Process], launcher: Launcher | None
+) -> frozenset[str]:
     """Return children and descendants of this process, and nsbox's processes without an owner."""
     kept = set()
     if launcher is not None:
         kept = {launcher.pid}
     me = os.getpid()
+    helpers = ["nsbox-janitor", "nsbox-template"]
     found = set()
     for process in all_of_them.values():
         parent = all_of_them.get(process.parent)
         label = f"{process.pid} {process.name} {process.state}"
         if process.pid in kept:
             continue
-        if process.parent == me or (process.parent in kept and process.name != "nsbox-janitor"):
+        if process.parent in kept and process.name in helpers:
+            helpers.remove(process.name)  # one of each, and no clone that was never renamed
+        elif process.parent == me or process.parent in kept:
             found.add(label)
         elif process.state != "Z" and _OUR_NAME.fullmatch(process.name):
             # A zombie that is nobody's child here waits for the machine's own init to reap it.
             if process.name == "nsbox-launcher":
-                orphan = process.parent != _host_of(process.pid) and not (
+                orphan = process.parent != host_of(process.pid) and not (
                     # A clone of a launcher on its way to being an environment or a janitor.
                     parent is not None and parent.name == "nsbox-launcher"
                 )

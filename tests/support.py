@@ -72,7 +72,7 @@ answer = None
 """
 
 
-def attack(env: nsbox.ExecutionEnvironment, code: str, **arguments: Any) -> Any:
+def attack(env: nsbox.ExecutionEnvironment, code: str, **arguments: object) -> Any:  # noqa: ANN401 - JSON
     """Run Python code inside; return what it has put into `answer`, by way of JSON.
 
     It finds `syscall(number, ...)` and `attempt(function, ...)`, which return the name of the
@@ -95,9 +95,9 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 5.0)
         delay = min(delay * 1.5, 0.05)
 
 
-def host_program(code: str, *arguments: str, **popen: Any) -> subprocess.Popen[bytes]:
+def host_program(code: str, *arguments: str, **popen: int) -> subprocess.Popen[bytes]:
     """Start a Python program outside that uses nsbox: another host."""
-    return subprocess.Popen(
+    return subprocess.Popen(  # type: ignore[call-overload,no-any-return]
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [SOURCE, *_own_path()]))},
         **popen,
@@ -109,18 +109,9 @@ def _own_path() -> list[str]:
 
 
 def family_of(host: int) -> list[int]:
-    """Return the launcher, janitor and inits that a host has had made, by their command line."""
-    mark = f'"host": {host}'.encode()
-    found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                text = Path("/proc", entry, "cmdline").read_bytes()
-            except OSError:
-                continue
-            if mark in text and b"launcher/main.py" in text:
-                found.append(int(entry))
-    return sorted(found)
+    """Return launcher, template, janitor and inits that a host has had made, by command line."""
+    everything = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    return sorted(pid for pid in everything if leaks.host_of(pid) == host)
 
 
 def name_of(pid: int) -> str:

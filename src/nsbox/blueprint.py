@@ -31,6 +31,7 @@ _LIMIT_FEATURES: Final = (
 # A time namespace hides no resource of the host; it is there so that offsets stay inside. Where the
 # kernel has none (CONFIG_TIME_NS) environments do without it and say so.
 _BEST_EFFORT_NAMESPACES: Final = frozenset({"time"})
+_BLOCK_DEVICES: Final = "/sys/dev/block"
 _STANDARD_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 
@@ -103,15 +104,32 @@ def _describe_mount(mount: Mount, *, idmap: bool) -> dict[str, Any]:
 
 def _device_number(device: str) -> str:
     major, _, minor = device.partition(":")
-    if major.isdigit() and minor.isdigit():
-        return device
-    try:
-        status = os.stat(device)
-    except OSError as error:
-        raise ConfigError(f"io_max device {device!r}: {error.strerror}") from error
-    if not stat.S_ISBLK(status.st_mode):
-        raise ConfigError(f"io_max device {device!r}: not a block device; see lsblk")
-    return f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    number = device
+    if not (major.isdigit() and minor.isdigit()):
+        try:
+            status = os.stat(device)
+        except OSError as error:
+            raise ConfigError(f"io_max device {device!r}: {error.strerror}; see lsblk") from error
+        if not stat.S_ISBLK(status.st_mode):
+            raise ConfigError(f"io_max device {device!r}: not a block device; see lsblk")
+        number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    known = f"{_BLOCK_DEVICES}/{number}"
+    if os.path.exists(_BLOCK_DEVICES) and not os.path.exists(known):
+        raise ConfigError(f"io_max device {device!r}: this host has no such device; see lsblk")
+    if os.path.exists(f"{known}/partition"):
+        # The kernel limits whole devices only (cgroup-v2.rst, io.max).
+        raise ConfigError(f"io_max device {device!r}: is a partition; name the whole disk")
+    return number
+
+
+def _check_cpus(cpus: str) -> None:
+    count = os.sysconf("SC_NPROCESSORS_CONF")
+    for part in cpus.split(","):
+        first, _, last = part.partition("-")
+        if not int(first) <= int(last or first) < count:
+            raise ConfigError(
+                f"cpuset_cpus: {part!r} of {cpus!r}: this host has the CPUs 0-{count - 1}"
+            )
 
 
 class Blueprint:
@@ -168,6 +186,9 @@ class Blueprint:
     def _add(self, name: str, in_force: bool, detail: str) -> None:
         self.layers.append(Protection(name, in_force, detail))
 
+    def _add_unwanted(self, name: str, detail: str) -> None:
+        self.layers.append(Protection(name, in_force=False, detail=detail, wanted=False))
+
     def _compile_filter(self) -> bytes:
         policy = self._config.seccomp
         try:
@@ -185,7 +206,7 @@ class Blueprint:
         for name in namespaces.FLAGS:
             feature = f"namespace.{name}"
             if name == "network" and self._config.network == "host":
-                self._add(feature, False, "the host's network was asked for")
+                self._add_unwanted(feature, "the host's network was asked for")
                 continue
             if name not in self._hello["namespaces"]:
                 reason = f"this kernel has no {name} namespaces"
@@ -199,10 +220,12 @@ class Blueprint:
 
     def _choose_limits(self, limits: Limits) -> dict[str, Any]:
         chosen: dict[str, Any] = {}
+        if limits.cpuset_cpus is not None:
+            _check_cpus(limits.cpuset_cpus)
         for field, feature in _LIMIT_FEATURES:
             value = getattr(limits, field)
             if value is None or value == ():
-                self._add(feature, False, "no limit was asked for")
+                self._add_unwanted(feature, "no limit was asked for")
                 continue
             found = self._cgroups[feature]
             if "missing" not in found:

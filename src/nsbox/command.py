@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
 import stat
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import IO, Any, Final, Self
 
+from nsbox.counters import oom_evidence, rise, usage_between
 from nsbox.errors import (
     CommandStartError,
     ConfigError,
@@ -20,9 +24,9 @@ from nsbox.errors import (
     SyscallError,
 )
 from nsbox.guest import protocol as p
-from nsbox.link import Link
+from nsbox.link import Link, RunRequest
 from nsbox.linux.descriptors import close_all
-from nsbox.result import Outcome, Protections, Result, Usage
+from nsbox.result import Outcome, Protections, Result
 
 PIPE: Final = -1
 """Make a pipe, whose other end is an attribute of the `Process`."""
@@ -40,37 +44,24 @@ Stream = int | IO[Any] | None
 class _Verdict:
     """Why nsbox killed a command, noted before the signal is sent."""
 
-    __slots__ = ("evidence", "outcome")
+    __slots__ = ("_evidence", "outcome")
 
     def __init__(self, outcome: Outcome, evidence: str) -> None:
         self.outcome = outcome
-        self.evidence = evidence
+        self._evidence = evidence
 
+    def holds(self, returncode: int) -> bool:
+        """Whether it is the reason for an end: not when the command had ended by itself.
 
-class Request:
-    """What PID 1 is asked to run, apart from argv and streams.
+        Too much output is that all the same, for what is over the limit was dropped.
+        """
+        return returncode == -signal.SIGKILL or self.outcome is Outcome.OUTPUT_LIMIT
 
-    Attributes:
-        env: All its environment variables.
-        cwd: Its working directory inside.
-        tty: Whether it gets a terminal.
-        is_announced: Whether the start is waited for, and not only the end.
-    """
-
-    __slots__ = ("cwd", "env", "is_announced", "tty")
-
-    def __init__(self, env: Mapping[str, str], cwd: str, *, tty: bool, announced: bool) -> None:
-        self.env = env
-        self.cwd = cwd
-        self.tty = tty
-        self.is_announced = tty or announced
-
-    def encode(self, argv: Sequence[str], stdio: list[bool]) -> bytes:
-        """Return the frame (`guest.protocol.run_request`)."""
-        flags = (p.TTY if self.tty else 0) | (p.ANNOUNCE if self.is_announced else 0)
-        words = [os.fsencode(word) for word in argv]
-        environment = [os.fsencode(f"{name}={value}") for name, value in self.env.items()]
-        return p.run_request(words, environment, os.fsencode(self.cwd), stdio, flags)
+    def say(self, returncode: int) -> str:
+        """Return the evidence, with what became of the kill."""
+        if returncode == -signal.SIGKILL:
+            return f"{self._evidence}; nsbox killed it"
+        return f"{self._evidence}; it ended by itself with {returncode}"
 
 
 class Process:
@@ -88,7 +79,7 @@ class Process:
         self,
         link: Link,
         argv: tuple[str, ...],
-        request: Request,
+        request: RunRequest,
         streams: tuple[Stream, Stream, Stream],
         *,
         protections: Callable[[], Protections],
@@ -130,8 +121,7 @@ class Process:
                     mode = "wb" if number == 0 else "rb"
                     setattr(self, name, os.fdopen(ours, mode, buffering=0))
                 elif stream is not None and stream != DEVNULL:
-                    given.append(stream if isinstance(stream, int) else stream.fileno())
-                    _check_given(given[-1])
+                    given.append(_descriptor_of(stream, ("stdin", "stdout", "stderr")[number]))
                 stdio.append(stream is not None and stream != DEVNULL)
             self._channel = self._link.ask(p.RUN, self._request.encode(self.argv, stdio), given)
             if self._request.is_announced:
@@ -175,10 +165,8 @@ class Process:
             return SetupError("cwd", f"{self._request.cwd!r}: {text}", errno=error)
         if stage == "tty":
             return SetupError("tty", f"no terminal could be opened: {text}", errno=error)
-        if stage == "request":
-            return SyscallError("execve", error, name)
         path = self._request.env.get("PATH", "")
-        where = "" if "/" in name else f" in PATH={path}"
+        where = f" in PATH={path}" if error == errno.ENOENT and "/" not in name else ""
         return CommandStartError(name, error, f"{text}{where}, inside the environment")
 
     # -- the caller's face ---------------------------------------------------------------------
@@ -205,20 +193,24 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL the command and everything it started. The outcome will be KILLED."""
-        self.condemn(Outcome.KILLED, "killed by the caller")
+        self.condemn(Outcome.KILLED, "the caller asked for it")
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the command's own process."""
-        self._send(p.SIGNAL_MAIN, int(number))
+        """Send a signal to the command's own process.
+
+        Raises:
+            ConfigError: `number` is no signal.
+        """
+        if not isinstance(number, int) or number not in signal.valid_signals():
+            raise ConfigError(f"signal: must be a number such as signal.SIGTERM, got {number!r}")
+        self._send(p.SIGNAL_MAIN, number)
 
     def close(self) -> None:
         """Kill the command if it still runs, and close the pipes and the terminal."""
         if self._result is None:
             self.kill()
-            try:
+            with suppress(EnvironmentDied):  # then it is gone too
                 self.wait(KILL_DEADLINE * 2)
-            except EnvironmentDied:
-                pass  # then it is gone too
         self._close_streams()
 
     def __enter__(self) -> Self:
@@ -265,7 +257,7 @@ class Process:
                         self.stdin.close()
                         self.stdin = None
             if deadline is not None and time.monotonic() >= deadline:
-                self.condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s; nsbox killed it")
+                self.condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s")
             result = self._advance(0.0)
         # Every process that could write is gone: what is in the pipes now is all there will be.
         # Not "read until EOF": a descriptor may have been sent to a command that still runs.
@@ -276,8 +268,8 @@ class Process:
         if self._verdict is not None and self._verdict.outcome is Outcome.OUTPUT_LIMIT:
             result = self._with_verdict(result)
         self._close_streams()
-        fields = {name: bytes(buffer) for name, buffer in captured.items()}
-        return _replace(result, **fields)
+        stdout, stderr = (bytes(captured.get(name, b"")) for name in ("stdout", "stderr"))
+        return replace(result, stdout=stdout, stderr=stderr)
 
     def register(self, poller: select.poll) -> None:
         """Register with `poller` what becomes readable when `poll` may have an answer."""
@@ -297,7 +289,7 @@ class Process:
         room = limit - len(buffer)
         buffer += data[:room]
         if len(data) > room:
-            self.condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes; nsbox killed it")
+            self.condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes")
         return True
 
     def _write_some(self, fd: int, view: memoryview) -> memoryview:
@@ -352,7 +344,7 @@ class Process:
         if used >= self._cpu_time:
             self.condemn(
                 Outcome.CPU_TIMED_OUT,
-                f"used {used:.3f} s of CPU of {self._cpu_time:g} s; nsbox killed it",
+                f"used {used:.3f} s of CPU of {self._cpu_time:g} s",
             )
         self._next_cpu_check = time.monotonic() + self._cpu_wait(self._cpu_time - used)
 
@@ -366,7 +358,12 @@ class Process:
         return max(left / (os.cpu_count() or 1), _LEAST_CPU_WAIT)
 
     def condemn(self, outcome: Outcome, evidence: str) -> None:
-        """Note the verdict, then kill. The first verdict stands."""
+        """Note the verdict, then kill. The first verdict stands.
+
+        Args:
+            outcome: What it will be, if it does not end by itself before the signal arrives.
+            evidence: Why, as a fact: what was measured.
+        """
         with self._lock:
             if self._result is not None or self._verdict is not None:
                 if self._verdict is None and outcome is Outcome.OUTPUT_LIMIT:
@@ -379,10 +376,8 @@ class Process:
     def _send(self, kind: bytes, number: int) -> None:
         with self._lock:
             if self._result is None:
-                try:
+                with suppress(OSError):  # it has just ended; the answer is there to be read
                     self._channel.socket.sendall(p.SIGNAL.pack(kind, number))
-                except OSError:
-                    pass  # it has just ended; the answer is there to be read
 
     # -- the verdict ---------------------------------------------------------------------------
 
@@ -407,14 +402,12 @@ class Process:
         if after.get("cpu_user_usec") is None:
             after["cpu_user_usec"], after["cpu_system_usec"] = user, system
         returncode = os.waitstatus_to_exitcode(status)
-        if _rise(self._before, after, "oom_kills"):
+        if rise(self._before, after, "oom_kills"):
             # v1 kills one process; the environment's memory is as good as gone all the same.
             self._link.kill()
-            self._conclude(
-                Outcome.OOM_KILLED, returncode, _oom_evidence(self._before, after), after
-            )
-        elif self._verdict is not None:
-            self._conclude(self._verdict.outcome, returncode, self._verdict.evidence, after)
+            self._conclude(Outcome.OOM_KILLED, returncode, oom_evidence(self._before, after), after)
+        elif self._verdict is not None and self._verdict.holds(returncode):
+            self._conclude(self._verdict.outcome, returncode, self._verdict.say(returncode), after)
         elif returncode >= 0:
             self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
         else:
@@ -425,11 +418,11 @@ class Process:
         """Conclude from the launcher's report on the end of the whole environment."""
         report = self._link.end or {}
         after: dict[str, int | None] = report.get("usage") or {}
-        if _rise(self._before, after, "oom_kills"):
-            evidence = _oom_evidence(self._before, after)
+        if rise(self._before, after, "oom_kills"):
+            evidence = oom_evidence(self._before, after)
             self._conclude(Outcome.OOM_KILLED, -signal.SIGKILL, evidence, after)
         elif self._verdict is not None:
-            evidence = f"{self._verdict.evidence} with its whole environment"
+            evidence = f"{self._verdict.say(-signal.SIGKILL)} with its whole environment"
             self._conclude(self._verdict.outcome, -signal.SIGKILL, evidence, after)
         elif self._link.closing:
             self._conclude(Outcome.KILLED, -signal.SIGKILL, "its environment was closed", after)
@@ -454,9 +447,10 @@ class Process:
         self._channel.socket.close()
 
     def _with_verdict(self, result: Result) -> Result:
-        if self._verdict is None or result.outcome is not Outcome.EXITED:
+        if self._verdict is None or result.outcome not in (Outcome.EXITED, Outcome.SIGNALED):
             return result
-        return _replace(result, outcome=self._verdict.outcome, evidence=self._verdict.evidence)
+        evidence = self._verdict.say(result.returncode)
+        return replace(result, outcome=self._verdict.outcome, evidence=evidence)
 
     def _close_streams(self) -> None:
         for stream in (self.stdin, self.stdout, self.stderr):
@@ -467,55 +461,26 @@ class Process:
             self.tty = -1
 
 
-def _check_given(fd: int) -> None:
+def _descriptor_of(stream: object, what: str) -> int:
+    """Return the descriptor of a stream that the caller gave; ConfigError when it is none."""
+    try:
+        fd = stream if isinstance(stream, int) else stream.fileno()  # type: ignore[attr-defined]
+        if isinstance(stream, bool) or not isinstance(fd, int):
+            raise TypeError
+    except (AttributeError, TypeError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"{what}: must be an open file, a descriptor, PIPE or DEVNULL, got {stream!r}"
+        ) from error
     try:
         mode = os.fstat(fd).st_mode
     except OSError as error:
-        raise ConfigError(f"descriptor {fd}: {error.strerror}") from error
+        raise ConfigError(f"{what}: descriptor {fd}: {error.strerror}") from error
     if stat.S_ISDIR(mode):
         # openat(2) from a directory of the host leads out of the pivoted root.
-        raise ConfigError(f"descriptor {fd} is a directory, which would lead out of the sandbox")
-
-
-def _replace(result: Result, **changes: Any) -> Result:
-    from dataclasses import replace
-
-    return replace(result, **changes)
-
-
-def _rise(
-    before: Mapping[str, int | None], after: Mapping[str, int | None], name: str
-) -> int | None:
-    new, old = after.get(name), before.get(name)
-    return None if new is None else max(0, new - (old or 0))
-
-
-def _oom_evidence(before: Mapping[str, int | None], after: Mapping[str, int | None]) -> str:
-    return f"the memory cgroup counts {_rise(before, after, 'oom_kills')} OOM kills since it began"
-
-
-def usage_between(
-    before: Mapping[str, int | None], after: Mapping[str, int | None], wall: float | None
-) -> Usage:
-    """Return the usage between two readings of the counters; `wall` in seconds."""
-
-    def seconds(name: str) -> float | None:
-        value = _rise(before, after, name)
-        return None if value is None else value / 1e6
-
-    return Usage(
-        wall_seconds=wall,
-        cpu_user_seconds=seconds("cpu_user_usec"),
-        cpu_system_seconds=seconds("cpu_system_usec"),
-        memory_current_bytes=after.get("memory_current"),
-        memory_peak_bytes=after.get("memory_peak"),
-        pids_current=after.get("pids_current"),
-        pids_peak=after.get("pids_peak"),
-        io_read_bytes=_rise(before, after, "io_rbytes"),
-        io_write_bytes=_rise(before, after, "io_wbytes"),
-        throttled_seconds=seconds("throttled_usec"),
-        oom_kills=_rise(before, after, "oom_kills"),
-    )
+        raise ConfigError(
+            f"{what}: descriptor {fd} is a directory, which would lead out of the sandbox"
+        )
+    return fd
 
 
 def _judge_signal(number: int, link: Link, started_at: float) -> tuple[Outcome, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
@@ -21,6 +21,8 @@ _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 # 20 digits are more than any size has, and few enough for int() and float().
 _SIZE: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _LARGEST: Final = 1 << 62
+_LEAST_MEMORY: Final = 2 << 20
+_LEAST_OPEN_FILES: Final = 16  # PID 1 has seven of its own, and one for each command
 _CPUSET: Final = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 _ENV_NAME: Final = re.compile(r"[^=\0]+")
@@ -48,6 +50,9 @@ class _Default:
 
 
 DEFAULT: Final[Any] = _Default()
+
+Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+"""A word of a command line."""
 
 
 def parse_size(value: int | str, what: str = "size") -> int:
@@ -85,6 +90,14 @@ def _count(value: object, what: str, *, least: int = 1, most: int = 1 << 22) -> 
     return value
 
 
+def check_window_size(size: object) -> tuple[int, int]:
+    """Return `size` when it is rows and columns of a terminal; ConfigError otherwise."""
+    if not isinstance(size, tuple) or len(size) != 2:
+        raise ConfigError(f"tty: must be (rows, columns), got {size!r}")
+    rows, columns = (_count(number, "tty", most=0xFFFF) for number in size)
+    return rows, columns
+
+
 def parse_seconds(value: object, what: str) -> float:
     """Return `value` as seconds above zero; ConfigError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -95,7 +108,10 @@ def parse_seconds(value: object, what: str) -> float:
 
 
 def check_text(value: object, what: str) -> str:
-    """Return `value` when it is a str without NUL bytes; ConfigError otherwise."""
+    """Return `value` as text that a system call can carry; ConfigError otherwise.
+
+    Bytes that are no UTF-8 are in it as `os.fsdecode` has them, by surrogateescape.
+    """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, bytes):
@@ -104,15 +120,30 @@ def check_text(value: object, what: str) -> str:
         raise ConfigError(f"{what}: must be text, got {value!r}")
     if "\0" in value:
         raise ConfigError(f"{what}: {value!r} contains a NUL byte, which no system call can carry")
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{what}: {value!r} stands for no bytes ({error.reason}); give the bytes themselves"
+        ) from error
     return value
 
 
-def check_environment(env: Mapping[str, str] | None, what: str = "env") -> dict[str, str]:
+def check_environment(
+    env: Mapping[str, str] | Iterable[tuple[str, str]] | None, what: str = "env"
+) -> dict[str, str]:
     """Return a checked copy of environment variables; ConfigError for a bad name or value."""
     if env is None:
         return {}
     checked: dict[str, str] = {}
-    for name, value in dict(env).items():
+    try:
+        pairs = dict(env)
+    except (TypeError, ValueError) as error:
+        # Not its value, which may be a secret.
+        raise ConfigError(
+            f"{what}: must be a mapping of names to values, got {type(env).__name__}"
+        ) from error
+    for name, value in pairs.items():
         text = check_text(name, f"{what} name")
         if not _ENV_NAME.fullmatch(text):
             raise ConfigError(f"{what}: {name!r} is no variable name (empty, or has '=')")
@@ -120,7 +151,21 @@ def check_environment(env: Mapping[str, str] | None, what: str = "env") -> dict[
     return checked
 
 
-def check_argv(argv: Sequence[str]) -> tuple[str, ...]:
+def _all_of(kind: type, values: object, what: str) -> tuple[Any, ...]:
+    """Return `values` as a tuple when it is an iterable of `kind`; ConfigError otherwise."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise ConfigError(
+            f"{what}: must be a sequence of {kind.__name__} values, got {values!r}; "
+            "write one as a list of it"
+        )
+    checked = tuple(values)
+    for item in checked:
+        if not isinstance(item, kind):
+            raise ConfigError(f"{what}: must hold {kind.__name__} values, got {item!r}")
+    return checked
+
+
+def check_argv(argv: Sequence[Word]) -> tuple[str, ...]:
     """Return a command line as a tuple; ConfigError when it is a string, empty or has a NUL."""
     if isinstance(argv, str | bytes):
         raise ConfigError(
@@ -180,8 +225,8 @@ class Limits:
     """CPUs' worth of time, e.g. 0.5; default no limit."""
     cpuset_cpus: str | None = DEFAULT
     """CPUs to run on, e.g. ``"0-1,3"``; default all."""
-    io_max: tuple[IoMax, ...] = DEFAULT
-    """Bandwidth and operations per second of block devices; default none."""
+    io_max: Sequence[IoMax] = DEFAULT
+    """Bandwidth and operations per second of block devices; default none. Kept as a tuple."""
     cpu_time: float | None = DEFAULT
     """Seconds of user plus system CPU time of one command, all its processes; default none."""
     open_files: int | None = DEFAULT
@@ -223,12 +268,20 @@ class Limits:
             value = getattr(self, name)
             if value is not None:
                 put(name, parse_size(value, name))
+        if self.memory_max is not None and int(self.memory_max) < _LEAST_MEMORY:
+            raise ConfigError(
+                f"memory_max: must be at least {_LEAST_MEMORY}, got {self.memory_max}; "
+                "PID 1 itself needs half of that"
+            )
         if self.output_max is None:
             raise ConfigError("output_max: captured output must have a limit; give a size")
         if self.pids_max is not None:
             put("pids_max", _count(self.pids_max, "pids_max", least=2))
         if self.open_files is not None:
-            put("open_files", _count(self.open_files, "open_files", least=4, most=1 << 20))
+            put(
+                "open_files",
+                _count(self.open_files, "open_files", least=_LEAST_OPEN_FILES, most=1 << 20),
+            )
         if self.core_size is not None:
             put("core_size", _count(self.core_size, "core_size", least=0, most=_LARGEST))
         if self.cpu_max is not None:
@@ -243,10 +296,7 @@ class Limits:
             check_text(self.cpuset_cpus, "cpuset_cpus")
         ):
             raise ConfigError(f"cpuset_cpus: {self.cpuset_cpus!r} is no CPU list such as '0-1,3'")
-        put("io_max", tuple(self.io_max))
-        for item in self.io_max:
-            if not isinstance(item, IoMax):
-                raise ConfigError(f"io_max: must hold IoMax values, got {item!r}")
+        put("io_max", _all_of(IoMax, self.io_max, "io_max"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +342,11 @@ class Mount:
     def __post_init__(self) -> None:
         if self.type not in ("bind", "tmpfs"):
             raise ConfigError(f"mount type {self.type!r}: must be 'bind' or 'tmpfs'")
+        source = check_text(self.source, "mount source")
+        if self.type == "bind" and not source.startswith("/"):
+            raise ConfigError(f"mount source {source!r}: must be absolute; see Mount.bind")
+        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "options", self._check_options())
         path = check_text(self.destination, "mount destination")
         if not path.startswith("/"):
             raise ConfigError(f"mount destination {path!r}: must be absolute, e.g. '/data'")
@@ -305,6 +360,23 @@ class Mount:
             raise ConfigError(f"mount destination {path!r}: choose a directory of its own")
         object.__setattr__(self, "destination", clean)
 
+    def _check_options(self) -> tuple[str, ...]:
+        options = _all_of(str, self.options, "mount options")
+        sizes = [word for word in options if word.startswith("size=") and self.type == "tmpfs"]
+        for word in options:
+            if word in sizes:
+                parse_size(word[5:], "tmpfs size")
+            elif word not in ("ro", "rw"):
+                raise ConfigError(
+                    f"mount option {word!r}: must be 'ro' or 'rw', or for a tmpfs 'size=BYTES'; "
+                    "nosuid and nodev are always set"
+                )
+        if len(sizes) > 1 or len(options) - len(sizes) != 1:
+            raise ConfigError(f"mount options {options!r}: give one of 'ro' and 'rw'")
+        if self.type == "tmpfs" and not sizes:
+            raise ConfigError(f"mount options {options!r}: a tmpfs needs 'size=BYTES'")
+        return options
+
     @property
     def writable(self) -> bool:
         """Whether the command may write to it."""
@@ -313,27 +385,27 @@ class Mount:
     @property
     def size(self) -> int:
         """Bytes a tmpfs mount may hold; 0 for a bind."""
-        return next((int(word[5:]) for word in self.options if word.startswith("size=")), 0)
+        return next((parse_size(word[5:]) for word in self.options if word.startswith("size=")), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that describes an environment; hashable, so that it can key a pool."""
 
-    mounts: tuple[Mount, ...] = ()
-    """File trees added to the userland."""
+    mounts: Sequence[Mount] = ()
+    """File trees added to the userland; kept as a tuple."""
     rootfs: str | None = None
     """Directory that is the userland, read-only; None is the host's /usr and what it needs."""
     tmp_size: int | str = 64 << 20
     """Bytes of the private /tmp, and of /dev/shm; both are charged to `Limits.memory_max`."""
-    env: tuple[tuple[str, str], ...] = ()
-    """Environment variables of every command, over nsbox's own minimal set."""
+    env: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    """Variables of every command, over nsbox's own minimal set; kept as sorted pairs."""
     limits: Limits = field(default_factory=Limits)
     network: str = "none"
     """``"none"``: a namespace of its own with loopback only; ``"host"``: the host's network."""
     seccomp: SeccompPolicy = field(default_factory=SeccompPolicy.default)
     """The system call filter; a profile name is accepted too."""
-    allow_missing: frozenset[str] = frozenset()
+    allow_missing: Set[str] = frozenset()
     """Protections to do without where the host cannot enforce them, by name (`ALLOWABLE`)."""
     hostname: str = "sandbox"
     cwd: str = "/tmp"  # noqa: S108 - the environment's own
@@ -345,10 +417,7 @@ class Config:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        put("mounts", tuple(self.mounts))
-        for mount in self.mounts:
-            if not isinstance(mount, Mount):
-                raise ConfigError(f"mounts: must hold Mount values, got {mount!r}")
+        put("mounts", _all_of(Mount, self.mounts, "mounts"))
         destinations = [mount.destination for mount in self.mounts]
         for destination in destinations:
             if destinations.count(destination) > 1:
@@ -359,10 +428,11 @@ class Config:
                 raise ConfigError(
                     f"rootfs {path!r}: not a directory; rootfs/README.md tells how to build one"
                 )
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise ConfigError(f"rootfs {path!r}: not readable by this user")
             put("rootfs", os.path.realpath(path))
         put("tmp_size", parse_size(self.tmp_size, "tmp_size"))
-        pairs: Mapping[str, str] | Iterable[tuple[str, str]] = self.env
-        put("env", tuple(sorted(check_environment(dict(pairs)).items())))
+        put("env", tuple(sorted(check_environment(self.env).items())))
         if not isinstance(self.limits, Limits):
             raise ConfigError(f"limits: must be a Limits value, got {self.limits!r}")
         if self.network not in ("none", "host"):
@@ -372,8 +442,10 @@ class Config:
         elif not isinstance(self.seccomp, SeccompPolicy):
             raise ConfigError(f"seccomp: must be a SeccompPolicy or name, got {self.seccomp!r}")
         if isinstance(self.allow_missing, str):
-            raise ConfigError("allow_missing: give a set of names, not one string")
-        put("allow_missing", frozenset(self.allow_missing))
+            raise ConfigError(
+                f"allow_missing: give a set of names, {{{self.allow_missing!r}}}, not one string"
+            )
+        put("allow_missing", frozenset(_all_of(str, self.allow_missing, "allow_missing")))
         for name in sorted(self.allow_missing - ALLOWABLE):
             raise ConfigError(f"allow_missing: {name!r} is none of {', '.join(sorted(ALLOWABLE))}")
         if not _HOSTNAME.fullmatch(check_text(self.hostname, "hostname")):
@@ -382,12 +454,18 @@ class Config:
             raise ConfigError(f"cwd: must be absolute, got {self.cwd!r}")
         put("user_id", _count(self.user_id, "user_id", least=1, most=65533))
 
-    def replace(self, **changes: Any) -> Config:
+    def replace(self, **changes: object) -> Config:
         """Return a copy with some fields changed; checks apply as to a new one."""
         unknown = sorted(set(changes) - {item.name for item in fields(self)})
         if unknown:
-            raise ConfigError(f"unknown option {unknown[0]!r} of Config")
-        return replace(self, **changes)
+            name = unknown[0]
+            names = ", ".join(item.name for item in fields(self))
+            remedy = f"there are {names}"
+            if any(name == item.name for item in fields(Limits)):
+                remedy = f"it is a limit: limits=nsbox.Limits({name}=...)"
+            raise ConfigError(f"unknown option {name!r} of Config; {remedy}")
+        values: dict[str, Any] = changes  # __post_init__ checks the types
+        return replace(self, **values)
 
 
 @functools.cache
@@ -395,7 +473,7 @@ def _default_config() -> Config:
     return Config()
 
 
-def make_config(config: Config | None, changes: Mapping[str, Any]) -> Config:
+def make_config(config: Config | None, changes: Mapping[str, object]) -> Config:
     """Return `config` (or the default) with `changes`, naming unknown fields."""
     base = _default_config() if config is None else config
     if not isinstance(base, Config):

@@ -10,18 +10,21 @@ import secrets
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 from nsbox.blueprint import born_layers, plan
-from nsbox.command import DEVNULL, PIPE, Process, Request, Stream, usage_between
+from nsbox.command import DEVNULL, PIPE, Process, Stream
 from nsbox.config import (
     Config,
+    Word,
     check_argv,
     check_environment,
     check_text,
+    check_window_size,
     make_config,
     parse_seconds,
 )
+from nsbox.counters import usage_between
 from nsbox.errors import (
     CleanupError,
     ConfigError,
@@ -32,10 +35,9 @@ from nsbox.errors import (
 )
 from nsbox.guest import protocol as p
 from nsbox.launcher.client import get_launcher
-from nsbox.link import Channel, Link, give_birth
+from nsbox.link import Channel, Link, RunRequest, give_birth
 from nsbox.linux.descriptors import close_all
 from nsbox.result import Protections, Result, Usage
-from nsbox.terminal import set_window_size
 
 
 class State(enum.Enum):
@@ -60,7 +62,7 @@ class ExecutionEnvironment:
         pid: Process id of its PID 1, on the host.
     """
 
-    def __init__(self, config: Config | None = None, **fields: Any) -> None:
+    def __init__(self, config: Config | None = None, **fields: object) -> None:
         """Give birth to an environment and wait until it is locked in.
 
         Args:
@@ -113,7 +115,7 @@ class ExecutionEnvironment:
 
     def run(
         self,
-        argv: Sequence[str],
+        argv: Sequence[Word],
         *,
         input: bytes | None = None,
         timeout: float | None = None,
@@ -170,7 +172,7 @@ class ExecutionEnvironment:
 
     def popen(
         self,
-        argv: Sequence[str],
+        argv: Sequence[Word],
         *,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
@@ -189,13 +191,14 @@ class ExecutionEnvironment:
         When a command ends, everything is killed that is no descendant of one still running.
         """
         if tty is not None:
+            tty = check_window_size(tty)
             stdin = None
             stdout, stderr = (None if item == PIPE else item for item in (stdout, stderr))
         return self._start(argv, env, cwd, (stdin, stdout, stderr), tty, cpu_time, announced=True)
 
     def _start(
         self,
-        argv: Sequence[str],
+        argv: Sequence[Word],
         env: Mapping[str, str] | None,
         cwd: str | None,
         streams: tuple[Stream, Stream, Stream],
@@ -215,8 +218,8 @@ class ExecutionEnvironment:
         directory = self.config.cwd if cwd is None else check_text(cwd, "cwd")
         if not directory.startswith("/"):
             raise ConfigError(f"cwd: must be absolute, got {cwd!r}")
-        request = Request(variables, directory, tty=tty is not None, announced=announced)
-        process = Process(
+        request = RunRequest(variables, directory, tty, announced=announced)
+        return Process(
             self._ready_link(),
             command,
             request,
@@ -224,9 +227,6 @@ class ExecutionEnvironment:
             protections=lambda: self.protections,
             cpu_time=limit,
         )
-        if tty is not None:
-            set_window_size(process.tty, *tty)
-        return process
 
     def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         """Write a regular file inside, as the environment's user.
@@ -385,7 +385,7 @@ def _expect_ok(link: Link, channel: Channel, path: str) -> int:
 
 
 def run(
-    argv: Sequence[str],
+    argv: Sequence[Word],
     *,
     config: Config | None = None,
     input: bytes | None = None,
@@ -397,7 +397,7 @@ def run(
     stderr: Stream = None,
     cpu_time: float | None = None,
     check: bool = False,
-    **fields: Any,
+    **fields: object,
 ) -> Result:
     """Run one command in a fresh environment of its own and return its `Result`.
 

@@ -13,7 +13,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from nsbox.errors import EnvironmentDied, LauncherError, SetupError, SyscallError
@@ -32,7 +33,6 @@ END_DEADLINE: Final = 10.0
 """Seconds a killed environment may take to be gone and removed."""
 _STEP_HINTS: Final = {
     "clone": "'nsbox doctor' tells which namespace this host does not allow",
-    "layout": "a mount point inside a bound tree must exist there already",
     "trees": "an idmapped mount needs a file system that supports it (ext4, xfs, btrfs, tmpfs "
     "since Linux 6.3); allow_missing={'idmapped_mounts'} binds without",
 }
@@ -92,6 +92,34 @@ class Channel:
             close_all(fds)
             raise ConnectionError("PID 1 sent a malformed answer")
         return kind, first, second, third, fds
+
+
+class RunRequest:
+    """What PID 1 is asked to run, apart from argv and streams.
+
+    Attributes:
+        env: All its environment variables.
+        cwd: Its working directory inside.
+        tty: Rows and columns of its terminal, or None.
+        is_announced: Whether the start is waited for, and not only the end.
+    """
+
+    __slots__ = ("cwd", "env", "is_announced", "tty")
+
+    def __init__(
+        self, env: Mapping[str, str], cwd: str, tty: tuple[int, int] | None, *, announced: bool
+    ) -> None:
+        self.env = env
+        self.cwd = cwd
+        self.tty = tty
+        self.is_announced = announced or tty is not None
+
+    def encode(self, argv: Sequence[str | bytes], stdio: list[bool]) -> bytes:
+        """Return the frame (`guest.protocol.run_request`)."""
+        words = [os.fsencode(word) for word in argv]
+        environment = [os.fsencode(f"{name}={value}") for name, value in self.env.items()]
+        flags = p.ANNOUNCE if self.is_announced else 0
+        return p.run_request(words, environment, os.fsencode(self.cwd), stdio, flags, self.tty)
 
 
 def give_birth(launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> Link:
@@ -239,17 +267,15 @@ class Link:
             )
         self.kill()  # a broken frame, or it is gone already
         self.await_end()
-        return EnvironmentDied(
-            f"environment {self.env_id}: {self.describe_end()}", Outcome.SIGNALED
-        )
+        killed_by_limit = (self.end or {}).get("usage", {}).get("oom_kills")
+        outcome = Outcome.OOM_KILLED if killed_by_limit else Outcome.SIGNALED
+        return EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}", outcome)
 
     def kill(self) -> None:
         """SIGKILL PID 1, and so everything in the environment."""
         if self._pidfd >= 0:
-            try:
+            with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
 
     # -- the launcher --------------------------------------------------------------------------
 
@@ -308,9 +334,9 @@ class Link:
 
     def describe_end(self) -> str:
         """Say how the environment ended, for people."""
-        end = self.end or {}
         if self.closing:
             return "it was closed"
+        end = self.end or {}
         if "launcher" in end:
             return "the launcher died, and the environment with it"
         if (end.get("usage") or {}).get("oom_kills"):

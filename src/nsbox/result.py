@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import signal as _signal
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,7 +29,7 @@ class Outcome(enum.Enum):
     OUTPUT_LIMIT = "output_limit"
     """nsbox killed it for writing more than `Limits.output_max`."""
     SECCOMP_KILLED = "seccomp_killed"
-    """The kernel's audit log says the system call filter killed it."""
+    """It died of SIGSYS, and the kernel's log says the filter killed a process of its user id."""
     KILLED = "killed"
     """The caller killed it (`Process.kill`, `close`)."""
 
@@ -69,6 +70,8 @@ class Protection:
     name: str
     in_force: bool
     detail: str
+    wanted: bool = True
+    """False where the configuration does without it: no limit named, the host's network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,8 @@ class Protections(Mapping[str, Protection]):
 
     @property
     def missing(self) -> tuple[Protection, ...]:
-        """The layers that are not in force."""
-        return tuple(layer for layer in self.layers if not layer.in_force)
+        """The layers that are wanted and not in force."""
+        return tuple(layer for layer in self.layers if layer.wanted and not layer.in_force)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +150,11 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Return the whole result as JSON-able values.
 
-        Streams are text where they are UTF-8, else ``{"base64": ...}``.
+        Streams and words of argv are text where they are UTF-8, else ``{"base64": ...}``.
         """
         signal = self.signal
         return {
-            "argv": list(self.argv),
+            "argv": [_json_bytes(os.fsencode(word)) for word in self.argv],
             "outcome": self.outcome.value,
             "returncode": self.returncode,
             "exit_code": self.exit_code,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.cli.terminals import nsbox_run, start
+from tests.cli.terminals import ENVIRONMENT, NSBOX, nsbox_run, start
 from tests.support import PATIENCE
+
+import nsbox
 
 PYTHON = sys.executable
 TICKS = "while :; do echo tick; sleep 0.02; done"
@@ -34,6 +37,44 @@ def test_version_and_help() -> None:
 def test_streams_pass_through() -> None:
     done = nsbox_run("run", "-q", command=["sh", "-c", "cat; echo oops >&2"], data=b"a\0b\xff\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"a\0b\xff\n", b"oops\n")
+
+
+def test_much_data_passes_both_ways() -> None:
+    data = bytes(range(256)) * (20 << 12)  # 20 MiB
+    done = nsbox_run("run", "-q", command=["cat"], data=data)
+    assert (done.returncode, done.stdout == data, done.stderr) == (0, True, b"")
+
+
+def test_stdin_and_stdout_may_be_files(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"from a file\n")
+    words = ("run", "-q", "--", "cat")
+    with (
+        (tmp_path / "in").open("rb") as stdin,
+        (tmp_path / "out").open("wb") as stdout,
+        start(*words, stdin=stdin.fileno(), stdout=stdout.fileno()) as process,
+    ):
+        assert process.wait(20) == 0
+    assert (tmp_path / "out").read_bytes() == b"from a file\n"
+
+
+def test_from_a_directory_that_is_gone(tmp_path: Path) -> None:
+    script = 'mkdir gone && cd gone && rmdir "$PWD" && exec "$@"'
+    for words, status, text in (
+        (["--json", str(tmp_path / "report"), "--", "pwd"], 0, b""),
+        (["--json", "report", "--", "pwd"], 125, b"the working directory is gone"),
+        (["--bind", "here:/data", "--", "pwd"], 125, b"'here': No such file"),
+    ):
+        done = subprocess.run(
+            ["sh", "-c", script, "sh", *NSBOX, "run", "-q", *words],
+            cwd=tmp_path,
+            env=ENVIRONMENT,
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == status, done.stderr
+        assert text in done.stderr
+        assert done.stdout == (b"" if status else b"/tmp\n")
+    assert json.loads((tmp_path / "report").read_text())["exit_code"] == 0
 
 
 def test_output_comes_while_the_command_runs() -> None:
@@ -227,6 +268,7 @@ def test_json_report(tmp_path: Path) -> None:
     assert (report["outcome"], report["exit_code"], report["stdout"]) == ("exited", 4, "")
     assert report["protections"]["no_new_privs"]["in_force"] is True
     assert report["usage"]["wall_seconds"] > 0
+    assert set(report) >= {item.name for item in dataclasses.fields(nsbox.Result)}
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -302,8 +344,6 @@ def test_kill_of_the_command_line_leaves_nothing() -> None:
 def test_closed_streams() -> None:
     script = 'exec "$@" <&- >&-'
     command = ["sh", "-c", script, "sh", PYTHON, "-m", "nsbox", "run", "-q", "--", "sh", "-c"]
-    from tests.cli.terminals import ENVIRONMENT
-
     done = subprocess.run(
         [*command, "cat; echo gone; exit 5"],
         env=ENVIRONMENT,

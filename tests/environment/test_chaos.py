@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -29,6 +30,7 @@ from tests.support import (
 
 import nsbox
 from nsbox.isolation.cgroups import Hierarchies, Owner, collect_garbage
+from nsbox.launcher.client import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -119,10 +121,8 @@ def children_of(launcher: int, *, janitor: bool) -> list[int]:
 
 
 def kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it had ended by itself
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it had ended by itself
 
 
 def strike(host: subprocess.Popen[bytes], victim: str, delay: float) -> None:
@@ -257,7 +257,7 @@ def run_for_a_while() -> None:
 def own_janitor_stands_still(env: nsbox.ExecutionEnvironment) -> Iterator[None]:
     """It sweeps a moment after its launcher's start, which may be now."""
     del env  # it has made the launcher start
-    janitors = children_of(leaks.current_launcher().pid, janitor=True)
+    janitors = children_of(get_launcher().pid, janitor=True)
     for pid in janitors:
         os.kill(pid, signal.SIGSTOP)
     yield
@@ -284,8 +284,7 @@ def test_what_is_left_of_all_is_removed_later(
 
 
 def live_cgroups() -> set[str]:
-    launcher = leaks.current_launcher()
-    return set(launcher.hello["trees"].values())
+    return set(get_launcher().hello["trees"].values())
 
 
 @pytest.mark.needs("root")

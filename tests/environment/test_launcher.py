@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One launcher for whatever kind of host: threads, asyncio, forks, signals, and every way to end."""
+"""One launcher for any kind of host: threads, asyncio, forks, signals, and every way to end."""
 
 from __future__ import annotations
 

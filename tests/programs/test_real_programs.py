@@ -17,7 +17,7 @@ import pytest
 from tests.support import PATIENCE
 
 import nsbox
-from nsbox import ExecutionEnvironment, Mount, Outcome
+from nsbox import ExecutionEnvironment, Limits, Mount, Outcome
 
 
 def requires(program: str) -> pytest.MarkDecorator:
@@ -98,7 +98,8 @@ fs.writeFileSync('/tmp/packed', zlib.gzipSync(text));
 const same = zlib.gunzipSync(fs.readFileSync('/tmp/packed')).toString() === text;
 const digest = crypto.createHash('sha256').update('abc').digest('hex').slice(0, 8);
 const echoed = execFileSync('echo', ['child']).toString().trim();
-const worker = new Worker("require('worker_threads').parentPort.postMessage(6 * 7)", { eval: true });
+const source = "require('worker_threads').parentPort.postMessage(6 * 7)";
+const worker = new Worker(source, { eval: true });
 worker.on('message', (n) => console.log(JSON.stringify({ n, same, digest, echoed })));
 """
 
@@ -189,7 +190,8 @@ def make_wheel(directory: Path) -> None:
     """Write the wheel of a package of one module, without any tool."""
     files = {
         "tiny_answer.py": b"def answer():\n    return 42\n",
-        "tiny_answer-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: tiny-answer\nVersion: 1.0\n",
+        "tiny_answer-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\n"
+        b"Name: tiny-answer\nVersion: 1.0\n",
         "tiny_answer-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: hand\n"
         b"Root-Is-Purelib: true\nTag: py3-none-any\n",
     }
@@ -227,7 +229,12 @@ def test_pip_installs_a_wheel_and_it_can_be_imported(shared: Path) -> None:
 )
 def test_virtual_environment_is_made_and_used(shared: Path) -> None:
     make_wheel(shared)
-    with ExecutionEnvironment(mounts=[Mount.bind(shared, "/wheels")], tmp_size="256M") as env:
+    with ExecutionEnvironment(
+        mounts=[Mount.bind(shared, "/wheels")],
+        tmp_size="256M",  # charged to the memory limit, which must be larger
+        limits=Limits(memory_max="1G"),
+        allow_missing={"cgroup.memory"},
+    ) as env:
         made = env.run([sys.executable, "-m", "venv", "/tmp/venv"], timeout=100 * PATIENCE)
         if not made.ok and b"ensurepip is not" in made.stdout:
             pytest.skip("this interpreter's ensurepip has no wheels (Debian: python3-venv)")
@@ -256,7 +263,10 @@ def test_sqlite_of_the_command_line_with_wal(env: ExecutionEnvironment) -> None:
 
 
 def test_shell_pipeline(env: ExecutionEnvironment) -> None:
-    line = "seq 1 20000 | sort -rn | awk '$1 % 7 == 0' | head -n 3 | tr '\\n' ' ' && wc -l < /etc/passwd"
+    line = (
+        "seq 1 20000 | sort -rn | awk '$1 % 7 == 0' | head -n 3 | tr '\\n' ' '"
+        " && wc -l < /etc/passwd"
+    )
     result = env.run(["sh", "-c", line], timeout=30 * PATIENCE).check()
     assert result.stdout == b"19999 19992 19985 3\n"
     assert result.stderr == b""
@@ -316,7 +326,10 @@ def test_java_virtual_machine_starts(env: ExecutionEnvironment) -> None:
 @requires("tar")
 @requires("xz")
 def test_archives_are_packed_and_unpacked(env: ExecutionEnvironment) -> None:
-    line = "mkdir a && seq 10000 > a/b && ln a/b a/c && tar cJf x a && mkdir u && tar xf x -C u && cmp a/b u/a/c"
+    line = (
+        "mkdir a && seq 10000 > a/b && ln a/b a/c && tar cJf x a"
+        " && mkdir u && tar xf x -C u && cmp a/b u/a/c"
+    )
     assert env.run(["sh", "-ec", line], cwd="/tmp", timeout=30 * PATIENCE).check().stderr == b""
 
 

@@ -30,7 +30,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),
     ("features", ("features",)),
-    ("values", ("config", "result", "policy", "policy_oci", "profiles", "terminal")),
+    ("values", ("config", "counters", "result", "policy", "policy_oci", "profiles", "terminal")),
     ("linux", ("linux",)),
     ("errors", ("errors",)),
 )

@@ -46,9 +46,9 @@ FULL_HOST: dict[str, Any] = {
 }
 
 
-def host(*missing: str, **changes: Any) -> dict[str, Any]:
+def host(*missing: str, **changes: object) -> dict[str, Any]:
     """Return a hello of a host that has everything but the cgroup features named."""
-    hello = {**copy.deepcopy(FULL_HOST), **changes}
+    hello: dict[str, Any] = {**copy.deepcopy(FULL_HOST), **changes}
     for name in missing:
         hello["cgroups"][name] = MISSING
     return hello
@@ -64,8 +64,16 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seccomp, "filter_for", lambda policy: policy.name.encode())
 
 
-def decide(hello: dict[str, Any] = FULL_HOST, **fields: Any) -> b.Blueprint:
-    return b.Blueprint(Config(**fields), hello)
+@pytest.fixture(autouse=True)
+def _block_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A host with two disks, 8:0 and 8:16, and a partition, 8:17."""
+    for name in ("8:0", "8:16", "8:17/partition"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(b, "_BLOCK_DEVICES", str(tmp_path))
+
+
+def decide(hello: dict[str, Any] = FULL_HOST, **fields: object) -> b.Blueprint:
+    return b.Blueprint(Config(**fields), hello)  # type: ignore[arg-type]
 
 
 def layers(blueprint: b.Blueprint) -> Protections:
@@ -132,8 +140,10 @@ def test_a_poor_host_gets_an_environment_with_all_defaults_and_the_truth() -> No
     made = decide(POOR_HOST)
     assert made.spec["cgroup_limits"] == {}
     assert not made.accounts_cpu
-    missing = {layer.name for layer in layers(made).missing}
-    assert missing == {"cgroup.memory", "cgroup.cpu", "cgroup.cpuset", "cgroup.io"}
+    assert [layer.name for layer in layers(made).missing] == ["cgroup.memory"]
+    unwanted = {layer.name for layer in made.layers if not layer.wanted}
+    assert unwanted == {"cgroup.cpu", "cgroup.cpuset", "cgroup.io"}
+    assert not any(layer.in_force for layer in made.layers if not layer.wanted)
 
 
 def test_limit_switched_off_by_name_is_not_in_force_and_never_refused() -> None:
@@ -192,6 +202,20 @@ def test_io_device_must_be_a_block_device(device: str) -> None:
         decide(limits=Limits(io_max=(IoMax(device=device, rbps=1),)))
 
 
+@pytest.mark.parametrize(
+    ("device", "words"), [("9:9", "no such device; see lsblk"), ("8:17", "name the whole disk")]
+)
+def test_io_device_must_be_a_whole_device_of_this_host(device: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"io_max device '{device}': .*{words}"):
+        decide(limits=Limits(io_max=(IoMax(device=device, rbps=1),)))
+
+
+@pytest.mark.parametrize("cpus", ["99999", "0,99999", "0-99999", "1-0"])
+def test_cpus_must_be_of_this_host(cpus: str) -> None:
+    with pytest.raises(ConfigError, match=f"of '{cpus}': this host has the CPUs 0-"):
+        decide(limits=Limits(cpuset_cpus=cpus))
+
+
 def test_io_device_is_told_by_number() -> None:
     made = decide(limits=Limits(io_max=(IoMax(device="8:16", rbps="1M", wiops=5),)))
     assert made.spec["cgroup_limits"]["io_max"] == [
@@ -229,7 +253,8 @@ def test_time_namespaces_are_done_without_and_all_others_are_not() -> None:
             decide(host(namespaces=having))
         assert caught.value.feature == f"namespace.{name}"
     made = decide(host(namespaces=[other for other in namespaces.FLAGS if other != "time"]))
-    assert not layers(made)["namespace.time"].in_force
+    assert [layer.name for layer in layers(made).missing] == ["namespace.time"]
+    assert layers(made)["namespace.time"].detail == "this kernel has no time namespaces"
     assert not made.spec["namespaces"] & c.CLONE_NEWTIME
 
 
@@ -316,7 +341,7 @@ def test_spec_is_json_and_says_nothing_of_the_command() -> None:
 def test_environment_has_nothing_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     assert set(b.base_environment(Config())) == {"PATH", "HOME", "USER", "LOGNAME", "LANG"}
-    changed = b.base_environment(Config(env={"HOME": "/data", "A": "1"}))  # type: ignore[arg-type]
+    changed = b.base_environment(Config(env={"HOME": "/data", "A": "1"}))
     assert (changed["HOME"], changed["A"]) == ("/data", "1")
 
 

@@ -69,7 +69,8 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: Limits(pids_max=6.4), "pids_max: must be a whole number"),  # type: ignore[arg-type]
     (lambda: Limits(pids_max=True), "pids_max: must be a whole number, got True"),
     (lambda: Limits(pids_max=1 << 40), "pids_max: must be from 2 to 4194304"),
-    (lambda: Limits(open_files=3), "open_files: must be from 4"),
+    (lambda: Limits(open_files=15), "open_files: must be from 16"),
+    (lambda: Limits(memory_max="1M"), "memory_max: must be at least 2097152, got 1048576"),
     (lambda: Limits(core_size=-1), "core_size: must be from 0"),
     (lambda: Config(user_id=0), "user_id: must be from 1 to 65533, got 0"),
     (lambda: Config(user_id=65534), "user_id: must be from 1 to 65533"),
@@ -127,18 +128,43 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: Config(rootfs="/no/such"), "rootfs '/no/such': not a directory; rootfs/README.md"),
     (lambda: Config(rootfs="/etc/passwd"), "rootfs '/etc/passwd': not a directory"),
     (lambda: Config(rootfs="/\0"), "rootfs: .*NUL"),
+    (
+        lambda: Mount(source="srv", destination="/d"),
+        "mount source 'srv': must be absolute; see Mount.bind",
+    ),
+    (lambda: Mount(source="/srv", destination="/d", options=("suid",)), "mount option 'suid': "),
+    (lambda: Mount(source="/srv", destination="/d", options=("ro", "rw")), "one of 'ro' and 'rw'"),
+    (lambda: Mount(source="/srv", destination="/d", options="ro"), "mount options: .* got 'ro'"),  # type: ignore[arg-type]
+    (
+        lambda: Mount(source="", destination="/d", type="tmpfs", options=("rw", "size=x")),
+        "tmpfs size: 'x' is no size",
+    ),
+    (
+        lambda: Mount(source="", destination="/d", type="tmpfs", options=("rw",)),
+        "a tmpfs needs 'size=BYTES'",
+    ),
+    (lambda: Config(mounts=None), "mounts: must be a sequence of Mount values, got None"),  # type: ignore[arg-type]
+    (lambda: Config(mounts=bind("/d")), "mounts: must be a sequence of Mount values, got Mount"),  # type: ignore[arg-type]
+    (lambda: Limits(io_max=5), "io_max: must be a sequence of IoMax values, got 5"),  # type: ignore[arg-type]
     # the rest of Config
-    (lambda: Config(env={"": "x"}), "env: '' is no variable name"),  # type: ignore[arg-type]
-    (lambda: Config(env={"A=B": "x"}), "env: 'A=B' is no variable name"),  # type: ignore[arg-type]
-    (lambda: Config(env={"A": "x\0"}), r"env\['A'\]: .*NUL"),  # type: ignore[arg-type]
-    (lambda: Config(env={"A\0": "x"}), "env name: .*NUL"),  # type: ignore[arg-type]
-    (lambda: Config(env={"A": 1}), r"env\['A'\]: must be text, got 1"),  # type: ignore[arg-type]
+    (lambda: Config(env=5), "env: must be a mapping of names to values, got int"),  # type: ignore[arg-type]
+    (lambda: Config(env="A=1"), "env: must be a mapping of names to values, got str"),  # type: ignore[arg-type]
+    (lambda: Config(env=["A=1"]), "env: must be a mapping of names to values, got list"),  # type: ignore[arg-type]
+    (lambda: Config(env={"A": "\ud800"}), r"env\['A'\]: '\\ud800' stands for no bytes"),
+    (lambda: Config(allow_missing=5), "allow_missing: must be a sequence of str values, got 5"),  # type: ignore[arg-type]
+    (lambda: Config(allow_missing=[5]), "allow_missing: must hold str values, got 5"),  # type: ignore[arg-type]
+    (lambda: Config().replace(memory_max=1), r"'memory_max' of Config; .*Limits\(memory_max=...\)"),
+    (lambda: Config(env={"": "x"}), "env: '' is no variable name"),
+    (lambda: Config(env={"A=B": "x"}), "env: 'A=B' is no variable name"),
+    (lambda: Config(env={"A": "x\0"}), r"env\['A'\]: .*NUL"),
+    (lambda: Config(env={"A\0": "x"}), "env name: .*NUL"),
+    (lambda: Config(env={"A": 1}), r"env\['A'\]: must be text, got 1"),  # type: ignore[dict-item]
     (lambda: Config(limits={"pids_max": 4}), "limits: must be a Limits value"),  # type: ignore[arg-type]
     (lambda: Config(network="bridge"), "network: must be 'none' or 'host', got 'bridge'"),
     (lambda: Config(seccomp="lax"), "lax"),  # type: ignore[arg-type]
     (lambda: Config(seccomp=None), "seccomp: must be a SeccompPolicy or name"),  # type: ignore[arg-type]
     (lambda: Config(allow_missing="seccomp"), "allow_missing: give a set of names"),  # type: ignore[arg-type]
-    (lambda: Config(allow_missing={"cgroup.mem"}), "'cgroup.mem' is none of cgroup.cpu, cgroup.cp"),  # type: ignore[arg-type]
+    (lambda: Config(allow_missing={"cgroup.mem"}), "'cgroup.mem' is none of cgroup.cpu, cgroup.cp"),
     (lambda: Config(hostname="a b"), "hostname: 'a b' is no host name"),
     (lambda: Config(hostname=""), "hostname: '' is no host name"),
     (lambda: Config(hostname="x" * 65), "hostname: .*up to 64"),
@@ -156,6 +182,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: check_argv("ls -l"), r"not the string 'ls -l'.*\['sh', '-c', line\]"),
     (lambda: check_argv(b"ls"), "not the string b'ls'"),  # type: ignore[arg-type]
     (lambda: check_argv(["ls", "a\0b"]), r"argv\[1\]: .*NUL"),
+    (lambda: check_argv(["ls", "\ud800"]), r"argv\[1\]: .*give the bytes themselves"),
     (lambda: check_argv(["ls", 5]), r"argv\[1\]: must be text, got 5"),  # type: ignore[list-item]
 ]
 
@@ -187,18 +214,20 @@ def test_whole_sizes_are_exact(number: int, unit: str) -> None:
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.binary(), st.none(), st.booleans()))
-def test_any_size_is_bytes_or_a_config_error(value: Any) -> None:
+def test_any_size_is_bytes_or_a_config_error(value: object) -> None:
     try:
-        size = parse_size(value)
+        size = parse_size(value)  # type: ignore[arg-type]
     except ConfigError as error:
-        assert str(error).startswith("size: ")
+        message = str(error)
     else:
         assert isinstance(size, int)
         assert 0 < size <= 1 << 62
+        return
+    assert message.startswith("size: ")
 
 
 @given(st.one_of(st.text(), st.integers(), st.floats(), st.none(), st.booleans()))
-def test_any_time_is_finite_or_a_config_error(value: Any) -> None:
+def test_any_time_is_finite_or_a_config_error(value: object) -> None:
     try:
         seconds = parse_seconds(value, "timeout")
     except ConfigError:
@@ -267,10 +296,10 @@ def test_named_limits_are_told_from_defaults() -> None:
 def test_values_are_hashable_and_equal_by_content() -> None:
     def make() -> Config:
         return Config(
-            mounts=[Mount.bind("/usr", "/data"), Mount.tmpfs("/scratch", size="1M")],  # type: ignore[arg-type]
-            env={"B": "2", "A": "1"},  # type: ignore[arg-type]
-            limits=Limits(memory_max="1G", io_max=[IoMax(device="8:0", rbps="1M")]),  # type: ignore[arg-type]
-            allow_missing={"seccomp"},  # type: ignore[arg-type]
+            mounts=[Mount.bind("/usr", "/data"), Mount.tmpfs("/scratch", size="1M")],
+            env={"B": "2", "A": "1"},
+            limits=Limits(memory_max="1G", io_max=[IoMax(device="8:0", rbps="1M")]),
+            allow_missing={"seccomp"},
             seccomp="strict",  # type: ignore[arg-type]
         )
 
@@ -290,7 +319,7 @@ def test_values_are_frozen() -> None:
 
 
 def test_replace_checks_and_keeps_the_rest() -> None:
-    config = Config(env={"A": "1"}, cwd="/")  # type: ignore[arg-type]
+    config = Config(env={"A": "1"}, cwd="/")
     changed = config.replace(hostname="other")
     assert (changed.hostname, changed.cwd, changed.env) == ("other", "/", (("A", "1"),))
     with pytest.raises(ConfigError, match="hostname"):

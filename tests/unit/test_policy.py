@@ -32,7 +32,7 @@ def arg(index: int, op: str, value: int, two: int = 0) -> dict[str, Any]:
     return {"index": index, "op": f"SCMP_CMP_{op}", "value": value, "valueTwo": two}
 
 
-def load(text: object, **more: Any) -> SeccompPolicy:
+def load(text: object, **more: object) -> SeccompPolicy:
     return SeccompPolicy.from_oci(text, machine="x86_64", kernel=(6, 1), **more)  # type: ignore[arg-type]
 
 

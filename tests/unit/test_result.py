@@ -6,8 +6,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import os
 import signal
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,12 +20,13 @@ LAYERS = Protections(
     (
         Protection("namespace.pid", True, "its own"),
         Protection("cgroup.memory", False, "no delegation"),
+        Protection("cgroup.cpu", False, "no limit was asked for", wanted=False),
     )
 )
 
 
-def result(outcome: Outcome = Outcome.EXITED, returncode: int = 0, **more: Any) -> Result:
-    return Result(argv=("prog", "-x"), outcome=outcome, returncode=returncode, **more)
+def result(outcome: Outcome = Outcome.EXITED, returncode: int = 0, **more: object) -> Result:
+    return Result(argv=("prog", "-x"), outcome=outcome, returncode=returncode, **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,8 @@ def test_to_dict_is_json_and_loses_nothing(
     assert back["returncode"] == returncode
     assert (back["exit_code"] is None) == (back["signal"] is not None)
     assert back["argv"] == ["prog", "-x"]
+    words = dataclasses.replace(result(), argv=("prog", os.fsdecode(b"\xff"))).to_dict()["argv"]
+    assert words == ["prog", {"base64": base64.b64encode(b"\xff").decode()}]
 
 
 def test_to_dict_has_every_field() -> None:
@@ -98,7 +101,7 @@ def test_to_dict_has_every_field() -> None:
     assert made["usage"]["wall_seconds"] == 0.5
     assert set(made["usage"]) == {item.name for item in dataclasses.fields(Usage)}
     assert made["protections"]["cgroup.memory"] == {
-        "name": "cgroup.memory", "in_force": False, "detail": "no delegation",
+        "name": "cgroup.memory", "in_force": False, "detail": "no delegation", "wanted": True,
     }  # fmt: skip
 
 
@@ -114,8 +117,8 @@ def test_cpu_seconds_needs_both_halves() -> None:
 
 
 def test_protections_are_a_read_only_mapping() -> None:
-    assert list(LAYERS) == ["namespace.pid", "cgroup.memory"]
-    assert len(LAYERS) == 2
+    assert list(LAYERS) == ["namespace.pid", "cgroup.memory", "cgroup.cpu"]
+    assert len(LAYERS) == 3
     assert LAYERS["namespace.pid"].in_force
     assert [layer.name for layer in LAYERS.missing] == ["cgroup.memory"]
     assert "seccomp" not in LAYERS

@@ -12,7 +12,7 @@ from typing import Final
 import click
 
 from nsbox.cli import INTERRUPTED, OWN_FAILURE
-from nsbox.errors import CommandStartError, NsboxError
+from nsbox.errors import CommandStartError, ConfigError, NsboxError, UnsupportedHostError
 
 _COMMANDS: Final = {
     "run": ("run", "run_command", "Run a command in a fresh sandbox."),
@@ -102,7 +102,9 @@ def say(text: str) -> None:
 
 def explain(error: BaseException) -> str:
     """Return the message of an error in the words of the command line."""
-    text = _NAMED_FIELD.sub(lambda match: _OPTION_NAMES[match[0]], str(error), count=1)
+    text = str(error)
+    if isinstance(error, ConfigError | UnsupportedHostError):
+        text = _NAMED_FIELD.sub(lambda match: _OPTION_NAMES[match[0]], text, count=1)
     for pattern, replacement in _CALLS:
         text = pattern.sub(replacement, text)
     return text

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import asdict
 
 import click
 
@@ -14,7 +14,7 @@ from nsbox.cli.options import environment_options, make_config
 @click.command("plan")
 @environment_options
 @click.option("--json", "as_json", is_flag=True, help="Print one object.")
-def plan_command(as_json: bool, **options: Any) -> int:
+def plan_command(as_json: bool, **options: object) -> int:
     """Print what `nsbox run` would do with these options, in order; nothing is run.
 
     A launcher is started for it, which finds out what this host can enforce.
@@ -32,10 +32,7 @@ def plan_command(as_json: bool, **options: Any) -> int:
         for number, step in enumerate(STEPS, 1)
     ]
     if as_json:
-        layers = [
-            {"name": layer.name, "in_force": layer.in_force, "detail": layer.detail}
-            for layer in blueprint.layers
-        ]
+        layers = [asdict(layer) for layer in blueprint.layers]
         click.echo(json.dumps({"steps": steps, "protections": layers}, indent=2))
         return 0
     side = ""

@@ -18,7 +18,7 @@ from nsbox.cli.session import Session
 from nsbox.config import Config, check_argv, parse_seconds
 from nsbox.environment import ExecutionEnvironment
 from nsbox.errors import CommandStartError, ConfigError, NsboxError
-from nsbox.result import Outcome, Protection, Result
+from nsbox.result import Outcome, Result
 
 _TIMEOUT: Final = 124
 _SIGNAL_BASE: Final = 128
@@ -56,7 +56,7 @@ def exit_status(result: Result) -> int:
 @_json_option
 @_quiet_option
 @click.argument("command", nargs=-1, type=click.UNPROCESSED, required=True, metavar="-- CMD...")
-def run_command(command: tuple[str, ...], **options: Any) -> int:
+def run_command(command: tuple[str, ...], **options: object) -> int:
     """Run a command in a fresh sandbox.
 
     stdin, stdout and stderr are the command's. At a terminal it gets a terminal of its own. The
@@ -69,7 +69,7 @@ def run_command(command: tuple[str, ...], **options: Any) -> int:
 @environment_options
 @_json_option
 @_quiet_option
-def shell_command(**options: Any) -> int:
+def shell_command(**options: object) -> int:
     """Start an interactive shell in a fresh sandbox: yours if it is inside, else bash or sh."""
     return _run((), options, interactive=True)
 
@@ -99,7 +99,7 @@ def _execute(
 ) -> Result:
     environment = ExecutionEnvironment(config)
     try:
-        missing = [layer for layer in environment.protections.missing if _was_wanted(layer)]
+        missing = environment.protections.missing
         if missing and not quiet:
             told = "; ".join(f"{layer.name} ({layer.detail})" for layer in missing)
             say(f"not in force on this host: {told} [--quiet hides this; see 'nsbox doctor']")
@@ -115,11 +115,6 @@ def _execute(
         return session.run(argv)
     finally:
         environment.close(wait=False)
-
-
-def _was_wanted(layer: Protection) -> bool:
-    """Whether a layer is not in force because the host cannot, and not because nobody asked."""
-    return not layer.detail.endswith("was asked for")
 
 
 def _find_shell(environment: ExecutionEnvironment) -> str:
@@ -141,7 +136,12 @@ def _check_report(path: str | None) -> None:
     """Raise before anything runs when the report could not be written at the end."""
     if path in (None, "-"):
         return
-    directory = os.path.dirname(os.path.abspath(path))
+    try:
+        directory = os.path.dirname(os.path.abspath(path))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"--json {path!r}: the working directory is gone; give an absolute name"
+        ) from error
     if os.path.isdir(path):
         raise ConfigError(f"--json {path!r}: is a directory; give the name of a file")
     if not os.path.exists(path) and not os.path.isdir(directory):

@@ -173,15 +173,13 @@ class Session:
     def _enforce(self, process: Process) -> None:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
-            process.condemn(
-                Outcome.TIMED_OUT, f"not over after {self._timeout:g} s; nsbox killed it"
-            )
+            process.condemn(Outcome.TIMED_OUT, f"not over after {self._timeout:g} s")
         if self._output_max is not None:
             for name, pump in self._outputs.items():
                 if pump.total > self._output_max:
                     process.condemn(
                         Outcome.OUTPUT_LIMIT,
-                        f"{name} is over {self._output_max} bytes; nsbox killed it",
+                        f"{name} is over {self._output_max} bytes",
                     )
 
     def _drain(self, process: Process, result: Result, wake: int) -> Result:

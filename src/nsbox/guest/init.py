@@ -12,10 +12,12 @@ import errno
 import os
 import select
 import stat
+import struct
 
 # The C half of `socket`, as in `linux.calls`.
 from _socket import MSG_WAITALL
 from _socket import socket as _Socket
+from fcntl import ioctl
 
 from nsbox.guest import protocol as p
 from nsbox.linux import calls
@@ -128,11 +130,11 @@ class Init:
         channel.close()
 
     def _start(self, channel: _Socket, request: bytes, fds: list[int]) -> None:
-        flags, stdio, cwd, argv, environment = p.parse_run(request)
+        flags, size, stdio, cwd, argv, environment = p.parse_run(request)
         terminal: list[int] = []
         try:
             if flags & p.TTY:
-                actions, terminal = _open_terminal()
+                actions, terminal = _open_terminal(size)
                 actions += _given_actions(stdio, fds)
             else:
                 actions = _stdio_actions(stdio, fds)
@@ -314,10 +316,12 @@ def _given_actions(stdio: list[bool], fds: list[int]) -> list[Any]:
     return [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in zip(numbers, fds, strict=True)]
 
 
-def _open_terminal() -> tuple[list[Any], list[int]]:
+def _open_terminal(size: tuple[int, int]) -> tuple[list[Any], list[int]]:
     try:
         master, slave = os.openpty()
         name = os.ttyname(slave)
+        # Before the command starts: it may ask at once (ioctl_tty(2), struct winsize).
+        ioctl(slave, c.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     except OSError as error:
         raise _Failure(error.errno or errno.EIO, "tty") from error
     # The first terminal that a session leader opens becomes its controlling one (tty(4)).

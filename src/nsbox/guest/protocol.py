@@ -34,7 +34,7 @@ LENGTH = struct.Struct("!I")
 LARGEST_REQUEST = 8 << 20
 """Bytes of one request; the kernel's own limit on argv + environment is 2 to 6 MiB (execve(2))."""
 
-_RUN = struct.Struct("!BII")
+_RUN = struct.Struct("!BHHII")
 TTY = 1
 """Flag of a run: open a terminal; the answer STARTED carries its master end."""
 ANNOUNCE = 2
@@ -81,27 +81,33 @@ def parse_failure(word: bytes) -> tuple[str, int, str] | None:
 
 
 def run_request(
-    argv: list[bytes], environment: list[bytes], cwd: bytes, stdio: list[bool], flags: int
+    argv: list[bytes],
+    environment: list[bytes],
+    cwd: bytes,
+    stdio: list[bool],
+    flags: int,
+    tty: tuple[int, int] | None,
 ) -> bytes:
     """Return the request to run `argv`; `environment` has ``NAME=value``, nothing holds a NUL."""
+    flags |= TTY if tty else 0
     for number, given in enumerate(stdio):
         flags |= _STDIO << number if given else 0
-    header = _RUN.pack(flags, len(argv), len(environment))
+    header = _RUN.pack(flags, *(tty or (0, 0)), len(argv), len(environment))
     return header + b"\0".join([cwd, *argv, *environment])
 
 
 def parse_run(
     data: bytes,
-) -> tuple[int, list[bool], bytes, list[bytes], dict[bytes, bytes]]:
-    """Return flags, stdio, working directory, argv and environment of a run request."""
-    flags, count, _ = _RUN.unpack_from(data)
+) -> tuple[int, tuple[int, int], list[bool], bytes, list[bytes], dict[bytes, bytes]]:
+    """Return flags, terminal size, stdio, working directory, argv and environment of a request."""
+    flags, rows, columns, count, _ = _RUN.unpack_from(data)
     words = data[_RUN.size :].split(b"\0")
     environment = {}
     for word in words[count + 1 :]:
         name, _, value = word.partition(b"=")
         environment[name] = value
     stdio = [bool(flags & _STDIO << number) for number in range(3)]
-    return flags, stdio, words[0], words[1 : count + 1], environment
+    return flags, (rows, columns), stdio, words[0], words[1 : count + 1], environment
 
 
 def write_request(path: bytes, mode: int, size: int) -> bytes:

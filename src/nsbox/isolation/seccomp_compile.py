@@ -23,7 +23,8 @@ import struct
 import sys
 import tempfile
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from nsbox import profiles
 from nsbox.errors import UnsupportedHostError
@@ -75,7 +76,7 @@ def compile_policy(policy: SeccompPolicy) -> bytes:
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
 
 
-def known_numbers(library: Any, arch: int) -> dict[str, int]:
+def known_numbers(library: ModuleType, arch: int) -> dict[str, int]:
     """Return the number of every call that nsbox knows and `arch` has."""
     numbers: dict[str, int] = {}
     for name in profiles.TIER_OF:
@@ -89,7 +90,7 @@ def known_numbers(library: Any, arch: int) -> dict[str, int]:
 
 
 def _leaves(
-    library: Any,
+    library: ModuleType,
     arch: int,
     policy: SeccompPolicy,
     numbers: Mapping[str, int],
@@ -124,7 +125,7 @@ def _leaves(
 
 
 def _libseccomp_program(
-    library: Any,
+    library: ModuleType,
     default: int,
     calls: Sequence[tuple[int, Sequence[Rule]]],
 ) -> list[Instruction]:

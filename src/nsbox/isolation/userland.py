@@ -98,7 +98,8 @@ def hold(layout: dict[str, Any]) -> int:
                 os.write(report_write, b"{}")
                 os.read(release, 1)
             except OSError as error:
-                message = {"errno": error.errno, "message": str(error)}
+                text = str(error).removeprefix(f"[Errno {error.errno}] ")
+                message = {"errno": error.errno, "message": text}
                 os.write(report_write, json.dumps(message).encode())
         finally:
             os._exit(0)
@@ -125,6 +126,8 @@ def build(layout: dict[str, Any]) -> None:
         c.AT_FDCWD, "/proc", c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | c.AT_RECURSIVE
     )
     etc = [] if layout["rootfs"] else _host_etc()
+    if layout["rootfs"]:
+        os.chdir(layout["rootfs"])  # it may lie below _BASE, too: from here on it is "."
 
     flags = c.MS_NOSUID | c.MS_NODEV
     calls.mount("tmpfs", _BASE, "tmpfs", flags, "mode=755,size=4096,nr_inodes=16")
@@ -136,7 +139,7 @@ def build(layout: dict[str, Any]) -> None:
 
     _make_skeleton(root)
     if layout["rootfs"]:
-        _place_rootfs(root, layout["rootfs"])
+        _place_rootfs(root)
     else:
         _place_host_userland(root)
         for name, content in etc:
@@ -193,12 +196,13 @@ def _place_host_userland(root: str) -> None:
         _place_entry(root, "/", name)
 
 
-def _place_rootfs(root: str, rootfs: str) -> None:
+def _place_rootfs(root: str) -> None:
+    """Put the working directory's entries into `root`."""
     os.rmdir(f"{root}/var")
     os.rmdir(f"{root}/etc")
-    for name in sorted(os.listdir(rootfs)):
+    for name in sorted(os.listdir(".")):
         if name not in _NEVER_SHARED:
-            _place_entry(root, rootfs, name)
+            _place_entry(root, ".", name)
     for name in ("etc", "var"):
         if not os.path.lexists(f"{root}/{name}"):
             os.mkdir(f"{root}/{name}", 0o755)
@@ -248,7 +252,10 @@ def _place_synthetic_etc(root: str, layout: dict[str, Any], resolv: bytes) -> No
     }
     contents = {name: text.encode() for name, text in files.items()}
     contents["resolv.conf"] = resolv
-    if not layout["rootfs"] or not os.path.isdir(f"{layout['rootfs']}/etc"):
+    if os.path.islink(f"{root}/etc"):
+        # Followed here it would lead to the host's files.
+        raise SyscallError("open (a symbolic link in the rootfs)", errno.ELOOP, "/etc")
+    if not layout["rootfs"] or not os.path.isdir("./etc"):
         for name, content in contents.items():
             _write(f"{root}/etc/{name}", content)
         return
@@ -276,7 +283,8 @@ def _make_mount_point(root: str, destination: str, *, is_directory: bool) -> Non
             continue
         if parent_device != device:
             # Creating it would write to the host's tree.
-            raise SyscallError("mkdir (not in a bound tree)", errno.ENOENT, destination)
+            what = "mkdir (a mount point in a bound tree must exist there already)"
+            raise SyscallError(what, errno.ENOENT, destination)
         if index < len(parts) - 1 or is_directory:
             os.mkdir(path, 0o755)
         else:

@@ -20,6 +20,7 @@ from nsbox.linux.descriptors import gaps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from nsbox.linux.program import Program
@@ -148,7 +149,9 @@ def _rlimit_text(spec: dict[str, Any]) -> str:
     return "set " + ", ".join(f"RLIMIT_{k.upper()}={v}" for k, v in spec["rlimits"].items())
 
 
-def _environment_step(name: str, text: Any, prepare: Any) -> Step:
+def _environment_step(
+    name: str, text: str | Callable[[dict[str, Any]], str], prepare: Callable[..., None]
+) -> Step:
     return Step("environment", name, text, prepare)
 
 

@@ -42,5 +42,7 @@ def failure(step: str, error: BaseException) -> dict[str, Any]:
     return {
         "step": step,
         "errno": getattr(error, "errno", None) or 0,
-        "message": str(error) if isinstance(error, OSError) else repr(error),
+        "message": str(error).removeprefix(f"[Errno {error.errno}] ")
+        if isinstance(error, OSError)
+        else repr(error),
     }

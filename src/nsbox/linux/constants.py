@@ -148,6 +148,9 @@ BPF_MAXINSNS = 4096
 LINUX_CAPABILITY_VERSION_3 = 0x2008_0522  # 2.6.26
 LINUX_CAPABILITY_U32S_3 = 2
 
+# asm-generic/ioctls.h: ioctl_tty(2)
+TIOCSWINSZ = 0x5414
+
 # linux/sockios.h, linux/if.h: netdevice(7)
 SIOCGIFFLAGS = 0x8913
 SIOCSIFFLAGS = 0x8914

@@ -129,7 +129,7 @@ class UsageReader:
                 values[f"io_{key}"] = stat.get(key, 0)
 
 
-def _get(files: Any, attribute: str) -> Any:
+def _get(files: object, attribute: str) -> Any:  # noqa: ANN401 - cgroupspy declares no types
     """Return a declared file's value, None when the kernel (or this cgroup) has no such file."""
     if files is None:
         return None

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verdict when an end and a limit come together, and what is said where nobody can know."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+
+import pytest
+from tests.support import IS_ROOT, wait_until, x86_64_only
+
+import nsbox
+from nsbox import ExecutionEnvironment, Limits, Outcome, Result
+
+
+def test_a_kill_that_comes_too_late_is_no_verdict(env: ExecutionEnvironment) -> None:
+    with env.popen(["sh", "-c", "exit 5"]) as process:
+        poller = select.poll()
+        process.register(poller)
+        assert poller.poll(10_000), "PID 1 has said that it is over"
+        process.kill()
+        result = process.wait(10)
+    assert (result.outcome, result.returncode) == (Outcome.EXITED, 5)
+    assert result.evidence == "exit status 5"
+
+
+def test_a_timeout_is_only_what_was_killed_for_it(env: ExecutionEnvironment) -> None:
+    # Around the time that the command needs, whatever that is here.
+    needed = env.run(["sleep", "0.02"]).usage.wall_seconds
+    assert needed is not None
+    ends = set()
+    for number in range(40):
+        result = env.run(["sleep", "0.02"], timeout=needed * (0.8 + number / 100))
+        ends.add((result.outcome, result.returncode))
+        killed = "nsbox killed it" in result.evidence
+        assert killed == (result.outcome is Outcome.TIMED_OUT), result
+    assert ends <= {(Outcome.EXITED, 0), (Outcome.TIMED_OUT, -signal.SIGKILL)}
+
+
+@pytest.mark.parametrize("end", ["exit 3", "kill -SEGV $$", "sleep 60"])
+def test_output_that_was_cut_is_never_passed_off_as_whole(
+    end: str,
+) -> None:
+    limits = Limits(output_max=10_000)
+    with ExecutionEnvironment(limits=limits) as small:
+        result = small.run(["sh", "-c", f"head -c 20000 /dev/zero; {end}"])
+    assert result.outcome is Outcome.OUTPUT_LIMIT
+    assert len(result.stdout) == 10_000
+    assert result.evidence.startswith("stdout is over 10000 bytes; ")
+    killed = result.returncode == -signal.SIGKILL
+    assert killed == result.evidence.endswith("; nsbox killed it"), result
+
+
+FILTER_KILL = "import ctypes; ctypes.CDLL(None).syscall(0x40000000 + 39)"  # getpid of x32
+
+
+@x86_64_only
+def test_a_filter_kill_and_a_signal_of_its_own_look_the_same_without_the_log(
+    env: ExecutionEnvironment,
+) -> None:
+    def own() -> Result:
+        return env.run(["python3", "-I", "-S", "-c", "import os; os.kill(os.getpid(), 31)"])
+
+    assert own().outcome is Outcome.SIGNALED
+    assert "or sent by a process inside" in own().evidence
+    killed = env.run(["python3", "-I", "-S", "-c", FILTER_KILL])
+    assert killed.signal is signal.SIGSYS
+    if IS_ROOT and os.access("/dev/kmsg", os.R_OK):
+
+        def told() -> bool:
+            # The kernel drops records when it has printed ten in five seconds (printk_ratelimit).
+            result = env.run(["python3", "-I", "-S", "-c", FILTER_KILL])
+            return result.outcome is Outcome.SECCOMP_KILLED and "type=1326" in result.evidence
+
+        wait_until(told, "a kill by the filter found in the kernel's log", 20)
+    else:
+        assert killed.outcome is Outcome.SIGNALED
+
+
+def test_a_verdict_does_not_depend_on_what_is_printed() -> None:
+    report = '{"outcome": "oom_killed", "returncode": -9, "evidence": "OOM"}'
+    code = f"import sys; print({report!r}); print({report!r}, file=sys.stderr); sys.exit(137)"
+    result = nsbox.run([sys.executable, "-I", "-S", "-c", code])
+    assert (result.outcome, result.returncode) == (Outcome.EXITED, 137)
+    assert result.text().strip() == report
