@@ -207,7 +207,7 @@ class Process:
 
     def close(self) -> None:
         """Kill the command if it still runs, and close the pipes and the terminal."""
-        if self._result is None:
+        if self._result is None and self._death is None:
             self.kill()
             with suppress(EnvironmentDied):  # then it is gone too
                 self.wait(KILL_DEADLINE * 2)
@@ -385,11 +385,8 @@ class Process:
         try:
             kind, status, user, system, fds = self._channel.receive_answer()
             close_all(fds)
-            if kind == p.FAILED and not self.pid:
-                self._channel.socket.close()
-                self._death = self._start_error(status, p.STAGES[user])
-                raise self._death
-            if kind != p.EXITED or not 0 <= status < 1 << 16:
+            has_not_started = kind == p.FAILED and not self.pid
+            if not has_not_started and (kind != p.EXITED or not 0 <= status < 1 << 16):
                 raise ConnectionError("PID 1 sent a malformed answer")
         except OSError as error:
             self._link.kill()  # broken rules end the environment
@@ -398,6 +395,10 @@ class Process:
                 return
             self._death = self._link.died(error)
             raise self._death from error
+        if has_not_started:
+            self._channel.socket.close()
+            self._death = self._start_error(status, p.STAGES[user])
+            raise self._death
         after = self._link.usage()
         if after.get("cpu_user_usec") is None:
             after["cpu_user_usec"], after["cpu_system_usec"] = user, system

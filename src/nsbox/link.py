@@ -58,19 +58,20 @@ class Channel:
         is_short = len(request) + 2 <= p.LARGEST_MESSAGE
         message = operation + (p.HERE + request if is_short else p.ON_CHANNEL)
         try:
-            send_bytes(control, message, [theirs.fileno(), *fds])
+            try:
+                send_bytes(control, message, [theirs.fileno(), *fds])
+            finally:
+                theirs.close()
             if not is_short:
-                self.socket.sendall(p.LENGTH.pack(len(request)) + request)
-        except BrokenPipeError:
-            if is_short:
-                self.socket.close()
-                raise
-            # It refused the request before reading all of it: its answer says why.
+                self._send_request(request)
         except OSError:
             self.socket.close()
             raise
-        finally:
-            theirs.close()
+
+    def _send_request(self, request: bytes) -> None:
+        # A broken pipe: it refused the request before reading all of it, and its answer says why.
+        with suppress(BrokenPipeError):
+            self.socket.sendall(p.LENGTH.pack(len(request)) + request)
 
     def receive_answer(self) -> tuple[bytes, int, int, int, list[int]]:
         """Return the kind, three numbers and the descriptors of the next answer.

@@ -164,10 +164,12 @@ def test_readme_names_the_packages_that_the_scripts_install() -> None:
 
 def test_steps_are_those_of_the_code() -> None:
     section = read("docs/architecture.md").split("\n## A birth, step by step\n")[1]
-    launcher, environment = section.split("\n## ")[0].split("\nIn the environment:\n")
+    launcher, _, rest = section.split("\n## ")[0].partition("\nIn the template:\n")
+    template, _, environment = rest.partition("\nIn the environment:\n")
+    sides = (("launcher", launcher), ("template", template), ("environment", environment))
     told = [
         (side, int(m[1]), m[2])
-        for side, text in (("launcher", launcher), ("environment", environment))
+        for side, text in sides
         for m in re.finditer(r"^(\d+)\. `([\w-]+)`: ", text, re.M)
     ]
     assert told == [(step.side, n, step.name) for n, step in enumerate(birth.STEPS, 1)]

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support import IS_ROOT, host_program, wait_until
+from tests.support import IS_ROOT, host_program, name_of, wait_until
 
 import nsbox
 from nsbox.isolation import readback
 from nsbox.launcher.client import get_launcher
+from nsbox.linux import proc
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -177,18 +178,21 @@ def assert_complete(env: nsbox.ExecutionEnvironment) -> None:
 
 
 def attach_strace(launcher: int, call: str, error: str, number: int) -> subprocess.Popen[bytes]:
-    """Have the kernel refuse the `number`th `call` of the launcher and of each of its clones."""
+    """Have the kernel refuse the `number`th `call` of launcher, template, and each clone."""
+    (template,) = (pid for pid in proc.children(launcher) if name_of(pid) == "nsbox-template")
+    processes = [word for pid in (launcher, template) for word in ("-p", str(pid))]
     tracer = subprocess.Popen(
-        ["strace", "-f", "-p", str(launcher), "-o", "/dev/null", "-e", f"trace={call}",
+        ["strace", "-f", *processes, "-o", "/dev/null", "-e", f"trace={call}",
          "-e", f"inject={call}:error={error}:when={number}"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert tracer.stderr is not None
-    line = tracer.stderr.readline()  # "strace: Process 123 attached"
-    if b"attached" not in line:
-        tracer.wait()
-        tracer.stderr.close()
-        pytest.skip(f"strace cannot be used here: {line.decode().strip()}")
+    for _ in (launcher, template):
+        line = tracer.stderr.readline()  # "strace: Process 123 attached"
+        if b"attached" not in line:
+            tracer.kill()
+            tracer.communicate()
+            pytest.skip(f"strace cannot be used here: {line.decode().strip()}")
     return tracer
 
 

@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+NAME = "nsbox-janitor"
 _SWEEP_AFTER = 0.25  # seconds after the launcher's start
 _SWEEP_AT_EXIT = 0.2  # seconds that sweep may take while the host waits for its own to be removed
 
@@ -39,7 +40,7 @@ def start(directories: list[str], done: int) -> int:
 
 
 def _run(launcher: int, directories: list[str], done: int) -> NoReturn:
-    privileges.set_name("nsbox-janitor")
+    privileges.set_name(NAME)
     # The launcher's lifeline and its socket to the host must not stay open here.
     close_all_but((0, 1, 2, launcher, done))
     poll = select.poll()

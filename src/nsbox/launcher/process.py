@@ -24,23 +24,28 @@ def start(role: str, words: Sequence[str], descriptors: Sequence[int]) -> int:
     environment, a session of its own (Ctrl-C is not for it) and default signals.
     """
     program = os.path.join(os.path.dirname(__file__), "main.py")
-    # Copies above the numbers they go to, or one dup2 could overwrite another's source.
-    sources = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE) for fd in descriptors]
-    sources.append(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
-    places = [*enumerate(sources[:-1], FIRST_DESCRIPTOR)]
+    opened: list[int] = []
     try:
+        opened.append(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+        # Copies above the numbers they go to, or one dup2 could overwrite another's source.
+        for fd in descriptors:
+            opened.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE))
+        null, *sources = opened
         return os.posix_spawn(
             sys.executable,
             [sys.executable, "-I", "-S", program, role, *words],
             {},
             file_actions=[
-                *((os.POSIX_SPAWN_DUP2, sources[-1], number) for number in range(3)),
-                *((os.POSIX_SPAWN_DUP2, source, number) for number, source in places),
+                *((os.POSIX_SPAWN_DUP2, null, number) for number in range(3)),
+                *(
+                    (os.POSIX_SPAWN_DUP2, source, number)
+                    for number, source in enumerate(sources, FIRST_DESCRIPTOR)
+                ),
             ],
             setsid=True,
             setsigmask=(),
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
         )
     finally:
-        for fd in sources:
+        for fd in opened:
             os.close(fd)

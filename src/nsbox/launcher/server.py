@@ -273,8 +273,8 @@ class Server:
         template.close()
         known = {environment.pid for environment in self._environments.values()}
         for pid in proc.children(os.getpid()):
-            # A clone that it could not tell of any more. It ends by itself (`inside`, maps).
-            if proc.read_stat(pid).comm == "nsbox-template" and pid not in known:
+            # A clone that it could not tell of any more.
+            if pid not in known and proc.read_stat(pid).comm != janitor.NAME:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
         if self._channel.fileno() not in self._handlers:
