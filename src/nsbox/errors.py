@@ -8,7 +8,7 @@
     ├─ UnsupportedHostError            .feature .reason .hint; before anything is created
     ├─ SetupError                      .step .errno .hint; what was made is removed again
     ├─ LauncherError                   the launcher could not be started, or died
-    ├─ StoreError                      .path: the code store, or what it keeps, cannot be trusted or used
+    ├─ StoreError                      .path: the code store, or an entry of it, is not usable
     ├─ SyscallError (OSError)          .syscall .errno .filename
     ├─ EnvironmentStateError           closed, frozen, or owned by another process
     ├─ CommandStartError               .argv0 .errno .exit_code (126 or 127)

@@ -69,8 +69,8 @@ class Function:
     Args:
         handler: ``"module.function"`` or ``"package.module.function"``: Python code that is called
             with an event and a context. Either this or `command` is given.
-        command: A program, and its arguments. Each invocation starts it, with the event on stdin and
-            the answer on stdout.
+        command: A program, and its arguments. Each invocation starts it, with the event on stdin
+            and the answer on stdout.
         code: A directory or a zip file; its content is /var/task. None: with a handler the
             module or package that Python finds under the handler's first name, which is not
             imported for that; with a command no code.
@@ -100,7 +100,7 @@ class Function:
     env: tuple[tuple[str, str], ...] = field(repr=False)
     limits: Limits
     network: str
-    seccomp: SeccompPolicy
+    seccomp: SeccompPolicy = field(repr=False)
     timeout: float
     init_timeout: float
     preload: tuple[str, ...]
@@ -139,7 +139,7 @@ class Function:
         put = partial(object.__setattr__, self)
         if (handler is None) == (command is None):
             raise ConfigError(
-                f"function: give exactly one of handler and command, got {handler!r} and {command!r}"
+                f"function: give one of handler and command, got {handler!r} and {command!r}"
             )
         put("handler", None if handler is None else _check_handler(handler))
         put("command", None if command is None else check_argv(command))
@@ -352,7 +352,7 @@ def _check_source(value: object, what: str) -> str:
     path = os.path.abspath(path)
     if not os.path.exists(path):
         raise ConfigError(
-            f"{what} {path!r}: no such file or directory; give a directory or a zip file that exists"
+            f"{what} {path!r}: no such file or directory; give a directory or zip file that exists"
         )
     return path
 

@@ -22,9 +22,9 @@ from nsbox.sources import read_directory
 from nsbox.trees import DIRECTORY, LINK, Manifest, TreeWriter, mode_of
 
 _MANIFEST_MAX: Final = 128 << 20
-_SETTLED: Final = 50_000_000
-"""Nanoseconds. Times of change advance by timer ticks, of up to 10 ms: two changes within one look
-like one. What changed this recently is hashed again the next time."""
+_SETTLED: Final = 2_000_000_000
+"""Nanoseconds. Times of change advance by timer ticks of up to 10 ms, on some file systems by a
+second: two changes within one look like one. What is younger is hashed again the next time."""
 
 
 class Corrupt(Exception):
@@ -81,7 +81,7 @@ def check_tree(path: str, entry: int, digest: str, manifest: Manifest) -> None:
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     tree = os.open("tree", flags, dir_fd=entry)
     try:
-        now = time.clock_gettime_ns(time.CLOCK_REALTIME_COARSE)  # the clock that stamps files
+        now = time.clock_gettime_ns(time.CLOCK_REALTIME)  # the clock that stamps files
         seal = _take_seal(tree, manifest)
         if _seals.get((path, digest)) == seal:
             return

@@ -50,6 +50,8 @@ def read_source(tree: TreeWriter, path: str) -> None:
 def read_module(tree: TreeWriter, name: str) -> None:
     """Add the file or package of the importable top-level module `name`. It is not imported."""
     remedy = "give its directory or zip file as code="
+    if name == "__main__":
+        raise ConfigError(f"{tree.what}: it is the running program, under no name; {remedy}")
     try:
         importlib.invalidate_caches()  # the file may be younger than the list of its directory
         spec = importlib.util.find_spec(name)

@@ -350,7 +350,7 @@ def _upwards(path: str) -> Iterator[str]:
     yield path
 
 
-# -- locks and descriptors ---------------------------------------------------------------------------
+# -- locks and descriptors ------------------------------------------------------------------------
 
 
 @contextmanager

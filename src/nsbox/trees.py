@@ -283,7 +283,7 @@ class TreeWriter:
                     os.symlink(node.content, path, dir_fd=self._root)
                     times = (TREE_TIME, TREE_TIME)
                     os.utime(path, times, dir_fd=self._root, follow_symlinks=False)
-            for path in reversed(manifest.nodes):
+            for path in reversed(tuple(manifest.nodes)):
                 if manifest.nodes[path].kind == DIRECTORY:
                     fd = os.open(path, _OPEN_DIRECTORY, dir_fd=self._root)
                     try:
