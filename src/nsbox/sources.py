@@ -135,11 +135,24 @@ def _read_file(tree: TreeWriter, fd: int, path: str) -> None:
 
 
 class _BoundedFile(io.BufferedReader):
-    """A zip file whose list of entries is not taken into memory when it is too long."""
+    """A zip file whose list of entries is not taken into memory when it is too long.
+
+    zipfile seeks and reads where the file says; what the kernel refuses then is the file's fault,
+    and not to be taken for a failure to write.
+    """
+
+    def seek(self, target: int, whence: int = os.SEEK_SET, /) -> int:
+        try:
+            return super().seek(target, whence)
+        except OSError as error:
+            raise zipfile.BadZipFile(f"cannot be read at {target}: {error.strerror}") from error
 
     def read(self, size: int | None = -1, /) -> bytes:
         wanted = _INDEX_MAX + 1 if size is None or size < 0 else size
-        data = super().read(min(wanted, _INDEX_MAX + 1))
+        try:
+            data = super().read(min(wanted, _INDEX_MAX + 1))
+        except OSError as error:
+            raise zipfile.BadZipFile(f"cannot be read: {error.strerror}") from error
         if len(data) > _INDEX_MAX:
             raise zipfile.BadZipFile(f"its list of entries is longer than {_INDEX_MAX} bytes")
         return data
