@@ -32,6 +32,7 @@ from nsbox import (
     SeccompPolicy,
     Store,
     StoreError,
+    run,
 )
 from nsbox.function import ENV_MAX
 from nsbox.trees import UNPACKED_MAX
@@ -506,6 +507,40 @@ def test_module_in_a_zip_file_of_the_path_is_refused(
         ConfigError, match="it is no file .*packed.zip.*; give its directory or zip"
     ):
         Function("nsbox_test_zipped.handler").publish()
+
+
+# -- in an environment ---------------------------------------------------------------------------
+
+
+@pytest.mark.needs("userns")
+def test_environment_sees_code_and_layers_read_only(
+    code: Path, tmp_path: Path, store: Store
+) -> None:
+    layer = tmp_path / "layer/python"
+    layer.mkdir(parents=True)
+    (layer / "lib.py").write_text("x = 42\n")
+    (code / "tool").write_text("#!/bin/sh\necho tool\n")
+    (code / "tool").chmod(0o4700)
+    version = Function("app.handler", code=code, layers=[layer.parent], env={"A": "1"}).publish()
+    attempts = [
+        "import os, sys",
+        "sys.path[:0] = ['/var/task', '/opt/python']",
+        "import app, lib",
+        "print(app.handler(7, None), lib.x, os.getcwd(), 'A' in os.environ)",
+        "for path in ('/var/task/app.py', '/var/task/new', '/opt/new', '/opt/python/lib.py'):",
+        "    try: open(path, 'w'); print('WRITTEN', path)",
+        "    except OSError as error: print(error.errno)",
+        "for place in ('/var/task', '/opt'):",
+        "    print(bool(os.statvfs(place).f_flag & os.ST_NOSUID), oct(os.stat(place).st_mode))",
+        "sys.stdout.flush()",
+        "os.execv('/var/task/tool', ['tool'])",
+    ]
+    result = run(["python3", "-c", "\n".join(attempts)], config=version.config, timeout=60)
+    lines = result.check().text().split("\n")
+    assert lines[0] == "7 42 /var/task False"
+    assert set(lines[1:5]) <= {"30", "13"}, "EROFS, or EACCES by the mode"
+    assert lines[5:] == ["True 0o40555", "True 0o40555", "tool", ""]
+    version.verify()
 
 
 # -- the store behind it -------------------------------------------------------------------------
