@@ -862,7 +862,11 @@ def test_what_changed_a_moment_ago_is_hashed_again(
 def test_entry_that_was_replaced_is_told(store: Store, tmp_path: Path) -> None:
     source = fill(tmp_path / "src")
     entry = publish(store, source)
-    shutil.rmtree(Path(entry.path).parent)
+    root = os.open(store.path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        remove_tree(root, f"sha256-{entry.digest}")
+    finally:
+        os.close(root)
     with pytest.raises(StoreError, match="was changed: .*No such file"):
         entry.verify()
     publish(store, source)
