@@ -32,7 +32,7 @@ from nsbox.errors import ConfigError, StoreError
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 from nsbox.seals import Corrupt, check_tree, corrupt_when_missing, read_manifest
-from nsbox.trees import DIRECTORY, LINK, PROGRAM, Manifest, TreeWriter, merge
+from nsbox.trees import DIRECTORY, LINK, PROGRAM, Manifest, TreeWriter, WriteError, merge
 
 _log: Final = logging.getLogger("nsbox")
 
@@ -226,7 +226,7 @@ class Store:
                 with open(os.open("manifest", flags, 0o400, dir_fd=fd), "wb") as file:
                     file.write(manifest.encode())
                 _rename(root, temporary, f"sha256-{manifest.digest}")
-            except OSError as error:
+            except (OSError, WriteError) as error:
                 raise StoreError(self.path, f"{what} cannot be kept: {error}") from error
             return manifest.digest
 
@@ -262,16 +262,18 @@ class Store:
                 chosen = self._choose(root, now, max_age, max_bytes)
                 trash = {name: f"trash-{secrets.token_hex(8)}" for name in chosen}
                 for name, new in trash.items():
-                    os.rename(name, new, src_dir_fd=root, dst_dir_fd=root)
+                    try:
+                        os.rename(name, new, src_dir_fd=root, dst_dir_fd=root)
+                    except FileNotFoundError:
+                        continue  # what could not be made was removed by its maker
                 left = [name for name in os.listdir(root) if _TRASH.fullmatch(name)]
             # Without the lock: nobody takes what has no name any more.
             for name in left:
                 try:
                     remove_tree(root, name)
-                except FileNotFoundError:
-                    continue  # another collection was faster
                 except OSError as error:
-                    _log.warning("code store %s: %s stays: %s", self.path, name, error)
+                    if error.errno != errno.ENOENT:  # another collection was faster
+                        _log.warning("code store %s: %s stays: %s", self.path, name, error)
             return [f"{self.path}/{name}" for name, new in trash.items() if not _inode(root, new)]
 
     def _choose(
@@ -407,10 +409,9 @@ def _is_unused(root: int, name: str) -> bool:
 def _discard(root: int, name: str) -> None:
     try:
         remove_tree(root, name)
-    except FileNotFoundError:
-        return  # it has got its name
     except OSError as error:
-        _log.warning("code store: %s stays until it is collected: %s", name, error)
+        if error.errno != errno.ENOENT:  # it has got its name
+            _log.warning("code store: %s stays until it is collected: %s", name, error)
 
 
 def remove_tree(parent: int, name: str) -> None:
@@ -425,7 +426,11 @@ def remove_tree(parent: int, name: str) -> None:
     try:
         os.fchmod(fd, 0o700)
         for child in os.listdir(fd):
-            remove_tree(fd, child)
+            try:
+                remove_tree(fd, child)
+            except OSError as error:
+                if error.errno != errno.ENOENT:  # a second one removes the same
+                    raise
     finally:
         os.close(fd)
     os.rmdir(name, dir_fd=parent)

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -38,6 +39,10 @@ _HOPS_MAX: Final = 40  # what the kernel follows, path_resolution(7)
 _STEPS_MAX: Final = 1_000_000
 # A .pyc file begins with 4 bytes of magic and 4 of flags; bit 0 set: checked by hash (PEP 552).
 _PYC_HEAD: Final = 8
+
+
+class WriteError(Exception):
+    """A tree could not be written; the cause says why. Not an OSError: those are the source's."""
 
 
 class Node(NamedTuple):
@@ -234,7 +239,8 @@ class TreeWriter:
         fd = -1
         if self._root >= 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(path, flags, 0o600, dir_fd=self._root)
+            with _writing(path):
+                fd = os.open(path, flags, 0o600, dir_fd=self._root)
         try:
             content = hashlib.sha256()
             size = 0
@@ -248,11 +254,13 @@ class TreeWriter:
                     )
                 content.update(chunk)
                 if fd >= 0:
-                    _write(fd, chunk)
+                    with _writing(path):
+                        _write(fd, chunk)
                 chunk = read(_CHUNK)
             if fd >= 0:
-                os.fchmod(fd, mode_of(PROGRAM if executable else FILE))
-                os.utime(fd, (TREE_TIME, TREE_TIME))
+                with _writing(path):
+                    os.fchmod(fd, mode_of(PROGRAM if executable else FILE))
+                    os.utime(fd, (TREE_TIME, TREE_TIME))
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -277,21 +285,25 @@ class TreeWriter:
         check_links(self._nodes, self.what)
         manifest = Manifest.of(self._nodes)
         if self._root >= 0:
-            # Links come last: until now no path of the tree could lead through one.
-            for path, node in manifest.nodes.items():
-                if node.kind == LINK:
-                    os.symlink(node.content, path, dir_fd=self._root)
-                    times = (TREE_TIME, TREE_TIME)
-                    os.utime(path, times, dir_fd=self._root, follow_symlinks=False)
-            for path in reversed(tuple(manifest.nodes)):
-                if manifest.nodes[path].kind == DIRECTORY:
-                    fd = os.open(path, _OPEN_DIRECTORY, dir_fd=self._root)
-                    try:
-                        _seal_directory(fd)
-                    finally:
-                        os.close(fd)
-            _seal_directory(self._root)
+            with _writing("."):
+                self._seal(manifest)
         return manifest
+
+    def _seal(self, manifest: Manifest) -> None:
+        # Links come last: until now no path of the tree could lead through one.
+        for path, node in manifest.nodes.items():
+            if node.kind == LINK:
+                os.symlink(node.content, path, dir_fd=self._root)
+                times = (TREE_TIME, TREE_TIME)
+                os.utime(path, times, dir_fd=self._root, follow_symlinks=False)
+        for path in reversed(tuple(manifest.nodes)):
+            if manifest.nodes[path].kind == DIRECTORY:
+                fd = os.open(path, _OPEN_DIRECTORY, dir_fd=self._root)
+                try:
+                    _seal_directory(fd)
+                finally:
+                    os.close(fd)
+        _seal_directory(self._root)
 
     def _check(self, path: str) -> None:
         try:
@@ -311,7 +323,8 @@ class TreeWriter:
             if node is None:
                 self._count()
                 if self._root >= 0:
-                    os.mkdir(parent, 0o700, dir_fd=self._root)
+                    with _writing(parent):
+                        os.mkdir(parent, 0o700, dir_fd=self._root)
                 self._nodes[parent] = Node(DIRECTORY)
             elif node.kind != DIRECTORY:
                 raise self.refuse(path, f"{parent!r} is no directory")
@@ -327,6 +340,14 @@ _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLO
 def mode_of(kind: str) -> int:
     """Return the permissions of a directory, file or program in a tree: for all, and read only."""
     return 0o444 if kind == FILE else 0o555
+
+
+@contextmanager
+def _writing(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path}: {error.strerror}") from error
 
 
 def _seal_directory(fd: int) -> None:

@@ -1031,6 +1031,39 @@ def test_want_of_descriptors_is_told_and_spoils_nothing(store: Store, tmp_path: 
     assert names(store) == ["sha256", "sha256"]
 
 
+@pytest.mark.needs("userns")
+@pytest.mark.parametrize("form", ["directory", "zip"])
+def test_full_disk_is_told_and_leaves_nothing(form: str, store: Store, tmp_path: Path) -> None:
+    source = fill(tmp_path / "src", {f"d{n}/f": os.urandom(20_000).hex() for n in range(10)})
+    if form == "zip":
+        source = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", source))
+    program = """
+        import functools, os, subprocess, sys, nsbox
+        from nsbox.sources import read_source
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "x", sys.argv[1]], check=True)
+        os.chmod(sys.argv[1], 0o700)
+        try:
+            nsbox.Store(sys.argv[1]).add(functools.partial(read_source, path=sys.argv[2]), "code")
+        except nsbox.StoreError as error:
+            print(error, os.listdir(sys.argv[1]))
+    """
+    out, err = in_mount_namespace(program, store.path, str(source))
+    assert "code cannot be kept: d" in out, err
+    assert "No space left on device ['lock']" in out
+
+
+def in_mount_namespace(program: str, *arguments: str) -> tuple[str, str]:
+    """Run a Python program that may mount; return what it has written."""
+    child = host_program(
+        "import os, sys; os.execvp('unshare', ['unshare', '-rm', sys.executable, *sys.argv[1:]])",
+        "-c", textwrap.dedent(program), *arguments,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    out, err = (text.decode() for text in child.communicate())
+    assert child.returncode == 0, err
+    return out, err
+
+
 # -- garbage collection --------------------------------------------------------------------------
 
 
@@ -1165,14 +1198,9 @@ def test_collection_enters_no_mount(store: Store, tmp_path: Path, canary: Path) 
         subprocess.run(["mount", "--bind", {str(canary)!r}, {str(path / "a/mounted")!r}], check=True)
         print(nsbox.Store(sys.argv[1]).collect())
     """
-    child = host_program("import os, sys; os.execvp('unshare', sys.argv[1:])",
-                         "unshare", "-rm", os.path.realpath(shutil.which("python3") or ""), "-c",
-                         textwrap.dedent(program), store.path,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    out, err = child.communicate()
-    assert child.returncode == 0, err.decode()
-    assert out.decode().strip() == "[]"
-    assert b"stays: openat2" in err
+    out, err = in_mount_namespace(program, store.path)
+    assert out == "[]\n"
+    assert "stays: openat2" in err
     assert (path / "a/mounted").exists()
     store.collect()
     assert names(store) == []
