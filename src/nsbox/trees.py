@@ -33,7 +33,7 @@ TREE_TIME: Final = 315_532_800
 DIRECTORY, FILE, PROGRAM, LINK = "dir", "file", "program", "link"
 
 _HEAD: Final = b"nsbox-tree-1\n"
-_CHUNK: Final = 1 << 18
+_CHUNK: Final = 1 << 16  # malloc maps larger ones anew for each file
 _DRIVE: Final = re.compile(r"[A-Za-z]:")
 _HOPS_MAX: Final = 40  # what the kernel follows, path_resolution(7)
 _STEPS_MAX: Final = 1_000_000
