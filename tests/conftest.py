@@ -39,12 +39,21 @@ def _probe(name: str) -> tuple[bool, str]:
     return _probed[name]
 
 
+# The user's own store is none of the tests' business; processes that they start inherit this.
+_store = tempfile.TemporaryDirectory(prefix="store-of-tests-")
+
+
 def pytest_configure() -> None:
+    os.environ["NSBOX_STORE"] = os.path.join(_store.name, "store")
     unknown = _must_run - set(features.NAMES)
     if unknown:
         raise pytest.UsageError(
             f"NSBOX_MUST_RUN: {', '.join(sorted(unknown))}: none of {', '.join(features.NAMES)}"
         )
+
+
+def pytest_unconfigure() -> None:
+    _store.cleanup()
 
 
 @pytest.hookimpl(tryfirst=True)

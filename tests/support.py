@@ -72,7 +72,7 @@ answer = None
 """
 
 
-def attack(env: nsbox.ExecutionEnvironment, code: str, **arguments: object) -> Any:  # noqa: ANN401 - JSON
+def attack(env: nsbox.ExecutionEnvironment, code: str, **arguments: object) -> Any:
     """Run Python code inside; return what it has put into `answer`, by way of JSON.
 
     It finds `syscall(number, ...)` and `attempt(function, ...)`, which return the name of the

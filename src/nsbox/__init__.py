@@ -43,8 +43,12 @@ if TYPE_CHECKING:
     from nsbox.errors import LauncherError as LauncherError
     from nsbox.errors import NsboxError as NsboxError
     from nsbox.errors import SetupError as SetupError
+    from nsbox.errors import StoreError as StoreError
     from nsbox.errors import SyscallError as SyscallError
     from nsbox.errors import UnsupportedHostError as UnsupportedHostError
+    from nsbox.function import Function as Function
+    from nsbox.function import FunctionVersion as FunctionVersion
+    from nsbox.function import Layer as Layer
     from nsbox.launcher.client import shutdown as shutdown
     from nsbox.policy import SeccompPolicy as SeccompPolicy
     from nsbox.result import Outcome as Outcome
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
     from nsbox.result import Protections as Protections
     from nsbox.result import Result as Result
     from nsbox.result import Usage as Usage
+    from nsbox.store import Store as Store
 
 _HOMES = {
     "nsbox.command": ("DEVNULL", "PIPE", "Process"),
@@ -60,11 +65,13 @@ _HOMES = {
     "nsbox.errors": (
         "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "EnvironmentDied",
         "EnvironmentStateError", "InvokeError", "LauncherError", "NsboxError", "SetupError",
-        "SyscallError", "UnsupportedHostError",
+        "StoreError", "SyscallError", "UnsupportedHostError",
     ),
+    "nsbox.function": ("Function", "FunctionVersion", "Layer"),
     "nsbox.launcher.client": ("shutdown",),
     "nsbox.policy": ("SeccompPolicy",),
     "nsbox.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),
+    "nsbox.store": ("Store",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -8,6 +8,7 @@
     ├─ UnsupportedHostError            .feature .reason .hint; before anything is created
     ├─ SetupError                      .step .errno .hint; what was made is removed again
     ├─ LauncherError                   the launcher could not be started, or died
+    ├─ StoreError                      .path: the code store, or an entry of it, is not usable
     ├─ SyscallError (OSError)          .syscall .errno .filename
     ├─ EnvironmentStateError           closed, frozen, or owned by another process
     ├─ CommandStartError               .argv0 .errno .exit_code (126 or 127)
@@ -74,6 +75,18 @@ class SetupError(NsboxError):
 
 class LauncherError(NsboxError):
     """The launcher process could not be started, or died while it was asked."""
+
+
+class StoreError(NsboxError):
+    """The code store cannot be used, or what it keeps is not what was put there.
+
+    Attributes:
+        path: The store, or the entry in it.
+    """
+
+    def __init__(self, path: str, message: str) -> None:
+        super().__init__(f"code store {path!r}: {message}")
+        self.path = path
 
 
 class SyscallError(NsboxError, OSError):

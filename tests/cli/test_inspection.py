@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from tests.cli.terminals import ENVIRONMENT, NSBOX, nsbox_run
@@ -157,6 +158,40 @@ def test_gc_removes_what_a_dead_owner_left() -> None:
         for path in made:
             if os.path.exists(path):
                 os.rmdir(path)
+
+
+def test_gc_removes_code_that_nobody_uses(tmp_path: Path) -> None:
+    def gc(*words: str) -> list[str]:
+        environment = {**ENVIRONMENT, "NSBOX_STORE": str(tmp_path / "store")}
+        done = subprocess.run(
+            [*NSBOX, "gc", "--quiet", *words], capture_output=True, text=True, env=environment
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        return [line for line in done.stdout.splitlines() if str(tmp_path) in line]
+
+    assert gc("--store-days", "0") == []
+    assert not (tmp_path / "store").exists(), "nothing is made to be looked at"
+    (tmp_path / "src").mkdir()
+    store = nsbox.Store(tmp_path / "store")
+    paths = []
+    for text in ("x = 1", "x = 22"):
+        (tmp_path / "src/app.py").write_text(text)
+        version = nsbox.Function("app.handler", code=tmp_path / "src").publish(store)
+        assert version.code is not None
+        paths.append(os.path.dirname(version.code.path))
+        os.utime(paths[-1], (0, 40 * len(paths)))
+    version = version.function.publish(store)
+    assert gc() == [f"removed {paths[0]}"], "the other was used a moment ago"
+    assert gc("--store-days", "0", "--store-size", "1") == [], "and is in use"
+    del version
+    assert gc() == []
+    assert gc("--store-size", "1") == [f"removed {paths[1]}"]
+
+
+def test_gc_refuses_what_is_no_size() -> None:
+    done = nsbox_run("gc", "--store-size", "x")
+    assert done.returncode == 125
+    assert b"store-size: 'x' is no size" in done.stderr
 
 
 def test_gc_with_nothing_to_do() -> None:

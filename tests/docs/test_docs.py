@@ -99,6 +99,11 @@ def test_api_python(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     check_python(code, capsys)
 
 
+@pytest.mark.parametrize("code", with_needs("docs/functions.md", "python"))
+def test_functions_python(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_python(code, capsys)
+
+
 def sessions(text: str) -> Iterator[tuple[str, list[str]]]:
     command, output = "", list[str]()
     for line in text.splitlines():
@@ -192,7 +197,7 @@ def test_every_public_name_is_in_the_api_document() -> None:
     assert set(nsbox.__all__) - {"__version__"} <= told
     for value in (nsbox.Config, nsbox.Limits, nsbox.IoMax, nsbox.Result):
         assert {item.name for item in fields(value) if item.init} <= told
-    for kind in (nsbox.ExecutionEnvironment, nsbox.Process):
+    for kind in (nsbox.ExecutionEnvironment, nsbox.Process, nsbox.Function, nsbox.FunctionVersion):
         public = {name for name, _ in inspect.getmembers(kind) if not name.startswith("_")}
         assert public - {"register", "communicate", "condemn", "poll_milliseconds"} <= told
     assert {item.name for item in nsbox.Outcome} | {item.name for item in nsbox.State} <= told

@@ -30,7 +30,9 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),
     ("features", ("features",)),
+    ("function", ("function",)),
     ("values", ("config", "counters", "result", "policy", "policy_oci", "profiles", "terminal")),
+    ("store", ("store", "seals", "sources", "trees")),
     ("linux", ("linux",)),
     ("errors", ("errors",)),
 )

@@ -103,7 +103,9 @@ def test_import_loads_nothing_but_the_face() -> None:
     assert loaded == {"nsbox"}
 
 
-@pytest.mark.parametrize("name", ["Config", "Result", "NsboxError", "SeccompPolicy"])
+@pytest.mark.parametrize(
+    "name", ["Config", "Result", "NsboxError", "SeccompPolicy", "Function", "FunctionVersion"]
+)
 def test_values_load_no_third_party_package_and_no_kernel_binding(name: str) -> None:
     loaded = loaded_by(f"import nsbox; nsbox.{name}")
     roots = {module.partition(".")[0] for module in loaded}
