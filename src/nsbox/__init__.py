@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     from nsbox.errors import ConfigError as ConfigError
     from nsbox.errors import EnvironmentDied as EnvironmentDied
     from nsbox.errors import EnvironmentStateError as EnvironmentStateError
+    from nsbox.errors import FunctionError as FunctionError
     from nsbox.errors import InvokeError as InvokeError
+    from nsbox.errors import InvokeTimeout as InvokeTimeout
     from nsbox.errors import LauncherError as LauncherError
     from nsbox.errors import NsboxError as NsboxError
     from nsbox.errors import SetupError as SetupError
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from nsbox.function import Function as Function
     from nsbox.function import FunctionVersion as FunctionVersion
     from nsbox.function import Layer as Layer
+    from nsbox.invocation import Invocation as Invocation
     from nsbox.launcher.client import shutdown as shutdown
     from nsbox.policy import SeccompPolicy as SeccompPolicy
     from nsbox.result import Outcome as Outcome
@@ -66,10 +69,11 @@ _HOMES = {
     "nsbox.environment": ("ExecutionEnvironment", "State", "run"),
     "nsbox.errors": (
         "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "EnvironmentDied",
-        "EnvironmentStateError", "InvokeError", "LauncherError", "NsboxError", "SetupError",
-        "StoreError", "SyscallError", "UnsupportedHostError",
+        "EnvironmentStateError", "FunctionError", "InvokeError", "InvokeTimeout", "LauncherError",
+        "NsboxError", "SetupError", "StoreError", "SyscallError", "UnsupportedHostError",
     ),
     "nsbox.function": ("Function", "FunctionVersion", "Layer"),
+    "nsbox.invocation": ("Invocation",),
     "nsbox.launcher.client": ("shutdown",),
     "nsbox.policy": ("SeccompPolicy",),
     "nsbox.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),

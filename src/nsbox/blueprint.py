@@ -144,8 +144,10 @@ class Blueprint:
         may_be_blank: Whether such environments may be born ahead of need (`nsbox.blanks`).
     """
 
-    def __init__(self, config: Config, hello: Mapping[str, Any]) -> None:
+    def __init__(self, config: Config, hello: Mapping[str, Any], runtime: str = "") -> None:
         """Decide; `plan` does so once for a config.
+
+        `runtime` is the kind of template to be cloned (`nsbox.launcher.template.main`).
 
         Raises:
             UnsupportedHostError: Something asked for cannot be enforced here.
@@ -176,6 +178,7 @@ class Blueprint:
             "user_id": config.user_id,
             "cgroup_limits": limits,
             "rlimits": self._rlimits,
+            "runtime": runtime,
             "seccomp_name": f"policy {config.seccomp.name!r}",
         }
         self.environment = base_environment(config)
@@ -297,24 +300,24 @@ class Blueprint:
         return accounts
 
 
-_plans: dict[int, tuple[Config, Mapping[str, Any], Blueprint]] = {}
+_plans: dict[tuple[int, str], tuple[Config, Mapping[str, Any], Blueprint]] = {}
 _PLANS_KEPT: Final = 32
 
 
-def plan(config: Config, hello: Mapping[str, Any]) -> Blueprint:
+def plan(config: Config, hello: Mapping[str, Any], runtime: str = "") -> Blueprint:
     """Return the blueprint of `config` for the host that `hello` describes.
 
     The same config object gets the same blueprint again: deciding takes longer than the rest of
     the host's part of a birth.
     """
-    known = _plans.get(id(config))
+    known = _plans.get((id(config), runtime))
     if known is not None and known[0] is config and known[1] is hello:
         return known[2]
-    made = Blueprint(config, hello)
+    made = Blueprint(config, hello, runtime)
     if len(_plans) >= _PLANS_KEPT:
         _plans.clear()
     # Holding the config keeps its id from being another's.
-    _plans[id(config)] = (config, hello, made)
+    _plans[id(config), runtime] = (config, hello, made)
     return made
 
 

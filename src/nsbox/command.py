@@ -24,9 +24,10 @@ from nsbox.errors import (
     SyscallError,
 )
 from nsbox.guest import protocol as p
-from nsbox.link import Link, RunRequest
+from nsbox.link import Link, RunRequest, WorkRequest
 from nsbox.linux.descriptors import close_all
 from nsbox.result import Outcome, Protections, Result
+from nsbox.verdict import Verdict, judge_signal
 
 PIPE: Final = -1
 """Make a pipe, whose other end is an attribute of the `Process`."""
@@ -39,29 +40,6 @@ _CHUNK: Final = 1 << 16
 _LEAST_CPU_WAIT: Final = 0.01
 
 Stream = int | IO[Any] | None
-
-
-class _Verdict:
-    """Why nsbox killed a command, noted before the signal is sent."""
-
-    __slots__ = ("_evidence", "outcome")
-
-    def __init__(self, outcome: Outcome, evidence: str) -> None:
-        self.outcome = outcome
-        self._evidence = evidence
-
-    def holds(self, returncode: int) -> bool:
-        """Whether it is the reason for an end: not when the command had ended by itself.
-
-        Too much output is that all the same, for what is over the limit was dropped.
-        """
-        return returncode == -signal.SIGKILL or self.outcome is Outcome.OUTPUT_LIMIT
-
-    def say(self, returncode: int) -> str:
-        """Return the evidence, with what became of the kill."""
-        if returncode == -signal.SIGKILL:
-            return f"{self._evidence}; nsbox killed it"
-        return f"{self._evidence}; it ended by itself with {returncode}"
 
 
 class Process:
@@ -79,7 +57,7 @@ class Process:
         self,
         link: Link,
         argv: tuple[str, ...],
-        request: RunRequest,
+        request: RunRequest | WorkRequest,
         streams: tuple[Stream, Stream, Stream],
         *,
         protections: Callable[[], Protections],
@@ -94,7 +72,7 @@ class Process:
         self.stdin: IO[bytes] | None = None
         self.stdout: IO[bytes] | None = None
         self.stderr: IO[bytes] | None = None
-        self._verdict: _Verdict | None = None
+        self._verdict: Verdict | None = None
         self._result: Result | None = None
         self._death: Exception | None = None
         self._killed_at: float | None = None
@@ -123,7 +101,9 @@ class Process:
                 elif stream is not None and stream != DEVNULL:
                     given.append(_descriptor_of(stream, ("stdin", "stdout", "stderr")[number]))
                 stdio.append(stream is not None and stream != DEVNULL)
-            self._channel = self._link.ask(p.RUN, self._request.encode(self.argv, stdio), given)
+            request = self._request
+            frame = request.encode(self.argv, stdio)
+            self._channel = self._link.ask(request.operation, frame, request.arrange(given))
             if self._request.is_announced:
                 self._await_start()
         except BaseException:
@@ -213,6 +193,11 @@ class Process:
                 self.wait(KILL_DEADLINE * 2)
         self._close_streams()
 
+    def abandon(self) -> None:
+        """Close pipes and channel, and wait for nothing: its environment is being closed."""
+        self._channel.socket.close()
+        self._close_streams()
+
     def __enter__(self) -> Self:
         return self
 
@@ -273,10 +258,13 @@ class Process:
 
     def register(self, poller: select.poll) -> None:
         """Register with `poller` what becomes readable when `poll` may have an answer."""
-        poller.register(self._channel.socket.fileno(), select.POLLIN)
-        supervision = self._link.fileno()
-        if supervision >= 0:  # not after the environment's close; the channel tells its end too
-            poller.register(supervision, select.POLLIN)
+        for fd in self.descriptors():
+            poller.register(fd, select.POLLIN)
+
+    def descriptors(self) -> list[int]:
+        """Return what becomes readable when `poll` may have an answer."""
+        # The link has none after the environment's close; the channel tells its end too.
+        return [fd for fd in (self._channel.socket.fileno(), self._link.fileno()) if fd >= 0]
 
     def _read_some(self, fd: int, name: str, buffer: bytearray, limit: int) -> bool:
         """Read once; False at the end of the stream. Bytes over the limit are dropped."""
@@ -367,9 +355,9 @@ class Process:
         with self._lock:
             if self._result is not None or self._verdict is not None:
                 if self._verdict is None and outcome is Outcome.OUTPUT_LIMIT:
-                    self._verdict = _Verdict(outcome, evidence)
+                    self._verdict = Verdict(outcome, evidence)
                 return
-            self._verdict = _Verdict(outcome, evidence)
+            self._verdict = Verdict(outcome, evidence)
             self._killed_at = time.monotonic()
             self._send(p.SIGNAL_ALL, signal.SIGKILL)
 
@@ -412,7 +400,7 @@ class Process:
         elif returncode >= 0:
             self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
         else:
-            outcome, evidence = _judge_signal(-returncode, self._link, self._started_at)
+            outcome, evidence = judge_signal(-returncode, self._link, self._started_at)
             self._conclude(outcome, returncode, evidence, after)
 
     def _finish_from_end(self) -> None:
@@ -482,18 +470,3 @@ def _descriptor_of(stream: object, what: str) -> int:
             f"{what}: descriptor {fd} is a directory, which would lead out of the sandbox"
         )
     return fd
-
-
-def _judge_signal(number: int, link: Link, started_at: float) -> tuple[Outcome, str]:
-    """Return the verdict on a command that a signal ended which nsbox did not send."""
-    try:
-        name = signal.Signals(number).name
-    except ValueError:  # real-time signals have no name
-        name = f"signal {number}"
-    if number == signal.SIGSYS:
-        record = link.filter_kill(time.monotonic() - started_at)
-        if record:
-            return Outcome.SECCOMP_KILLED, f"the kernel's log: {record}"
-        # A filter's kill and a SIGSYS that a program sends itself have the same wait status.
-        return Outcome.SIGNALED, f"{name}: by the system call filter, or sent by a process inside"
-    return Outcome.SIGNALED, f"{name}, not sent by nsbox"

@@ -34,6 +34,8 @@ from nsbox.errors import (
     SyscallError,
     UnsupportedHostError,
 )
+from nsbox.function import FunctionVersion
+from nsbox.functions import FunctionMethods, Invocations, environment_config, runtime_of
 from nsbox.guest import protocol as p
 from nsbox.launcher.client import get_launcher
 from nsbox.link import Channel, Link, RunRequest
@@ -51,7 +53,7 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-class ExecutionEnvironment:
+class ExecutionEnvironment(FunctionMethods):
     """A complete sandbox in which many commands run, one after another or at once.
 
     Files in its /tmp stay until it is closed; processes do not outlive their command. Use it as a
@@ -63,11 +65,12 @@ class ExecutionEnvironment:
         pid: Process id of its PID 1, on the host.
     """
 
-    def __init__(self, config: Config | None = None, **fields: object) -> None:
+    def __init__(self, config: Config | FunctionVersion | None = None, **fields: object) -> None:
         """Give birth to an environment and wait until it is locked in.
 
         Args:
-            config: A `Config`; None is the default one.
+            config: A `Config`; None is the default one. Or a `FunctionVersion`, to which the
+                environment then belongs for all its life: for `init` and `invoke`.
             fields: Fields of `Config`, over those of `config`.
 
         Raises:
@@ -81,8 +84,19 @@ class ExecutionEnvironment:
         self._frozen = False
         self._protections: Protections | None = None
         self._close_lock = threading.Lock()
-        self.config = make_config(config, fields)
-        blueprint, link = self._give_birth()
+        self._invocations: Invocations | None = None
+        self._version = version = config if isinstance(config, FunctionVersion) else None
+        furniture: list[list[str]] = []
+        base: Config | None
+        runtime = ""
+        if isinstance(config, FunctionVersion):
+            config.verify()
+            runtime = runtime_of(config.function)
+            base, furniture = environment_config(config)
+        else:
+            base = config
+        self.config = make_config(base, fields)
+        blueprint, link = self._give_birth(runtime)
         self._kind = blueprint.spec if blueprint.may_be_blank else None
         self.id = link.env_id
         self.pid = link.pid
@@ -92,10 +106,18 @@ class ExecutionEnvironment:
             born_layers, self.config, self._launcher.hello, link, blueprint.layers
         )
         self._link = link
+        if version is not None:
+            self._invocations = Invocations(self, version, link, lambda: self.protections)
+            try:
+                if furniture:
+                    link.request("furnish", mounts=furniture)
+            except BaseException:
+                self.close()
+                raise
 
-    def _give_birth(self) -> tuple[Blueprint, Link]:
+    def _give_birth(self, runtime: str) -> tuple[Blueprint, Link]:
         self._launcher = get_launcher()
-        blueprint = plan(self.config, self._launcher.hello)
+        blueprint = plan(self.config, self._launcher.hello, runtime)
         try:
             return blueprint, blanks.take(self._launcher, blueprint.spec)
         except LauncherError:
@@ -103,7 +125,7 @@ class ExecutionEnvironment:
                 raise
         # It died under a birth, of which nothing is left: another one is started.
         self._launcher = get_launcher()
-        blueprint = plan(self.config, self._launcher.hello)
+        blueprint = plan(self.config, self._launcher.hello, runtime)
         return blueprint, blanks.take(self._launcher, blueprint.spec)
 
     # -- what users do -------------------------------------------------------------------------
@@ -242,6 +264,8 @@ class ExecutionEnvironment:
             cpu_time=limit,
         )
 
+    # -- files ---------------------------------------------------------------------------------
+
     def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
         """Write a regular file inside, as the environment's user.
 
@@ -332,8 +356,12 @@ class ExecutionEnvironment:
         if link is None:
             return
         if self._owner != os.getpid():
+            if self._invocations is not None:
+                self._invocations.close()
             link.close()  # a forked child's copies of the descriptors; it is not its own
             return
+        if self._invocations is not None:
+            self._invocations.close()
         link.closing = True
         link.kill()
         self._replace_blank()

@@ -13,6 +13,8 @@
     ├─ EnvironmentStateError           closed, frozen, or owned by another process
     ├─ CommandStartError               .argv0 .errno .exit_code (126 or 127)
     ├─ InvokeError
+    │  ├─ FunctionError                .error_type .message .stack_trace .invocation
+    │  ├─ InvokeTimeout (TimeoutError) .invocation: the environment was killed
     │  └─ EnvironmentDied              .outcome: PID 1 or the launcher went away under a command
     ├─ CleanupError                    .leaked: what is still there
     └─ CommandFailed                   .result; only from Result.check()
@@ -29,6 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from nsbox.invocation import Invocation
     from nsbox.result import Outcome, Result
 
 
@@ -134,6 +137,43 @@ class CommandStartError(NsboxError):
 
 class InvokeError(NsboxError):
     """Base of what can go wrong while something runs in an environment."""
+
+
+class FunctionError(InvokeError):
+    """The function failed: its handler raised, its module cannot be imported, it exited...
+
+    Attributes:
+        error_type: Name of the exception's class, or ``Runtime.ExitError`` and the like, as AWS
+            Lambda names them.
+        message: What it said.
+        stack_trace: Lines of its own frames, as `traceback.format_list` gives them.
+        invocation: The `Invocation`, with its log; None when the module was being imported.
+    """
+
+    def __init__(
+        self,
+        error_type: str,
+        message: str,
+        stack_trace: Sequence[str] = (),
+        invocation: Invocation | None = None,
+    ) -> None:
+        super().__init__(f"{error_type}: {message}")
+        self.error_type = error_type
+        self.message = message
+        self.stack_trace = tuple(stack_trace)
+        self.invocation = invocation
+
+
+class InvokeTimeout(InvokeError, TimeoutError):
+    """An invocation, or the import before the first, took too long; its environment was killed.
+
+    Attributes:
+        invocation: The `Invocation`, with its log; None when the module was being imported.
+    """
+
+    def __init__(self, message: str, invocation: Invocation | None = None) -> None:
+        super().__init__(message)
+        self.invocation = invocation
 
 
 class EnvironmentDied(InvokeError):

@@ -199,7 +199,11 @@ def test_every_public_name_is_in_the_api_document() -> None:
         assert {item.name for item in fields(value) if item.init} <= told
     for kind in (nsbox.ExecutionEnvironment, nsbox.Process, nsbox.Function, nsbox.FunctionVersion):
         public = {name for name, _ in inspect.getmembers(kind) if not name.startswith("_")}
-        assert public - {"register", "communicate", "condemn", "poll_milliseconds"} <= told
+        assert (
+            public
+            - {"register", "communicate", "condemn", "poll_milliseconds", "abandon", "descriptors"}
+            <= told
+        )
     assert {item.name for item in nsbox.Outcome} | {item.name for item in nsbox.State} <= told
 
 

@@ -23,7 +23,8 @@ SOURCE = Path(nsbox.__file__).parent
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cli", ("cli", "__main__")),
     ("environment", ("environment",)),
-    ("command", ("command",)),
+    ("functions", ("functions", "aio", "invoker", "worker")),
+    ("command", ("command", "verdict")),
     ("blueprint", ("blueprint",)),
     ("link", ("link", "blanks")),
     ("launcher", ("launcher",)),
@@ -31,7 +32,19 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("isolation", ("isolation",)),
     ("features", ("features",)),
     ("function", ("function",)),
-    ("values", ("config", "counters", "result", "policy", "policy_oci", "profiles", "terminal")),
+    (
+        "values",
+        (
+            "config",
+            "counters",
+            "result",
+            "policy",
+            "policy_oci",
+            "profiles",
+            "terminal",
+            "invocation",
+        ),
+    ),
     ("store", ("store", "seals", "sources", "trees")),
     ("linux", ("linux",)),
     ("errors", ("errors",)),
@@ -42,9 +55,12 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
 LAUNCHER_SIDE = {
     "launcher.main", "launcher.server", "launcher.birth", "launcher.identity", "launcher.janitor",
     "launcher.layouts", "launcher.templates", "launcher.template", "launcher.inside",
-    "launcher.steps", "guest.init",
+    "launcher.steps", "guest.init", "guest.files", "guest.intake", "guest.reset",
 }  # fmt: skip
-SHARED = {"launcher", "launcher.wire", "launcher.process", "guest", "guest.protocol"}
+SHARED = {
+    "launcher", "launcher.wire", "launcher.process", "guest", "guest.protocol",
+    "guest.python_runtime",
+}  # fmt: skip
 
 MAX_LINES = 500
 
@@ -236,7 +252,8 @@ def test_only_declared_packages_are_imported() -> None:
 def test_only_the_launcher_forks(module: Module) -> None:
     forks = module.calls & {"os.fork", "os.forkpty", "pty.fork", "calls.clone3", "calls.fork"}
     if forks:
-        assert module.name.startswith(("launcher.", "isolation."))
+        workers = ("guest.intake", "guest.python_runtime")
+        assert module.name.startswith(("launcher.", "isolation.")) or module.name in workers
         assert module.name not in ("launcher.client", "launcher.idmaps", "launcher.wire")
 
 

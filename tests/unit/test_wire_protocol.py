@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nsbox import link
-from nsbox.guest import init
+from nsbox.guest import files, init
 from nsbox.guest import protocol as p
 from nsbox.launcher import wire
 from nsbox.link import Channel
@@ -242,7 +242,7 @@ def test_requests_are_read_to_their_length_or_refused(data: bytes) -> None:
         ours.shutdown(socket.SHUT_WR)
         try:
             request = init._read_request(theirs)
-        except init._Failure as failure:
+        except files.Failure as failure:
             refused = failure
         except ConnectionError:
             return  # cut short
@@ -258,7 +258,7 @@ def test_a_request_over_the_limit_is_refused_before_it_is_read(over: int) -> Non
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.sendall(p.LENGTH.pack(p.LARGEST_REQUEST + over))
-        with pytest.raises(init._Failure) as caught:
+        with pytest.raises(files.Failure) as caught:
             init._read_request(theirs)
     assert caught.value.error == errno.E2BIG
 
@@ -273,7 +273,7 @@ VARIABLE = st.tuples(st.binary(min_size=1, max_size=8), WORD).filter(
     argv=st.lists(WORD, min_size=1, max_size=5),
     environment=st.lists(VARIABLE, max_size=5).map(dict),
     cwd=WORD,
-    stdio=st.lists(st.booleans(), min_size=3, max_size=3),
+    stdio=st.lists(st.booleans(), min_size=p.STREAMS, max_size=p.STREAMS),
     flags=st.sampled_from([0, p.ANNOUNCE]),
     tty=st.none() | st.tuples(st.integers(0, 65535), st.integers(0, 65535)),
 )

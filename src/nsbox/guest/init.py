@@ -20,7 +20,7 @@ from _socket import socket as _Socket
 from fcntl import ioctl
 
 from nsbox.guest import protocol as p
-from nsbox.linux import calls
+from nsbox.guest.files import Failure, read_exactly, read_file, write_file
 from nsbox.linux import constants as c
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 
@@ -35,41 +35,56 @@ _IGNORED_SIGNALS = (c.SIGPIPE, c.SIGXFSZ)
 _SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal signals are merged
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
-_CHUNK = 1 << 18
-
-
-class _Failure(Exception):
-    """An operation failed; becomes a FAILED answer."""
-
-    def __init__(self, error: int, stage: str) -> None:
-        super().__init__(error, stage)
-        self.error = error
-        self.stage = stage
 
 
 class _Command:
-    """A running command: its process, and the channel it was asked for on."""
+    """A running command, or the worker: its process, and the channel it was asked for on.
+
+    A worker that waits for its function has no channel yet.
+    """
 
     __slots__ = ("channel", "pid")
 
-    def __init__(self, pid: int, channel: _Socket) -> None:
+    def __init__(self, pid: int, channel: _Socket | None) -> None:
         self.pid = pid
         self.channel = channel
+
+
+class Runtime:
+    """What PID 1 of a function's environment can do besides; made by the template."""
+
+    __slots__ = ("fork_worker", "reset")
+
+    def __init__(
+        self, fork_worker: Callable[[], tuple[int, _Socket]], reset: Callable[[], None]
+    ) -> None:
+        self.fork_worker = fork_worker
+        self.reset = reset
 
 
 class Init:
     """The event loop of PID 1. Made by the template, once for all that are cloned from it."""
 
-    def __init__(self, control: int, lifeline: int, signals: int) -> None:
+    def __init__(
+        self,
+        control: int,
+        lifeline: int,
+        signals: int,
+        runtime: Runtime | None = None,
+    ) -> None:
         """Take descriptors that are the same in every clone.
 
         Args:
             control: The socket that the host asks on.
             lifeline: Reads as ended when the launcher is gone.
             signals: A signalfd of SIGCHLD.
+            runtime: In environments of functions: how to make a worker, and how to reset.
         """
         self._control = _Socket(fileno=control)
         self._signals = signals
+        self._runtime = runtime
+        self._worker: _Command | None = None
+        self._intake: _Socket | None = None
         self._commands: dict[int, _Command] = {}
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -79,6 +94,9 @@ class Init:
 
     def run(self) -> NoReturn:
         """Serve until the host or the launcher is gone."""
+        if self._runtime is not None:
+            pid, self._intake = self._runtime.fork_worker()
+            self._worker = self._commands[pid] = _Command(pid, None)
         while True:
             for fd, _ in self._poll.poll():
                 handler = self._handlers.get(fd)
@@ -113,14 +131,19 @@ class Init:
                 if operation == p.RUN:
                     self._start(channel, request, stdio)
                     return  # the channel lives on
+                if operation == p.WORK:
+                    self._give_work(channel, stdio)
+                    return
                 channel.settimeout(_IO_DEADLINE)
                 if operation == p.WRITE:
-                    _write_file(channel, request)
+                    write_file(channel, request)
                 elif operation == p.READ:
-                    _read_file(channel, request)
+                    read_file(channel, request)
+                elif operation == p.RESET:
+                    self._reset(channel, p.PID.unpack(request)[0])
                 else:
-                    raise _Failure(errno.EINVAL, "request")
-            except _Failure as failure:
+                    raise Failure(errno.EINVAL, "request")
+            except Failure as failure:
                 stage = p.STAGES.index(failure.stage)
                 channel.sendall(p.ANSWER.pack(p.FAILED, failure.error, stage, 0))
         except OSError:
@@ -139,7 +162,7 @@ class Init:
             else:
                 actions = _stdio_actions(stdio, fds)
             pid = _spawn(cwd, argv, environment, actions)
-        except _Failure:
+        except Failure:
             close_all(terminal)
             raise
         if flags & (p.TTY | p.ANNOUNCE):
@@ -149,16 +172,46 @@ class Init:
                 pass  # the channel reads EOF at once, and the command is killed then
         close_all(terminal)
         command = self._commands[pid] = _Command(pid, channel)
-        self._watch(channel.fileno(), lambda: self._on_channel(command))
+        self._watch(channel.fileno(), lambda: self._on_channel(command, channel))
 
-    def _on_channel(self, command: _Command) -> None:
+    def _give_work(self, channel: _Socket, fds: list[int]) -> None:
+        worker, intake = self._worker, self._intake
+        if worker is None or intake is None or worker.channel is not None:
+            raise Failure(errno.EBUSY, "worker")
+        send_bytes(intake, b"w", fds)
+        intake.close()
+        worker.channel = channel
+        self._watch(channel.fileno(), lambda: self._on_channel(worker, channel))
+
+    def _reset(self, channel: _Socket, kept: int) -> None:
+        worker, runtime = self._worker, self._runtime
+        if runtime is None or worker is None or worker.pid not in self._commands:
+            raise Failure(errno.ESRCH, "worker")
         try:
-            data = command.channel.recv(p.SIGNAL.size, MSG_WAITALL)
+            self._kill_all_but((1, worker.pid, kept))
+            runtime.reset()
+        except OSError as error:
+            raise Failure(error.errno or errno.EIO, "reset") from error
+        channel.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
+
+    def _kill_all_but(self, kept: tuple[int, ...]) -> None:
+        for _ in range(_KILL_PASSES):
+            others = [pid for pid in _parents() if pid not in kept]
+            if not others:
+                return
+            for pid in others:
+                _signal(pid, c.SIGKILL)
+            self._reap()
+        _leave()  # it breeds faster than it dies: only the end of the namespace stops it
+
+    def _on_channel(self, command: _Command, channel: _Socket) -> None:
+        try:
+            data = channel.recv(p.SIGNAL.size, MSG_WAITALL)
         except OSError:
             data = b""
         if len(data) != p.SIGNAL.size:
             # The caller let go of the command: nobody is left to say how it ended.
-            self._forget(command.channel.fileno())
+            self._forget(channel.fileno())
             self._kill_all_of(command)
             return
         kind, number = p.SIGNAL.unpack(data)
@@ -189,15 +242,18 @@ class Init:
                 self._finish(command, status, usage)
 
     def _finish(self, command: _Command, status: int, usage: struct_rusage) -> None:
+        channel = command.channel
+        if channel is None:
+            return  # a worker that was never given work: who asks for it will hear
         self._kill_leftovers()
         user, system = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
         try:
-            command.channel.sendall(p.ANSWER.pack(p.EXITED, status, user, system))
+            channel.sendall(p.ANSWER.pack(p.EXITED, status, user, system))
         except OSError:
             pass  # the caller let go of it
-        if command.channel.fileno() in self._handlers:
-            self._forget(command.channel.fileno())
-        command.channel.close()
+        if channel.fileno() in self._handlers:
+            self._forget(channel.fileno())
+        channel.close()
 
     def _kill_leftovers(self) -> None:
         """Kill all that a finished command left: whatever no running command is a parent of."""
@@ -225,20 +281,10 @@ class Init:
         Reparented orphans of a command that still runs count as strays too: nobody can tell
         whose they are, and what a finished command leaves must not live on.
         """
-        parents: dict[int, int] = {}
         try:
-            entries = os.listdir("/proc")
+            parents = _parents()
         except OSError:
             return []  # no /proc could be had here: they die with the last command
-        for entry in entries:
-            if entry.isdigit():
-                try:
-                    with open(f"/proc/{entry}/stat", "rb") as file:
-                        fields = file.read().rpartition(b")")[2].split()
-                except OSError:
-                    continue
-                if fields[0] not in (b"Z", b"X"):
-                    parents[int(entry)] = int(fields[1])
         strays = []
         for pid in parents:
             ancestor = pid
@@ -265,6 +311,21 @@ class Init:
             _signal(command.pid, c.SIGKILL)
 
 
+def _parents() -> dict[int, int]:
+    """Return the parent of each process of the namespace that has not ended."""
+    parents: dict[int, int] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            if fields[0] not in (b"Z", b"X"):
+                parents[int(entry)] = int(fields[1])
+    return parents
+
+
 def _leave() -> NoReturn:
     os._exit(0)  # the kernel kills every other process of the namespace (pid_namespaces(7))
 
@@ -276,22 +337,11 @@ def _signal(pid: int, number: int) -> None:
         pass  # it is gone; its status is on the way
 
 
-def _read_exactly(channel: _Socket, size: int) -> bytearray:
-    data = bytearray(size)
-    view = memoryview(data)
-    while view:
-        count = channel.recv_into(view)
-        if not count:
-            raise ConnectionError
-        view = view[count:]
-    return data
-
-
 def _read_request(channel: _Socket) -> bytes:
-    (size,) = p.LENGTH.unpack(_read_exactly(channel, p.LENGTH.size))
+    (size,) = p.LENGTH.unpack(read_exactly(channel, p.LENGTH.size))
     if size > p.LARGEST_REQUEST:
-        raise _Failure(errno.E2BIG, "request")
-    return bytes(_read_exactly(channel, size))
+        raise Failure(errno.E2BIG, "request")
+    return bytes(read_exactly(channel, size))
 
 
 # -- commands ------------------------------------------------------------------------------------
@@ -304,7 +354,7 @@ def _stdio_actions(stdio: list[bool], fds: list[int]) -> list[Any]:
     for number, given in enumerate(stdio):
         if given:
             actions.append((os.POSIX_SPAWN_DUP2, next(remaining), number))
-        else:
+        elif number < 3:
             mode = os.O_RDONLY if number == 0 else os.O_WRONLY
             actions.append((os.POSIX_SPAWN_OPEN, number, "/dev/null", mode, 0))
     return actions
@@ -323,7 +373,7 @@ def _open_terminal(size: tuple[int, int]) -> tuple[list[Any], list[int]]:
         # Before the command starts: it may ask at once (ioctl_tty(2), struct winsize).
         ioctl(slave, c.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     except OSError as error:
-        raise _Failure(error.errno or errno.EIO, "tty") from error
+        raise Failure(error.errno or errno.EIO, "tty") from error
     # The first terminal that a session leader opens becomes its controlling one (tty(4)).
     actions: list[Any] = [
         (os.POSIX_SPAWN_OPEN, 0, name, os.O_RDWR, 0),
@@ -340,7 +390,7 @@ def _spawn(
     try:
         os.chdir(cwd)
     except OSError as error:
-        raise _Failure(error.errno or errno.EIO, "cwd") from error
+        raise Failure(error.errno or errno.EIO, "cwd") from error
     try:
         return os.posix_spawn(
             program,
@@ -352,7 +402,7 @@ def _spawn(
             setsigdef=_IGNORED_SIGNALS,
         )
     except OSError as error:
-        raise _Failure(error.errno or errno.EIO, "exec") from error
+        raise Failure(error.errno or errno.EIO, "exec") from error
     finally:
         os.chdir("/")
 
@@ -371,60 +421,4 @@ def _find_program(name: bytes, path: bytes, cwd: bytes) -> bytes:
         if stat.S_ISREG(mode) and os.access(candidate, os.X_OK):
             return candidate
         found_error = errno.EACCES
-    raise _Failure(found_error, "exec")
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-def _open_regular(path: bytes, flags: int, mode: int = 0) -> int:
-    """Open a regular file, following no symbolic link anywhere in `path` and waiting for none."""
-    resolve = c.RESOLVE_NO_SYMLINKS | c.RESOLVE_NO_MAGICLINKS
-    try:
-        # O_NONBLOCK: a planted FIFO must not hold up PID 1.
-        fd = calls.openat2(c.AT_FDCWD, path, flags | os.O_NONBLOCK | os.O_NOCTTY, mode, resolve)
-    except OSError as error:
-        raise _Failure(error.errno or errno.EIO, "open") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise _Failure(errno.EINVAL, "kind")
-    return fd
-
-
-def _write_file(channel: _Socket, request: bytes) -> None:
-    path, mode, size = p.parse_write(request)
-    left = size
-    fd = _open_regular(path, os.O_WRONLY | os.O_CREAT, mode)
-    try:
-        os.ftruncate(fd, 0)
-        os.fchmod(fd, mode)
-        while left:
-            view = memoryview(_read_exactly(channel, min(left, _CHUNK)))
-            left -= len(view)
-            while view:
-                view = view[os.write(fd, view) :]
-    except ConnectionError:
-        raise
-    except OSError as error:
-        raise _Failure(error.errno or errno.EIO, "io") from error
-    finally:
-        os.close(fd)
-    channel.sendall(p.ANSWER.pack(p.OK, size, 0, 0))
-
-
-def _read_file(channel: _Socket, request: bytes) -> None:
-    path, most = p.parse_read(request)
-    fd = _open_regular(path, os.O_RDONLY)
-    try:
-        size = left = os.fstat(fd).st_size
-        if size > most:
-            raise _Failure(errno.EFBIG, "size")
-        channel.sendall(p.ANSWER.pack(p.OK, size, 0, 0))
-        while left:
-            data = os.read(fd, min(left, _CHUNK))
-            if not data:
-                break  # it shrank meanwhile; the host sees a short answer
-            channel.sendall(data)
-            left -= len(data)
-    finally:
-        os.close(fd)
+    raise Failure(found_error, "exec")

@@ -23,6 +23,12 @@ WRITE = b"W"
 READ = b"F"
 """Read a file: `read_request`; answer OK with the size, then the bytes."""
 
+WORK = b"P"
+"""Let the worker serve. Descriptors: channel, the worker's socket, stdout, stderr. Answered like a
+run, without STARTED."""
+RESET = b"Z"
+"""Kill everything but PID 1 and the worker, and empty all writable places; answer OK."""
+
 HERE = b"h"
 """The request is in this message."""
 ON_CHANNEL = b"c"
@@ -40,6 +46,8 @@ TTY = 1
 ANNOUNCE = 2
 """Flag of a run: answer STARTED as soon as it runs."""
 _STDIO = 4
+STREAMS = 4
+"""Descriptors a run may be given: 0 to 2, and 3 for a worker's socket."""
 _WRITE = struct.Struct("!IQ")
 _READ = struct.Struct("!Q")
 
@@ -55,7 +63,10 @@ FAILED = b"E"
 OK = b"O"
 """A file operation succeeded; numbers: size, 0, 0."""
 
-STAGES = ("exec", "cwd", "tty", "open", "kind", "size", "io", "request")
+STAGES = ("exec", "cwd", "tty", "open", "kind", "size", "io", "request", "worker", "reset")
+
+PID = struct.Struct("!q")
+"""Request of RESET: a process to keep besides the waiting worker, or 0."""
 
 SIGNAL = struct.Struct("!cq")
 """Host to init, on the channel of a running command."""
@@ -106,7 +117,7 @@ def parse_run(
     for word in words[count + 1 :]:
         name, _, value = word.partition(b"=")
         environment[name] = value
-    stdio = [bool(flags & _STDIO << number) for number in range(3)]
+    stdio = [bool(flags & _STDIO << number) for number in range(STREAMS)]
     return flags, (rows, columns), stdio, words[0], words[1 : count + 1], environment
 
 

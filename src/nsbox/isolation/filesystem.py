@@ -63,10 +63,11 @@ def take_root(program: Program) -> None:
 
 
 def mount_scratch(program: Program, size: int) -> None:
-    """Prepare: mount the private /tmp, /dev/shm and /dev/pts below the new root."""
+    """Prepare: mount the private /tmp, /dev/shm, /dev/mqueue and /dev/pts below the new root."""
     options = tmpfs_options(size)
     program.mount("tmpfs", "tmp", "tmpfs", _SCRATCH, options)
     program.mount("tmpfs", "dev/shm", "tmpfs", _NO_EXEC, options)
+    program.mount("mqueue", "dev/mqueue", "mqueue", _NO_EXEC)
     # Every devpts mount is an instance of its own since Linux 4.7.
     pts = "ptmxmode=0666,mode=0620"
     program.mount("devpts", "dev/pts", "devpts", c.MS_NOSUID | c.MS_NOEXEC, pts)

@@ -46,6 +46,8 @@ _ETC_DIRECTORIES = (
     "alternatives", "fonts", "ld.so.conf.d", "pki/ca-trust", "pki/tls/certs", "ssl/certs",
     "terminfo",
 )  # fmt: skip
+# Where a function's code and layers are attached after the birth (`nsbox.function`).
+_CODE_PLACES = ("var/task", "opt")
 _LARGEST_COPY = 4 << 20
 
 _READ_ONLY = c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
@@ -176,7 +178,10 @@ def _open_binds(layout: dict[str, Any]) -> list[tuple[str, bool, int]]:
 
 
 def _make_skeleton(root: str) -> None:
-    for name in ("dev", "proc", "tmp", "etc", "run", "var", "dev/pts", "dev/shm"):
+    for name in (
+        *("dev", "proc", "tmp", "etc", "run", "var", "dev/pts", "dev/shm", "dev/mqueue"),
+        *_CODE_PLACES,
+    ):
         os.mkdir(f"{root}/{name}", 0o755)
     for name, target in (
         ("dev/fd", "/proc/self/fd"),
@@ -198,7 +203,8 @@ def _place_host_userland(root: str) -> None:
 
 def _place_rootfs(root: str) -> None:
     """Put the working directory's entries into `root`."""
-    os.rmdir(f"{root}/var")
+    for name in (*reversed(_CODE_PLACES), "var"):
+        os.rmdir(f"{root}/{name}")
     os.rmdir(f"{root}/etc")
     for name in sorted(os.listdir(".")):
         if name not in _NEVER_SHARED:

@@ -89,6 +89,28 @@ class Layouts:
         self._held[wanted.layout_key] = known  # the most recently used last
         return known[0]
 
+    def furnish(self, pid: int, mounts: list[list[str]]) -> None:
+        """Attach read-only trees inside an environment in which no code of a guest has run.
+
+        Args:
+            pid: Its PID 1.
+            mounts: Pairs of source, on the host, and destination, an empty directory inside.
+
+        Raises:
+            OSError: A source is gone, or the environment.
+        """
+        trees = [(userland.clone_tree(source), destination) for source, destination in mounts]
+        inside = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            calls.setns(inside, c.CLONE_NEWNS)
+            try:
+                for fd, destination in trees:
+                    filesystem.attach(fd, destination)
+            finally:
+                come_home(self._home_mounts, c.CLONE_NEWNS)
+        finally:
+            os.close(inside)
+
     def proc_extent(self, layout: int) -> str:
         """Return how much of a /proc environments can have here; found out once, in `layout`."""
         if not self._proc_extent:

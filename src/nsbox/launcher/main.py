@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of nsbox's own processes: ``python -I -S main.py ROLE HOST ID_RANGE PATH...``.
+"""Entry point of nsbox's own processes: ``python -I -S main.py ROLE HOST SETTING PATH...``.
 
-ROLE is ``launcher`` or ``template``, HOST the host's pid, ID_RANGE ``FIRST:COUNT`` or empty, PATHs
-are imported from. With -I and -S the interpreter starts without site-packages and user code, three
+ROLE is ``launcher`` or ``template`` and HOST the host's pid. SETTING is the launcher's range of
+ids, ``FIRST:COUNT`` or empty, or the template's kind (`nsbox.launcher.template`). PATHs are
+imported from. With -I and -S the interpreter starts without site-packages and user code, three
 times faster. Descriptors are those of `nsbox.launcher.process`, in the order of the calls below.
 """
 
 import sys
 
 if __name__ == "__main__":
-    role, host, id_range, *paths = sys.argv[1:]
+    role, host, setting, *paths = sys.argv[1:]
     sys.path[:0] = paths
     if role == "template":
         from nsbox.launcher.template import main as template_main
 
-        template_main(lifeline=3, channel=4)
+        template_main(lifeline=3, channel=4, kind=setting)
     else:
         from nsbox.launcher.server import main as launcher_main
 
-        launcher_main(channel_fd=3, done=4, host_pid=int(host), id_range=id_range, paths=paths)
+        launcher_main(channel_fd=3, done=4, host_pid=int(host), id_range=setting, paths=paths)

@@ -65,11 +65,13 @@ class Server:
         channel: socket.socket,
         host: int,
         done: int,
-        template_words: Sequence[str],
+        host_pid: int,
+        paths: Sequence[str],
         id_range: tuple[int, int] | None,
     ) -> None:
         self._channel = channel
-        self._template_words = template_words
+        self._host_pid = host_pid
+        self._paths = paths
         self._host = host
         self._done = done
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -83,7 +85,8 @@ class Server:
         # Before this process enters a user namespace: what executes inside one has its files in
         # /proc owned by that namespace's root, who outside is the user (fs/proc/base.c,
         # task_dump_owner), so that PID 1's would be open to commands that have the same id.
-        self._template: TemplateProcess | None = self._start_template()
+        self._templates: dict[str, TemplateProcess] = {}
+        self._find_template("")
         own_namespace = not identity.is_privileged()
         if own_namespace:
             calls.unshare(c.CLONE_NEWUSER)
@@ -197,10 +200,13 @@ class Server:
 
     # -- births --------------------------------------------------------------------------------
 
-    def _start_template(self) -> TemplateProcess:
-        template = TemplateProcess(self._template_words, self._lifeline)
-        self._watch(template.fileno(), self._on_born)
-        self._watch(template.pidfd, self._replace_template)
+    def _find_template(self, kind: str) -> TemplateProcess:
+        template = self._templates.get(kind)
+        if template is None:
+            words = [str(self._host_pid), kind, *self._paths]
+            template = self._templates[kind] = TemplateProcess(kind, words, self._lifeline)
+            self._watch(template.fileno(), lambda: self._on_born(template))
+            self._watch(template.pidfd, lambda: self._replace_template(template))
         return template
 
     def _on_request(self) -> None:
@@ -223,15 +229,13 @@ class Server:
             birth.run_launcher_side()
             birth.step = "clone"
             self._send_to_template(birth)
-        except TemplateGone:
-            self._replace_template(also=birth)
+        except TemplateGone as error:
+            self._replace_template(error.template, also=birth)
         except (OSError, NsboxError, ValueError) as error:
             self._abort(birth, failure(birth.step, error))
 
     def _send_to_template(self, birth: Birth) -> None:
-        if self._template is None:
-            self._template = self._start_template()
-        template = self._template
+        template = self._find_template(birth.spec["runtime"])
         if not template.is_introduced:
             extent = self.layouts.proc_extent(birth.layout)
             template.introduce(extent, drop_groups=self.identity.may_drop_groups)
@@ -246,13 +250,10 @@ class Server:
         elif not wanted:
             self._forget(channel)
 
-    def _on_born(self) -> None:
-        template = self._template
-        if template is None:
-            return
+    def _on_born(self, template: TemplateProcess) -> None:
         received = template.receive()
         if received is None:
-            self._replace_template()
+            self._replace_template(template)
             return
         birth = template.pending.popleft()
         birth.close()
@@ -279,16 +280,15 @@ class Server:
         }
         self._answer(birth.supervision, born, [pidfd])
 
-    def _replace_template(self, also: Birth | None = None) -> None:
+    def _replace_template(self, template: TemplateProcess, also: Birth | None = None) -> None:
         """Start another and send it the births under way, each once more; environments live on."""
-        template, self._template = self._template, None
-        if template is None:
-            return
+        del self._templates[template.kind]
         self._forget(template.fileno())
         self._forget(template.pidfd)
         _end_child(template.pid)
         template.close()
         known = {environment.pid for environment in self._environments.values()}
+        known |= {other.pid for other in self._templates.values()}
         for pid in proc.children(os.getpid()):
             # A clone that it could not tell of any more.
             if pid not in known and proc.read_stat(pid).comm != janitor.NAME:
@@ -359,6 +359,8 @@ class Server:
             elif kind == "claim":
                 self._blanks.pop(environment.pidfd, None)
                 return
+            elif kind == "furnish":
+                self.layouts.furnish(environment.pid, received[0]["mounts"])
             elif kind == "thaw":
                 self._thaw(environment)
             elif kind == "verify":
@@ -472,8 +474,7 @@ def main(
         host = os.pidfd_open(host_pid)
         if os.getppid() != host_pid:
             os._exit(0)  # the host died meanwhile, and its number may be another's
-        template_words = [str(host_pid), "", *paths]
-        Server(channel, host, done, template_words, _parse_range(id_range)).run()
+        Server(channel, host, done, host_pid, paths, _parse_range(id_range)).run()
     except Exception as error:  # noqa: BLE001 - the host is told whatever it was
         import traceback  # needed once at most, and it is half as large as the rest
 

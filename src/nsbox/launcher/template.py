@@ -22,14 +22,14 @@ from _socket import AF_UNIX, SOCK_SEQPACKET
 from _socket import socket as _Socket
 from fcntl import F_DUPFD_CLOEXEC, fcntl
 
-from nsbox.guest.init import Init
+from nsbox.guest.init import Init, Runtime
 from nsbox.guest.protocol import failure_word
 from nsbox.isolation import namespaces, privileges
 from nsbox.launcher import inside
 from nsbox.launcher.steps import failure
 from nsbox.linux import calls
 from nsbox.linux import constants as c
-from nsbox.linux.descriptors import receive_message, send_bytes
+from nsbox.linux.descriptors import close_all, receive_message, send_bytes
 from nsbox.linux.program import Program, run
 
 TYPE_CHECKING = False
@@ -51,7 +51,7 @@ class _Failure(Exception):
 class Template:
     """The loop of the template process."""
 
-    def __init__(self, channel: int) -> None:
+    def __init__(self, channel: int, runtime: Runtime | None = None) -> None:
         """Give what clones inherit the numbers of `inside`, and everything else higher ones."""
         self._channel = _Socket(fileno=fcntl(channel, F_DUPFD_CLOEXEC, inside.FIRST_OTHER))
         # The numbers below are taken in turn, so that no descriptor lies on another's.
@@ -63,7 +63,7 @@ class Template:
         # What is opened from here on is one birth's, and closed after it.
         self._first_own = self._home_mounts + 1
         # Made once, before all clones: their numbers are the same in each.
-        self._init = Init(inside.CONTROL, inside.LIFELINE, inside.SIGNALS)
+        self._init = Init(inside.CONTROL, inside.LIFELINE, inside.SIGNALS, runtime)
         self._specs: dict[str, tuple[dict[str, Any], dict[tuple[int, ...], list[Entry]]]] = {}
         self._extent = b""
         self._drop_groups = False
@@ -202,16 +202,50 @@ def _renumber(fd: int, number: int) -> None:
         os.close(fd)
 
 
-def main(lifeline: int, channel: int) -> NoReturn:
+def _refuse_all(channel: int, error: Exception) -> NoReturn:
+    """Answer every birth with why a module could not be preloaded."""
+    connection = _Socket(fileno=channel)
+    answer = marshal.dumps((0, failure("preload", error)))
+    while True:
+        data, fds = receive_message(connection)
+        if not data:
+            os._exit(0)
+        close_all(fds)
+        if marshal.loads(data)[0] == "birth":  # noqa: S302 - from the launcher
+            send_bytes(connection, answer)
+
+
+def _load_runtime(preload: list[str]) -> Runtime:
+    """Import what functions' environments begin with: the worker, and what the operator names."""
+    from importlib import import_module
+
+    from nsbox.guest import intake, reset
+
+    for name in preload:
+        import_module(name)
+    return Runtime(intake.fork_worker, reset.reset)
+
+
+def main(lifeline: int, channel: int, kind: str) -> NoReturn:
     """Run the template on inherited descriptors. Called by `nsbox.launcher.main`.
 
-    `lifeline` has its number of `inside` already, `channel` any.
+    Args:
+        lifeline: It has its number of `inside` already.
+        channel: Socket to the launcher.
+        kind: "" for environments of commands; for those of functions "python", and after it the
+            modules to preload, with commas between them.
     """
     os.set_inheritable(lifeline, False)
     # A signal from inside reaches PID 1 only if it has a handler (pid_namespaces(7)).
     signal(SIGINT, SIG_DFL)
     privileges.set_name("nsbox-template")
-    template = Template(channel)
+    runtime = None
+    if kind:
+        try:
+            runtime = _load_runtime(kind.split(",")[1:])
+        except Exception as error:  # noqa: BLE001 - modules may raise anything
+            _refuse_all(channel, error)
+    template = Template(channel, runtime)
     gc.disable()
     gc.collect()
     gc.freeze()

@@ -23,26 +23,37 @@ _ENTERED = ("user", "mnt")  # namespaces that the template enters, in this order
 
 
 class TemplateGone(SyscallError):
-    """The template process has ended."""
+    """A template process has ended.
+
+    Attributes:
+        template: Which.
+    """
+
+    def __init__(self, template: TemplateProcess, number: int) -> None:
+        super().__init__("sendmsg", number, "the template process")
+        self.template = template
 
 
 class TemplateProcess:
     """A template that runs, and the births under way in it.
 
     Attributes:
+        kind: What its clones can do (`nsbox.launcher.template.main`).
         pid: Its process id.
         pidfd: Readable when it has ended.
         pending: Births that it has not answered yet, the oldest first.
         is_introduced: Whether `introduce` was called.
     """
 
-    def __init__(self, words: Sequence[str], lifeline: int) -> None:
+    def __init__(self, kind: str, words: Sequence[str], lifeline: int) -> None:
         """Start it, and do not wait for it.
 
         Args:
+            kind: For those who look for it.
             words: Command line after the role (`nsbox.launcher.main`).
             lifeline: Descriptor that reads as ended when the launcher is gone.
         """
+        self.kind = kind
         self.pending: collections.deque[Birth] = collections.deque()
         self._known: dict[str, None] = {}
         self._channel, theirs = wire.pair()
@@ -118,4 +129,4 @@ class TemplateProcess:
         try:
             send_bytes(self._channel, data, fds)
         except ConnectionError as error:
-            raise TemplateGone("sendmsg", error.errno or 0, "the template process") from error
+            raise TemplateGone(self, error.errno or 0) from error

@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Invocations in an environment that belongs to a function version: init, invoke, reuse.
+
+A handler's are the `Invoker`'s; a plain program (``Function(command=...)``) is one command for each
+event, with the same errors and the same record of what it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import site
+import sys
+import sysconfig
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from nsbox.aio import LoopCalls
+from nsbox.blueprint import interpreter_prefixes
+from nsbox.config import Config, parse_seconds
+from nsbox.errors import ConfigError, EnvironmentStateError, FunctionError, InvokeTimeout
+from nsbox.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
+from nsbox.guest import protocol as p
+from nsbox.guest import python_runtime as runtime
+from nsbox.invocation import Invocation
+from nsbox.invoker import Invoker, check_payload, finish_reset
+from nsbox.link import Link
+from nsbox.result import Outcome, Protections, Result
+from nsbox.worker import Call, OnLog
+
+if TYPE_CHECKING:
+    from nsbox.environment import ExecutionEnvironment
+
+_SIGNALED: Final = "Runtime exited with error: signal"
+
+
+def runtime_of(function: Function) -> str:
+    """Return the kind of template whose clones can serve `function`.
+
+    Raises:
+        ConfigError: None can.
+    """
+    if function.handler is None:
+        return "python" if function.reuse == "reset" else ""
+    if function.rootfs is not None and function.start == "clone":
+        raise ConfigError(
+            "start: 'clone' is of the host's own interpreter, which does not fit to a rootfs; "
+            "give start='exec'"
+        )
+    return ",".join(["python", *function.preload])
+
+
+def module_path(function: Function) -> list[str]:
+    """Return sys.path for a handler: its code, its layers, the standard library, site packages."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    own = [TASK_ROOT, f"{LAYER_ROOT}/python", f"{LAYER_ROOT}/python/lib/{version}/site-packages"]
+    if function.rootfs is not None:
+        return own
+    library = sysconfig.get_path("stdlib")
+    # What the handler's interpreter has too: below /usr, or a prefix that is bound.
+    visible = ("/usr/", *(f"{prefix}/" for prefix in interpreter_prefixes()))
+    packages = [path for path in site.getsitepackages() if path.startswith(visible)]
+    return [*own, library, f"{library}/lib-dynload", *packages]
+
+
+class Invocations:
+    """What an `ExecutionEnvironment` of a function version does besides running commands."""
+
+    def __init__(
+        self,
+        env: ExecutionEnvironment,
+        version: FunctionVersion,
+        link: Link,
+        protections: Callable[[], Protections],
+    ) -> None:
+        self._env = env
+        self._version = version
+        self._function = version.function
+        self._link = link
+        self._busy = threading.Lock()
+        self._loop: LoopCalls | None = None
+        self.last: Invocation | None = None
+        self._invoker: Invoker | None = None
+        if self._function.handler is not None:
+            self._invoker = Invoker(link, version, protections)
+
+    def close(self) -> None:
+        """Let go of worker and sockets."""
+        if self._loop is not None and not self._loop.loop.is_closed():
+            self._loop.forget()
+        if self._invoker is not None:
+            self._invoker.close()
+
+    # -- in turn -------------------------------------------------------------------------------
+
+    def init(self) -> None:
+        """Import the module, unless that was done; see `ExecutionEnvironment.init`."""
+        self._take()
+        try:
+            self._init()
+        finally:
+            self._busy.release()
+
+    def _init(self) -> None:
+        if self._invoker is not None and self._invoker.init_seconds is None:
+            call = self._start_worker(self._invoker)
+            self._invoker.finish_start(call, self._invoker.exchange(call))
+
+    def _start_worker(self, invoker: Invoker) -> Call:
+        python = sys.executable if self._function.rootfs is None else "python3"
+        variables = self._env.base_environment()
+        return invoker.start(variables, module_path(self._function), python)
+
+    def invoke(
+        self,
+        payload: bytes,
+        timeout: float | None,
+        request_id: str | None,
+        client_context: Mapping[str, Any] | None,
+        on_log: OnLog | None,
+    ) -> Invocation:
+        """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
+        data = check_payload(payload)
+        limit = None if timeout is None else parse_seconds(timeout, "timeout")
+        context = json.dumps(client_context) if client_context else ""
+        self._take()
+        try:
+            if self._invoker is None:
+                return self._keep(self._run_command(data, limit, request_id, on_log))
+            self._init()
+            call = self._invoker.send(data, limit, request_id, context, on_log)
+            frame = self._invoker.exchange(call)
+            return self._keep(self._invoker.finish(call, frame))
+        except (FunctionError, InvokeTimeout) as error:
+            self.last = error.invocation
+            raise
+        finally:
+            self._busy.release()
+
+    async def invoke_async(
+        self,
+        payload: bytes,
+        timeout: float | None,  # noqa: ASYNC109 - it kills, and is not of this task alone
+        request_id: str | None,
+        client_context: Mapping[str, Any] | None,
+        on_log: OnLog | None,
+    ) -> Invocation:
+        """Serve one event on the running loop."""
+        invoker = self._invoker
+        if invoker is None:
+            return await asyncio.to_thread(
+                self.invoke, payload, timeout, request_id, client_context, on_log
+            )
+        data = check_payload(payload)
+        limit = None if timeout is None else parse_seconds(timeout, "timeout")
+        context = json.dumps(client_context) if client_context else ""
+        self._take()
+        try:
+            calls = self._calls_on(invoker, asyncio.get_running_loop())
+            if invoker.init_seconds is None:
+                call, frame = await calls.exchange(lambda: self._start_worker(invoker))
+                invoker.finish_start(call, frame)
+            call, frame = await calls.exchange(
+                lambda: invoker.send(data, limit, request_id, context, on_log)
+            )
+            return self._keep(invoker.finish(call, frame))
+        except (FunctionError, InvokeTimeout) as error:
+            self.last = error.invocation
+            raise
+        finally:
+            self._busy.release()
+
+    def _calls_on(self, invoker: Invoker, loop: asyncio.AbstractEventLoop) -> LoopCalls:
+        if self._loop is None or self._loop.loop is not loop:
+            if self._loop is not None and not self._loop.loop.is_closed():
+                self._loop.forget()
+            self._loop = LoopCalls(invoker, loop)
+        return self._loop
+
+    def _take(self) -> None:
+        """Begin an invocation: there is at most one at a time, by construction."""
+        if not self._busy.acquire(blocking=False):
+            raise EnvironmentStateError(
+                f"environment {self._env.id} is busy with another invocation; "
+                "an environment serves one at a time"
+            )
+
+    def _keep(self, invocation: Invocation) -> Invocation:
+        self.last = invocation
+        return invocation
+
+    # -- a plain program -----------------------------------------------------------------------
+
+    def _run_command(
+        self, payload: bytes, timeout: float | None, request_id: str | None, on_log: OnLog | None
+    ) -> Invocation:
+        request_id = str(uuid.uuid4()) if request_id is None else request_id
+        limit = self._function.timeout if timeout is None else timeout
+        begin = time.monotonic()
+        variables = {**dict(self._version.env), "AWS_REQUEST_ID": request_id}
+        result = self._env.run(
+            self._function.command or (), input=payload, timeout=limit, env=variables
+        )
+        duration = time.monotonic() - begin
+        if on_log is not None and result.stderr:
+            on_log("stderr", result.stderr)
+        kind, message = self._judge(result, request_id, limit)
+        answer = result.stdout
+        if kind:
+            answer = json.dumps({"errorType": kind, "errorMessage": message}).encode()
+        memory = self._function.limits.memory_max
+        invocation = Invocation(
+            request_id=request_id,
+            payload=answer,
+            stderr=result.stderr,
+            duration_seconds=duration,
+            memory_limit_mb=int(memory) >> 20 if memory is not None else None,
+            status="timeout" if result.outcome is Outcome.TIMED_OUT else "error" if kind else "",
+            error_type=kind,
+        )
+        if result.outcome is Outcome.TIMED_OUT:
+            self._link.kill()
+            raise InvokeTimeout(message, invocation)
+        if result.outcome is Outcome.OOM_KILLED:
+            self._link.kill()
+        elif self._function.reuse == "reset":
+            finish_reset(self._link, self._link.ask(p.RESET, p.PID.pack(0), []))
+        if kind:
+            raise FunctionError(kind, message, (), invocation)
+        return invocation
+
+    def _judge(self, result: Result, request_id: str, limit: float) -> tuple[str, str]:
+        """Return the type and message of a program's failure; two empty words for an answer."""
+        if result.outcome is Outcome.TIMED_OUT:
+            return "Sandbox.Timedout", f"Task timed out after {limit:.2f} seconds"
+        prefix = f"RequestId: {request_id} Error: "
+        if result.outcome is Outcome.OOM_KILLED:
+            return "Runtime.OutOfMemory", f"{prefix}{_SIGNALED}: killed ({result.evidence})"
+        if result.outcome is Outcome.OUTPUT_LIMIT or len(result.stdout) > runtime.ANSWER_MAX:
+            return "Function.ResponseSizeTooLarge", (
+                "Response payload size exceeded maximum allowed payload size "
+                f"({runtime.ANSWER_MAX} bytes)."
+            )
+        if result.returncode < 0:
+            return "Runtime.ExitError", f"{prefix}{_SIGNALED} {-result.returncode}"
+        if result.returncode:
+            status = f"exit status {result.returncode}"
+            return "Runtime.ExitError", f"{prefix}Runtime exited with error: {status}"
+        try:
+            json.loads(result.stdout)
+        except (ValueError, RecursionError) as error:
+            return "Runtime.MarshalError", f"The answer is no JSON: {error}"
+        return "", ""
+
+
+def environment_config(version: FunctionVersion) -> tuple[Config, list[list[str]]]:
+    """Return the `Config` an environment of `version` is born with, and what is attached after."""
+    places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
+    furniture = [[os.fspath(path), place] for path, place in places if path is not None]
+    return version.config.replace(mounts=version.function.mounts), furniture
+
+
+class FunctionMethods:
+    """The methods of an `ExecutionEnvironment` that are for function versions alone."""
+
+    id: str
+    _frozen: bool
+    _environment: Mapping[str, str]
+    _version: FunctionVersion | None
+    _invocations: Invocations | None
+
+    def _live_link(self) -> Link:
+        raise NotImplementedError
+
+    def _replace_blank(self) -> None:
+        raise NotImplementedError
+
+    def close(self, *, wait: bool = True) -> None:
+        """See `ExecutionEnvironment.close`."""
+        raise NotImplementedError
+
+    def init(self) -> None:
+        """Import the function's module under its `init_timeout`; else the first `invoke` does.
+
+        Raises:
+            FunctionError: It cannot be imported, or has no such handler.
+            InvokeTimeout: It took too long; the environment was killed.
+            EnvironmentStateError: This is no environment of a function, or it cannot do this now.
+        """
+        self._function_calls().init()
+
+    def invoke(
+        self,
+        event: object,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        client_context: Mapping[str, Any] | None = None,
+        on_log: OnLog | None = None,
+    ) -> Any:  # noqa: ANN401 - any JSON value
+        """Call the function with an event and return its answer; both are JSON values.
+
+        One at a time: a second call while one is under way raises. The `Invocation` is `last`.
+
+        Args:
+            event: What json.dumps takes, up to 6 MiB of it.
+            timeout: Seconds, instead of the function's.
+            request_id: The context's aws_request_id; a new one by default.
+            client_context: The context's client_context.
+            on_log: Called with ``"stdout"`` or ``"stderr"`` and what the function writes.
+
+        Raises:
+            FunctionError: The handler raised, answered no JSON or too much, or its process ended.
+            InvokeTimeout: It took too long; the environment was killed.
+            EnvironmentDied: The environment was ended from outside, or its worker broke the rules.
+            EnvironmentStateError: It is busy, closed or dead.
+            ConfigError: The event is no JSON value, or too large.
+        """
+        payload = _encode_event(event)
+        invocation = self.invoke_bytes(
+            payload,
+            timeout=timeout,
+            request_id=request_id,
+            client_context=client_context,
+            on_log=on_log,
+        )
+        return invocation.json()
+
+    def invoke_bytes(
+        self,
+        payload: bytes,
+        *,
+        timeout: float | None = None,
+        request_id: str | None = None,
+        client_context: Mapping[str, Any] | None = None,
+        on_log: OnLog | None = None,
+    ) -> Invocation:
+        """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
+        calls = self._function_calls()
+        try:
+            return calls.invoke(payload, timeout, request_id, client_context, on_log)
+        finally:
+            self._end_invocation()
+
+    async def invoke_async(
+        self,
+        event: object,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - it kills, and is not of this task alone
+        request_id: str | None = None,
+        client_context: Mapping[str, Any] | None = None,
+        on_log: OnLog | None = None,
+    ) -> Any:  # noqa: ANN401 - any JSON value
+        """Do as `invoke`, on the running asyncio loop and without a thread.
+
+        A cancelled invocation is killed, and the environment with it.
+        """
+        payload = _encode_event(event)
+        calls = self._function_calls()
+        try:
+            invocation = await calls.invoke_async(
+                payload, timeout, request_id, client_context, on_log
+            )
+        finally:
+            self._end_invocation()
+        return invocation.json()
+
+    @property
+    def last(self) -> Invocation | None:
+        """The last `Invocation`, failed ones too; None before the first."""
+        return None if self._invocations is None else self._invocations.last
+
+    def base_environment(self) -> dict[str, str]:
+        """Return the environment variables that every command begins with."""
+        return dict(self._environment)
+
+    def _function_calls(self) -> Invocations:
+        link = self._live_link()
+        if self._invocations is None:
+            raise EnvironmentStateError(
+                f"environment {self.id} belongs to no function; make one of Function(...).publish()"
+            )
+        if self._frozen:
+            link.request("thaw")
+            self._frozen = False
+        return self._invocations
+
+    def _end_invocation(self) -> None:
+        self._replace_blank()
+        if self._version is not None and self._version.function.reuse == "never":
+            self.close(wait=False)
+
+
+def _encode_event(event: object) -> bytes:
+    try:
+        return json.dumps(event).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"event: no JSON value: {error}") from error

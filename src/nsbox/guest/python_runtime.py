@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker: imports a function's module and calls its handler, once for each event.
+
+It runs in two ways: in a clone of the template, which has imported this module, or executed as
+``python3 -I -S -c SOURCE`` (``start="exec"``), which is why it imports nothing of nsbox. It is
+inside: the host believes nothing it says about itself, and what it answers is the function's.
+
+Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
+
+1. host -> worker  ``START``    JSON: see `Worker.start`; with the function's environment variables
+2. worker -> host  ``READY``    empty: the module is imported; or ``BROKEN``, an error, and it ends
+3. host -> worker  ``INVOKE``   deadline, request id, client context between NULs, then the event
+4. worker -> host  ``ANSWER``   JSON of the answer; or ``ERROR``: errorType, errorMessage and
+   stackTrace of what the handler raised; or ``ENDED``: the status of a fork that gave no answer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import sys
+import time
+
+# The C half of `socket`, whose Python half takes 10 ms to import.
+from _socket import socket as _Socket
+from importlib import import_module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Any, NoReturn, TextIO
+
+HEADER = struct.Struct("!cIQ")
+"""Kind, bytes that follow, and the number of the invocation."""
+START, READY, BROKEN = b"S", b"Y", b"B"
+INVOKE, ANSWER, ERROR, ENDED = b"I", b"A", b"E", b"X"
+PAYLOAD_MAX = 6 << 20
+"""Bytes of an event, and of an answer (AWS Lambda's quota)."""
+ANSWER_MAX = PAYLOAD_MAX + 100
+"""Bytes of an answer that are let through; Lambda's real limit is that much over its quota."""
+_FIRST_READ = 1 << 16
+_OWN_FILE = __file__ if "__file__" in globals() else "<string>"
+
+
+class Context:
+    """What a handler is told besides its event; the attributes are those of AWS Lambda's."""
+
+    def __init__(
+        self, function: dict[str, Any], deadline: float, request_id: str, client_context: str
+    ) -> None:
+        self.aws_request_id = request_id
+        self.function_name: str = function["name"]
+        self.function_version: str = function["version"]
+        self.invoked_function_arn: str = function["arn"]
+        self.memory_limit_in_mb: str = function["memory"]
+        self.log_group_name: str = function["log_group"]
+        self.log_stream_name: str = function["log_stream"]
+        self.tenant_id: str | None = function["tenant"]
+        self.identity = None
+        self.client_context = json.loads(client_context) if client_context else None
+        self._deadline = deadline
+
+    def get_remaining_time_in_millis(self) -> int:
+        """Return how many milliseconds are left before the invocation times out."""
+        return max(0, int((self._deadline - time.monotonic()) * 1000))
+
+    def log(self, message: object) -> None:
+        """Write to the function's log."""
+        sys.stdout.write(str(message))
+
+    def __repr__(self) -> str:
+        return f"Context(aws_request_id={self.aws_request_id!r})"
+
+
+class Worker:
+    """One worker process and its socket to the host."""
+
+    def __init__(self, channel: _Socket) -> None:
+        self._channel = channel
+        self._handler: Callable[[Any, Context], Any] | None = None
+        self._function: dict[str, Any] = {}
+        self._forks = False
+        self._buffer = b""
+
+    def run(self) -> NoReturn:
+        """Serve until the host lets go."""
+        kind, _, data = self._receive()
+        if kind != START:
+            os._exit(1)
+        self.start(json.loads(data))
+        while True:
+            kind, number, data = self._receive()
+            if kind != INVOKE:
+                os._exit(1)
+            if self._forks:
+                self._invoke_in_fork(number, data)
+            else:
+                self._invoke(number, data)
+
+    def start(self, request: dict[str, Any]) -> None:
+        """Import the handler's module, as ``{handler, path, env, function, forks}`` say."""
+        os.environ.clear()
+        os.environ.update(request["env"])
+        sys.path[:] = request["path"]
+        sys.path_importer_cache.clear()
+        sys.argv = [""]
+        self._function = request["function"]
+        self._forks = request["forks"]
+        if not self._forks:
+            _be_visible()
+        try:
+            os.chdir(request["cwd"])
+            self._handler = _find_handler(request["handler"])
+        except _HandlerError as error:
+            self._break({"errorType": error.kind, "errorMessage": str(error), "stackTrace": []})
+        except BaseException as error:  # noqa: BLE001 - module code may raise anything
+            self._break(_describe(error))
+        _flush()
+        self._send(READY, 0, b"")
+
+    def _break(self, error: dict[str, Any]) -> NoReturn:
+        _flush()
+        self._send(BROKEN, 0, json.dumps({**error, "requestId": ""}).encode())
+        os._exit(1)
+
+    def _invoke(self, number: int, data: bytes) -> None:
+        kind, answer = self._call(data)
+        _flush()
+        self._send(kind, number, answer)
+
+    def _call(self, data: bytes) -> tuple[bytes, bytes]:
+        left, request_id, client_context, event = data.split(b"\0", 3)
+        deadline = time.monotonic() + float(left)
+        name = request_id.decode()
+        try:
+            value = json.loads(event)
+        except ValueError as error:
+            return ERROR, _failure(
+                "Runtime.UnmarshalError", f"Unable to unmarshal input: {error}", name
+            )
+        try:
+            context = Context(self._function, deadline, name, client_context.decode())
+            answer = self._handler(value, context)  # type: ignore[misc]
+        except BaseException as error:  # noqa: BLE001 - handlers may raise anything
+            if isinstance(error, SystemExit):
+                _flush()
+                _exit_as(error)
+            return ERROR, json.dumps({**_describe(error), "requestId": name}).encode()
+        try:
+            text = json.dumps(answer, ensure_ascii=False, allow_nan=False)
+            data = text.encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            return ERROR, _failure(
+                "Runtime.MarshalError", f"Unable to marshal response: {error}", name
+            )
+        if len(data) > ANSWER_MAX:
+            message = (
+                f"Response payload size exceeded maximum allowed payload size ({ANSWER_MAX} bytes)."
+            )
+            return ERROR, _failure("Function.ResponseSizeTooLarge", message, name)
+        return ANSWER, data
+
+    def _invoke_in_fork(self, number: int, data: bytes) -> None:
+        """Have a fork of this process, as it was after the import, do it and end."""
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _be_visible()
+                self._invoke(number, data)
+            finally:
+                os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        if status:
+            # An end without an answer, or after one, which the host has taken by then.
+            self._send(ENDED, number, str(status).encode())
+
+    def _receive(self) -> tuple[bytes, int, bytes]:
+        data = self._buffer
+        while len(data) < HEADER.size:
+            more = self._channel.recv(_FIRST_READ)
+            if not more:
+                os._exit(0)  # the host has let go of it
+            data = data + more if data else more
+        kind, size, number = HEADER.unpack_from(data)
+        end = HEADER.size + size
+        if len(data) >= end:
+            self._buffer = data[end:]
+            return kind, number, data[HEADER.size : end]
+        body = bytearray(size)
+        filled = len(data) - HEADER.size
+        body[:filled] = data[HEADER.size :]
+        view = memoryview(body)
+        while filled < size:
+            count = self._channel.recv_into(view[filled:])
+            if not count:
+                os._exit(0)
+            filled += count
+        self._buffer = b""
+        return kind, number, bytes(body)
+
+    def _send(self, kind: bytes, number: int, data: bytes) -> None:
+        try:
+            header = HEADER.pack(kind, len(data), number)
+            if len(data) < _FIRST_READ:
+                self._channel.sendall(header + data)
+            else:
+                self._channel.sendall(header)
+                self._channel.sendall(data)
+        except OSError:
+            os._exit(0)
+
+
+def _failure(kind: str, message: str, request_id: str) -> bytes:
+    return json.dumps(
+        {"errorType": kind, "errorMessage": message, "requestId": request_id, "stackTrace": []}
+    ).encode()
+
+
+class _HandlerError(Exception):
+    """There is no such handler; `kind` is the type AWS Lambda gives it."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def _find_handler(handler: str) -> Callable[[Any, Context], Any]:
+    module_name, _, name = handler.rpartition(".")
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise _HandlerError(
+            "Runtime.ImportModuleError", f"Unable to import module '{module_name}': {error}"
+        ) from error
+    except SyntaxError as error:
+        place = f"{error.filename}, line {error.lineno}"
+        raise _HandlerError(
+            "Runtime.UserCodeSyntaxError",
+            f"Syntax error in module '{module_name}': {error.msg} ({place})",
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise _HandlerError(
+            "Runtime.HandlerNotFound", f"Handler '{name}' missing on module '{module_name}'"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    """Return an exception as AWS Lambda's runtime does, without frames that are not the user's."""
+    import traceback  # large, and needed only here
+
+    frames: TracebackType | None = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == _OWN_FILE:
+        frames = frames.tb_next
+    return {
+        "errorType": type(error).__name__,
+        "errorMessage": str(error),
+        "stackTrace": traceback.format_list(traceback.extract_tb(frames)),
+    }
+
+
+def _exit_as(error: SystemExit) -> NoReturn:
+    code = error.code
+    if code is not None and not isinstance(code, int):
+        sys.stderr.write(f"{code}\n")
+        code = 1
+    _flush()
+    os._exit((code or 0) & 0xFF)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (AttributeError, OSError, ValueError):
+            continue  # the function has closed or replaced it
+
+
+def _open_stream(fd: int) -> TextIO:
+    return open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
+def _be_visible() -> None:
+    """Let this process see its own files in /proc; PID 1 and a worker to fork from are hidden."""
+    try:
+        from nsbox.linux import calls
+    except ImportError:
+        return  # executed, and so never hidden
+    calls.prctl(4, 1)  # PR_SET_DUMPABLE, linux/prctl.h
+
+
+def main(channel: int) -> NoReturn:
+    """Serve on an inherited descriptor."""
+    # New ones: those of a clone were made for other files.
+    sys.stdout, sys.stderr = _open_stream(1), _open_stream(2)
+    try:
+        Worker(_Socket(fileno=channel)).run()
+    except BaseException as error:  # noqa: BLE001 - the log is told, as an interpreter would
+        sys.excepthook(type(error), error, error.__traceback__)
+    finally:
+        _flush()
+        os._exit(1)
+
+
+if __name__ == "__main__" and _OWN_FILE == "<string>":
+    main(int(sys.argv[1]))

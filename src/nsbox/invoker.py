@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One function version in one environment: start its worker, send events, judge what comes back.
+
+How a worker ended is told by its environment's PID 1 and cgroup (`nsbox.command`), never by itself.
+After anything doubtful the environment is killed, and what is raised says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from nsbox.command import PIPE, Process
+from nsbox.errors import (
+    ConfigError,
+    EnvironmentDied,
+    EnvironmentStateError,
+    FunctionError,
+    InvokeTimeout,
+)
+from nsbox.function import FunctionVersion
+from nsbox.guest import protocol as p
+from nsbox.guest import python_runtime as runtime
+from nsbox.invocation import Invocation
+from nsbox.link import Channel, Link, RunRequest, WorkRequest
+from nsbox.linux.descriptors import close_all
+from nsbox.result import Outcome, Protections, Result
+from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
+
+_SIGNAL_WORDS: Final = {6: "aborted", 9: "killed", 11: "segmentation fault", 15: "terminated"}
+_LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
+_START: Final = 1  # number of the call that starts the worker
+_FIRST: Final = 2  # number of the first event
+
+
+class Invoker:
+    """Made with the environment of a `FunctionVersion` that has a handler.
+
+    Attributes:
+        init_seconds: What importing the module took; None before.
+    """
+
+    def __init__(
+        self, link: Link, version: FunctionVersion, protections: Callable[[], Protections]
+    ) -> None:
+        self._link = link
+        self._version = version
+        self._function = version.function
+        self._protections = protections
+        self._number = 0
+        self._reset: Channel | None = None
+        self._id_prefix = str(uuid.uuid4())[:24]
+        self.worker: Worker | None = None
+        self.init_seconds: float | None = None
+        limit = self._function.limits.memory_max
+        self._memory_mb = int(limit) >> 20 if limit is not None else None
+
+    def close(self) -> None:
+        """Let go of worker and sockets."""
+        if self._reset is not None:
+            self._reset.socket.close()
+        if self.worker is not None:
+            self.worker.close()
+
+    def kill(self) -> None:
+        """Kill the whole environment."""
+        self._link.kill()
+
+    def descriptors(self) -> list[int]:
+        """Return what becomes readable when the worker has something to say."""
+        return [] if self.worker is None else self.worker.descriptors()
+
+    def drain_logs(self, call: Call) -> None:
+        """Take what has been written to the log by now."""
+        self._worker.drain_logs(call)
+
+    # -- the start -----------------------------------------------------------------------------
+
+    def start(self, environment: Mapping[str, str], path: list[str], python: str) -> Call:
+        """Let the worker import the handler's module; its answer is for `finish_start`.
+
+        Args:
+            environment: Environment variables besides the function's own.
+            path: sys.path for the handler.
+            python: The interpreter, for ``start="exec"``.
+        """
+        ours, theirs = socket.socketpair()
+        call = self._call(self._function.init_timeout, "", None)
+        try:
+            request: RunRequest | WorkRequest = WorkRequest(theirs.fileno())
+            argv = [f"the worker of {self._function.name}"]
+            if self._function.start == "exec":
+                with open(runtime.__file__, encoding="utf-8") as file:
+                    argv = [python, "-I", "-S", "-c", file.read(), "3"]
+                request = RunRequest(environment, "/", announced=True, extra=theirs.fileno())
+            streams = (None, PIPE, PIPE)
+            process = Process(
+                self._link, tuple(argv), request, streams, protections=self._protections
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.worker = Worker(self._link, process, ours)
+        told = self._describe()
+        details = {
+            "handler": self._function.handler,
+            "path": path,
+            "cwd": self._version.config.cwd,
+            "env": {**environment, **self._variables(told), **dict(self._version.env)},
+            "function": told,
+            "forks": self._function.reuse == "reset",
+        }
+        self._send(call, runtime.START, json.dumps(details).encode())
+        return call
+
+    def _describe(self) -> dict[str, Any]:
+        name, version = self._function.name, self._version.id
+        return {
+            "name": name,
+            "version": version,
+            "arn": f"arn:aws:lambda:local:000000000000:function:{name}:{version}",
+            "memory": str(self._memory_mb or 0),
+            "log_group": f"/aws/lambda/{name}",
+            "log_stream": f"{time.strftime('%Y/%m/%d')}/[{version}]{self._link.env_id}",
+            "tenant": self._function.tenant,
+        }
+
+    def _variables(self, told: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "AWS_LAMBDA_FUNCTION_NAME": told["name"],
+            "AWS_LAMBDA_FUNCTION_VERSION": told["version"],
+            "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": told["memory"],
+            "AWS_LAMBDA_LOG_GROUP_NAME": told["log_group"],
+            "AWS_LAMBDA_LOG_STREAM_NAME": told["log_stream"],
+            "AWS_LAMBDA_INITIALIZATION_TYPE": "on-demand",
+            "LAMBDA_TASK_ROOT": self._version.config.cwd,
+            "_HANDLER": self._function.handler or "",
+            "TZ": ":UTC",
+        }
+
+    def finish_start(self, call: Call, frame: Frame) -> None:
+        """Take the worker's answer to its start.
+
+        Raises:
+            FunctionError: The module cannot be imported, or has no such handler.
+        """
+        kind, data = frame
+        if kind == runtime.READY:
+            self.init_seconds = time.monotonic() - call.begin
+            return
+        self._link.kill()
+        if kind != runtime.BROKEN:
+            raise self._violation("it is ready before it was asked")
+        raise self._function_error(data, None)
+
+    # -- an event ------------------------------------------------------------------------------
+
+    def send(
+        self,
+        payload: bytes,
+        timeout: float | None,
+        request_id: str | None,
+        client_context: str,
+        on_log: OnLog | None,
+    ) -> Call:
+        """Send an event; what comes back is for `finish`."""
+        if self._reset is not None:
+            self._finish_reset()
+        limit = self._function.timeout if timeout is None else timeout
+        call = self._call(limit, request_id, on_log)
+        meta = f"{limit!r}\0{call.request_id}\0{client_context}\0".encode()
+        self._send(call, runtime.INVOKE, meta + payload)
+        return call
+
+    def _call(self, timeout: float, request_id: str | None, on_log: OnLog | None) -> Call:
+        self._number += 1
+        if request_id is None:
+            request_id = f"{self._id_prefix}{self._number:012x}"
+        room = int(self._function.limits.output_max)
+        return Call(self._number, timeout, request_id, room, on_log)
+
+    def _send(self, call: Call, kind: bytes, data: bytes) -> None:
+        try:
+            self._worker.send(call, kind, data)
+        except WorkerSilent as error:
+            raise self.judge(call, error) from None
+
+    def exchange(self, call: Call) -> Frame:
+        """Wait for the answer.
+
+        Raises:
+            InvokeTimeout, FunctionError, EnvironmentDied: As `judge`.
+        """
+        try:
+            return self._worker.exchange(call)
+        except (WorkerSilent, WorkerEnded) as error:
+            raise self.judge(call, error) from None
+
+    def finish(self, call: Call, frame: Frame) -> Invocation:
+        """Judge the worker's answer to an event and return it.
+
+        Raises:
+            FunctionError: The handler raised, or its forked worker ended.
+        """
+        kind, data = frame
+        if kind == runtime.ANSWER:
+            invocation = self._invocation(call, data)
+            self._begin_reset()
+            return invocation
+        if kind == runtime.ERROR:
+            invocation = self._invocation(call, data, "error")
+            self._begin_reset()
+            raise self._function_error(data, invocation)
+        self._link.kill()
+        if kind != runtime.ENDED or not data.isdigit() or int(data) >= 1 << 16:
+            raise self._violation("it answers what was not asked")
+        raise self._exit_error(call, os.waitstatus_to_exitcode(int(data)))
+
+    def _invocation(
+        self, call: Call, payload: bytes, status: str = "", error_type: str = ""
+    ) -> Invocation:
+        return Invocation(
+            request_id=call.request_id,
+            payload=payload,
+            stdout=b"".join(call.logs["stdout"]),
+            stderr=b"".join(call.logs["stderr"]),
+            duration_seconds=time.monotonic() - call.begin,
+            init_seconds=self.init_seconds if call.number == _FIRST else None,
+            memory_limit_mb=self._memory_mb,
+            status=status,
+            error_type=error_type,
+        )
+
+    # -- failures ------------------------------------------------------------------------------
+
+    @property
+    def _worker(self) -> Worker:
+        if self.worker is None:
+            raise EnvironmentStateError(f"environment {self._link.env_id} has no worker yet")
+        return self.worker
+
+    def _violation(self, what: str) -> EnvironmentDied:
+        return self._worker.violation(what)
+
+    def judge(self, call: Call, error: WorkerSilent | WorkerEnded) -> InvokeTimeout | FunctionError:
+        """Return what to raise for a worker that gave no answer; its environment is killed."""
+        if isinstance(error, WorkerEnded):
+            return self._end_error(call, error.result)
+        worker = self._worker
+        worker.drain_logs(call)
+        worker.process.condemn(Outcome.TIMED_OUT, f"not over after {call.timeout:g} s")
+        self._link.kill()
+        if call.number == _START:
+            return InvokeTimeout(f"init timed out after {call.timeout:.2f} seconds")
+        what = f"Task timed out after {call.timeout:.2f} seconds"
+        kind = "Sandbox.Timedout"
+        payload = _error_payload(kind, f"RequestId: {call.request_id} Error: {what}")
+        return InvokeTimeout(what, self._invocation(call, payload, "timeout", kind))
+
+    def _end_error(self, call: Call, result: Result) -> FunctionError:
+        if result.outcome is Outcome.OOM_KILLED:
+            what = f"Runtime exited with error: signal: killed ({result.evidence})"
+            return self._ended(call, "Runtime.OutOfMemory", what)
+        return self._exit_error(call, result.returncode)
+
+    def _exit_error(self, call: Call, returncode: int) -> FunctionError:
+        if returncode == 0:
+            what = "Runtime exited without providing a reason"
+        elif returncode > 0:
+            what = f"Runtime exited with error: exit status {returncode}"
+        else:
+            word = _SIGNAL_WORDS.get(-returncode, f"signal {-returncode}")
+            what = f"Runtime exited with error: signal: {word}"
+        return self._ended(call, "Runtime.ExitError", what)
+
+    def _ended(self, call: Call, kind: str, what: str) -> FunctionError:
+        if call.number == _START:
+            log = b"".join(call.logs["stderr"])[-_LOG_SHOWN:].decode(errors="replace").strip()
+            return FunctionError(kind, f"{what}. {log}" if log else what)
+        message = f"RequestId: {call.request_id} Error: {what}"
+        payload = _error_payload(kind, message)
+        return FunctionError(kind, message, (), self._invocation(call, payload, "error", kind))
+
+    def _function_error(
+        self, data: bytes, invocation: Invocation | None
+    ) -> FunctionError | EnvironmentDied:
+        try:
+            told = json.loads(data)
+            kind, message = str(told["errorType"]), str(told["errorMessage"])
+            trace = [str(line) for line in told.get("stackTrace", ())]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return self._violation("its error is no error")
+        return FunctionError(kind, message, trace, invocation)
+
+    # -- reset ---------------------------------------------------------------------------------
+
+    def _begin_reset(self) -> None:
+        """Have PID 1 clean up; its answer is waited for before the next event is sent."""
+        if self._function.reuse == "reset":
+            kept = p.PID.pack(self._worker.process.pid)
+            self._reset = self._link.ask(p.RESET, kept, [])
+
+    def _finish_reset(self) -> None:
+        channel, self._reset = self._reset, None
+        if channel is not None:
+            with channel.socket:
+                finish_reset(self._link, channel)
+
+
+def finish_reset(link: Link, channel: Channel) -> None:
+    """Wait until everything an invocation has left is gone.
+
+    Raises:
+        EnvironmentStateError: It could not be removed; the environment was killed.
+    """
+    try:
+        kind, error, stage, _, fds = channel.receive_answer()
+    except OSError as failure:
+        raise link.died(failure) from failure
+    close_all(fds)
+    if kind != p.OK:
+        link.kill()
+        why = f"{p.STAGES[stage]}: {os.strerror(error)}" if kind == p.FAILED else "no answer"
+        raise EnvironmentStateError(
+            f"environment {link.env_id} could not be reset ({why}) and was killed; make a new one"
+        )
+
+
+def _error_payload(kind: str, message: str) -> bytes:
+    return json.dumps({"errorType": kind, "errorMessage": message}).encode()
+
+
+def check_payload(payload: object) -> bytes:
+    """Return an event's bytes, or raise ConfigError."""
+    if not isinstance(payload, bytes | bytearray | memoryview):
+        raise ConfigError(f"event: must be bytes of JSON, got {type(payload).__name__}")
+    data = bytes(payload)
+    if len(data) > runtime.PAYLOAD_MAX:
+        raise ConfigError(
+            f"event: {len(data)} bytes, more than {runtime.PAYLOAD_MAX}; pass large data by a file"
+        )
+    return data

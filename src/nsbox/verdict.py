@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Why a command ended: by nsbox's own kill, noted before it was sent, or by a signal of others."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+from nsbox.link import Link
+from nsbox.result import Outcome
+
+
+class Verdict:
+    """Why nsbox killed a command, noted before the signal is sent."""
+
+    __slots__ = ("_evidence", "outcome")
+
+    def __init__(self, outcome: Outcome, evidence: str) -> None:
+        self.outcome = outcome
+        self._evidence = evidence
+
+    def holds(self, returncode: int) -> bool:
+        """Whether it is the reason for an end: not when the command had ended by itself.
+
+        Too much output is that all the same, for what is over the limit was dropped.
+        """
+        return returncode == -signal.SIGKILL or self.outcome is Outcome.OUTPUT_LIMIT
+
+    def say(self, returncode: int) -> str:
+        """Return the evidence, with what became of the kill."""
+        if returncode == -signal.SIGKILL:
+            return f"{self._evidence}; nsbox killed it"
+        return f"{self._evidence}; it ended by itself with {returncode}"
+
+
+def judge_signal(number: int, link: Link, started_at: float) -> tuple[Outcome, str]:
+    """Return the verdict on a command that a signal ended which nsbox did not send."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # real-time signals have no name
+        name = f"signal {number}"
+    if number == signal.SIGSYS:
+        record = link.filter_kill(time.monotonic() - started_at)
+        if record:
+            return Outcome.SECCOMP_KILLED, f"the kernel's log: {record}"
+        # A filter's kill and a SIGSYS that a program sends itself have the same wait status.
+        return Outcome.SIGNALED, f"{name}: by the system call filter, or sent by a process inside"
+    return Outcome.SIGNALED, f"{name}, not sent by nsbox"

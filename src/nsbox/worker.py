@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's end of a worker's socket and streams: frames out, frames and log in, with deadlines.
+
+Nothing the worker sends is believed beyond being the function's own: kinds and sizes have limits,
+the number of an answer must be that of its event, and anything else ends the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import Final
+
+from nsbox.command import Process
+from nsbox.errors import EnvironmentDied
+from nsbox.guest import python_runtime as runtime
+from nsbox.link import Link
+from nsbox.result import Result
+
+OnLog = Callable[[str, bytes], object]
+"""Called with ``"stdout"`` or ``"stderr"`` and bytes as they come."""
+
+Frame = tuple[bytes, bytes]
+"""Kind and body."""
+
+_CHUNK: Final = 1 << 16
+_END_DEADLINE: Final = 5.0  # seconds in which a worker whose socket has closed must have ended
+_MOST: Final = {
+    runtime.READY: 0,
+    runtime.BROKEN: runtime.ANSWER_MAX,
+    runtime.ANSWER: runtime.ANSWER_MAX,
+    runtime.ERROR: runtime.ANSWER_MAX,
+    runtime.ENDED: 16,
+}
+
+
+class WorkerEnded(Exception):
+    """The worker has ended instead of answering; `result` is what PID 1 and cgroup tell of it."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(result.evidence)
+        self.result = result
+
+
+class WorkerSilent(Exception):
+    """The deadline has passed."""
+
+
+class Call:
+    """An event on its way, or the start of a worker, and what has come back of it so far."""
+
+    __slots__ = (
+        "begin", "deadline", "logs", "number", "on_log", "request_id", "room", "timeout",
+    )  # fmt: skip
+
+    def __init__(
+        self, number: int, timeout: float, request_id: str, room: int, on_log: OnLog | None
+    ) -> None:
+        self.number = number
+        self.timeout = timeout
+        self.request_id = request_id
+        self.room = {"stdout": room, "stderr": room}
+        self.logs: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        self.on_log = on_log
+        self.begin = time.monotonic()
+        self.deadline = self.begin + timeout
+
+    def log(self, name: str, data: bytes) -> None:
+        """Keep what was written, up to the limit; all of it goes to the callback."""
+        room = self.room[name]
+        if room:
+            self.logs[name].append(data[:room])
+            self.room[name] = max(0, room - len(data))
+        if self.on_log is not None:
+            self.on_log(name, data)
+
+
+class Worker:
+    """A worker that was started."""
+
+    def __init__(self, link: Link, process: Process, channel: socket.socket) -> None:
+        """`channel` is this end of its socket; both are closed by `close`."""
+        self._link = link
+        self.process = process
+        self._socket = channel
+        self._buffer = b""
+        self._is_ended = False
+        channel.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(channel.fileno(), select.POLLIN)
+        process.register(self._poll)
+        self._logs: dict[int, str] = {}
+        for name, stream in (("stdout", process.stdout), ("stderr", process.stderr)):
+            if stream is not None:
+                os.set_blocking(stream.fileno(), False)
+                self._logs[stream.fileno()] = name
+                self._poll.register(stream.fileno(), select.POLLIN)
+
+    def close(self) -> None:
+        """Let go of it, and wait for nothing: its environment is being closed."""
+        self._socket.close()
+        self.process.abandon()
+
+    def descriptors(self) -> list[int]:
+        """Return what becomes readable when there is something to `advance` with."""
+        own = [] if self._is_ended else [self._socket.fileno()]
+        return [*own, *self.process.descriptors(), *self._logs]
+
+    def send(self, call: Call, kind: bytes, data: bytes) -> None:
+        """Send a frame.
+
+        Raises:
+            WorkerSilent: It does not read it.
+        """
+        view = memoryview(runtime.HEADER.pack(kind, len(data), call.number) + data)
+        while True:
+            try:
+                sent = self._socket.send(view)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return  # it has ended, which is seen by who waits for the answer
+            if sent == len(view):
+                return
+            view = view[sent:]
+            # It does not read as fast as that: wait for room, or for its end.
+            poll = select.poll()
+            poll.register(self._socket.fileno(), select.POLLOUT)
+            self.process.register(poll)
+            left = call.deadline - time.monotonic()
+            ready = {fd for fd, _ in poll.poll(max(0.0, left) * 1000)}
+            if not ready:
+                raise WorkerSilent
+            if self._socket.fileno() not in ready:
+                return
+
+    def exchange(self, call: Call) -> Frame:
+        """Wait for the frame that answers `call`.
+
+        Raises:
+            WorkerSilent, WorkerEnded, EnvironmentDied: As `advance`.
+        """
+        while True:
+            left = call.deadline - time.monotonic()
+            ready = self._poll.poll(left * 1000) if left > 0 else []
+            if not ready:
+                raise WorkerSilent
+            answer = self.advance(call, [fd for fd, _ in ready])
+            if answer is not None:
+                return answer
+
+    def advance(self, call: Call, ready: list[int]) -> Frame | None:
+        """Read from what is ready; return the answer when it is whole.
+
+        Raises:
+            WorkerEnded: It has ended, and why.
+            WorkerSilent: It has stopped in the middle of a large answer.
+            EnvironmentDied: It broke the rules, or the environment was ended from outside.
+        """
+        answer = None
+        is_over = False
+        own = self._socket.fileno()
+        for fd in ready:
+            if fd == own:
+                answer = self._read_frame(call)
+            elif fd in self._logs:
+                self._read_log(call, fd)
+            else:
+                is_over = True
+        if answer is None and (is_over or self._is_ended):
+            raise self._ended(call)
+        return answer
+
+    def drain_logs(self, call: Call) -> None:
+        """Take what has been written to the log by now."""
+        for fd in list(self._logs):
+            self._read_log(call, fd)
+
+    def violation(self, what: str) -> EnvironmentDied:
+        """Kill the environment and return what to raise: its worker broke the rules."""
+        self._link.kill()
+        return EnvironmentDied(
+            f"environment {self._link.env_id}: its worker broke the rules: {what}; it was killed"
+        )
+
+    def _ended(self, call: Call) -> Exception:
+        try:
+            result = self.process.wait(_END_DEADLINE)
+        except TimeoutError:
+            return self.violation("it has closed its socket")
+        except EnvironmentDied as error:
+            return error
+        self.drain_logs(call)
+        self._link.kill()
+        return WorkerEnded(result)
+
+    def _read_log(self, call: Call, fd: int) -> None:
+        try:
+            data = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            return
+        if data:
+            call.log(self._logs[fd], data)
+        else:
+            self._poll.unregister(fd)
+            del self._logs[fd]
+
+    def _read_frame(self, call: Call) -> Frame | None:
+        try:
+            data = self._socket.recv(_CHUNK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            data = b""
+        if not data:
+            self._is_ended = True
+            return None
+        data = self._buffer + data if self._buffer else data
+        if len(data) < runtime.HEADER.size:
+            self._buffer = data
+            return None
+        kind, length, number = runtime.HEADER.unpack_from(data)
+        if length > _MOST.get(kind, -1):
+            raise self.violation(f"its answer of kind {kind!r} has {length} bytes")
+        if number != call.number and kind not in (runtime.READY, runtime.BROKEN):
+            raise self.violation(f"its answer has the number {number} and not {call.number}")
+        end = runtime.HEADER.size + length
+        if len(data) < end:
+            data = self._read_rest(call, data, end)
+        if len(data) > end:
+            raise self.violation("it says more than its answer")
+        self._buffer = b""
+        return kind, data[runtime.HEADER.size :]
+
+    def _read_rest(self, call: Call, data: bytes, end: int) -> bytes:
+        """Read the rest of a frame into one buffer of its size; the log is read meanwhile."""
+        whole = bytearray(end)
+        whole[: len(data)] = data
+        view, filled = memoryview(whole), len(data)
+        while filled < end:
+            try:
+                count = self._socket.recv_into(view[filled:])
+            except BlockingIOError:
+                left = call.deadline - time.monotonic()
+                ready = [fd for fd, _ in self._poll.poll(left * 1000)] if left > 0 else []
+                if not ready:
+                    raise WorkerSilent from None
+                for fd in ready:
+                    if fd in self._logs:
+                        self._read_log(call, fd)
+                continue
+            except OSError:
+                count = 0
+            if not count:
+                raise self._ended(call)
+            filled += count
+        return bytes(whole)
