@@ -13,9 +13,13 @@
  *   floor --server -- CMD...                   requests on stdin, answers on stdout:
  *        one                                     ->  MICROSECONDS STATUS
  *        batch N K                               ->  TOTAL_MICROSECONDS FAILED
- *   --spawn   no sandbox of its own: posix_spawn CMD (so that bubblewrap gets C starters, too)
+ *        answer                                  ->  MICROSECONDS STATUS       (needs --event)
+ *        steps                                   ->  NAME MICROSECONDS ...     (of the last "one" or "answer")
+ *   --event TEXT   the line that "answer" writes to CMD's stdin; it reads a line of its stdout
+ *   --spawn        no sandbox of its own: posix_spawn CMD (so that bubblewrap gets C starters, too)
  *
- * A time is CLOCK_MONOTONIC from just before clone3 to just after waitpid.
+ * A time is CLOCK_MONOTONIC from just before clone3 to just after waitpid; for "answer" from just before
+ * the pipes are made to the newline of the answer.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -68,6 +72,8 @@ int umount2(const char *, int);
 #define MAX_SANDBOXES 100000
 
 static char *const ENVIRONMENT[] = {"PATH=/usr/bin:/bin", "HOME=/tmp", "LC_ALL=C.UTF-8", NULL};
+static const char *event;
+static int child_input = -1, child_output = -1; /* pipes of "answer"; else the child has ours */
 static int spawn_only;
 static int is_root;
 static unsigned own_uid, own_gid;
@@ -114,6 +120,12 @@ static double now_us(void) {
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
 }
+
+/* When each step of the last sandbox ended; shared with the child, which does most of them. */
+enum { BEGIN, CLONE3, ID_MAPS, MOUNTS, PIVOT_ROOT, PRIVILEGES, ANSWER, EXIT, STEPS };
+static const char *const STEP_NAMES[] = {"begin",      "clone3",     "id_maps", "mounts",
+                                         "pivot_root", "privileges", "program", "exit"};
+static double *ended;
 
 static void fail(const char *step) {
     dprintf(2, "floor: %s: %s\n", step, strerror(errno));
@@ -169,6 +181,7 @@ static void build_root(void) {
     DO(mount("proc", "proc", "proc", NOSUID | NODEV | NOEXEC, NULL));
     DO(mkdir("tmp", 0755));
     DO(mount("tmpfs", "tmp", "tmpfs", NOSUID | NODEV, "mode=1777,size=64m"));
+    ended[MOUNTS] = now_us();
     DO(syscall(SYS_pivot_root, ".", "."));
     DO(umount2(".", DETACH));
     DO(mount(NULL, "/", NULL, REMOUNT | BIND | RDONLY | NOSUID | NODEV, NULL));
@@ -193,6 +206,7 @@ static void child(int go[2], char **command) {
     close(go[1]);
     if (read(go[0], &byte, 1) != 1) /* end of file: the parent died or could not write the maps */
         _exit(SETUP_FAILED);
+    ended[ID_MAPS] = now_us();
     if (is_root) {
         DO(setgroups(0, NULL));
         DO(syscall(SYS_setresgid, INNER_ID, INNER_ID, INNER_ID));
@@ -201,7 +215,13 @@ static void child(int go[2], char **command) {
     DO(prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)); /* after the ids: a change of them clears it */
     DO(sethostname("sandbox", 7));
     build_root();
+    ended[PIVOT_ROOT] = now_us();
+    if (child_input >= 0) {
+        DO(dup2(child_input, 0));
+        DO(dup2(child_output, 1));
+    }
     drop_privileges();
+    ended[PRIVILEGES] = now_us();
     execve(command[0], command, ENVIRONMENT);
     int missing = errno == ENOENT;
     dprintf(2, "floor: %s: %s\n", command[0], strerror(errno));
@@ -241,6 +261,7 @@ static pid_t start_sandbox(unsigned number, char **command) {
     if (pid == 0)
         child(go, command);
     DO(pid);
+    ended[CLONE3] = now_us();
     close(go[0]);
     if (write_maps(pid, number) < 0)
         dprintf(2, "floor: id maps: %s\n", strerror(errno)); /* the child sees end of file and exits 125 */
@@ -250,22 +271,70 @@ static pid_t start_sandbox(unsigned number, char **command) {
     return pid;
 }
 
-/* One sandbox from start to exit; returns the exit status as a shell would give it. */
-static int run_one(unsigned number, char **command, double *microseconds) {
-    int status;
+static pid_t start(unsigned number, char **command) {
     pid_t pid;
-    double begin = now_us();
-    if (spawn_only) {
-        if ((errno = posix_spawn(&pid, command[0], NULL, NULL, command, ENVIRONMENT)) != 0)
-            fail(command[0]);
-    } else {
-        pid = start_sandbox(number, command);
+    posix_spawn_file_actions_t actions;
+    if (!spawn_only)
+        return start_sandbox(number, command);
+    posix_spawn_file_actions_init(&actions);
+    if (child_input >= 0) {
+        posix_spawn_file_actions_adddup2(&actions, child_input, 0);
+        posix_spawn_file_actions_adddup2(&actions, child_output, 1);
     }
+    if ((errno = posix_spawn(&pid, command[0], &actions, NULL, command, ENVIRONMENT)) != 0)
+        fail(command[0]);
+    posix_spawn_file_actions_destroy(&actions);
+    return pid;
+}
+
+/* Waits for the end; returns the exit status as a shell would give it. */
+static int reap(pid_t pid) {
+    int status;
     while (waitpid(pid, &status, 0) < 0)
         if (errno != EINTR)
             fail("waitpid");
-    *microseconds = now_us() - begin;
+    ended[EXIT] = now_us();
     return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+/* One sandbox from start to exit. */
+static int run_one(unsigned number, char **command, double *microseconds) {
+    double begin = ended[BEGIN] = now_us();
+    int status = reap(start(number, command));
+    ended[ANSWER] = ended[EXIT];
+    *microseconds = now_us() - begin;
+    return status;
+}
+
+/* One sandbox from start to its answer to one event, over pipes; its end is waited for after the clock. */
+static int run_answer(unsigned number, char **command, double *microseconds) {
+    int input[2], output[2];
+    char line[65536];
+    ssize_t length;
+    int answered = 0;
+    ended[BEGIN] = now_us();
+    DO(pipe2(input, O_CLOEXEC));
+    DO(pipe2(output, O_CLOEXEC));
+    child_input = input[0];
+    child_output = output[1];
+    pid_t pid = start(number, command);
+    close(output[1]);
+    DO(dprintf(input[1], "%s\n", event)); /* our end to read is still open: there is no SIGPIPE */
+    close(input[0]);
+    while (!answered && (length = read(output[0], line, sizeof line)) > 0)
+        answered = memchr(line, '\n', (size_t)length) != NULL;
+    ended[ANSWER] = now_us();
+    *microseconds = ended[ANSWER] - ended[BEGIN];
+    close(input[1]);
+    close(output[0]);
+    child_input = child_output = -1;
+    int status = reap(pid);
+    return answered ? status : SETUP_FAILED;
+}
+
+static void print_steps(int file) {
+    for (int step = CLONE3; step < STEPS; step++)
+        dprintf(file, "%s %.1f%c", STEP_NAMES[step], ended[step] - ended[step - 1], step + 1 < STEPS ? ' ' : '\n');
 }
 
 struct batch {
@@ -366,6 +435,11 @@ static int serve(char **command) {
         if (strcmp(line, "one\n") == 0) {
             int status = run_one(number++, command, &microseconds);
             dprintf(answers, "%.1f %d\n", microseconds, status);
+        } else if (strcmp(line, "answer\n") == 0 && event) {
+            int status = run_answer(number++, command, &microseconds);
+            dprintf(answers, "%.1f %d\n", microseconds, status);
+        } else if (strcmp(line, "steps\n") == 0) {
+            print_steps(answers);
         } else if (sscanf(line, "batch %u %u", &count, &starters) == 2 && count > 0 && count <= MAX_SANDBOXES &&
                    starters > 0 && starters <= MAX_STARTERS) {
             struct batch *batch = new_batch(count);
@@ -404,6 +478,8 @@ int main(int argc, char **argv) {
             spawn_only = 1;
         else if (strcmp(argv[at], "--server") == 0)
             server = 1;
+        else if (strcmp(argv[at], "--event") == 0)
+            event = argv[++at];
         else if (strcmp(argv[at], "--bench") == 0)
             count = number_argument(argv[++at], MAX_SANDBOXES);
         else if (strcmp(argv[at], "--starters") == 0)
@@ -416,7 +492,8 @@ int main(int argc, char **argv) {
             break;
     }
     if (at < 0 || argv[at] == NULL || argv[at + 1] == NULL) {
-        fprintf(stderr, "usage: floor [--spawn] [--server | --bench N [--starters K]] -- /PATH/TO/COMMAND [ARG...]\n");
+        fprintf(stderr, "usage: floor [--spawn] [--server [--event TEXT] | --bench N [--starters K]] -- "
+                        "/PATH/TO/COMMAND [ARG...]\n");
         return 2;
     }
     char **command = argv + at + 1;
@@ -424,6 +501,9 @@ int main(int argc, char **argv) {
     own_gid = getegid();
     is_root = own_uid == 0;
     make_filter();
+    ended = mmap(NULL, STEPS * sizeof *ended, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (ended == MAP_FAILED)
+        fail("mmap");
     if (server)
         return serve(command);
     if (count)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nsbox as the thing that is measured: found, told how many blanks to keep, started by threads."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+SETTLE = 0.05
+"""Seconds after a change of the blanks: a birth takes 3 ms, and removed ones leave work behind."""
+
+
+def import_nsbox() -> ModuleType:
+    """The installed nsbox, else the one of this checkout."""
+    try:
+        return importlib.import_module("nsbox")
+    except ModuleNotFoundError as error:
+        if error.name != "nsbox":
+            raise
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+    return importlib.import_module("nsbox")
+
+
+class Blanks:
+    """How many blank environments nsbox keeps ready, per kind; one of these for a whole run."""
+
+    def __init__(self, nsbox: ModuleType) -> None:
+        """Changes nothing yet."""
+        self._nsbox = nsbox
+        self._kept: int | None = None
+
+    def none(self) -> None:
+        """Every birth from now on is a whole one."""
+        if self._kept != 0:
+            self._nsbox.set_blanks(0)
+            self._kept = 0
+            time.sleep(SETTLE)
+
+    def ready(self, make: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+        """One blank of the kind that `make` makes is there."""
+        if self.default():
+            with make():
+                pass
+        # It is refilled behind the caller's back, and nothing outside tells when.
+        time.sleep(SETTLE)
+
+    def default(self) -> bool:
+        """Back to nsbox's default; returns whether that is a change."""
+        changed = self._kept == 0
+        if changed:
+            self._nsbox.set_blanks(1)
+        self._kept = None
+        return changed
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """How long `call` takes."""
+    begin = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - begin) / 1e3
+
+
+def rate(one: Callable[[], object], count: int, starters: int) -> float:
+    """`count` calls of `one` by `starters` threads that begin together; per second."""
+    barrier = threading.Barrier(starters + 1)
+    errors: list[Exception] = []
+    each = count // starters
+
+    def start() -> None:
+        barrier.wait()
+        try:
+            for _ in range(each):
+                one()
+        except Exception as error:  # noqa: BLE001 - handed to the measuring thread below
+            errors.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(starters)]
+    for thread in threads:
+        thread.start()
+    barrier.wait()
+    begin = time.perf_counter_ns()
+    for thread in threads:
+        thread.join()
+    duration = time.perf_counter_ns() - begin
+    if errors:
+        raise errors[0]
+    return each * starters * 1e9 / duration
