@@ -45,6 +45,9 @@ _store = tempfile.TemporaryDirectory(prefix="store-of-tests-")
 
 def pytest_configure() -> None:
     os.environ["NSBOX_STORE"] = os.path.join(_store.name, "store")
+    # What there is, tests count; those about blank environments ask for them. Other programs that
+    # tests start have them, as users' do.
+    nsbox.set_blanks(0)
     unknown = _must_run - set(features.NAMES)
     if unknown:
         raise pytest.UsageError(

@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nsbox.blanks import set_blanks as set_blanks
     from nsbox.command import DEVNULL as DEVNULL
     from nsbox.command import PIPE as PIPE
     from nsbox.command import Process as Process
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from nsbox.store import Store as Store
 
 _HOMES = {
+    "nsbox.blanks": ("set_blanks",),
     "nsbox.command": ("DEVNULL", "PIPE", "Process"),
     "nsbox.config": ("Config", "IoMax", "Limits", "Mount"),
     "nsbox.environment": ("ExecutionEnvironment", "State", "run"),

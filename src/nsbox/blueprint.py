@@ -141,6 +141,7 @@ class Blueprint:
         accounts_cpu: Whether CPU time of the whole environment can be read.
         environment: Variables of every command.
         program: The compiled system call filter.
+        may_be_blank: Whether such environments may be born ahead of need (`nsbox.blanks`).
     """
 
     def __init__(self, config: Config, hello: Mapping[str, Any]) -> None:
@@ -152,6 +153,8 @@ class Blueprint:
         """
         self._config = config
         self._hello = hello
+        # Not what holds on to directories of the caller's, or to what the host's network is now.
+        self.may_be_blank = not config.mounts and not config.rootfs and config.network == "none"
         self._cgroups: Mapping[str, Mapping[str, Any]] = hello["cgroups"]
         self.layers: list[Protection] = []
         self._rlimits: dict[str, int] = {}

@@ -6,13 +6,13 @@ from __future__ import annotations
 import enum
 import functools
 import os
-import secrets
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-from nsbox.blueprint import born_layers, plan
+from nsbox import blanks
+from nsbox.blueprint import Blueprint, born_layers, plan
 from nsbox.command import DEVNULL, PIPE, Process, Stream
 from nsbox.config import (
     Config,
@@ -30,12 +30,13 @@ from nsbox.errors import (
     ConfigError,
     EnvironmentDied,
     EnvironmentStateError,
+    LauncherError,
     SyscallError,
     UnsupportedHostError,
 )
 from nsbox.guest import protocol as p
 from nsbox.launcher.client import get_launcher
-from nsbox.link import Channel, Link, RunRequest, give_birth
+from nsbox.link import Channel, Link, RunRequest
 from nsbox.linux.descriptors import close_all
 from nsbox.result import Protections, Result, Usage
 
@@ -81,17 +82,29 @@ class ExecutionEnvironment:
         self._protections: Protections | None = None
         self._close_lock = threading.Lock()
         self.config = make_config(config, fields)
-        self.id = secrets.token_hex(4)
-        launcher = get_launcher()
-        blueprint = plan(self.config, launcher.hello)
-        link = give_birth(launcher, blueprint.spec, self.id)
+        blueprint, link = self._give_birth()
+        self._kind = blueprint.spec if blueprint.may_be_blank else None
+        self.id = link.env_id
         self.pid = link.pid
         self._accounts_cpu = blueprint.accounts_cpu
         self._environment = blueprint.environment
         self._describe = functools.partial(
-            born_layers, self.config, launcher.hello, link, blueprint.layers
+            born_layers, self.config, self._launcher.hello, link, blueprint.layers
         )
         self._link = link
+
+    def _give_birth(self) -> tuple[Blueprint, Link]:
+        self._launcher = get_launcher()
+        blueprint = plan(self.config, self._launcher.hello)
+        try:
+            return blueprint, blanks.take(self._launcher, blueprint.spec)
+        except LauncherError:
+            if self._launcher.alive:
+                raise
+        # It died under a birth, of which nothing is left: another one is started.
+        self._launcher = get_launcher()
+        blueprint = plan(self.config, self._launcher.hello)
+        return blueprint, blanks.take(self._launcher, blueprint.spec)
 
     # -- what users do -------------------------------------------------------------------------
 
@@ -168,6 +181,7 @@ class ExecutionEnvironment:
             # KeyboardInterrupt and the like: the command must not outlive the call.
             process.close()
             raise
+        self._replace_blank()
         return result.check() if check else result
 
     def popen(
@@ -293,6 +307,12 @@ class ExecutionEnvironment:
             link.request("thaw")
             self._frozen = False
 
+    def _replace_blank(self) -> None:
+        """Have another environment of this kind born, now that this one has been of use."""
+        kind, self._kind = self._kind, None
+        if kind is not None:
+            blanks.refill(self._launcher, kind)
+
     def usage(self) -> Usage:
         """Return the resources used since birth, by everything in the environment."""
         return usage_between({}, self._live_link().usage(), None)
@@ -316,6 +336,7 @@ class ExecutionEnvironment:
             return
         link.closing = True
         link.kill()
+        self._replace_blank()
         leaked: list[str] = []
         if wait:
             if not link.await_end():

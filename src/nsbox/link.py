@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from nsbox.errors import EnvironmentDied, LauncherError, SetupError, SyscallError
+from nsbox.errors import EnvironmentDied, LauncherError, NsboxError, SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.isolation import audit_log, cgroups, readback
 from nsbox.launcher import wire
@@ -38,7 +38,7 @@ _STEP_HINTS: Final = {
 }
 
 
-class ForgottenSpec(Exception):
+class ForgottenSpec(NsboxError):
     """The launcher no longer knows a spec by its key: ask again."""
 
 
@@ -130,9 +130,12 @@ def give_birth(launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> Link
         As `Link`.
     """
     try:
-        return Link(launcher, spec, env_id)
+        link = Link(launcher, spec, env_id)
+        link.await_birth()
     except ForgottenSpec:
-        return Link(launcher, spec, env_id)  # sends the spec itself this time
+        link = Link(launcher, spec, env_id)  # sends the spec itself this time
+        link.await_birth()
+    return link
 
 
 def _setup_error(step: str, number: int, message: str) -> SetupError:
@@ -161,14 +164,25 @@ class Link:
         closing: Whether the caller has asked for the end.
     """
 
-    def __init__(self, launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> None:
-        """Ask `launcher` for a birth and wait until the environment is locked in.
+    def __init__(
+        self, launcher: Launcher, spec: Mapping[str, Any], env_id: str, *, blank: bool = False
+    ) -> None:
+        """Ask `launcher` for a birth; `await_birth` waits for it.
+
+        Args:
+            launcher: Whom to ask.
+            spec: What the environment is to be (`nsbox.blueprint`).
+            env_id: Its id.
+            blank: Nobody needs it yet: the launcher ends it when nobody takes it (`claim`).
 
         Raises:
-            SetupError: A step failed; nothing is left of it.
+            SetupError: This process has no room for its sockets.
             LauncherError: The launcher is gone.
         """
         self.env_id = env_id
+        self.asked_at = time.monotonic()
+        self._launcher = launcher
+        self._spec = spec
         self.end: dict[str, Any] | None = None
         self.closing = False
         self._lock = threading.Lock()
@@ -182,23 +196,42 @@ class Link:
             raise
         try:
             try:
-                launcher.request_birth(self.env_id, spec, control.fileno(), supervision.fileno())
+                fds = control.fileno(), supervision.fileno()
+                launcher.request_birth(env_id, spec, *fds, blank=blank)
             finally:
                 control.close()
                 supervision.close()
+        except BaseException:
+            self.close()
+            raise
+
+    def await_birth(self) -> None:
+        """Wait until the environment is locked in, and see that it is.
+
+        Raises:
+            SetupError: A step failed; nothing is left of it.
+            LauncherError: The launcher is gone.
+            ForgottenSpec: Ask again.
+        """
+        try:
             word = self._await_ready()
-            born = self._hear_of_birth(launcher, spec)
+            born = self._hear_of_birth()
             self.pid: int = born["pid"]
             self.proc = _check_ready(word)
-            self._verify(filtered=bool(spec["seccomp"]))
+            self._verify(filtered=bool(self._spec["seccomp"]))
         except BaseException:
             self._abandon()
             raise
         self.host_id: int = born["host_id"]
-        self._has_own_id = launcher.hello["ids"] == "range"
+        self._has_own_id = self._launcher.hello["ids"] == "range"
         self._reader = cgroups.UsageReader(born["cgroup"]) if born["cgroup"] else None
 
     # -- birth ---------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Tell the launcher that somebody has taken this blank environment."""
+        with suppress(OSError):  # it is gone, which is seen next
+            wire.send(self._supervision, {"kind": "claim"})
 
     def _await_ready(self) -> bytes:
         """Return the environment's own first word, b"" when it ended without one.
@@ -212,20 +245,25 @@ class Link:
         except ConnectionError:
             return b""
 
-    def _hear_of_birth(self, launcher: Launcher, spec: Mapping[str, Any]) -> dict[str, Any]:
+    def _hear_of_birth(self) -> dict[str, Any]:
         """Return the launcher's report on the clone; it comes at about the same time."""
         if not _is_readable(self._supervision.fileno(), BIRTH_DEADLINE):
             raise SetupError("birth", f"the launcher was silent for {BIRTH_DEADLINE:g} seconds")
-        received = wire.receive(self._supervision)
+        try:
+            received = wire.receive(self._supervision)
+        except OSError as error:
+            raise SetupError("birth", str(error), errno=error.errno or 0) from error
         if received is None:
-            raise LauncherError(f"the launcher died during the birth. {launcher.last_words()}")
+            words = self._launcher.last_words()
+            self._launcher.is_lost = True
+            raise LauncherError(f"the launcher died during the birth. {words}")
         message, fds = received
         if message["kind"] == "born":
             self._pidfd = fds[0]
             return message
         if message["kind"] == "unknown-spec":
-            launcher.forget_spec(spec)
-            raise ForgottenSpec(spec["key"])
+            self._launcher.forget_spec(self._spec)
+            raise ForgottenSpec(self.env_id)
         raise _setup_error(message["step"], message["errno"], message["message"])
 
     def _abandon(self) -> None:

@@ -140,17 +140,19 @@ def strike(host: subprocess.Popen[bytes], victim: str, delay: float) -> None:
     found: list[int] = []
 
     def look() -> bool:
-        found[:] = children_of(launcher, janitor=False)
+        children = children_of(launcher, janitor=False)
+        is_wanted = victim == "template"
+        found[:] = [pid for pid in children if (name_of(pid) == "nsbox-template") == is_wanted]
         return bool(found)
 
-    wait_until(look, "the launcher has an environment", 10)
+    wait_until(look, f"the launcher has a child that is {victim}", 10)
     kill(found[0])
 
 
 def strike_at_random(number: int) -> None:
     temporary = tempfile.gettempdir()  # this session's own (conftest.py)
     dice = random.Random(SEED + number)
-    victim = dice.choice(["host", "launcher", "init"])
+    victim = dice.choice(["host", "launcher", "template", "init"])
     # Of the start of the launcher, or of births and runs.
     during_runs = dice.random() < 0.5
     delay = dice.uniform(0, LONGEST_DELAY)

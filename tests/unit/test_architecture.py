@@ -25,7 +25,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("environment", ("environment",)),
     ("command", ("command",)),
     ("blueprint", ("blueprint",)),
-    ("link", ("link",)),
+    ("link", ("link", "blanks")),
     ("launcher", ("launcher",)),
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import click
 
+from nsbox.blanks import set_blanks
 from nsbox.cli import OWN_FAILURE
 from nsbox.cli.app import explain, say
 from nsbox.cli.options import environment_options, make_config
@@ -97,6 +98,7 @@ def _run(command: tuple[str, ...], options: dict[str, Any], *, interactive: bool
 def _execute(
     argv: tuple[str, ...], config: Config, timeout: float | None, *, quiet: bool, interactive: bool
 ) -> Result:
+    set_blanks(0)  # there is no next one
     environment = ExecutionEnvironment(config)
     try:
         missing = environment.protections.missing

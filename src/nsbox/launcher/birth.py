@@ -30,13 +30,20 @@ class Birth:
     """An environment on its way, and the descriptors its clone will be given."""
 
     def __init__(
-        self, server: Server, known: KnownSpec, env_id: str, control: int, host: socket.socket
+        self,
+        server: Server,
+        known: KnownSpec,
+        request: dict[str, Any],
+        control: int,
+        host: socket.socket,
     ) -> None:
         self.server = server
         self.known = known
         self.spec = known.spec
         self.key = known.key
-        self.env_id = env_id
+        self.env_id: str = request["id"]
+        self.is_blank = "blank" in request
+        self.is_second_attempt = False
         self.control = control
         self.supervision = host
         self.step = ""
@@ -56,7 +63,7 @@ class Birth:
             step.run(self)
 
     def close(self) -> None:
-        """Close what only the clone needed; done as soon as the template has it."""
+        """Close what only the clone needed; done as soon as the template has answered."""
         own = (self.control, self.network)
         close_all([*(fd for fd in own if fd >= 0), *self.tasks, *self.trees.values()])
         self.control = self.network = -1

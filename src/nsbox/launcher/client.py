@@ -15,6 +15,7 @@ import select
 import socket
 import sys
 import threading
+from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -38,6 +39,8 @@ class Launcher:
     Attributes:
         hello: What it found out about this host (see `nsbox.launcher`).
         pid: Its process id.
+        is_lost: Whether somebody has seen its end before the kernel tells it.
+        companions: What is closed with it: blank environments by key of their spec.
     """
 
     def __init__(self) -> None:
@@ -49,6 +52,8 @@ class Launcher:
         """
         self._owner = os.getpid()
         self._specs_sent: set[str] = set()
+        self.is_lost = False
+        self.companions: dict[str, deque[Any]] = {}
         self._lock = threading.Lock()
         try:
             self._channel, theirs = wire.pair()
@@ -99,17 +104,26 @@ class Launcher:
     @property
     def alive(self) -> bool:
         """Whether this process started it and it still runs."""
-        if self._owner != os.getpid():
+        if self.is_lost or self._owner != os.getpid():
             return False
         # The kernel closes a dying process's files before its pidfd says that it is dead: the
         # socket's hang-up comes first, and nobody else is asked in vain meanwhile.
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        poll.register(self._channel, 0)  # POLLHUP is always told
-        return not poll.poll(0)
+        with self._lock:
+            if self._channel.fileno() < 0:
+                return False  # closed by another thread
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            poll.register(self._channel, 0)  # POLLHUP is always told
+            return not poll.poll(0)
 
     def request_birth(
-        self, env_id: str, spec: Mapping[str, Any], control: int, supervision: int
+        self,
+        env_id: str,
+        spec: Mapping[str, Any],
+        control: int,
+        supervision: int,
+        *,
+        blank: bool = False,
     ) -> None:
         """Ask for an environment; the answer comes on the supervision socket.
 
@@ -121,7 +135,9 @@ class Launcher:
             LauncherError: The launcher is gone.
         """
         key = spec["key"]
-        message = {"id": env_id, "key": key}
+        message: dict[str, Any] = {"id": env_id, "key": key}
+        if blank:
+            message["blank"] = True
         if key not in self._specs_sent:
             message["spec"] = spec
         try:
@@ -149,6 +165,7 @@ class Launcher:
 
     def close(self) -> None:
         """End the launcher and wait until nothing of it or its environments is left."""
+        self._close_companions()
         try:
             # Ends a send that waits for room; only then is nobody else at the descriptor.
             self._channel.shutdown(socket.SHUT_RDWR)
@@ -171,8 +188,14 @@ class Launcher:
         except ChildProcessError:
             pass  # a SIGCHLD handler of the host program took it
 
+    def _close_companions(self) -> None:
+        while self.companions:
+            for companion in self.companions.popitem()[1]:
+                companion.close()
+
     def abandon(self) -> None:
         """Close the descriptors only: in a forked child of the host, whose launcher it is not."""
+        self._close_companions()
         self._channel.close()
         for fd in (self._done, getattr(self, "_pidfd", -1)):
             if fd >= 0:

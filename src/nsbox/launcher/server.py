@@ -19,11 +19,12 @@ import time
 from nsbox.errors import NsboxError
 from nsbox.isolation import cgroups, namespaces, privileges, readback
 from nsbox.isolation.network import NetworkPool
+from nsbox.isolation.stopping import Stopper
 from nsbox.launcher import identity, janitor, wire
 from nsbox.launcher.birth import Birth
 from nsbox.launcher.layouts import KnownSpecs, Layouts
 from nsbox.launcher.steps import failure
-from nsbox.launcher.templates import TemplateProcess
+from nsbox.launcher.templates import TemplateGone, TemplateProcess
 from nsbox.linux import calls, proc
 from nsbox.linux import constants as c
 
@@ -53,7 +54,7 @@ class _Environment:
         self.takes_id = birth.takes_id
         self.oom_event = -1
         self.out_of_memory = False
-        self.stopped: list[int] = []
+        self.stopper = Stopper(pid)
 
 
 class Server:
@@ -75,9 +76,14 @@ class Server:
         self._poll = select.epoll()
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._environments: dict[int, _Environment] = {}
+        self._blanks: dict[int, float] = {}
         self._specs = KnownSpecs()
         self._lifeline, self._lifeline_write = os.pipe()
 
+        # Before this process enters a user namespace: what executes inside one has its files in
+        # /proc owned by that namespace's root, who outside is the user (fs/proc/base.c,
+        # task_dump_owner), so that PID 1's would be open to commands that have the same id.
+        self._template: TemplateProcess | None = self._start_template()
         own_namespace = not identity.is_privileged()
         if own_namespace:
             calls.unshare(c.CLONE_NEWUSER)
@@ -93,7 +99,6 @@ class Server:
         # Without root it could not come back from one: its own belongs to the user namespace
         # it left (setns(2)). Environments get theirs from clone3 then.
         self.networks = None if own_namespace else NetworkPool(NETWORKS_READY)
-        self._template: TemplateProcess | None = self._start_template()
         self.identity = identity.choose(own_namespace=own_namespace, id_range=id_range)
         self.ids = self.identity.ids
         self._proc_extent = ""
@@ -141,9 +146,10 @@ class Server:
     def _wait_time(self) -> float | None:
         if self.networks is not None and self.networks.wants_more and not self._timers:
             return _QUIET
-        if self._timers:
-            return max(0.0, min(self._timers)[0] - time.monotonic())
-        return None
+        moments = [moment for moment, _ in self._timers]
+        # All live equally long, so that the first to come is the first to go.
+        moments += [next(iter(self._blanks.values()))] if self._blanks else []
+        return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _on_idle(self) -> None:
         now = time.monotonic()
@@ -151,6 +157,9 @@ class Server:
         self._timers = [timer for timer in self._timers if timer[0] > now]
         for _, action in due:
             action()
+        for pidfd in [pidfd for pidfd, end in self._blanks.items() if end <= now]:
+            del self._blanks[pidfd]
+            self._kill(self._environments[pidfd])
         if not due and self.networks is not None and self.networks.wants_more:
             self.networks.add()
 
@@ -191,7 +200,7 @@ class Server:
     def _start_template(self) -> TemplateProcess:
         template = TemplateProcess(self._template_words, self._lifeline)
         self._watch(template.fileno(), self._on_born)
-        self._watch(template.pidfd, self._on_template_exit)
+        self._watch(template.pidfd, self._replace_template)
         return template
 
     def _on_request(self) -> None:
@@ -209,15 +218,15 @@ class Server:
             supervision.close()
             os.close(control)
             return
-        birth = Birth(self, known, request["id"], control, supervision)
+        birth = Birth(self, known, request, control, supervision)
         try:
             birth.run_launcher_side()
             birth.step = "clone"
             self._send_to_template(birth)
+        except TemplateGone:
+            self._replace_template(also=birth)
         except (OSError, NsboxError, ValueError) as error:
             self._abort(birth, failure(birth.step, error))
-        finally:
-            birth.close()
 
     def _send_to_template(self, birth: Birth) -> None:
         if self._template is None:
@@ -228,7 +237,14 @@ class Server:
             template.introduce(extent, drop_groups=self.identity.may_drop_groups)
         template.send_birth(birth)
         if len(template.pending) >= _BIRTHS_AT_ONCE:
-            self._forget(self._channel.fileno())
+            self._hear_requests(False)
+
+    def _hear_requests(self, wanted: bool) -> None:
+        channel = self._channel.fileno()
+        if wanted and channel not in self._handlers:
+            self._watch(channel, self._on_request)
+        elif not wanted:
+            self._forget(channel)
 
     def _on_born(self) -> None:
         template = self._template
@@ -236,13 +252,16 @@ class Server:
             return
         received = template.receive()
         if received is None:
-            self._on_template_exit()
+            self._replace_template()
             return
         birth = template.pending.popleft()
-        if self._channel.fileno() not in self._handlers:
-            self._watch(self._channel.fileno(), self._on_request)
+        birth.close()
+        self._hear_requests(True)
         pid, pidfd, failed = received
         if failed is not None:
+            if pid:
+                _end_child(pid)
+                os.close(pidfd)
             self._abort(birth, failed)
             return
         environment = _Environment(birth, pid, pidfd)
@@ -250,6 +269,8 @@ class Server:
         self._watch(birth.supervision.fileno(), lambda: self._on_supervision(environment))
         self._watch(pidfd, lambda: self._on_exit(environment))
         self._watch_memory(environment)
+        if birth.is_blank:
+            self._blanks[pidfd] = time.monotonic() + wire.BLANK_LIFE
         born = {
             "kind": "born",
             "pid": pid,
@@ -258,30 +279,33 @@ class Server:
         }
         self._answer(birth.supervision, born, [pidfd])
 
-    def _on_template_exit(self) -> None:
-        """Give up the births under way; environments live on, and the next birth starts another."""
+    def _replace_template(self, also: Birth | None = None) -> None:
+        """Start another and send it the births under way, each once more; environments live on."""
         template, self._template = self._template, None
         if template is None:
             return
         self._forget(template.fileno())
         self._forget(template.pidfd)
-        signal.pidfd_send_signal(template.pidfd, signal.SIGKILL)
-        os.waitpid(template.pid, 0)
-        lost = failure("clone", OSError(errno.ESRCH, "the template process died"))
-        for birth in template.pending:
-            self._abort(birth, lost)
+        _end_child(template.pid)
         template.close()
         known = {environment.pid for environment in self._environments.values()}
         for pid in proc.children(os.getpid()):
             # A clone that it could not tell of any more.
             if pid not in known and proc.read_stat(pid).comm != janitor.NAME:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-        if self._channel.fileno() not in self._handlers:
-            self._watch(self._channel.fileno(), self._on_request)
+                _end_child(pid)
+        for birth in [*template.pending, *([also] if also else [])]:
+            try:
+                if birth.is_second_attempt:
+                    raise OSError(errno.ESRCH, "the template process died")
+                birth.is_second_attempt = True
+                self._send_to_template(birth)
+            except OSError as error:
+                self._abort(birth, failure("clone", error))
+        self._hear_requests(True)
 
     def _abort(self, birth: Birth, failed: dict[str, Any]) -> None:
         """Remove what the launcher's steps had made, then tell the host what failed."""
+        birth.close()
 
         def finish(_left: Sequence[str]) -> None:
             if birth.takes_id and self.ids is not None:
@@ -332,6 +356,9 @@ class Server:
                 return  # "gone" is the answer
             if kind == "freeze":
                 self._freeze(environment)
+            elif kind == "claim":
+                self._blanks.pop(environment.pidfd, None)
+                return
             elif kind == "thaw":
                 self._thaw(environment)
             elif kind == "verify":
@@ -346,32 +373,14 @@ class Server:
     def _freeze(self, environment: _Environment) -> None:
         if environment.cgroup is not None and environment.cgroup.can_freeze:
             environment.cgroup.freeze()
-            return
-        # No freezer: stop every process, until a pass finds none running. Init goes first, so
-        # that it does not see its children stop.
-        for _ in range(100):
-            alive = [environment.pid, *proc.descendants(environment.pid)]
-            running = [pid for pid in alive if pid not in environment.stopped]
-            if not running:
-                return
-            for pid in running:
-                try:
-                    os.kill(pid, signal.SIGSTOP)
-                except ProcessLookupError:
-                    continue
-                environment.stopped.append(pid)
-        raise OSError(errno.EBUSY, "it makes processes faster than they can be stopped")
+        else:
+            environment.stopper.stop()
 
     def _thaw(self, environment: _Environment) -> None:
         if environment.cgroup is not None and environment.cgroup.can_freeze:
             environment.cgroup.thaw()
-            return
-        for pid in reversed(environment.stopped):
-            try:
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                continue
-        environment.stopped.clear()
+        else:
+            environment.stopper.go_on()
 
     # -- ends ----------------------------------------------------------------------------------
 
@@ -384,6 +393,7 @@ class Server:
     def _on_exit(self, environment: _Environment) -> None:
         _, status = os.waitpid(environment.pid, 0)
         del self._environments[environment.pidfd]
+        self._blanks.pop(environment.pidfd, None)
         self._forget(environment.pidfd)
         os.close(environment.pidfd)
         report: dict[str, Any] = {"kind": "gone", "status": status, "usage": {}, "leaked": []}
@@ -433,6 +443,11 @@ class Server:
             wire.send(supervision, message, fds or [])
         except OSError:
             pass  # the host let go of the environment; its end of the socket reads as EOF
+
+
+def _end_child(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def _parse_range(text: str) -> tuple[int, int] | None:

@@ -58,15 +58,17 @@ class Template:
         os.dup2(0, inside.SYNC, inheritable=False)
         _renumber(_Socket(AF_UNIX, SOCK_SEQPACKET).detach(), inside.CONTROL)
         _renumber(calls.signalfd([c.SIGCHLD]), inside.SIGNALS)
-        self._home_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         self._home_network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._home_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         # What is opened from here on is one birth's, and closed after it.
-        self._first_own = self._home_network + 1
+        self._first_own = self._home_mounts + 1
         # Made once, before all clones: their numbers are the same in each.
         self._init = Init(inside.CONTROL, inside.LIFELINE, inside.SIGNALS)
         self._specs: dict[str, tuple[dict[str, Any], dict[tuple[int, ...], list[Entry]]]] = {}
         self._extent = b""
         self._drop_groups = False
+        # Of the clone being made.
+        self._pid, self._pidfd = 0, -1
 
     def run(self) -> NoReturn:
         """Serve until the launcher is gone."""
@@ -87,23 +89,34 @@ class Template:
             else:
                 self._extent = message[1]
                 self._drop_groups = message[2]
+                self._enter(*fds)
+
+    def _enter(self, user: int, mounts: int) -> None:
+        """Enter the launcher's user namespace, unless it is the own one already, and its mounts."""
+        if os.fstat(user).st_ino != os.stat("/proc/self/ns/user").st_ino:
+            calls.setns(user, c.CLONE_NEWUSER)
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
+        calls.setns(mounts, c.CLONE_NEWNS)
+        os.dup2(mounts, self._home_mounts, inheritable=False)
+        calls.close_range(self._first_own, c.CLOSE_RANGE_MAX)
 
     def _answer_birth(self, message: tuple[Any, ...], fds: list[int]) -> None:
-        pid, pidfd, failed = 0, -1, None
+        self._pid, self._pidfd, failed = 0, -1, None
         try:
-            pid, pidfd = self._give_birth(message, fds)
+            self._give_birth(message, fds)
         except _Failure as reason:
             failed = failure(reason.step, reason.error)
         try:
-            answer = marshal.dumps((pid, failed))
-            send_bytes(self._channel, answer, [pidfd] if pid else [])
+            answer = marshal.dumps((self._pid, failed))
+            send_bytes(self._channel, answer, [self._pidfd] if self._pid else [])
         except OSError:
             os._exit(0)
         # Everything of this birth, so that the host reads its end when the clone is gone.
         os.dup2(0, inside.CONTROL, inheritable=False)
         calls.close_range(self._first_own, c.CLOSE_RANGE_MAX)
 
-    def _give_birth(self, message: tuple[Any, ...], fds: list[int]) -> tuple[int, int]:
+    def _give_birth(self, message: tuple[Any, ...], fds: list[int]) -> None:
         _, key, env_id, host_id, destinations, has_cgroup, has_network = message
         spec, prepared = self._specs[key]
         control, layout, *rest = fds
@@ -121,14 +134,13 @@ class Template:
             os.dup2(sync, inside.SYNC, inheritable=False)
             step = "clone"
             flags = spec["namespaces"]
-            pid, pidfd = self._clone(flags, env_id, entries, layout, cgroup, network)
+            self._clone(flags, env_id, entries, layout, cgroup, network)
             step = "id-maps"
-            namespaces.write_id_maps(pid, spec["user_id"], host_id)
+            namespaces.write_id_maps(self._pid, spec["user_id"], host_id)
             os.write(sync_write, inside.MAPPED)
         except OSError as error:
             # A clone that is there already reads the end of the pipe, and ends.
             raise _Failure(step, error) from error
-        return pid, pidfd
 
     def _prepare(
         self, spec: dict[str, Any], destinations: list[str], fds: list[int]
@@ -152,21 +164,20 @@ class Template:
         layout: int,
         cgroup: int,
         network: int,
-    ) -> tuple[int, int]:
+    ) -> None:
         if network >= 0:
             calls.setns(network, c.CLONE_NEWNET)
         try:
             calls.setns(layout, c.CLONE_NEWNS)
             try:
-                pid, pidfd = calls.clone3(flags | c.CLONE_PARENT, cgroup=cgroup)
-                if pid == 0:
+                self._pid, self._pidfd = calls.clone3(flags | c.CLONE_PARENT, cgroup=cgroup)
+                if self._pid == 0:
                     self._be_born(env_id, entries)
             finally:
                 namespaces.come_home(self._home_mounts, c.CLONE_NEWNS)
         finally:
             if network >= 0:
                 namespaces.come_home(self._home_network, c.CLONE_NEWNET)
-        return pid, pidfd
 
     def _be_born(self, env_id: str, entries: list[Entry]) -> NoReturn:
         at = ["session"]

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from nsbox.launcher.birth import Birth
 
 SPECS_KEPT = 32
+_ENTERED = ("user", "mnt")  # namespaces that the template enters, in this order
+
+
+class TemplateGone(SyscallError):
+    """The template process has ended."""
 
 
 class TemplateProcess:
@@ -53,20 +58,25 @@ class TemplateProcess:
         return self._channel.fileno()
 
     def introduce(self, extent: str, *, drop_groups: bool) -> None:
-        """Tell it what all births here have in common; once, before the first.
+        """Have it enter the namespaces of this process; once, before the first birth.
 
         Args:
             extent: How much of a /proc environments can have (`filesystem.probe_proc`).
             drop_groups: Whether setgroups(2) is allowed here.
         """
-        self._send(("hello", extent.encode(), drop_groups))
+        fds = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC) for kind in _ENTERED]
+        try:
+            self._send(("hello", extent.encode(), drop_groups), fds)
+        finally:
+            close_all(fds)
         self.is_introduced = True
 
     def send_birth(self, birth: Birth) -> None:
         """Have `birth` cloned; the answer comes later.
 
         Raises:
-            OSError: The template is gone, or the spec is too large for one message.
+            TemplateGone: It has ended.
+            OSError: The spec is too large for one message.
         """
         key, spec = birth.key, birth.spec
         if key not in self._known:
@@ -107,5 +117,5 @@ class TemplateProcess:
         data = marshal.dumps(message)
         try:
             send_bytes(self._channel, data, fds)
-        except OSError as error:
-            raise SyscallError("sendmsg", error.errno or 0, "the template process") from error
+        except ConnectionError as error:
+            raise TemplateGone("sendmsg", error.errno or 0, "the template process") from error

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+BLANK_LIFE = 60.0
+"""Seconds after which the launcher ends a blank environment that nobody has claimed."""
 LARGEST = 160 << 10
 """Bytes of one message; below the kernel's default send buffer (net.core.wmem_default)."""
 

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blank environments: born ahead of need, used by one taker, never in anybody's way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.support import attack, host_program, wait_until
+
+import nsbox
+from nsbox import blanks
+from nsbox.launcher.client import get_launcher
+from nsbox.launcher.wire import BLANK_LIFE
+from nsbox.link import Link
+
+
+@pytest.fixture(autouse=True)
+def _one_blank() -> Iterator[None]:
+    nsbox.set_blanks(1)
+    yield
+    nsbox.set_blanks(0)
+    blanks.drop(get_launcher())
+
+
+def ready() -> list[Link]:
+    return [link for kind in get_launcher().companions.values() for link in kind]
+
+
+def use_one(**fields: Any) -> str:
+    with nsbox.ExecutionEnvironment(**fields) as env:
+        env.run(["true"]).check()
+        return env.id
+
+
+def test_the_next_of_a_kind_is_there_already() -> None:
+    use_one()
+    (link,) = ready()
+    with nsbox.ExecutionEnvironment() as env:
+        assert env.id == link.env_id
+        assert env.run(["cat", "/proc/sys/kernel/hostname"]).text() == "sandbox\n"
+        (following,) = ready()
+        assert following.env_id != env.id
+
+
+def test_it_is_asked_for_after_the_first_answer_and_at_the_latest_at_the_end() -> None:
+    with nsbox.ExecutionEnvironment() as env:
+        assert ready() == []
+        env.run(["true"])
+        assert len(ready()) == 1
+        env.run(["true"])
+        assert len(ready()) == 1
+    blanks.drop(get_launcher())
+    with nsbox.ExecutionEnvironment():
+        assert ready() == []
+    assert len(ready()) == 1
+
+
+def test_kinds_are_kept_apart_and_only_the_latest_are_kept() -> None:
+    for pids in range(10, 10 + blanks.KINDS_KEPT + 2):
+        use_one(limits=nsbox.Limits(pids_max=pids), allow_missing={"cgroup.pids"})
+    assert len(ready()) == blanks.KINDS_KEPT
+    known = {link.env_id for link in ready()}
+    assert use_one(limits=nsbox.Limits(pids_max=10), allow_missing={"cgroup.pids"}) not in known
+
+
+def test_what_belongs_to_the_caller_is_not_held_on_to(tmp_path: os.PathLike[str]) -> None:
+    use_one(mounts=[nsbox.Mount.bind(tmp_path, "/data")])
+    use_one(network="host")
+    assert ready() == []
+
+
+def test_none_are_kept_where_none_are_wanted() -> None:
+    nsbox.set_blanks(0)
+    use_one()
+    assert ready() == []
+
+
+def test_as_many_as_wanted_each_given_once() -> None:
+    nsbox.set_blanks(3)
+    use_one()
+    known = {link.env_id for link in ready()}
+    assert len(known) == 3
+    nsbox.set_blanks(0)
+    envs = [nsbox.ExecutionEnvironment() for _ in range(4)]
+    try:
+        taken = [env.id for env in envs]
+        assert len(set(taken)) == 4
+        assert known <= set(taken)
+        found = [env.run(["sh", "-c", "ls -A /tmp; echo $$ > /tmp/mine"]).stdout for env in envs]
+        assert found == [b""] * 4
+    finally:
+        for env in envs:
+            env.close()
+
+
+def test_many_threads_never_share_one() -> None:
+    nsbox.set_blanks(4)
+    use_one()
+    seen: list[str] = []
+
+    def work() -> None:
+        for _ in range(5):
+            seen.append(use_one())
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == len(set(seen)) == 40
+
+
+def test_a_dead_one_is_passed_over() -> None:
+    use_one()
+    (link,) = ready()
+    launcher = get_launcher()
+    wait_until(lambda: pid_of(link.env_id), "it is born")
+    os.kill(pid_of(link.env_id), signal.SIGKILL)
+    wait_until(lambda: not pid_of(link.env_id), "it is gone")
+    assert use_one() != link.env_id
+    assert get_launcher() is launcher
+
+
+def test_one_that_is_too_old_is_passed_over() -> None:
+    use_one()
+    (link,) = ready()
+    link.asked_at -= BLANK_LIFE
+    assert use_one() != link.env_id
+    wait_until(lambda: not pid_of(link.env_id), "it is ended")
+
+
+def test_they_end_with_their_launcher() -> None:
+    use_one()
+    (link,) = ready()
+    old = get_launcher()
+    os.kill(old.pid, signal.SIGKILL)
+    wait_until(lambda: not old.alive, "its end is seen")
+    assert use_one() != link.env_id
+    assert get_launcher() is not old
+    wait_until(lambda: not pid_of(link.env_id), "it is ended")
+
+
+def test_a_forked_child_takes_none_of_its_parent() -> None:
+    code = """
+        import os, nsbox
+        nsbox.set_blanks(2)
+        nsbox.run(["true"])
+        read, write = os.pipe()
+        pid = os.fork()
+        with nsbox.ExecutionEnvironment() as env:
+            assert env.run(["true"]).ok
+            if pid == 0:
+                os.write(write, env.id.encode())
+                os._exit(0)
+            other = os.read(read, 8).decode()
+            assert other and other != env.id, other
+        assert os.waitpid(pid, 0)[1] == 0
+    """
+    host = host_program(code)
+    assert host.wait(60) == 0
+
+
+def test_a_blank_is_as_isolated_as_any() -> None:
+    use_one()
+    (link,) = ready()
+    with nsbox.ExecutionEnvironment() as env:
+        assert env.id == link.env_id
+        status = attack(env, "answer = read('/proc/1/status')")
+        assert "NoNewPrivs:\t1" in status
+        assert "Seccomp:\t2" in status
+        assert "CapBnd:\t0000000000000000" in status
+        assert env.protections.missing == nsbox.run(["true"]).protections.missing
+
+
+@pytest.mark.slow
+def test_one_that_nobody_takes_is_ended() -> None:
+    use_one()
+    (link,) = ready()
+    wait_until(lambda: pid_of(link.env_id), "it is born")
+    begin = time.monotonic()
+    wait_until(lambda: not pid_of(link.env_id), "its time is over", BLANK_LIFE + 10)
+    assert time.monotonic() - begin > BLANK_LIFE - 10
+    assert use_one() != link.env_id
+
+
+@pytest.mark.parametrize("count", [-1, 65, 1.5, "2", None, True])
+def test_a_wrong_number_is_refused(count: object) -> None:
+    with pytest.raises(nsbox.ConfigError, match="blanks: must be a number from 0 to 64, got"):
+        nsbox.set_blanks(count)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["-1", "many", "65", ""])
+def test_a_wrong_variable_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("NSBOX_BLANKS", text)
+    with pytest.raises(nsbox.ConfigError, match=f"NSBOX_BLANKS: '{text}' is not a number"):
+        blanks._initial_count()
+
+
+def pid_of(env_id: str) -> int:
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/comm") as file:
+                    if file.read().strip() == f"nsbox-{env_id}":
+                        return int(entry)
+            except OSError:
+                continue
+    return 0
