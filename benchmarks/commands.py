@@ -117,7 +117,7 @@ class CommandSuite(Suite):
             return {"nsbox-fresh": used, "nsbox-teardown": closed}
 
         def cold() -> dict[str, float]:
-            blanks.none()
+            blanks.none(make)
             return {"nsbox-cold": _timed_environment(make)[0]}
 
         def run_once() -> float:

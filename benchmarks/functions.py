@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.echo import PoolEcho, SocketEcho, answer_argv, subprocess_answer
+from benchmarks.growth import Growth
 from benchmarks.harness import Report
 from benchmarks.peers import (
     FloorServer,
@@ -105,6 +106,11 @@ class FunctionSuite(Suite):
         for peer, names in PEERS.items():
             self._attempt(peer, names, add[peer])
 
+    def growth(self) -> Growth:
+        """Environments of the plain handler, to be made many."""
+        make = self._make(self._version())
+        return Growth(make, self._event, self._blanks, self._report)
+
     # -- peers ------------------------------------------------------------------------------------
 
     def _answering(
@@ -186,7 +192,7 @@ class FunctionSuite(Suite):
         make = self._make(self._version(source, **fields))
 
         def measure() -> dict[str, float]:
-            self._blanks.none()
+            self._blanks.none(make)
             answered, closed = self._cold(make)
             return {name: answered, **({"cold-close": closed} if name == "cold" else {})}
 
@@ -197,7 +203,7 @@ class FunctionSuite(Suite):
         make = self._make(self._version())
 
         def measure() -> dict[str, float]:
-            self._blanks.none()
+            self._blanks.none(make)
             times = [time.perf_counter_ns()]
             environment = make()
             times.append(time.perf_counter_ns())

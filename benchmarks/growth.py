@@ -17,7 +17,7 @@ from benchmarks.harness import (
     Report,
     describe,
 )
-from benchmarks.memory import environments_pss
+from benchmarks.memory import environment_pss
 from benchmarks.peers import UnavailableError
 from benchmarks.subject import Blanks, microseconds
 
@@ -69,7 +69,7 @@ class Growth:
         with contextlib.ExitStack() as stack:
             for step in steps:
                 try:
-                    self._blanks.none()
+                    self._blanks.none(self._make)
                     self._grow_to(step, stack, advance)
                     self._measure_at(step)
                 except Exception as error:  # noqa: BLE001 - named, as in every other benchmark
@@ -99,7 +99,7 @@ class Growth:
             self._call(environment)
         self._report.add(COUNT, {f"answering-at-{step}": float(len(self._live))})
         try:
-            pss = environments_pss({environment.id for environment in self._live})
+            pss = [environment_pss(environment.pid) for environment in self._live]
         except UnavailableError as error:
             self._report.missing[f"pss-at-{step}"] = str(error)
         else:

@@ -217,9 +217,9 @@ def measure_interleaved(
 
 
 def describe(error: BaseException) -> str:
-    """The type of an exception and the first line of its text."""
+    """The type of an exception and the first line of its text, of which 200 characters will do."""
     lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
 
 
 def progress(text: str) -> None:

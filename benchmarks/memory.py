@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 import psutil
@@ -15,21 +13,13 @@ from benchmarks.peers import UnavailableError
 _PSS = re.compile(r"^Pss:\s+(\d+) kB$", re.M)
 
 
-def environments_pss(ids: Collection[str]) -> list[float]:
-    """Megabytes of each environment of this process that is named; all must be found.
+def environment_pss(pid: int) -> float:
+    """Megabytes of the environment whose PID 1 is `pid`: of that process and all below it.
 
-    An environment is the process nsbox-ID, which is a descendant of this one, and what descends
-    from that. Pages shared with others count in part: PSS of all processes adds up to what is used.
+    Pages shared with others count in part: PSS of all processes adds up to what is used.
     """
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process.name().removeprefix("nsbox-") in ids:
-                family = [process, *process.children(recursive=True)]
-                found.append(sum(_pss(member.pid) for member in family))
-    if len(found) != len(ids):
-        raise UnavailableError(f"of {len(ids)} environments {len(found)} have a process nsbox-ID")
-    return found
+    init = psutil.Process(pid)
+    return sum(_pss(process.pid) for process in (init, *init.children(recursive=True)))
 
 
 def _pss(pid: int) -> float:

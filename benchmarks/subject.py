@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 SETTLE = 0.05
 """Seconds after a change of the blanks: a birth takes 3 ms, and removed ones leave work behind."""
@@ -27,6 +28,10 @@ def import_nsbox() -> ModuleType:
     return importlib.import_module("nsbox")
 
 
+Make = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Makes an environment; one such function is one kind, as far as blanks are concerned."""
+
+
 class Blanks:
     """How many blank environments nsbox keeps ready, per kind; one of these for a whole run."""
 
@@ -34,29 +39,38 @@ class Blanks:
         """Changes nothing yet."""
         self._nsbox = nsbox
         self._kept: int | None = None
+        self._prepared: set[int] = set()
 
-    def none(self) -> None:
-        """Every birth from now on is a whole one."""
-        if self._kept != 0:
-            self._nsbox.set_blanks(0)
-            self._kept = 0
+    def none(self, make: Make) -> None:
+        """The next environment that `make` makes is born when it is asked for."""
+        if self._keep(0, make):
+            with make():
+                pass  # one that was kept until now is taken by this
             time.sleep(SETTLE)
 
-    def ready(self, make: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+    def ready(self, make: Make) -> None:
         """One blank of the kind that `make` makes is there."""
-        if self.default():
+        if self._keep(1, make):
             with make():
-                pass
+                pass  # asks for the first one
         # It is refilled behind the caller's back, and nothing outside tells when.
         time.sleep(SETTLE)
 
-    def default(self) -> bool:
-        """Back to nsbox's default; returns whether that is a change."""
-        changed = self._kept == 0
-        if changed:
+    def default(self) -> None:
+        """Back to nsbox's default."""
+        if self._kept == 0:
             self._nsbox.set_blanks(1)
         self._kept = None
-        return changed
+
+    def _keep(self, count: int, make: Make) -> bool:
+        """Sets the number; returns whether this kind has not been prepared for it yet."""
+        if self._kept != count:
+            self._nsbox.set_blanks(count)
+            self._kept = count
+            self._prepared.clear()
+        new = id(make) not in self._prepared
+        self._prepared.add(id(make))
+        return new
 
 
 def microseconds(call: Callable[[], object]) -> float:
