@@ -2,11 +2,7 @@
  *
  * The C floor: the least a process has to do on this kernel to run one command in a sandbox
  * of the same shape as nsbox's, with no library, no configuration and no reporting.
- *
- *   clone3 of user, pid, mount, network, ipc, uts, cgroup and time namespaces; id maps written
- *   by the parent; tmpfs root; read-only /usr bind and the links into it; five device binds;
- *   /proc; private /tmp; pivot_root; detach; read-only remount; host name; 41 bounding-set drops;
- *   no_new_privs; empty capability sets; a 58-instruction seccomp allow-list; execve.
+ * README.md says what that is; build_root() and child() say in which order.
  *
  *   floor -- CMD...                            one sandbox; exits with the command's status
  *   floor --bench N [--starters K] -- CMD...   N sandboxes from K starter processes, as JSON lines
@@ -14,7 +10,7 @@
  *        one                                     ->  MICROSECONDS STATUS
  *        batch N K                               ->  TOTAL_MICROSECONDS FAILED
  *        answer                                  ->  MICROSECONDS STATUS       (needs --event)
- *        steps                                   ->  NAME MICROSECONDS ...     (of the last "one" or "answer")
+ *        steps                                   ->  NAME MICROSECONDS ...     (of the last "answer")
  *   --event TEXT   the line that "answer" writes to CMD's stdin; it reads a line of its stdout
  *   --spawn        no sandbox of its own: posix_spawn CMD (so that bubblewrap gets C starters, too)
  *
@@ -74,8 +70,7 @@ int umount2(const char *, int);
 static char *const ENVIRONMENT[] = {"PATH=/usr/bin:/bin", "HOME=/tmp", "LC_ALL=C.UTF-8", NULL};
 static const char *event;
 static int child_input = -1, child_output = -1; /* pipes of "answer"; else the child has ours */
-static int spawn_only;
-static int is_root;
+static int spawn_only, is_root;
 static unsigned own_uid, own_gid;
 
 /* What a shell, coreutils and CPython need; 51 numbers on x86-64 make 58 instructions. */
@@ -123,8 +118,7 @@ static double now_us(void) {
 
 /* When each step of the last sandbox ended; shared with the child, which does most of them. */
 enum { BEGIN, CLONE3, ID_MAPS, MOUNTS, PIVOT_ROOT, PRIVILEGES, ANSWER, EXIT, STEPS };
-static const char *const STEP_NAMES[] = {"begin",      "clone3",     "id_maps", "mounts",
-                                         "pivot_root", "privileges", "program", "exit"};
+static const char *const STEP_NAMES[] = {"begin", "clone3", "id_maps", "mounts", "pivot_root", "privileges", "program", "exit"};
 static double *ended;
 
 static void fail(const char *step) {
@@ -137,6 +131,13 @@ static void fail(const char *step) {
         if ((call) < 0)                                                                                                \
             fail(#call);                                                                                               \
     } while (0)
+
+static void *shared_memory(size_t size) {
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        fail("mmap");
+    return memory;
+}
 
 static void bind_read_only(const char *source, const char *target) {
     struct mount_attr attributes = {.attr_set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV};
@@ -290,9 +291,7 @@ static pid_t start(unsigned number, char **command) {
 /* Waits for the end; returns the exit status as a shell would give it. */
 static int reap(pid_t pid) {
     int status;
-    while (waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR)
-            fail("waitpid");
+    DO(waitpid(pid, &status, 0)); /* no handlers are set: it is not interrupted */
     ended[EXIT] = now_us();
     return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
 }
@@ -301,7 +300,6 @@ static int reap(pid_t pid) {
 static int run_one(unsigned number, char **command, double *microseconds) {
     double begin = ended[BEGIN] = now_us();
     int status = reap(start(number, command));
-    ended[ANSWER] = ended[EXIT];
     *microseconds = now_us() - begin;
     return status;
 }
@@ -310,13 +308,11 @@ static int run_one(unsigned number, char **command, double *microseconds) {
 static int run_answer(unsigned number, char **command, double *microseconds) {
     int input[2], output[2];
     char line[65536];
-    ssize_t length;
-    int answered = 0;
+    ssize_t length, answered = 0;
     ended[BEGIN] = now_us();
     DO(pipe2(input, O_CLOEXEC));
     DO(pipe2(output, O_CLOEXEC));
-    child_input = input[0];
-    child_output = output[1];
+    child_input = input[0], child_output = output[1];
     pid_t pid = start(number, command);
     close(output[1]);
     DO(dprintf(input[1], "%s\n", event)); /* our end to read is still open: there is no SIGPIPE */
@@ -392,11 +388,7 @@ static double run_batch(struct batch *batch, unsigned count, unsigned starters, 
 }
 
 static struct batch *new_batch(unsigned count) {
-    size_t size = sizeof(struct batch) + count * sizeof(double);
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED)
-        fail("mmap");
-    return memory;
+    return shared_memory(sizeof(struct batch) + count * sizeof(double));
 }
 
 static void free_batch(struct batch *batch, unsigned count) {
@@ -484,14 +476,12 @@ int main(int argc, char **argv) {
             count = number_argument(argv[++at], MAX_SANDBOXES);
         else if (strcmp(argv[at], "--starters") == 0)
             starters = number_argument(argv[++at], MAX_STARTERS);
-        else {
-            at = -1;
+        else
             break;
-        }
         if (argv[at] == NULL)
             break;
     }
-    if (at < 0 || argv[at] == NULL || argv[at + 1] == NULL) {
+    if (argv[at] == NULL || strcmp(argv[at], "--") != 0 || argv[at + 1] == NULL) {
         fprintf(stderr, "usage: floor [--spawn] [--server [--event TEXT] | --bench N [--starters K]] -- "
                         "/PATH/TO/COMMAND [ARG...]\n");
         return 2;
@@ -501,9 +491,7 @@ int main(int argc, char **argv) {
     own_gid = getegid();
     is_root = own_uid == 0;
     make_filter();
-    ended = mmap(NULL, STEPS * sizeof *ended, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (ended == MAP_FAILED)
-        fail("mmap");
+    ended = shared_memory(STEPS * sizeof *ended);
     if (server)
         return serve(command);
     if (count)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,9 @@ def draw(report: Report, directory: Path) -> list[Path]:
         figure = plot(pyplot, report)
         if figure is None:
             continue
-        figure.text(0.99, 0.005, _caption(report), ha="right", va="bottom", fontsize=6, color="0.4")
+        # In inches below the figure, whatever its height: savefig keeps all that is drawn.
+        below = -0.2 / figure.get_figheight()
+        figure.text(0.99, below, _caption(report), ha="right", va="top", fontsize=6, color="0.4")
         for kind in ("png", "svg"):
             path = directory / f"{name}.{kind}"
             figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
@@ -66,6 +69,12 @@ def draw(report: Report, directory: Path) -> list[Path]:
 def _caption(report: Report) -> str:
     host = report.host
     return f"Linux {host['kernel']}, {host['cpu']}, {host['user']}, commit {host['commit']}"
+
+
+def _short(microseconds: float) -> str:
+    if microseconds < 1000:
+        return f"{microseconds:.0f} us"
+    return f"{microseconds / 1e3:.3g} ms"
 
 
 def _draw_starts(pyplot: Any, report: Report) -> Any:  # noqa: ANN401 - matplotlib, not typed
@@ -87,7 +96,8 @@ def _draw_starts(pyplot: Any, report: Report) -> Any:  # noqa: ANN401 - matplotl
             va="center", fontsize=8,
         )  # fmt: skip
     axes.set_xscale("log")
-    axes.margins(x=0.15)
+    axes.set_xlim(10 ** math.floor(math.log10(min(medians) / 2)), max(medians) * 4)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("milliseconds to the JSON answer (median; line: p10 to p90)")
     axes.set_title("From nothing to the first answer of a Python function")
     return figure
@@ -109,9 +119,10 @@ def _draw_warm(pyplot: Any, report: Report) -> Any:  # noqa: ANN401 - matplotlib
                 places.append(at + (number - (len(peers) - 1) / 2) * width)
                 values.append(series.median)
         bars = axes.bar(places, values, width, label=label, color=colour)
-        axes.bar_label(bars, [f"{value:.3g}" for value in values], fontsize=6, padding=1)
+        axes.bar_label(bars, [_short(value) for value in values], fontsize=6, padding=1)
     axes.set_yscale("log")
     axes.set_xticks(range(len(sizes)), sizes)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel("microseconds (median)")
     axes.set_title("A warm call: JSON value in, the same value out")
     axes.legend(fontsize=8)
