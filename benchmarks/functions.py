@@ -80,6 +80,7 @@ class FunctionSuite(Suite):
         self._blanks = Blanks(self._nsbox)
         self._event = event_of(SIZES["100B"])
         self._line = json.dumps(self._event)
+        self._floor: Callable[[], float] | None = None
 
     def _add_all(self) -> None:
         self._stack.callback(self._blanks.default)
@@ -109,7 +110,7 @@ class FunctionSuite(Suite):
     def growth(self) -> Growth:
         """Environments of the plain handler, to be made many."""
         make = self._make(self._version())
-        return Growth(make, self._event, self._blanks, self._report)
+        return Growth(make, self._event, self._blanks, self._report, self._floor)
 
     # -- peers ------------------------------------------------------------------------------------
 
@@ -122,6 +123,7 @@ class FunctionSuite(Suite):
 
     def _add_floor(self) -> None:
         server = self._answering(answer_argv())
+        self._floor = server.answer
 
         def measure() -> dict[str, float]:
             total = server.answer()

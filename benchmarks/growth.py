@@ -41,11 +41,6 @@ def steps_up_to(most: int) -> list[int]:
     return [step for step in STEPS if step <= most]
 
 
-def names_at(step: int) -> list[str]:
-    """The series of one step."""
-    return [f"{name}-at-{step}" for name in ("cold", "warm", "pss", "answering")]
-
-
 class Growth:
     """Environments that stay, and measurements beside them."""
 
@@ -55,12 +50,18 @@ class Growth:
         event: object,
         blanks: Blanks,
         report: Report,
+        floor: Callable[[], float] | None,
     ) -> None:
-        """Starts nothing yet. `make` makes an environment that answers `event` with itself."""
+        """Starts nothing yet. `make` makes an environment that answers `event` with itself.
+
+        `floor` measures the floor once: what the kernel itself, or a neighbour on the machine,
+        adds from step to step is in that, too.
+        """
         self._make = make
         self._event = event
         self._blanks = blanks
         self._report = report
+        self._floor = floor
         self._live: list[Any] = []
         self._random = random.Random(0)
 
@@ -88,13 +89,17 @@ class Growth:
             advance(1)
 
     def _measure_at(self, step: int) -> None:
-        cold, warm = [], []
+        cold, warm, floor = [], [], []
         for _ in range(SAMPLES):
+            if self._floor is not None:
+                floor.append(self._floor())
             cold.append(self._cold())
             environment = self._random.choice(self._live)
             self._call(environment)  # the first call after a while finds cold caches
             warm.append(microseconds(partial(self._call, environment)))
         self._report.add(MICROSECONDS, {f"cold-at-{step}": cold, f"warm-at-{step}": warm})
+        if floor:
+            self._report.add(MICROSECONDS, {f"floor-at-{step}": floor})
         for environment in self._live:
             self._call(environment)
         self._report.add(COUNT, {f"answering-at-{step}": float(len(self._live))})

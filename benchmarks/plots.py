@@ -55,9 +55,11 @@ def draw(report: Report, directory: Path) -> list[Path]:
         figure = plot(pyplot, report)
         if figure is None:
             continue
-        # In inches below the figure, whatever its height: savefig keeps all that is drawn.
-        below = -0.2 / figure.get_figheight()
-        figure.text(0.99, below, _caption(report), ha="right", va="top", fontsize=6, color="0.4")
+        # A fixed way below the axes, whatever the height of the figure.
+        figure.axes[-1].annotate(
+            _caption(report), (1, 0), (0, -42), xycoords="axes fraction",
+            textcoords="offset points", ha="right", va="top", fontsize=6, color="0.4",
+        )  # fmt: skip
         for kind in ("png", "svg"):
             path = directory / f"{name}.{kind}"
             figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
@@ -99,7 +101,7 @@ def _draw_starts(pyplot: Any, report: Report) -> Any:  # noqa: ANN401 - matplotl
     axes.set_xlim(10 ** math.floor(math.log10(min(medians) / 2)), max(medians) * 4)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("milliseconds to the JSON answer (median; line: p10 to p90)")
-    axes.set_title("From nothing to the first answer of a Python function")
+    axes.set_title("Time to the JSON answer of a Python function")
     return figure
 
 
@@ -148,11 +150,12 @@ def _draw_growth(pyplot: Any, report: Report) -> Any:  # noqa: ANN401 - matplotl
             high = [series.quantile(0.9) / scale for _, series in found]
             axes.fill_between(steps, low, high, color=_OURS, alpha=0.2, linewidth=0)
             axes.plot(steps, [series.median / scale for _, series in found], "o-", color=_OURS)
+            axes.set_ylim(0, max(high) * 1.1)
         axes.set_xscale("log")
-        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("live environments")
         axes.set_title(label, fontsize=10)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout()
     return figure if drawn else None
 
 

@@ -51,6 +51,7 @@ RATIOS = (
     *(Target(f"async-{size}", f"echo-{size}") for size in ("64KiB", "1MiB", "6MiB")),
     Target(f"{HEAVY}-preload", f"{HEAVY}-cold"),
     Target("nsbox-rate-2", "floor-rate-2", unit=PER_SECOND),
+    Target(f"floor-at-{MOST_LIVE}", "floor-at-1"),
     Target(f"warm-at-{MOST_LIVE}", "warm-at-1"),
     Target(f"pss-at-{MOST_LIVE}", "pss-at-10", unit=MEGABYTES),
 )
@@ -135,6 +136,8 @@ def _to_floor(series: Series, report: Report) -> float | None:
         return None
     elif name in ("echo", "pool", "warm", "async") and not size.startswith("at-"):
         floor = ECHO + size
+    elif name in ("cold", "floor") and size.startswith("at-"):
+        floor = f"floor-{size}"
     elif series.name.startswith("warm-at-"):
         floor = ECHO + "100B"
     else:
