@@ -137,12 +137,14 @@ class FunctionSuite(Suite):
         self._add_rates("floor", server.rate)
 
     def _add_bubblewrap(self) -> None:
-        check_runs(bubblewrap_argv(["/bin/true"]))
-        server = self._answering(bubblewrap_argv(answer_argv()), spawn=True)
+        argv = bubblewrap_argv(answer_argv())
+        check_runs(argv, self._line)
+        server = self._answering(argv, spawn=True)
         self._add("bwrap-answer", server.answer)
 
     def _add_crun(self) -> None:
         argv, prefix = crun_argv(self._directory, answer_argv()), crun_prefix()
+        check_runs([*prefix, *argv], self._line)
         server = self._answering(argv, spawn=True, prefix=prefix)
         self._add("crun-answer", server.answer)
 

@@ -184,9 +184,9 @@ def crun_prefix() -> list[str]:
     return ["unshare", "--mount", "sh", "-c", 'umount "$0" && exec "$@"', str(unified)]
 
 
-def check_runs(argv: list[str]) -> None:
-    """Runs `argv` once; an UnavailableError with its own words when it fails."""
-    done = subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT)
+def check_runs(argv: list[str], event: str = "") -> None:
+    """Runs `argv` once, with a line on stdin; an UnavailableError with its own words if it fails."""
+    done = subprocess.run(argv, input=f"{event}\n", capture_output=True, text=True, env=ENVIRONMENT)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
         raise UnavailableError(f"does not run here: {words[-1]}")

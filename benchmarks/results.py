@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -153,12 +152,3 @@ def _figure(value: float) -> str:
 
 def _round(value: float) -> float:
     return float(f"{value:.5g}")
-
-
-def explain_unmet(report: Report) -> Sequence[str]:
-    """The targets that are not met, in words for the last lines on a terminal."""
-    verdicts = (report.judge(target) for target in TARGETS)
-    return [
-        f"{cells[0]} is {cells[1]}, target {cells[3]}: {cells[4]}"
-        for cells in (verdict.cells() for verdict in verdicts if not verdict.met)
-    ]
