@@ -185,7 +185,7 @@ def crun_prefix() -> list[str]:
 
 
 def check_runs(argv: list[str], event: str = "") -> None:
-    """Runs `argv` once, with a line on stdin; an UnavailableError with its own words if it fails."""
+    """Runs `argv` once, a line on stdin; an UnavailableError with its own words if it fails."""
     done = subprocess.run(argv, input=f"{event}\n", capture_output=True, text=True, env=ENVIRONMENT)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
