@@ -92,7 +92,7 @@ def test_as_many_as_wanted_each_given_once() -> None:
         taken = [env.id for env in envs]
         assert len(set(taken)) == 4
         assert known <= set(taken)
-        found = [env.run(["sh", "-c", "ls -A /tmp; echo $$ > /tmp/mine"]).stdout for env in envs]
+        found = [env.run(["sh", "-c", "ls /tmp/mine; echo > /tmp/mine"]).stdout for env in envs]
         assert found == [b""] * 4
     finally:
         for env in envs:
