@@ -46,7 +46,7 @@ def test_echo_and_subprocess(tmp_path: Path) -> None:
     assert (tmp_path / "results.md").read_text() == done.stdout
 
 
-@pytest.mark.needs("userns", "gcc", "time_namespace")
+@pytest.mark.needs("userns", "gcc")
 def test_floor_answers_and_tells_its_steps(tmp_path: Path) -> None:
     done = run("benchmarks", *SMALL, "--only", "floor-answer", "--output", str(tmp_path))
     assert done.returncode == 0, done.stderr
