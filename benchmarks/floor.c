@@ -2,20 +2,20 @@
  *
  * The C floor: the least a process has to do on this kernel to run one command in a sandbox
  * of the same shape as nsbox's, with no library, no configuration and no reporting.
- *
- *   clone3 of user, pid, mount, network, ipc, uts, cgroup and time namespaces; id maps written
- *   by the parent; tmpfs root; read-only /usr bind and the links into it; five device binds;
- *   /proc; private /tmp; pivot_root; detach; read-only remount; host name; 41 bounding-set drops;
- *   no_new_privs; empty capability sets; a 58-instruction seccomp allow-list; execve.
+ * README.md says what that is; build_root() and child() say in which order.
  *
  *   floor -- CMD...                            one sandbox; exits with the command's status
  *   floor --bench N [--starters K] -- CMD...   N sandboxes from K starter processes, as JSON lines
  *   floor --server -- CMD...                   requests on stdin, answers on stdout:
  *        one                                     ->  MICROSECONDS STATUS
  *        batch N K                               ->  TOTAL_MICROSECONDS FAILED
- *   --spawn   no sandbox of its own: posix_spawn CMD (so that bubblewrap gets C starters, too)
+ *        answer                                  ->  MICROSECONDS STATUS       (needs --event)
+ *        steps                                   ->  NAME MICROSECONDS ...     (of the last "answer")
+ *   --event TEXT   the line that "answer" writes to CMD's stdin; it reads a line of its stdout
+ *   --spawn        no sandbox of its own: posix_spawn CMD (so that bubblewrap gets C starters, too)
  *
- * A time is CLOCK_MONOTONIC from just before clone3 to just after waitpid.
+ * A time is CLOCK_MONOTONIC from just before clone3 to just after waitpid; for "answer" from just before
+ * the pipes are made to the newline of the answer.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -68,9 +68,9 @@ int umount2(const char *, int);
 #define MAX_SANDBOXES 100000
 
 static char *const ENVIRONMENT[] = {"PATH=/usr/bin:/bin", "HOME=/tmp", "LC_ALL=C.UTF-8", NULL};
-static int spawn_only;
-static int is_root;
-static unsigned own_uid, own_gid;
+static const char *event;
+static int child_input = -1, child_output = -1; /* pipes of "answer"; else the child has ours */
+static unsigned spawn_only, is_root, has_time_namespaces, own_uid, own_gid;
 
 /* What a shell, coreutils and CPython need; 51 numbers on x86-64 make 58 instructions. */
 static const int ALLOWED[] = {
@@ -115,6 +115,11 @@ static double now_us(void) {
     return (double)t.tv_sec * 1e6 + (double)t.tv_nsec / 1e3;
 }
 
+/* When each step of the last sandbox ended; shared with the child, which does most of them. */
+enum { BEGIN, CLONE3, ID_MAPS, MOUNTS, PIVOT_ROOT, PRIVILEGES, ANSWER, EXIT, STEPS };
+static const char *const STEP_NAMES[] = {"begin", "clone3", "id_maps", "mounts", "pivot_root", "privileges", "program", "exit"};
+static double *ended;
+
 static void fail(const char *step) {
     dprintf(2, "floor: %s: %s\n", step, strerror(errno));
     _exit(SETUP_FAILED);
@@ -125,6 +130,13 @@ static void fail(const char *step) {
         if ((call) < 0)                                                                                                \
             fail(#call);                                                                                               \
     } while (0)
+
+static void *shared_memory(size_t size) {
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        fail("mmap");
+    return memory;
+}
 
 static void bind_read_only(const char *source, const char *target) {
     struct mount_attr attributes = {.attr_set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV};
@@ -169,6 +181,7 @@ static void build_root(void) {
     DO(mount("proc", "proc", "proc", NOSUID | NODEV | NOEXEC, NULL));
     DO(mkdir("tmp", 0755));
     DO(mount("tmpfs", "tmp", "tmpfs", NOSUID | NODEV, "mode=1777,size=64m"));
+    ended[MOUNTS] = now_us();
     DO(syscall(SYS_pivot_root, ".", "."));
     DO(umount2(".", DETACH));
     DO(mount(NULL, "/", NULL, REMOUNT | BIND | RDONLY | NOSUID | NODEV, NULL));
@@ -193,6 +206,7 @@ static void child(int go[2], char **command) {
     close(go[1]);
     if (read(go[0], &byte, 1) != 1) /* end of file: the parent died or could not write the maps */
         _exit(SETUP_FAILED);
+    ended[ID_MAPS] = now_us();
     if (is_root) {
         DO(setgroups(0, NULL));
         DO(syscall(SYS_setresgid, INNER_ID, INNER_ID, INNER_ID));
@@ -201,7 +215,13 @@ static void child(int go[2], char **command) {
     DO(prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)); /* after the ids: a change of them clears it */
     DO(sethostname("sandbox", 7));
     build_root();
+    ended[PIVOT_ROOT] = now_us();
+    if (child_input >= 0) {
+        DO(dup2(child_input, 0));
+        DO(dup2(child_output, 1));
+    }
     drop_privileges();
+    ended[PRIVILEGES] = now_us();
     execve(command[0], command, ENVIRONMENT);
     int missing = errno == ENOENT;
     dprintf(2, "floor: %s: %s\n", command[0], strerror(errno));
@@ -232,7 +252,7 @@ static int write_maps(pid_t pid, unsigned number) {
 static pid_t start_sandbox(unsigned number, char **command) {
     struct clone_args arguments = {
         .flags = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS |
-                 CLONE_NEWCGROUP | CLONE_NEWTIME,
+                 CLONE_NEWCGROUP | (has_time_namespaces ? CLONE_NEWTIME : 0),
         .exit_signal = SIGCHLD,
     };
     int go[2];
@@ -241,6 +261,7 @@ static pid_t start_sandbox(unsigned number, char **command) {
     if (pid == 0)
         child(go, command);
     DO(pid);
+    ended[CLONE3] = now_us();
     close(go[0]);
     if (write_maps(pid, number) < 0)
         dprintf(2, "floor: id maps: %s\n", strerror(errno)); /* the child sees end of file and exits 125 */
@@ -250,22 +271,65 @@ static pid_t start_sandbox(unsigned number, char **command) {
     return pid;
 }
 
-/* One sandbox from start to exit; returns the exit status as a shell would give it. */
-static int run_one(unsigned number, char **command, double *microseconds) {
-    int status;
+static pid_t start(unsigned number, char **command) {
     pid_t pid;
-    double begin = now_us();
-    if (spawn_only) {
-        if ((errno = posix_spawn(&pid, command[0], NULL, NULL, command, ENVIRONMENT)) != 0)
-            fail(command[0]);
-    } else {
-        pid = start_sandbox(number, command);
+    posix_spawn_file_actions_t actions;
+    if (!spawn_only)
+        return start_sandbox(number, command);
+    posix_spawn_file_actions_init(&actions);
+    if (child_input >= 0) {
+        posix_spawn_file_actions_adddup2(&actions, child_input, 0);
+        posix_spawn_file_actions_adddup2(&actions, child_output, 1);
     }
-    while (waitpid(pid, &status, 0) < 0)
-        if (errno != EINTR)
-            fail("waitpid");
-    *microseconds = now_us() - begin;
+    if ((errno = posix_spawn(&pid, command[0], &actions, NULL, command, ENVIRONMENT)) != 0)
+        fail(command[0]);
+    posix_spawn_file_actions_destroy(&actions);
+    return pid;
+}
+
+/* Waits for the end; returns the exit status as a shell would give it. */
+static int reap(pid_t pid) {
+    int status;
+    DO(waitpid(pid, &status, 0)); /* no handlers are set: it is not interrupted */
+    ended[EXIT] = now_us();
     return WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
+}
+
+/* One sandbox from start to exit. */
+static int run_one(unsigned number, char **command, double *microseconds) {
+    double begin = ended[BEGIN] = now_us();
+    int status = reap(start(number, command));
+    *microseconds = now_us() - begin;
+    return status;
+}
+
+/* One sandbox from start to its answer to one event, over pipes; its end is waited for after the clock. */
+static int run_answer(unsigned number, char **command, double *microseconds) {
+    int input[2], output[2];
+    char line[65536];
+    ssize_t length, answered = 0;
+    ended[BEGIN] = now_us();
+    DO(pipe2(input, O_CLOEXEC));
+    DO(pipe2(output, O_CLOEXEC));
+    child_input = input[0], child_output = output[1];
+    pid_t pid = start(number, command);
+    close(output[1]);
+    DO(dprintf(input[1], "%s\n", event)); /* our end to read is still open: there is no SIGPIPE */
+    close(input[0]);
+    while (!answered && (length = read(output[0], line, sizeof line)) > 0)
+        answered = memchr(line, '\n', (size_t)length) != NULL;
+    ended[ANSWER] = now_us();
+    *microseconds = ended[ANSWER] - ended[BEGIN];
+    close(input[1]);
+    close(output[0]);
+    child_input = child_output = -1;
+    int status = reap(pid);
+    return answered ? status : SETUP_FAILED;
+}
+
+static void print_steps(int file) {
+    for (int step = CLONE3; step < STEPS; step++)
+        dprintf(file, "%s %.1f%c", STEP_NAMES[step], ended[step] - ended[step - 1], step + 1 < STEPS ? ' ' : '\n');
 }
 
 struct batch {
@@ -323,11 +387,7 @@ static double run_batch(struct batch *batch, unsigned count, unsigned starters, 
 }
 
 static struct batch *new_batch(unsigned count) {
-    size_t size = sizeof(struct batch) + count * sizeof(double);
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED)
-        fail("mmap");
-    return memory;
+    return shared_memory(sizeof(struct batch) + count * sizeof(double));
 }
 
 static void free_batch(struct batch *batch, unsigned count) {
@@ -366,6 +426,11 @@ static int serve(char **command) {
         if (strcmp(line, "one\n") == 0) {
             int status = run_one(number++, command, &microseconds);
             dprintf(answers, "%.1f %d\n", microseconds, status);
+        } else if (strcmp(line, "answer\n") == 0 && event) {
+            int status = run_answer(number++, command, &microseconds);
+            dprintf(answers, "%.1f %d\n", microseconds, status);
+        } else if (strcmp(line, "steps\n") == 0) {
+            print_steps(answers);
         } else if (sscanf(line, "batch %u %u", &count, &starters) == 2 && count > 0 && count <= MAX_SANDBOXES &&
                    starters > 0 && starters <= MAX_STARTERS) {
             struct batch *batch = new_batch(count);
@@ -404,26 +469,28 @@ int main(int argc, char **argv) {
             spawn_only = 1;
         else if (strcmp(argv[at], "--server") == 0)
             server = 1;
+        else if (strcmp(argv[at], "--event") == 0)
+            event = argv[++at];
         else if (strcmp(argv[at], "--bench") == 0)
             count = number_argument(argv[++at], MAX_SANDBOXES);
         else if (strcmp(argv[at], "--starters") == 0)
             starters = number_argument(argv[++at], MAX_STARTERS);
-        else {
-            at = -1;
+        else
             break;
-        }
         if (argv[at] == NULL)
             break;
     }
-    if (at < 0 || argv[at] == NULL || argv[at + 1] == NULL) {
-        fprintf(stderr, "usage: floor [--spawn] [--server | --bench N [--starters K]] -- /PATH/TO/COMMAND [ARG...]\n");
+    if (argv[at] == NULL || strcmp(argv[at], "--") != 0 || argv[at + 1] == NULL) {
+        fprintf(stderr, "usage: floor [--spawn] [--server [--event TEXT] | --bench N [--starters K]] -- "
+                        "/PATH/TO/COMMAND [ARG...]\n");
         return 2;
     }
     char **command = argv + at + 1;
-    own_uid = geteuid();
-    own_gid = getegid();
+    own_uid = geteuid(), own_gid = getegid();
     is_root = own_uid == 0;
+    has_time_namespaces = access("/proc/self/ns/time", F_OK) == 0;
     make_filter();
+    ended = shared_memory(STEPS * sizeof *ended);
     if (server)
         return serve(command);
     if (count)

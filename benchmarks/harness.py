@@ -17,13 +17,16 @@ import pwd
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 MICROSECONDS = "us"
 PER_SECOND = "1/s"
+MEGABYTES = "MB"
+COUNT = "count"
+LARGE_IS_GOOD = frozenset({PER_SECOND, COUNT})
 
 
 @dataclass
@@ -50,26 +53,34 @@ class Series:
     @property
     def best_tenth(self) -> float:
         """What the thing costs undisturbed: p10 of a duration, p90 of a rate."""
-        return self.quantile(0.1 if self.unit == MICROSECONDS else 0.9)
+        return self.quantile(0.9 if self.unit in LARGE_IS_GOOD else 0.1)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: `measure` does it once and returns {series name: sample in `unit`}."""
+    """One thing to measure: `measure` returns {series name: sample or samples, in `unit`}."""
 
     name: str
-    measure: Callable[[], dict[str, float]]
+    measure: Callable[[], Mapping[str, float | Sequence[float]]]
     unit: str = MICROSECONDS
 
 
 @dataclass(frozen=True)
 class Target:
-    """`name`'s median over `reference`'s: at most `bound` for durations, at least for rates."""
+    """`name`'s median over `reference`'s: at most `bound` for durations, at least for rates.
+
+    Without a reference the bound is on the median itself, in the unit of the series.
+    """
 
     name: str
-    reference: str
+    reference: str | None
     bound: float | None = None
     unit: str = MICROSECONDS
+
+    @property
+    def at_least(self) -> bool:
+        """Whether more is better."""
+        return self.unit in LARGE_IS_GOOD
 
 
 class Report:
@@ -81,12 +92,14 @@ class Report:
         self.missing: dict[str, str] = {}
         self.host = host_facts()
 
-    def add(self, unit: str, samples: dict[str, float], *, counted: bool = True) -> None:
-        """Appends one sample to each named series; one not `counted` only fixes the order."""
+    def add(
+        self, unit: str, samples: Mapping[str, float | Sequence[float]], *, counted: bool = True
+    ) -> None:
+        """Appends to each named series; what is not `counted` only fixes the order."""
         for name, sample in samples.items():
             series = self.series.setdefault(name, Series(name, unit))
             if counted:
-                series.samples.append(sample)
+                series.samples.extend([sample] if isinstance(sample, int | float) else sample)
 
     def drop_empty(self) -> None:
         """Forgets the series that have no samples: their case failed before the first round."""
@@ -113,42 +126,73 @@ class Report:
             ]
             for series in self.series.values()
         ]
-        _write_markdown(header, rows, stream)
+        write_markdown(header, rows, stream)
         stream.write("\n")
+        self.write_verdicts(targets, stream)
+
+    def write_verdicts(self, targets: Sequence[Target], stream: TextIO) -> None:
+        """A Markdown table of ratios and bounds, and what is missing."""
         header = ["ratio", "of medians", "undisturbed", "target", "verdict"]
-        _write_markdown(header, [self._judge(target) for target in targets], stream)
+        write_markdown(header, [self.judge(target).cells() for target in targets], stream)
         for name, reason in self.missing.items():
             stream.write(f"\n{name}: {reason}")
         stream.write("\n" if self.missing else "")
 
-    def _judge(self, target: Target) -> list[str]:
-        label = f"{target.name} / {target.reference}"
+    def judge(self, target: Target) -> Verdict:
+        """Sets a target beside what was measured."""
         ours = self.series.get(target.name)
-        theirs = self.series.get(target.reference)
-        at_least = target.unit == PER_SECOND
-        wanted = "" if target.bound is None else f"{'>=' if at_least else '<='} {target.bound:.2f}"
-        if ours is None or theirs is None:
-            return [label, "-", "-", wanted, "not measured"]
-        ratio = ours.median / theirs.median
-        verdict = ""
+        theirs = None if target.reference is None else self.series.get(target.reference)
+        if ours is None or (theirs is None and target.reference is not None):
+            return Verdict(target, None, None, None)
+        median, best = ours.median, ours.best_tenth
+        if theirs is not None:
+            median, best = median / theirs.median, best / theirs.best_tenth
+        met = None
         if target.bound is not None:
-            met = ratio >= target.bound if at_least else ratio <= target.bound
-            verdict = "met" if met else "NOT MET"
-        undisturbed = ours.best_tenth / theirs.best_tenth
-        return [label, f"{ratio:.2f}", f"{undisturbed:.2f}", wanted, verdict]
+            met = median >= target.bound if target.at_least else median <= target.bound
+        return Verdict(target, median, best, met)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target, the ratio that was found (None: not measured) and whether it is met."""
+
+    target: Target
+    ratio: float | None
+    undisturbed: float | None
+    met: bool | None
+
+    def cells(self) -> list[str]:
+        """A row of the table of verdicts."""
+        target = self.target
+        label = f"{target.name} / {target.reference}" if target.reference else target.name
+        sign = ">=" if target.at_least else "<="
+        wanted = "" if target.bound is None else f"{sign} {target.bound:.2f}"
+        if self.ratio is None or self.undisturbed is None:
+            return [label, "-", "-", wanted, "not measured"]
+        verdict = "" if self.met is None else "met" if self.met else "NOT MET"
+        return [label, f"{self.ratio:.3g}", f"{self.undisturbed:.3g}", wanted, verdict]
 
 
 def measure_interleaved(
-    cases: Iterable[Case], report: Report, *, rounds: int, warmup: int, pause: float
+    cases: Iterable[Case],
+    report: Report,
+    *,
+    rounds: int,
+    warmup: int,
+    pause: float,
+    advance: Callable[[int], object] | None = None,
 ) -> None:
     """Measures every case once per round; `warmup` rounds more come first and are not counted.
 
     Each round starts with another case, and every second full turn goes backwards, so that no case
     always follows the same other one. `pause` seconds between two measurements let the kernel's
     deferred work (network namespaces are torn down by a worker) end before the next one begins.
-    A case that raises is named in the report and left out from there on.
+    A case that raises is named in the report and left out from there on. `advance` is called with
+    the number of measurements of each round, for a progress bar.
     """
     active = list(cases)
+    planned = len(active)
     for number in range(warmup + rounds):
         turn, shift = divmod(number, max(1, len(active)))
         order = active[shift:] + active[:shift]
@@ -163,15 +207,19 @@ def measure_interleaved(
                 active.remove(case)
                 continue
             report.add(case.unit, samples, counted=number >= warmup)
-        progress(f"round {number + 1} of {warmup + rounds}")
-    progress("")
+        if advance is None:
+            progress(f"round {number + 1} of {warmup + rounds}")
+        else:
+            advance(planned)
+    if advance is None:
+        progress("")
     report.drop_empty()
 
 
 def describe(error: BaseException) -> str:
-    """The type of an exception and the first line of its text."""
+    """The type of an exception and the first line of its text, of which 200 characters will do."""
     lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
 
 
 def progress(text: str) -> None:
@@ -182,14 +230,24 @@ def progress(text: str) -> None:
 
 
 def host_facts() -> dict[str, str]:
-    """Kernel, CPU, Python, commit and user: what every published number has to name."""
+    """Kernel, CPU, Python, commit, user, load: what every published number has to name."""
     return {
         "kernel": platform.release(),
         "cpu": f"{os.cpu_count()} x {_cpu_model()}",
         "python": platform.python_version(),
         "commit": _commit(),
         "user": _user(),
+        "scheduler": _scheduler(),
+        "load": f"{os.getloadavg()[0]:.1f}",
     }
+
+
+def _scheduler() -> str:
+    # On a machine with other work, chrt -f keeps that out of the clock; a table has to say so.
+    names = {os.SCHED_OTHER: "other", os.SCHED_FIFO: "fifo", os.SCHED_RR: "rr"}
+    policy = os.sched_getscheduler(0)
+    priority = os.sched_getparam(0).sched_priority
+    return f"{names.get(policy, str(policy))}{f' {priority}' if priority else ''}"
 
 
 def _cpu_model() -> str:
@@ -224,7 +282,8 @@ def _user() -> str:
         return str(identity)
 
 
-def _write_markdown(header: list[str], rows: list[list[str]], stream: TextIO) -> None:
+def write_markdown(header: list[str], rows: list[list[str]], stream: TextIO) -> None:
+    """A table whose columns are aligned for a reader of the source, too."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     rule = ["-" * width for width in widths]
     for row in [header, rule, *rows]:

@@ -44,13 +44,21 @@ class FloorServer:
     """A running `floor --server`: one request a line, times taken in C."""
 
     def __init__(
-        self, program: Path, command: list[str], *, spawn: bool = False, prefix: Sequence[str] = ()
+        self,
+        program: Path,
+        command: list[str],
+        *,
+        spawn: bool = False,
+        prefix: Sequence[str] = (),
+        event: str | None = None,
     ) -> None:
         """Starts a server for `command`; with `spawn` it makes no sandbox of its own.
 
         `prefix` is a command that ends by executing its arguments; the server runs under it.
+        `event` is the line that `answer` sends.
         """
         options = ["--spawn"] if spawn else []
+        options += [] if event is None else ["--event", event]
         self._process = subprocess.Popen(
             [*prefix, str(program), *options, "--server", "--", *command],
             stdin=subprocess.PIPE,
@@ -64,6 +72,18 @@ class FloorServer:
             raise UnavailableError(f"the command ended with status {status}")
         return duration
 
+    def answer(self) -> float:
+        """One sandbox, start to its answer to the event; microseconds."""
+        duration, status = self._ask("answer")
+        if status:
+            raise UnavailableError(f"no answer; the command ended with status {status}")
+        return duration
+
+    def steps(self) -> dict[str, float]:
+        """The microseconds of each step of the last sandbox."""
+        words = self._request("steps")
+        return {name: float(time) for name, time in zip(words[::2], words[1::2], strict=True)}
+
     def rate(self, count: int, starters: int) -> float:
         """`count` sandboxes from `starters` C processes at once; sandboxes per second."""
         duration, failed = self._ask(f"batch {count} {starters}")
@@ -72,15 +92,19 @@ class FloorServer:
         return count * 1e6 / duration
 
     def _ask(self, request: str) -> tuple[float, int]:
+        duration, status = self._request(request)
+        return float(duration), int(status)
+
+    def _request(self, request: str) -> list[str]:
         requests, answers = self._process.stdin, self._process.stdout
         if requests is None or answers is None:
             raise UnavailableError("the floor server has no pipes")
         requests.write(request.encode() + b"\n")
         requests.flush()
-        answer = answers.readline().split()
-        if len(answer) != 2:
+        answer = answers.readline().decode().split()
+        if not answer:
             raise UnavailableError(f"the floor server ended with status {self._process.wait()}")
-        return float(answer[0]), int(answer[1])
+        return answer
 
     def close(self) -> None:
         """Ends the server (it ends by itself at end of file)."""
@@ -160,9 +184,9 @@ def crun_prefix() -> list[str]:
     return ["unshare", "--mount", "sh", "-c", 'umount "$0" && exec "$@"', str(unified)]
 
 
-def check_runs(argv: list[str]) -> None:
-    """Runs `argv` once; an UnavailableError with its own words when it fails."""
-    done = subprocess.run(argv, capture_output=True, text=True, env=ENVIRONMENT)
+def check_runs(argv: list[str], event: str = "") -> None:
+    """Runs `argv` once, a line on stdin; an UnavailableError with its own words if it fails."""
+    done = subprocess.run(argv, input=f"{event}\n", capture_output=True, text=True, env=ENVIRONMENT)
     if done.returncode:
         words = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
         raise UnavailableError(f"does not run here: {words[-1]}")

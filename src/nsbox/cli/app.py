@@ -21,6 +21,7 @@ _COMMANDS: Final = {
     "plan": ("plan", "plan_command", "Print the steps and protections for given options."),
     "ps": ("ps", "ps_command", "List the live environments."),
     "gc": ("gc", "gc_command", "Remove the cgroups of dead owners."),
+    "bench": ("bench", "bench_command", "Measure nsbox beside its peers (in a checkout)."),
 }
 _OPTION_NAMES: Final = {
     "memory_max": "--memory",
