@@ -392,7 +392,8 @@ class ExecutionEnvironment(FunctionMethods):
 
     # -- states --------------------------------------------------------------------------------
 
-    def _live_link(self) -> Link:
+    def _known_link(self) -> Link:
+        """Return the link, unless the environment is known to be of no use."""
         if self._owner != os.getpid():
             raise EnvironmentStateError(
                 f"environment {self.id} belongs to process {self._owner}; this is its forked "
@@ -401,11 +402,15 @@ class ExecutionEnvironment(FunctionMethods):
         link = self._link
         if link is None:
             raise EnvironmentStateError(f"environment {self.id} is closed; make a new one")
-        if link.note_end():
+        if link.end is not None:
             raise EnvironmentStateError(
                 f"environment {self.id} is dead: {link.describe_end()}; make a new one"
             )
         return link
+
+    def _live_link(self) -> Link:
+        link = self._known_link()
+        return self._known_link() if link.note_end() else link
 
     def _ready_link(self) -> Link:
         link = self._live_link()

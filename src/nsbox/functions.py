@@ -8,6 +8,7 @@ event, with the same errors and the same record of what it was.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import site
@@ -27,7 +28,7 @@ from nsbox.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
 from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
-from nsbox.invoker import Invoker, check_payload, finish_reset
+from nsbox.invoker import Answer, Invoker, check_payload, finish_reset
 from nsbox.link import Link
 from nsbox.result import Outcome, Protections, Result
 from nsbox.worker import Call, OnLog
@@ -54,6 +55,7 @@ def runtime_of(function: Function) -> str:
     return ",".join(["python", *function.preload])
 
 
+@functools.cache
 def module_path(function: Function) -> list[str]:
     """Return sys.path for a handler: its code, its layers, the standard library, site packages."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -83,7 +85,7 @@ class Invocations:
         self._link = link
         self._busy = threading.Lock()
         self._loop: LoopCalls | None = None
-        self.last: Invocation | None = None
+        self._last: Invocation | Answer | None = None
         self._invoker: Invoker | None = None
         if self._function.handler is not None:
             self._invoker = Invoker(link, version, protections)
@@ -122,7 +124,7 @@ class Invocations:
         request_id: str | None,
         client_context: Mapping[str, Any] | None,
         on_log: OnLog | None,
-    ) -> Invocation:
+    ) -> Invocation | Answer:
         """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
         data = check_payload(payload)
         limit = None if timeout is None else parse_seconds(timeout, "timeout")
@@ -136,7 +138,7 @@ class Invocations:
             frame = self._invoker.exchange(call)
             return self._keep(self._invoker.finish(call, frame))
         except (FunctionError, InvokeTimeout) as error:
-            self.last = error.invocation
+            self._last = error.invocation
             raise
         finally:
             self._busy.release()
@@ -148,7 +150,7 @@ class Invocations:
         request_id: str | None,
         client_context: Mapping[str, Any] | None,
         on_log: OnLog | None,
-    ) -> Invocation:
+    ) -> Invocation | Answer:
         """Serve one event on the running loop."""
         invoker = self._invoker
         if invoker is None:
@@ -169,7 +171,7 @@ class Invocations:
             )
             return self._keep(invoker.finish(call, frame))
         except (FunctionError, InvokeTimeout) as error:
-            self.last = error.invocation
+            self._last = error.invocation
             raise
         finally:
             self._busy.release()
@@ -189,9 +191,15 @@ class Invocations:
                 "an environment serves one at a time"
             )
 
-    def _keep(self, invocation: Invocation) -> Invocation:
-        self.last = invocation
-        return invocation
+    def _keep(self, answer: Invocation | Answer) -> Invocation | Answer:
+        self._last = answer
+        return answer
+
+    def last(self) -> Invocation | None:
+        """Return the record of the last invocation, None before the first."""
+        if isinstance(self._last, Answer):
+            self._last = self._last.invocation()
+        return self._last
 
     # -- a plain program -----------------------------------------------------------------------
 
@@ -273,7 +281,7 @@ class FunctionMethods:
     _version: FunctionVersion | None
     _invocations: Invocations | None
 
-    def _live_link(self) -> Link:
+    def _known_link(self) -> Link:
         raise NotImplementedError
 
     def _replace_blank(self) -> None:
@@ -321,14 +329,12 @@ class FunctionMethods:
             ConfigError: The event is no JSON value, or too large.
         """
         payload = _encode_event(event)
-        invocation = self.invoke_bytes(
-            payload,
-            timeout=timeout,
-            request_id=request_id,
-            client_context=client_context,
-            on_log=on_log,
-        )
-        return invocation.json()
+        calls = self._function_calls()
+        try:
+            answer = calls.invoke(payload, timeout, request_id, client_context, on_log)
+        finally:
+            self._end_invocation()
+        return answer.json()
 
     def invoke_bytes(
         self,
@@ -342,9 +348,10 @@ class FunctionMethods:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
         calls = self._function_calls()
         try:
-            return calls.invoke(payload, timeout, request_id, client_context, on_log)
+            answer = calls.invoke(payload, timeout, request_id, client_context, on_log)
         finally:
             self._end_invocation()
+        return answer.invocation() if isinstance(answer, Answer) else answer
 
     async def invoke_async(
         self,
@@ -362,24 +369,23 @@ class FunctionMethods:
         payload = _encode_event(event)
         calls = self._function_calls()
         try:
-            invocation = await calls.invoke_async(
-                payload, timeout, request_id, client_context, on_log
-            )
+            answer = await calls.invoke_async(payload, timeout, request_id, client_context, on_log)
         finally:
             self._end_invocation()
-        return invocation.json()
+        return answer.json()
 
     @property
     def last(self) -> Invocation | None:
         """The last `Invocation`, failed ones too; None before the first."""
-        return None if self._invocations is None else self._invocations.last
+        return None if self._invocations is None else self._invocations.last()
 
     def base_environment(self) -> dict[str, str]:
         """Return the environment variables that every command begins with."""
         return dict(self._environment)
 
     def _function_calls(self) -> Invocations:
-        link = self._live_link()
+        # An end that nobody has noticed yet is seen at once by who waits for the answer.
+        link = self._known_link()
         if self._invocations is None:
             raise EnvironmentStateError(
                 f"environment {self.id} belongs to no function; make one of Function(...).publish()"

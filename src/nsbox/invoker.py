@@ -38,6 +38,26 @@ _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
 
 
+class Answer:
+    """A function's answer; its `Invocation` is made when somebody asks for it."""
+
+    __slots__ = ("_call", "_end", "_invoker", "data")
+
+    def __init__(self, invoker: Invoker, call: Call, data: bytes | memoryview) -> None:
+        self._invoker = invoker
+        self._call = call
+        self._end = time.monotonic()
+        self.data = data
+
+    def json(self) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the answer as a value."""
+        return json.loads(str(self.data, "utf-8"))
+
+    def invocation(self) -> Invocation:
+        """Return the record of the call."""
+        return self._invoker.describe(self._call, bytes(self.data), end=self._end)
+
+
 class Invoker:
     """Made with the environment of a `FunctionVersion` that has a handler.
 
@@ -117,7 +137,10 @@ class Invoker:
             "function": told,
             "forks": self._function.reuse == "reset",
         }
-        self._send(call, runtime.START, json.dumps(details).encode())
+        try:
+            self.worker.send(call, runtime.START, json.dumps(details).encode())
+        except WorkerSilent as error:
+            raise self.judge(call, error) from None
         return call
 
     def _describe(self) -> dict[str, Any]:
@@ -158,7 +181,7 @@ class Invoker:
         self._link.kill()
         if kind != runtime.BROKEN:
             raise self._violation("it is ready before it was asked")
-        raise self._function_error(data, None)
+        raise self._function_error(bytes(data), None)
 
     # -- an event ------------------------------------------------------------------------------
 
@@ -175,8 +198,12 @@ class Invoker:
             self._finish_reset()
         limit = self._function.timeout if timeout is None else timeout
         call = self._call(limit, request_id, on_log)
-        meta = f"{limit!r}\0{call.request_id}\0{client_context}\0".encode()
-        self._send(call, runtime.INVOKE, meta + payload)
+        words = f"{call.request_id}\0{client_context}".encode()
+        head = runtime.INVOCATION.pack(limit, len(words)) + words
+        try:
+            self._worker.send(call, runtime.INVOKE, head, payload)
+        except WorkerSilent as error:
+            raise self.judge(call, error) from None
         return call
 
     def _call(self, timeout: float, request_id: str | None, on_log: OnLog | None) -> Call:
@@ -185,12 +212,6 @@ class Invoker:
             request_id = f"{self._id_prefix}{self._number:012x}"
         room = int(self._function.limits.output_max)
         return Call(self._number, timeout, request_id, room, on_log)
-
-    def _send(self, call: Call, kind: bytes, data: bytes) -> None:
-        try:
-            self._worker.send(call, kind, data)
-        except WorkerSilent as error:
-            raise self.judge(call, error) from None
 
     def exchange(self, call: Call) -> Frame:
         """Wait for the answer.
@@ -203,7 +224,7 @@ class Invoker:
         except (WorkerSilent, WorkerEnded) as error:
             raise self.judge(call, error) from None
 
-    def finish(self, call: Call, frame: Frame) -> Invocation:
+    def finish(self, call: Call, frame: Frame) -> Answer:
         """Judge the worker's answer to an event and return it.
 
         Raises:
@@ -211,27 +232,36 @@ class Invoker:
         """
         kind, data = frame
         if kind == runtime.ANSWER:
-            invocation = self._invocation(call, data)
+            answer = Answer(self, call, data)
             self._begin_reset()
-            return invocation
+            return answer
         if kind == runtime.ERROR:
-            invocation = self._invocation(call, data, "error")
+            payload = bytes(data)
+            invocation = self.describe(call, payload, "error")
             self._begin_reset()
-            raise self._function_error(data, invocation)
+            raise self._function_error(payload, invocation)
         self._link.kill()
-        if kind != runtime.ENDED or not data.isdigit() or int(data) >= 1 << 16:
+        status = bytes(data)
+        if kind != runtime.ENDED or not status.isdigit() or int(status) >= 1 << 16:
             raise self._violation("it answers what was not asked")
-        raise self._exit_error(call, os.waitstatus_to_exitcode(int(data)))
+        raise self._exit_error(call, os.waitstatus_to_exitcode(int(status)))
 
-    def _invocation(
-        self, call: Call, payload: bytes, status: str = "", error_type: str = ""
+    def describe(
+        self,
+        call: Call,
+        payload: bytes,
+        status: str = "",
+        error_type: str = "",
+        end: float | None = None,
     ) -> Invocation:
+        """Return the record of a call that is over, at the moment `end` or now."""
+        logs = call.logs
         return Invocation(
             request_id=call.request_id,
             payload=payload,
-            stdout=b"".join(call.logs["stdout"]),
-            stderr=b"".join(call.logs["stderr"]),
-            duration_seconds=time.monotonic() - call.begin,
+            stdout=b"".join(logs["stdout"]) if logs else b"",
+            stderr=b"".join(logs["stderr"]) if logs else b"",
+            duration_seconds=(time.monotonic() if end is None else end) - call.begin,
             init_seconds=self.init_seconds if call.number == _FIRST else None,
             memory_limit_mb=self._memory_mb,
             status=status,
@@ -262,7 +292,7 @@ class Invoker:
         what = f"Task timed out after {call.timeout:.2f} seconds"
         kind = "Sandbox.Timedout"
         payload = _error_payload(kind, f"RequestId: {call.request_id} Error: {what}")
-        return InvokeTimeout(what, self._invocation(call, payload, "timeout", kind))
+        return InvokeTimeout(what, self.describe(call, payload, "timeout", kind))
 
     def _end_error(self, call: Call, result: Result) -> FunctionError:
         if result.outcome is Outcome.OOM_KILLED:
@@ -282,11 +312,12 @@ class Invoker:
 
     def _ended(self, call: Call, kind: str, what: str) -> FunctionError:
         if call.number == _START:
-            log = b"".join(call.logs["stderr"])[-_LOG_SHOWN:].decode(errors="replace").strip()
-            return FunctionError(kind, f"{what}. {log}" if log else what)
+            log = b"".join(call.logs.get("stderr", ()))[-_LOG_SHOWN:]
+            text = log.decode(errors="replace").strip()
+            return FunctionError(kind, f"{what}. {text}" if text else what)
         message = f"RequestId: {call.request_id} Error: {what}"
         payload = _error_payload(kind, message)
-        return FunctionError(kind, message, (), self._invocation(call, payload, "error", kind))
+        return FunctionError(kind, message, (), self.describe(call, payload, "error", kind))
 
     def _function_error(
         self, data: bytes, invocation: Invocation | None

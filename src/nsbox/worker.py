@@ -23,7 +23,7 @@ from nsbox.result import Result
 OnLog = Callable[[str, bytes], object]
 """Called with ``"stdout"`` or ``"stderr"`` and bytes as they come."""
 
-Frame = tuple[bytes, bytes]
+Frame = tuple[bytes, bytes | memoryview]
 """Kind and body."""
 
 _CHUNK: Final = 1 << 16
@@ -53,7 +53,7 @@ class Call:
     """An event on its way, or the start of a worker, and what has come back of it so far."""
 
     __slots__ = (
-        "begin", "deadline", "logs", "number", "on_log", "request_id", "room", "timeout",
+        "begin", "deadline", "logs", "number", "on_log", "request_id", "room", "rooms", "timeout",
     )  # fmt: skip
 
     def __init__(
@@ -62,18 +62,21 @@ class Call:
         self.number = number
         self.timeout = timeout
         self.request_id = request_id
-        self.room = {"stdout": room, "stderr": room}
-        self.logs: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        self.room = room
+        self.logs: dict[str, list[bytes]] = {}
         self.on_log = on_log
         self.begin = time.monotonic()
         self.deadline = self.begin + timeout
 
     def log(self, name: str, data: bytes) -> None:
         """Keep what was written, up to the limit; all of it goes to the callback."""
-        room = self.room[name]
-        if room:
+        if not self.logs:
+            self.logs = {"stdout": [], "stderr": []}
+            self.rooms = {"stdout": self.room, "stderr": self.room}
+        room = self.rooms[name]
+        if room > 0:
             self.logs[name].append(data[:room])
-            self.room[name] = max(0, room - len(data))
+            self.rooms[name] = room - len(data)
         if self.on_log is not None:
             self.on_log(name, data)
 
@@ -109,23 +112,29 @@ class Worker:
         own = [] if self._is_ended else [self._socket.fileno()]
         return [*own, *self.process.descriptors(), *self._logs]
 
-    def send(self, call: Call, kind: bytes, data: bytes) -> None:
-        """Send a frame.
+    def send(self, call: Call, kind: bytes, head: bytes, body: bytes = b"") -> None:
+        """Send a frame of `head` and `body`.
 
         Raises:
             WorkerSilent: It does not read it.
         """
-        view = memoryview(runtime.HEADER.pack(kind, len(data), call.number) + data)
+        size = len(head) + len(body)
+        first = runtime.HEADER.pack(kind, size, call.number) + head
+        left_to_send = len(first) + len(body)
+        parts: list[bytes | memoryview] = [first, body]
         while True:
             try:
-                sent = self._socket.send(view)
+                sent = self._socket.sendmsg(parts)
             except BlockingIOError:
                 sent = 0
             except OSError:
                 return  # it has ended, which is seen by who waits for the answer
-            if sent == len(view):
+            left_to_send -= sent
+            if not left_to_send:
                 return
-            view = view[sent:]
+            done = len(first) + len(body) - left_to_send
+            at = max(0, done - len(first))
+            parts = [first[done:], memoryview(body)[at:]]
             # It does not read as fast as that: wait for room, or for its end.
             poll = select.poll()
             poll.register(self._socket.fileno(), select.POLLOUT)
@@ -229,13 +238,14 @@ class Worker:
             raise self.violation(f"its answer has the number {number} and not {call.number}")
         end = runtime.HEADER.size + length
         if len(data) < end:
-            data = self._read_rest(call, data, end)
+            self._buffer = b""
+            return kind, self._read_rest(call, data, end)[runtime.HEADER.size :]
         if len(data) > end:
             raise self.violation("it says more than its answer")
         self._buffer = b""
         return kind, data[runtime.HEADER.size :]
 
-    def _read_rest(self, call: Call, data: bytes, end: int) -> bytes:
+    def _read_rest(self, call: Call, data: bytes, end: int) -> memoryview:
         """Read the rest of a frame into one buffer of its size; the log is read meanwhile."""
         whole = bytearray(end)
         whole[: len(data)] = data
@@ -257,4 +267,4 @@ class Worker:
             if not count:
                 raise self._ended(call)
             filled += count
-        return bytes(whole)
+        return view

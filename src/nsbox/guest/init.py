@@ -35,6 +35,7 @@ _IGNORED_SIGNALS = (c.SIGPIPE, c.SIGXFSZ)
 _SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal signals are merged
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
+_DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end
 
 
 class _Command:
@@ -56,7 +57,7 @@ class Runtime:
     __slots__ = ("fork_worker", "reset")
 
     def __init__(
-        self, fork_worker: Callable[[], tuple[int, _Socket]], reset: Callable[[], None]
+        self, fork_worker: Callable[..., tuple[int, _Socket]], reset: Callable[[], None]
     ) -> None:
         self.fork_worker = fork_worker
         self.reset = reset
@@ -92,10 +93,13 @@ class Init:
         self._watch(signals, self._on_child)
         self._watch(lifeline, _leave)
 
-    def run(self) -> NoReturn:
-        """Serve until the host or the launcher is gone."""
+    def run(self, *, is_blank: bool) -> NoReturn:
+        """Serve until the host or the launcher is gone.
+
+        `is_blank` says that nobody waits for this environment yet.
+        """
         if self._runtime is not None:
-            pid, self._intake = self._runtime.fork_worker()
+            pid, self._intake = self._runtime.fork_worker(has_time=is_blank)
             self._worker = self._commands[pid] = _Command(pid, None)
         while True:
             for fd, _ in self._poll.poll():
@@ -199,8 +203,7 @@ class Init:
             others = [pid for pid in _parents() if pid not in kept]
             if not others:
                 return
-            for pid in others:
-                _signal(pid, c.SIGKILL)
+            _end_all(others)
             self._reap()
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it
 
@@ -270,8 +273,7 @@ class Init:
             strays = self._strays()
             if not strays:
                 return
-            for pid in strays:
-                _signal(pid, c.SIGKILL)
+            _end_all(strays)
             self._reap()
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it
 
@@ -309,6 +311,22 @@ class Init:
         # The rest of its processes go when the end of the first is seen (_finish).
         if command.pid in self._commands:
             _signal(command.pid, c.SIGKILL)
+
+
+def _end_all(pids: list[int]) -> None:
+    """SIGKILL processes and wait until they have ended, whoever their parents are."""
+    for pid in pids:
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            continue  # it has ended, or there is no room: the next pass looks again
+        try:
+            _signal(pid, c.SIGKILL)
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll(_DEATH_DEADLINE)
+        finally:
+            os.close(fd)
 
 
 def _parents() -> dict[int, int]:

@@ -9,13 +9,14 @@ Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
 
 1. host -> worker  ``START``    JSON: see `Worker.start`; with the function's environment variables
 2. worker -> host  ``READY``    empty: the module is imported; or ``BROKEN``, an error, and it ends
-3. host -> worker  ``INVOKE``   deadline, request id, client context between NULs, then the event
+3. host -> worker  ``INVOKE``   `INVOCATION`, request id, NUL, client context; then the event
 4. worker -> host  ``ANSWER``   JSON of the answer; or ``ERROR``: errorType, errorMessage and
    stackTrace of what the handler raised; or ``ENDED``: the status of a fork that gave no answer
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 HEADER = struct.Struct("!cIQ")
 """Kind, bytes that follow, and the number of the invocation."""
+INVOCATION = struct.Struct("!dH")
+"""Seconds left, and bytes of request id and client context."""
 START, READY, BROKEN = b"S", b"Y", b"B"
 INVOKE, ANSWER, ERROR, ENDED = b"I", b"A", b"E", b"X"
 PAYLOAD_MAX = 6 << 20
@@ -89,7 +92,7 @@ class Worker:
         kind, _, data = self._receive()
         if kind != START:
             os._exit(1)
-        self.start(json.loads(data))
+        self.start(json.loads(bytes(data)))
         while True:
             kind, number, data = self._receive()
             if kind != INVOKE:
@@ -97,7 +100,7 @@ class Worker:
             if self._forks:
                 self._invoke_in_fork(number, data)
             else:
-                self._invoke(number, data)
+                self.invoke(number, data)
 
     def start(self, request: dict[str, Any]) -> None:
         """Import the handler's module, as ``{handler, path, env, function, forks}`` say."""
@@ -105,6 +108,8 @@ class Worker:
         os.environ.update(request["env"])
         sys.path[:] = request["path"]
         sys.path_importer_cache.clear()
+        sys.dont_write_bytecode = True  # its code is read-only
+        gc.enable()  # the template has switched it off
         sys.argv = [""]
         self._function = request["function"]
         self._forks = request["forks"]
@@ -125,23 +130,26 @@ class Worker:
         self._send(BROKEN, 0, json.dumps({**error, "requestId": ""}).encode())
         os._exit(1)
 
-    def _invoke(self, number: int, data: bytes) -> None:
+    def invoke(self, number: int, data: bytes | memoryview) -> None:
+        """Call the handler with an event and send its answer."""
         kind, answer = self._call(data)
         _flush()
         self._send(kind, number, answer)
 
-    def _call(self, data: bytes) -> tuple[bytes, bytes]:
-        left, request_id, client_context, event = data.split(b"\0", 3)
-        deadline = time.monotonic() + float(left)
-        name = request_id.decode()
+    def _call(self, data: bytes | memoryview) -> tuple[bytes, bytes]:
+        left, size = INVOCATION.unpack_from(data)
+        deadline = time.monotonic() + left
+        begin = INVOCATION.size + size
+        words = str(data[INVOCATION.size : begin], "utf-8")
+        name, _, client_context = words.partition("\0")
         try:
-            value = json.loads(event)
+            value = json.loads(str(data[begin:], "utf-8"))
         except ValueError as error:
             return ERROR, _failure(
                 "Runtime.UnmarshalError", f"Unable to unmarshal input: {error}", name
             )
         try:
-            context = Context(self._function, deadline, name, client_context.decode())
+            context = Context(self._function, deadline, name, client_context)
             answer = self._handler(value, context)  # type: ignore[misc]
         except BaseException as error:  # noqa: BLE001 - handlers may raise anything
             if isinstance(error, SystemExit):
@@ -162,13 +170,13 @@ class Worker:
             return ERROR, _failure("Function.ResponseSizeTooLarge", message, name)
         return ANSWER, data
 
-    def _invoke_in_fork(self, number: int, data: bytes) -> None:
+    def _invoke_in_fork(self, number: int, data: bytes | memoryview) -> None:
         """Have a fork of this process, as it was after the import, do it and end."""
         pid = os.fork()
         if pid == 0:
             try:
                 _be_visible()
-                self._invoke(number, data)
+                self.invoke(number, data)
             finally:
                 os._exit(0)
         _, status = os.waitpid(pid, 0)
@@ -176,7 +184,7 @@ class Worker:
             # An end without an answer, or after one, which the host has taken by then.
             self._send(ENDED, number, str(status).encode())
 
-    def _receive(self) -> tuple[bytes, int, bytes]:
+    def _receive(self) -> tuple[bytes, int, bytes | memoryview]:
         data = self._buffer
         while len(data) < HEADER.size:
             more = self._channel.recv(_FIRST_READ)
@@ -198,7 +206,7 @@ class Worker:
                 os._exit(0)
             filled += count
         self._buffer = b""
-        return kind, number, bytes(body)
+        return kind, number, view
 
     def _send(self, kind: bytes, number: int, data: bytes) -> None:
         try:

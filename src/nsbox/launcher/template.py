@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     from nsbox.linux.program import Entry
 
 
+_THREAD_COUNTS = (
+    "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS", "NUMEXPR_NUM_THREADS",
+)  # fmt: skip
+
+
 class _Failure(Exception):
     """A step of a birth failed."""
 
@@ -68,6 +74,7 @@ class Template:
         self._extent = b""
         self._drop_groups = False
         # Of the clone being made.
+        self._is_blank = False
         self._pid, self._pidfd = 0, -1
 
     def run(self) -> NoReturn:
@@ -117,7 +124,7 @@ class Template:
         calls.close_range(self._first_own, c.CLOSE_RANGE_MAX)
 
     def _give_birth(self, message: tuple[Any, ...], fds: list[int]) -> None:
-        _, key, env_id, host_id, destinations, has_cgroup, has_network = message
+        _, key, env_id, host_id, destinations, has_cgroup, has_network, self._is_blank = message
         spec, prepared = self._specs[key]
         control, layout, *rest = fds
         cgroup = rest.pop(0) if has_cgroup else -1
@@ -191,7 +198,7 @@ class Template:
             finally:
                 os._exit(1)
         try:
-            self._init.run()
+            self._init.run(is_blank=self._is_blank)
         finally:
             os._exit(1)
 
@@ -219,10 +226,18 @@ def _load_runtime(preload: list[str]) -> Runtime:
     """Import what functions' environments begin with: the worker, and what the operator names."""
     from importlib import import_module
 
-    from nsbox.guest import intake, reset
+    from nsbox.guest import intake, reset, warm
 
+    # A clone has one thread only, and a process of many may not change its mount namespace
+    # (setns(2)): what numerical libraries start threads by is told not to.
+    os.environ.update(dict.fromkeys(_THREAD_COUNTS, "1"))
     for name in preload:
         import_module(name)
+        if len(os.listdir("/proc/self/task")) > 1:
+            raise RuntimeError(f"the module {name!r} starts threads, which no clone would have")
+    for name in _THREAD_COUNTS:
+        del os.environ[name]
+    warm.warm_up()
     return Runtime(intake.fork_worker, reset.reset)
 
 

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do once, on nothing, what every worker does first.
+
+The interpreter sets much up when it is first needed: importer, compiler, codecs. The template does
+it before there are clones, and the worker of a blank environment while it waits, so that it has its
+own copies of the pages that a start and an invocation write to.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from _socket import AF_UNIX, SOCK_STREAM, socketpair
+from importlib.machinery import SourceFileLoader
+
+from nsbox.guest import python_runtime
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_DIRECTORY = os.path.dirname(__file__)
+_SOURCE = b"""
+class A:
+    def f(self, *a, **k):
+        return [x for x in {**k} if x] + [a, f"{a}"]
+"""
+
+
+def handler(event: Any, context: python_runtime.Context) -> Any:  # noqa: ANN401 - any JSON value
+    """Answer an event with itself."""
+    context.get_remaining_time_in_millis()
+    return event
+
+
+def warm_up() -> None:
+    """Start a worker with `handler` above, and have it answer an event; leave nothing of it."""
+    SourceFileLoader("warm", __file__).source_to_code(_SOURCE, "<warm>")
+    environment, path, directory = dict(os.environ), list(sys.path), os.getcwd()
+    ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
+    try:
+        worker = python_runtime.Worker(theirs)
+        if os.path.isdir(_DIRECTORY):  # not in an environment that does not see nsbox
+            worker.start(
+                {
+                    "handler": "warm.handler",
+                    "path": [_DIRECTORY],
+                    "cwd": directory,
+                    "env": {"WARM": "1"},
+                    "function": dict.fromkeys(
+                        ("name", "version", "arn", "memory", "log_group", "log_stream", "tenant"),
+                        "",
+                    ),
+                    "forks": True,
+                }
+            )
+            worker.invoke(1, python_runtime.INVOCATION.pack(1.0, 2) + b"w\0" + b'{"warm": [1.5]}')
+    finally:
+        ours.close()
+        theirs.close()
+        sys.modules.pop("warm", None)
+        sys.path[:] = path
+        sys.path_importer_cache.clear()
+        os.environ.clear()
+        os.environ.update(environment)
