@@ -10,6 +10,7 @@ from nsbox.isolation import filesystem, userland
 from nsbox.isolation.namespaces import come_home
 from nsbox.linux import calls
 from nsbox.linux import constants as c
+from nsbox.linux.descriptors import close_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,17 +100,20 @@ class Layouts:
         Raises:
             OSError: A source is gone, or the environment.
         """
-        trees = [(userland.clone_tree(source), destination) for source, destination in mounts]
         inside = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        trees: list[int] = []
         try:
+            for source, _ in mounts:
+                trees.append(userland.clone_tree(source))
             calls.setns(inside, c.CLONE_NEWNS)
             try:
-                for fd, destination in trees:
-                    filesystem.attach(fd, destination)
+                for _, destination in mounts:
+                    filesystem.attach(trees[0], destination)
+                    del trees[0]  # closed
             finally:
                 come_home(self._home_mounts, c.CLONE_NEWNS)
         finally:
-            os.close(inside)
+            close_all([inside, *trees])
 
     def proc_extent(self, layout: int) -> str:
         """Return how much of a /proc environments can have here; found out once, in `layout`."""

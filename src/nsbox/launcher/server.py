@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 NETWORKS_READY = 4
+TEMPLATES_KEPT = 4  # besides that of commands; one for each set of preloaded modules
 # A socket queues few messages (net.unix.max_dgram_qlen): more births at once could have launcher
 # and template each wait for the other to read.
 _BIRTHS_AT_ONCE = 4
@@ -203,6 +204,9 @@ class Server:
     def _find_template(self, kind: str) -> TemplateProcess:
         template = self._templates.get(kind)
         if template is None:
+            idle = [other for other in self._templates.values() if other.kind and not other.pending]
+            for other in idle[: max(0, len(idle) - TEMPLATES_KEPT + 1)]:
+                self._end_template(other)
             words = [str(self._host_pid), kind, *self._paths]
             template = self._templates[kind] = TemplateProcess(kind, words, self._lifeline)
             self._watch(template.fileno(), lambda: self._on_born(template))
@@ -282,11 +286,7 @@ class Server:
 
     def _replace_template(self, template: TemplateProcess, also: Birth | None = None) -> None:
         """Start another and send it the births under way, each once more; environments live on."""
-        del self._templates[template.kind]
-        self._forget(template.fileno())
-        self._forget(template.pidfd)
-        _end_child(template.pid)
-        template.close()
+        self._end_template(template)
         known = {environment.pid for environment in self._environments.values()}
         known |= {other.pid for other in self._templates.values()}
         for pid in proc.children(os.getpid()):
@@ -302,6 +302,13 @@ class Server:
             except OSError as error:
                 self._abort(birth, failure("clone", error))
         self._hear_requests(True)
+
+    def _end_template(self, template: TemplateProcess) -> None:
+        del self._templates[template.kind]
+        self._forget(template.fileno())
+        self._forget(template.pidfd)
+        _end_child(template.pid)
+        template.close()
 
     def _abort(self, birth: Birth, failed: dict[str, Any]) -> None:
         """Remove what the launcher's steps had made, then tell the host what failed."""
