@@ -136,6 +136,7 @@ class Invoker:
             "env": {**environment, **self._variables(told), **dict(self._version.env)},
             "function": told,
             "forks": self._function.reuse == "reset",
+            "visible": self._function.reuse != "reset",
         }
         try:
             self.worker.send(call, runtime.START, json.dumps(details).encode())

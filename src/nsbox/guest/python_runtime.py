@@ -7,7 +7,7 @@ inside: the host believes nothing it says about itself, and what it answers is t
 
 Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
 
-1. host -> worker  ``START``    JSON: see `Worker.start`; with the function's environment variables
+1. host -> worker  ``START``    JSON: see `Worker._start`; with the function's environment variables
 2. worker -> host  ``READY``    empty: the module is imported; or ``BROKEN``, an error, and it ends
 3. host -> worker  ``INVOKE``   `INVOCATION`, request id, NUL, client context; then the event
 4. worker -> host  ``ANSWER``   JSON of the answer; or ``ERROR``: errorType, errorMessage and
@@ -89,21 +89,24 @@ class Worker:
 
     def run(self) -> NoReturn:
         """Serve until the host lets go."""
-        kind, _, data = self._receive()
-        if kind != START:
-            os._exit(1)
-        self.start(json.loads(bytes(data)))
         while True:
-            kind, number, data = self._receive()
-            if kind != INVOKE:
-                os._exit(1)
+            self.serve_one()
+
+    def serve_one(self) -> None:
+        """Wait for a frame and do what it says."""
+        kind, number, data = self._receive()
+        if kind == INVOKE and self._handler is not None:
             if self._forks:
                 self._invoke_in_fork(number, data)
             else:
-                self.invoke(number, data)
+                self._invoke(number, data)
+        elif kind == START and self._handler is None:
+            self._start(json.loads(bytes(data)))
+        else:
+            os._exit(1)
 
-    def start(self, request: dict[str, Any]) -> None:
-        """Import the handler's module, as ``{handler, path, env, function, forks}`` say."""
+    def _start(self, request: dict[str, Any]) -> None:
+        """Import the handler's module, as ``{handler, path, env, function, forks, visible}`` say."""
         os.environ.clear()
         os.environ.update(request["env"])
         sys.path[:] = request["path"]
@@ -113,7 +116,7 @@ class Worker:
         sys.argv = [""]
         self._function = request["function"]
         self._forks = request["forks"]
-        if not self._forks:
+        if request["visible"]:
             _be_visible()
         try:
             os.chdir(request["cwd"])
@@ -130,8 +133,7 @@ class Worker:
         self._send(BROKEN, 0, json.dumps({**error, "requestId": ""}).encode())
         os._exit(1)
 
-    def invoke(self, number: int, data: bytes | memoryview) -> None:
-        """Call the handler with an event and send its answer."""
+    def _invoke(self, number: int, data: bytes | memoryview) -> None:
         kind, answer = self._call(data)
         _flush()
         self._send(kind, number, answer)
@@ -176,7 +178,7 @@ class Worker:
         if pid == 0:
             try:
                 _be_visible()
-                self.invoke(number, data)
+                self._invoke(number, data)
             finally:
                 os._exit(0)
         _, status = os.waitpid(pid, 0)
@@ -287,7 +289,8 @@ def _flush() -> None:
             continue  # the function has closed or replaced it
 
 
-def _open_stream(fd: int) -> TextIO:
+def open_stream(fd: int) -> TextIO:
+    """Return the standard stream for a descriptor, which stays open when it is closed."""
     return open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
@@ -303,7 +306,7 @@ def _be_visible() -> None:
 def main(channel: int) -> NoReturn:
     """Serve on an inherited descriptor."""
     # New ones: those of a clone were made for other files.
-    sys.stdout, sys.stderr = _open_stream(1), _open_stream(2)
+    sys.stdout, sys.stderr = open_stream(1), open_stream(2)
     try:
         Worker(_Socket(fileno=channel)).run()
     except BaseException as error:  # noqa: BLE001 - the log is told, as an interpreter would

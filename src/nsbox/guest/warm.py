@@ -8,6 +8,7 @@ own copies of the pages that a start and an invocation write to.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
@@ -27,6 +28,10 @@ class A:
 """
 
 
+_TOLD = ("name", "version", "arn", "memory", "log_group", "log_stream", "tenant")
+_EVENT = python_runtime.INVOCATION.pack(1.0, 2) + b'w\0{"warm": [1.5]}'
+
+
 def handler(event: Any, context: python_runtime.Context) -> Any:  # noqa: ANN401 - any JSON value
     """Answer an event with itself."""
     context.get_remaining_time_in_millis()
@@ -38,23 +43,25 @@ def warm_up() -> None:
     SourceFileLoader("warm", __file__).source_to_code(_SOURCE, "<warm>")
     environment, path, directory = dict(os.environ), list(sys.path), os.getcwd()
     ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
+    request = {
+        "handler": "warm.handler",
+        "path": [_DIRECTORY],
+        "cwd": directory,
+        "env": {f"WARM_{number}": "1" for number in range(20)},
+        "function": dict.fromkeys(_TOLD, ""),
+        "forks": False,
+        "visible": False,
+    }
     try:
-        worker = python_runtime.Worker(theirs)
+        python_runtime.open_stream(1).write("")
         if os.path.isdir(_DIRECTORY):  # not in an environment that does not see nsbox
-            worker.start(
-                {
-                    "handler": "warm.handler",
-                    "path": [_DIRECTORY],
-                    "cwd": directory,
-                    "env": {"WARM": "1"},
-                    "function": dict.fromkeys(
-                        ("name", "version", "arn", "memory", "log_group", "log_stream", "tenant"),
-                        "",
-                    ),
-                    "forks": True,
-                }
-            )
-            worker.invoke(1, python_runtime.INVOCATION.pack(1.0, 2) + b"w\0" + b'{"warm": [1.5]}')
+            worker = python_runtime.Worker(theirs)
+            for kind, data in (
+                (python_runtime.START, json.dumps(request).encode()),
+                (python_runtime.INVOKE, _EVENT),
+            ):
+                ours.sendall(python_runtime.HEADER.pack(kind, len(data), 1) + data)
+                worker.serve_one()
     finally:
         ours.close()
         theirs.close()
