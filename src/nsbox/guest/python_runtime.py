@@ -86,6 +86,7 @@ class Worker:
         self._function: dict[str, Any] = {}
         self._forks = False
         self._buffer = b""
+        self._tell = -1  # in a fork: where to say that the answer is on its way
 
     def run(self) -> NoReturn:
         """Serve until the host lets go."""
@@ -106,7 +107,7 @@ class Worker:
             os._exit(1)
 
     def _start(self, request: dict[str, Any]) -> None:
-        """Import the handler's module, as ``{handler, path, env, function, forks, visible}`` say."""
+        """Import the module, as ``{handler, path, cwd, env, function, forks, visible}`` say."""
         os.environ.clear()
         os.environ.update(request["env"])
         sys.path[:] = request["path"]
@@ -174,16 +175,26 @@ class Worker:
 
     def _invoke_in_fork(self, number: int, data: bytes | memoryview) -> None:
         """Have a fork of this process, as it was after the import, do it and end."""
+        told, tell = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:
+                os.close(told)
+                self._tell = tell
                 _be_visible()
                 self._invoke(number, data)
             finally:
                 os._exit(0)
+        os.close(tell)
         _, status = os.waitpid(pid, 0)
-        if status:
-            # An end without an answer, or after one, which the host has taken by then.
+        # Its status says nothing when it has answered: it may be killed before it ends by itself.
+        os.set_blocking(told, False)  # a process that it has left may hold the other end
+        try:
+            has_answered = os.read(told, 1)
+        except BlockingIOError:
+            has_answered = b""
+        os.close(told)
+        if not has_answered:
             self._send(ENDED, number, str(status).encode())
 
     def _receive(self) -> tuple[bytes, int, bytes | memoryview]:
@@ -212,6 +223,8 @@ class Worker:
 
     def _send(self, kind: bytes, number: int, data: bytes) -> None:
         try:
+            if self._tell >= 0:
+                os.write(self._tell, b"a")
             header = HEADER.pack(kind, len(data), number)
             if len(data) < _FIRST_READ:
                 self._channel.sendall(header + data)
