@@ -15,6 +15,7 @@ from _socket import AF_UNIX, SOCK_SEQPACKET, socketpair
 from _socket import socket as _Socket
 
 from nsbox.guest import python_runtime, warm
+from nsbox.isolation import privileges
 from nsbox.linux import constants as c
 from nsbox.linux.descriptors import close_all_but, receive_bytes
 
@@ -44,6 +45,7 @@ def fork_worker(*, has_time: bool) -> tuple[int, _Socket]:
 def _wait(intake: _Socket, *, has_time: bool) -> NoReturn:
     # PID 1's descriptors are not the worker's to have.
     close_all_but((0, 1, 2, intake.fileno()))
+    privileges.set_name("nsbox-worker")
     os.setsid()
     pthread_sigmask(SIG_UNBLOCK, [c.SIGCHLD])
     if has_time:
