@@ -256,7 +256,11 @@ class _Holder:
     def get(self) -> Launcher:
         with self._lock:
             if self._launcher is not None and not self._launcher.alive:
-                _log.warning("the launcher %d has died; starting another", self._launcher.pid)
+                words = self._launcher.last_words()
+                told = f": {words.strip()}" if words else ""
+                _log.warning(
+                    "the launcher %d has died; starting another%s", self._launcher.pid, told
+                )
                 self._close()
             if self._launcher is None:
                 self._launcher = Launcher()

@@ -17,13 +17,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
-NAME = "nsbox-janitor"
 _SWEEP_AFTER = 0.25  # seconds after the launcher's start
 _SWEEP_AT_EXIT = 0.2  # seconds that sweep may take while the host waits for its own to be removed
 
 
-def start(directories: list[str], done: int) -> int:
-    """Fork the janitor of the calling process; return its pidfd.
+def start(directories: list[str], done: int) -> tuple[int, int]:
+    """Fork the janitor of the calling process; return its pid and pidfd.
 
     `done` is a pipe end that the janitor keeps open until all is removed: who reads EOF from it
     knows that nothing is left.
@@ -36,11 +35,11 @@ def start(directories: list[str], done: int) -> int:
         finally:
             os._exit(1)
     os.close(launcher)
-    return os.pidfd_open(pid)
+    return pid, os.pidfd_open(pid)
 
 
 def _run(launcher: int, directories: list[str], done: int) -> NoReturn:
-    privileges.set_name(NAME)
+    privileges.set_name("nsbox-janitor")
     # The launcher's lifeline and its socket to the host must not stay open here.
     close_all_but((0, 1, 2, launcher, done))
     poll = select.poll()

@@ -108,7 +108,7 @@ class Server:
         self._proc_extent = ""
         self._tree = cgroups.Tree.for_process(os.getpid())
         self._candidates = self._tree.candidates
-        self._janitor = -1
+        self._janitor = self._janitor_pid = -1
         # Before the first directory is made: whoever kills this process at any later moment finds
         # somebody who removes it.
         self._start_janitor()
@@ -190,7 +190,7 @@ class Server:
 
     def _start_janitor(self) -> None:
         if self._candidates:
-            self._janitor = janitor.start(self._candidates, self._done)
+            self._janitor_pid, self._janitor = janitor.start(self._candidates, self._done)
             self._watch(self._janitor, self._on_janitor_exit)
 
     def _on_janitor_exit(self) -> None:
@@ -288,10 +288,10 @@ class Server:
         """Start another and send it the births under way, each once more; environments live on."""
         self._end_template(template)
         known = {environment.pid for environment in self._environments.values()}
-        known |= {other.pid for other in self._templates.values()}
+        known |= {self._janitor_pid, *(other.pid for other in self._templates.values())}
         for pid in proc.children(os.getpid()):
             # A clone that it could not tell of any more.
-            if pid not in known and proc.read_stat(pid).comm != janitor.NAME:
+            if pid not in known:
                 _end_child(pid)
         for birth in [*template.pending, *([also] if also else [])]:
             try:
