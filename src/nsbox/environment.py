@@ -108,7 +108,7 @@ class ExecutionEnvironment(FunctionMethods):
         )
         self._link = link
         if version is not None:
-            # In no cycle, or a closed environment would hold on to its code until the collector runs.
+            # In no cycle: a closed environment would hold on to its code until a collection.
             own = weakref.proxy(self)
             self._invocations = Invocations(own, version, link, lambda: own.protections)
             try:
