@@ -205,8 +205,9 @@ def _tell(error: FunctionError) -> None:
 
 def _with_memory(invocation: Invocation, environment: ExecutionEnvironment) -> Invocation:
     peak = None
-    with suppress(EnvironmentStateError):  # it is gone, and its counters with it
-        peak = environment.usage().memory_peak_bytes
+    if invocation.memory_peak_mb is None:
+        with suppress(EnvironmentStateError):  # it is gone, and its counters with it
+            peak = environment.usage().memory_peak_bytes
     if peak is None:
         return invocation
     return replace(invocation, memory_peak_mb=math.ceil(peak / (1 << 20)))
