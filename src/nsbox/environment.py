@@ -8,6 +8,7 @@ import functools
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -107,7 +108,9 @@ class ExecutionEnvironment(FunctionMethods):
         )
         self._link = link
         if version is not None:
-            self._invocations = Invocations(self, version, link, lambda: self.protections)
+            # In no cycle: a closed environment would hold on to its code until a collection.
+            own = weakref.proxy(self)
+            self._invocations = Invocations(own, version, link, lambda: own.protections)
             try:
                 if furniture:
                     link.request("furnish", mounts=furniture)

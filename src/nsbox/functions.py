@@ -46,7 +46,10 @@ def runtime_of(function: Function) -> str:
         ConfigError: None can.
     """
     if function.handler is None:
-        return "python" if function.reuse == "reset" else ""
+        # Without root only those templates can be furnished that were executed in the launcher's
+        # user namespace, which the one of commands is older than (ptrace_may_access, mm->user_ns).
+        is_furnished = function.code is not None or function.layers
+        return "python" if function.reuse == "reset" or is_furnished else ""
     if function.rootfs is not None and function.start == "clone":
         raise ConfigError(
             "start: 'clone' is of the host's own interpreter, which does not fit to a rootfs; "

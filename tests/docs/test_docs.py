@@ -195,9 +195,15 @@ def test_every_public_name_is_in_the_api_document() -> None:
     prose = re.sub(r"^```.*?^```$", "", read("docs/api.md"), flags=re.M | re.S)
     told = set(re.findall(r"\w+", " ".join(words(prose))))
     assert set(nsbox.__all__) - {"__version__"} <= told
-    for value in (nsbox.Config, nsbox.Limits, nsbox.IoMax, nsbox.Result):
+    for value in (nsbox.Config, nsbox.Limits, nsbox.IoMax, nsbox.Result, nsbox.Invocation):
         assert {item.name for item in fields(value) if item.init} <= told
-    for kind in (nsbox.ExecutionEnvironment, nsbox.Process, nsbox.Function, nsbox.FunctionVersion):
+    for kind in (
+        nsbox.ExecutionEnvironment,
+        nsbox.Process,
+        nsbox.Function,
+        nsbox.FunctionVersion,
+        nsbox.Invocation,
+    ):
         public = {name for name, _ in inspect.getmembers(kind) if not name.startswith("_")}
         assert (
             public
@@ -217,6 +223,19 @@ def test_what_may_be_missing_is_told() -> None:
 def test_outcomes_are_told_with_the_status_of_the_command_line() -> None:
     told = [words(row[0])[0] for row in rows(read("README.md"), "## Truthful results")]
     assert told == [item.name for item in nsbox.Outcome]
+
+
+def test_error_types_of_functions_are_told() -> None:
+    named = re.compile(r"\b(?:Runtime|Function|Sandbox)\.[A-Z]\w+")
+    made = {
+        word
+        for path in (REPOSITORY / "src/nsbox").rglob("*.py")
+        for word in re.findall(rf'"({named.pattern})"', path.read_text())
+    }
+    table = rows(read("docs/functions.md"), "### What goes wrong")
+    assert set(named.findall("\n".join(" ".join(row) for row in table))) == made
+    for _, _, state in table:
+        assert not words(state) or words(state)[0] in nsbox.State.__members__
 
 
 def test_every_command_is_told() -> None:

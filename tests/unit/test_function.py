@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from tests.support import SOURCE
 from nsbox import (
     Config,
     ConfigError,
+    ExecutionEnvironment,
     Function,
     FunctionVersion,
     IoMax,
@@ -510,6 +513,23 @@ def test_module_in_a_zip_file_of_the_path_is_refused(
 
 
 # -- in an environment ---------------------------------------------------------------------------
+
+
+@pytest.mark.needs("userns")
+def test_closed_environment_lets_go_of_its_code_without_the_collector(
+    code: Path, store: Store
+) -> None:
+    version = Function("app.handler", code=code).publish()
+    gone = weakref.ref(version)
+    gc.disable()
+    try:
+        with ExecutionEnvironment(version) as env:
+            env.invoke(7)
+        del version, env
+        assert gone() is None
+        assert len(store.collect(max_age=0)) == 1
+    finally:
+        gc.enable()
 
 
 @pytest.mark.needs("userns")

@@ -7,16 +7,20 @@ import importlib
 import os
 import re
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from nsbox.cli import INTERRUPTED, OWN_FAILURE
 from nsbox.errors import CommandStartError, ConfigError, NsboxError, UnsupportedHostError
 
+if TYPE_CHECKING:
+    from nsbox.result import Protections
+
 _COMMANDS: Final = {
     "run": ("run", "run_command", "Run a command in a fresh sandbox."),
     "shell": ("run", "shell_command", "Start an interactive shell in a fresh sandbox."),
+    "invoke": ("invoke", "invoke_command", "Call a function with an event; print its answer."),
     "doctor": ("doctor", "doctor_command", "Try everything a sandbox needs; name the remedies."),
     "plan": ("plan", "plan_command", "Print the steps and protections for given options."),
     "ps": ("ps", "ps_command", "List the live environments."),
@@ -38,7 +42,9 @@ _OPTION_NAMES: Final = {
     "rootfs": "--rootfs",
     "mount": "--bind/--tmpfs",
     "mounts": "--bind/--tmpfs",
+    "init_timeout": "--init-timeout",
     "timeout": "--timeout",
+    "preload": "--preload",
     "cwd": "--cwd",
     "allow_missing": "--allow-missing",
 }
@@ -99,6 +105,13 @@ def say(text: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass  # stderr is closed: there is nobody to tell
+
+
+def say_missing(protections: Protections) -> None:
+    """Say on stderr what is wanted and not in force, if there is anything."""
+    if protections.missing:
+        told = "; ".join(f"{layer.name} ({layer.detail})" for layer in protections.missing)
+        say(f"not in force on this host: {told} [--quiet hides this; see 'nsbox doctor']")
 
 
 def explain(error: BaseException) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options that describe an environment, shared by ``run``, ``shell`` and ``plan``."""
+"""The options that describe an environment, shared by ``run``, ``shell``, ``plan``, ``invoke``."""
 
 from __future__ import annotations
 
@@ -67,6 +67,8 @@ _SECTION: Final = (
         help="Kill it after SIZE bytes on stdout, or on stderr. Makes nsbox relay both.",
     ),
 )
+_OF_COMMANDS: Final = frozenset({"timeout", "cpu_time", "cwd", "hostname", "output_max"})
+"""What a `Function` has none of, or has otherwise."""
 _RATES: Final = {"rbps": str, "wbps": str, "riops": int, "wiops": int}
 _NO_LIMIT: Final = ("none", "max")
 
@@ -78,8 +80,25 @@ def environment_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def function_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add those of the options that a function's environment has, for `make_fields`."""
+    command = environment_options(command)
+    added: list[click.Option] = command.__click_params__  # type: ignore[attr-defined]
+    added[:] = [option for option in added if option.name not in _OF_COMMANDS]
+    return command
+
+
 def make_config(options: dict[str, Any]) -> Config:
     """Return the configuration that the options describe.
+
+    Raises:
+        ConfigError: A value is wrong; the message names the option.
+    """
+    return Config(**make_fields(options))
+
+
+def make_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """Return what the options describe, as the fields that `Config` and `Function` share.
 
     Raises:
         ConfigError: A value is wrong; the message names the option.
@@ -95,9 +114,9 @@ def make_config(options: dict[str, Any]) -> Config:
         "seccomp": _make_policy(options),
     }
     for name in ("tmp_size", "network", "rootfs", "hostname", "cwd"):
-        if options[name] is not None:
+        if options.get(name) is not None:
             fields[name] = options[name]
-    return Config(**fields)
+    return fields
 
 
 def _limits(options: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +130,7 @@ def _limits(options: dict[str, Any]) -> dict[str, Any]:
         ("file_size", "file_size"),
         ("output_max", "output_max"),
     ):
-        value = options[option]
+        value = options.get(option)
         if value is not None:
             limits[field] = None if value in _NO_LIMIT else value
     pids = options["pids"]

@@ -13,7 +13,7 @@ import click
 
 from nsbox.blanks import set_blanks
 from nsbox.cli import OWN_FAILURE
-from nsbox.cli.app import explain, say
+from nsbox.cli.app import explain, say, say_missing
 from nsbox.cli.options import environment_options, make_config
 from nsbox.cli.session import Session
 from nsbox.config import Config, check_argv, parse_seconds
@@ -101,10 +101,8 @@ def _execute(
     set_blanks(0)  # there is no next one
     environment = ExecutionEnvironment(config)
     try:
-        missing = environment.protections.missing
-        if missing and not quiet:
-            told = "; ".join(f"{layer.name} ({layer.detail})" for layer in missing)
-            say(f"not in force on this host: {told} [--quiet hides this; see 'nsbox doctor']")
+        if not quiet:
+            say_missing(environment.protections)
         if interactive:
             argv = (_find_shell(environment),)
         named = "output_max" in config.limits.named
