@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,13 @@ import pytest
 import nsbox
 
 MakeFunction = Callable[..., nsbox.ExecutionEnvironment]
+
+
+@pytest.fixture(autouse=True)
+def _let_go() -> Iterator[None]:
+    """Environments and their versions, which hold the store's locks, end before leaks are looked for."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

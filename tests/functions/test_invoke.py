@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from tests.functions.conftest import MakeFunction
-from tests.support import PATIENCE
+from tests.support import PATIENCE, wait_until
 
 import nsbox
 from nsbox import State
@@ -368,7 +368,7 @@ def test_an_exception_of_the_callback_is_the_callers(make_function: MakeFunction
     with pytest.raises(ValueError, match="of the callback"):
         env.invoke(1, on_log=fail)
     # Whether its answer had come by then nobody knows, so that it serves no other.
-    assert env.state is State.DEAD
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
 
 
 # -- states --------------------------------------------------------------------------------------
