@@ -156,7 +156,8 @@ class Invocations:
             self.last = error.invocation
             raise
         except BaseException as error:
-            raise self._broken_off(error) from error
+            self._note_break(error)
+            raise
         finally:
             self._end()
 
@@ -191,7 +192,8 @@ class Invocations:
             self.last = error.invocation
             raise
         except BaseException as error:
-            raise self._broken_off(error) from error
+            self._note_break(error)
+            raise
         finally:
             self._end()
 
@@ -215,15 +217,19 @@ class Invocations:
         self.is_used = True
         self._busy.release()
 
-    def _broken_off(self, error: BaseException) -> BaseException:
-        """Return what to raise for an invocation that ended by neither answer nor verdict.
+    def _note_break(self, error: BaseException) -> None:
+        """End the environment of an invocation that ended by neither answer nor verdict.
 
         Its answer may be on the way still, so that the environment serves no other.
+
+        Raises:
+            EnvironmentDied: Another thread has closed it, and with it what was waited on.
         """
         if self._link.closing and isinstance(error, OSError | ValueError):
-            return EnvironmentDied(f"environment {self._env.id}: {self._link.describe_end()}")
+            raise EnvironmentDied(
+                f"environment {self._env.id}: {self._link.describe_end()}"
+            ) from error
         self._link.kill()
-        return error
 
     def _keep(self, invocation: Invocation) -> Invocation:
         self.last = invocation
@@ -264,7 +270,9 @@ class Invocations:
         if result.outcome is Outcome.OOM_KILLED:
             self._link.kill()
         elif self._function.reuse == "reset":
-            finish_reset(self._link, self._link.ask(p.RESET, p.PID.pack(0), []))
+            channel = self._link.ask(p.RESET, p.PID.pack(0), [])
+            with channel.socket:
+                finish_reset(self._link, channel)
         if kind:
             raise FunctionError(kind, message, (), invocation)
         return invocation

@@ -234,9 +234,14 @@ class Invoker:
             duration_seconds=time.monotonic() - call.begin,
             init_seconds=self.init_seconds if call.number == _FIRST else None,
             memory_limit_mb=self._memory_mb,
+            memory_peak_mb=self._memory_peak_mb(),
             status=status,
             error_type=error_type,
         )
+
+    def _memory_peak_mb(self) -> int | None:
+        peak = self._link.usage().get("memory_peak")
+        return None if peak is None else -(-peak >> 20)
 
     # -- failures ------------------------------------------------------------------------------
 

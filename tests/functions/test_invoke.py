@@ -560,5 +560,6 @@ def test_a_plain_program_that_takes_too_long() -> None:
     with command_env("sleep", "60") as env:
         with pytest.raises(nsbox.InvokeTimeout, match=r"timed out after 0\.20 seconds"):
             env.invoke(1, timeout=0.2)
+        wait_until(lambda: env.state is State.DEAD, "it is killed")
         with pytest.raises(nsbox.EnvironmentStateError, match="dead"):
             env.invoke(1)
