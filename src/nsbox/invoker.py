@@ -173,6 +173,7 @@ class Invoker:
         """Send an event; what comes back is for `finish`."""
         if self._reset is not None:
             self._finish_reset()
+        self._worker.check_silent()
         limit = self._function.timeout if timeout is None else timeout
         call = self._call(limit, request_id, on_log)
         meta = f"{limit!r}\0{call.request_id}\0{client_context}\0".encode()
