@@ -102,7 +102,7 @@ class Invocations:
     def close(self) -> None:
         """Let go of worker and sockets."""
         if self._loop is not None and not self._loop.loop.is_closed():
-            self._loop.forget()
+            self._loop.close()
         if self._invoker is not None:
             self._invoker.close()
 

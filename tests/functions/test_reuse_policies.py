@@ -39,7 +39,7 @@ def leave():
     sys.modules["left"] = sys
     sys.path.append("/left")
     builtins.left = 1
-    json.dumps = None
+    json.left = 1
     os.environ["LEFT"] = "1"
     os.chdir("/tmp")
     os.umask(0o077)
@@ -89,8 +89,8 @@ def leave():
     libc.semget(0x4c454654, 1, 0o1600)
     libc.msgget(0x4c454654, 0o1600)
     os.open("/tmp/open", os.O_CREAT | os.O_RDWR)
-    for fd in (1, 2, 3):
-        os.set_blocking(fd, False) if fd != 3 else None
+    for fd in (1, 2):
+        os.set_blocking(fd, False)
     daemonise()
 
 def look():
@@ -102,12 +102,11 @@ def look():
                       for name in folders + files)
     return {
         "globals": [SEEN, sorted(name for name in globals() if name in ("kept", "lock"))],
-        "modules": ["left" in sys.modules, hasattr(builtins, "left"), json.dumps is None],
+        "modules": ["left" in sys.modules, hasattr(builtins, "left"), hasattr(json, "left")],
         "path": sys.path[-1],
         "environment": os.environ.get("LEFT"),
         "cwd": os.getcwd(),
-        "umask": os.umask(os.umask(0)) if False else [line for line in open("/proc/self/status")
-                                                      if line.startswith("Umask")],
+        "umask": [line for line in open("/proc/self/status") if line.startswith("Umask")],
         "signals": [line for line in open("/proc/self/status")
                     if line.startswith(("SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd"))],
         "timer": signal.getitimer(signal.ITIMER_REAL),
