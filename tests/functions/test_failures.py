@@ -158,7 +158,9 @@ def test_timeouts(make_function: MakeFunction, options: dict[str, str]) -> None:
     wait_until(lambda: env.state is State.DEAD, "it is killed")
 
 
-@pytest.mark.parametrize("answer", ["{1}", "object()", "float('nan')", "b''", "(a := []).append(a) or a"])
+@pytest.mark.parametrize(
+    "answer", ["{1}", "object()", "float('nan')", "b''", "(a := []).append(a) or a"]
+)
 def test_an_answer_that_is_no_json_value(make_function: MakeFunction, answer: str) -> None:
     env = make_function(f"""
         def handler(event, context):
@@ -222,7 +224,7 @@ def handler(event, context):
         "say(b'E', number, b'{}')",
         "say(b'E', number, b'null')",
         "say(b'E', number, b'[' * 100_000)",
-        "say(b'E', number, b'{\"errorType\": 1, \"errorMessage\": 2, \"stackTrace\": 3}')",
+        'say(b\'E\', number, b\'{"errorType": 1, "errorMessage": 2, "stackTrace": 3}\')',
         "say(b'X', number, b'999999999')",
         "say(b'X', number, b'-1')",
         "say(b'X', number, b'')",

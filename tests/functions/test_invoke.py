@@ -58,9 +58,7 @@ def test_a_handler_of_a_package_in_a_zip_file(tmp_path: Path) -> None:
         assert env.invoke(3) == ["zipped", 3]
 
 
-def test_a_handler_of_an_importable_module(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_handler_of_an_importable_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "importable_here.py").write_text("def f(event, context): return __file__")
     monkeypatch.syspath_prepend(tmp_path)
     version = nsbox.Function("importable_here.f").publish()
@@ -546,7 +544,7 @@ def test_what_a_plain_program_is_told() -> None:
     ],
 )
 def test_how_a_plain_program_fails(script: str, kind: str, message: str) -> None:
-    with command_env("sh", "-c", f'case $(cat) in 1) {script};; *) echo 2;; esac') as env:
+    with command_env("sh", "-c", f"case $(cat) in 1) {script};; *) echo 2;; esac") as env:
         with pytest.raises(nsbox.FunctionError, match=message) as caught:
             env.invoke(1)
         assert caught.value.error_type == kind
