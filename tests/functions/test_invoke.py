@@ -177,7 +177,7 @@ def test_the_context(make_function: MakeFunction, start: str) -> None:
 
 # -- events and answers --------------------------------------------------------------------------
 
-VALUES = [
+VALUES: list[Any] = [
     None, True, 0, -1.5, 10**300, "", "grüße 🐟 \u2028 \0 \"\\", "\ud800", [], {},
     {"": {"a": [1, [2, [3, {"b": None}]]]}}, [[]] * 100,
 ]  # fmt: skip
@@ -427,10 +427,12 @@ def test_close_under_an_invocation(make_function: MakeFunction, reuse: str) -> N
 @pytest.mark.parametrize("reuse", ["keep", "reset"])
 def test_a_frozen_one_is_thawed_by_the_next_call(make_function: MakeFunction, reuse: str) -> None:
     env = make_function(ECHO, reuse=reuse)
+    states = [env.state]
     env.freeze()
-    assert env.state is State.FROZEN
+    states.append(env.state)
     assert env.invoke(1) == 1
-    assert env.state is State.READY
+    states.append(env.state)
+    assert states == [State.READY, State.FROZEN, State.READY]
     env.freeze()
     assert env.invoke(2) == 2
 

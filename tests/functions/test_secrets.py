@@ -19,7 +19,7 @@ from nsbox.launcher.client import get_launcher
 
 
 @pytest.fixture
-def _one_blank() -> Iterator[None]:
+def one_blank() -> Iterator[None]:
     nsbox.set_blanks(1)
     yield
     nsbox.set_blanks(0)
@@ -57,10 +57,9 @@ def everything_below(pid: int) -> list[int]:
 
 
 @pytest.mark.needs("root")
+@pytest.mark.usefixtures("one_blank")
 @pytest.mark.parametrize("reuse", ["keep", "reset"])
-def test_secrets_are_in_no_other_process(
-    make_function: MakeFunction, _one_blank: None, reuse: str
-) -> None:
+def test_secrets_are_in_no_other_process(make_function: MakeFunction, reuse: str) -> None:
     env_word, event_word, code_word = (f"SECRET-{secrets.token_hex(16)}" for _ in range(3))
     first = make_function(
         f"""
@@ -92,7 +91,7 @@ def test_secrets_are_in_no_other_process(
     assert set(blank_pids()) <= set(others)
     names = {leaks._processes()[pid].name for pid in children_of(launcher)}
     assert "nsbox-template" in names
-    assert {pid: holds(pid, words) for pid in others} == dict.fromkeys(others, [])
+    assert {pid: holds(pid, words) for pid in others} == {pid: [] for pid in others}
 
 
 def blank_pids() -> list[int]:
@@ -101,9 +100,8 @@ def blank_pids() -> list[int]:
     return [pid for pid, process in processes.items() if process.name in kept]
 
 
-def test_a_blank_is_of_no_version(
-    publish: Callable[..., nsbox.FunctionVersion], _one_blank: None
-) -> None:
+@pytest.mark.usefixtures("one_blank")
+def test_a_blank_is_of_no_version(publish: Callable[..., nsbox.FunctionVersion]) -> None:
     source = "import os\ndef handler(event, context): return [%d, os.listdir('/var/task')]"
     versions = [publish(source % number) for number in (1, 2)]
     taken = 0
