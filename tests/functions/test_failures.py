@@ -152,7 +152,7 @@ def test_timeouts(make_function: MakeFunction, options: dict[str, str]) -> None:
     wait_until(lambda: env.state is State.DEAD, "it is killed")
     # That no process of it is left is what every test's leak check looks for.
     env = make_function("while True: pass", init_timeout=0.3, **options)
-    with pytest.raises(nsbox.InvokeTimeout, match="init timed out after 0.30") as caught:
+    with pytest.raises(nsbox.InvokeTimeout, match=r"init timed out after 0\.30") as caught:
         env.invoke(1)
     assert caught.value.invocation is None
     wait_until(lambda: env.state is State.DEAD, "it is killed")

@@ -306,8 +306,9 @@ def test_each_invocation_has_its_own_log(
         reuse=reuse,
     )
     env.init()
+    seen: list[tuple[str, bytes]] = []
     for number in (1, 2):
-        seen: list[tuple[str, bytes]] = []
+        seen.clear()
         invocation = env.invoke_bytes(b"%d" % number, on_log=lambda *item: seen.append(item))
         # print() without a newline is in the buffer of the stream until the handler returns.
         assert sorted(invocation.stdout.split(b"|")) in (

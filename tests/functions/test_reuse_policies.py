@@ -124,8 +124,11 @@ def look():
                  if os.path.exists(f"/proc/sysvipc/{kind}")],
         "sysv by key": [libc.shmget(0x4c454654, 0, 0), libc.semget(0x4c454654, 0, 0),
                         libc.msgget(0x4c454654, 0)],
-        "descriptors": sorted((int(fd), os.get_blocking(int(fd))) for fd in os.listdir("/proc/self/fd")
-                              if os.path.exists(f"/proc/self/fd/{fd}") or int(fd) < 4),
+        "descriptors": sorted(
+            (int(fd), os.get_blocking(int(fd)))
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.exists(f"/proc/self/fd/{fd}") or int(fd) < 4
+        ),
         "processes": len([name for name in os.listdir("/proc") if name.isdigit()]),
         "locks": [line for line in open("/proc/locks")] if os.path.exists("/proc/locks") else None,
     }

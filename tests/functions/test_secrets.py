@@ -29,7 +29,11 @@ def one_blank() -> Iterator[None]:
 def holds(pid: int, words: list[bytes]) -> list[bytes]:
     """Return those of `words` that are in a process's memory."""
     found = []
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+    try:
+        maps = open(f"/proc/{pid}/maps")
+    except FileNotFoundError:
+        return []  # a fork that has answered and ended
+    with maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for line in maps:
             span, modes = line.split(maxsplit=2)[:2]
             first, last = (int(word, 16) for word in span.split("-"))
