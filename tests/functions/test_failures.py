@@ -253,8 +253,7 @@ def test_an_answer_by_hand_that_is_no_json(make_function: MakeFunction, answer: 
     assert caught.value.error_type == "Runtime.MarshalError"
 
 
-@pytest.mark.parametrize("reuse", ["keep", "reset"])
-def test_an_answer_before_it_was_asked(make_function: MakeFunction, reuse: str) -> None:
+def test_an_answer_before_it_was_asked(make_function: MakeFunction) -> None:
     """What one invocation says is never taken for the answer of the next."""
     env = make_function(
         """
@@ -265,19 +264,18 @@ def test_an_answer_before_it_was_asked(make_function: MakeFunction, reuse: str) 
             if event:
                 os.write(3, frame(b"A", event, b'"true"'))
                 os.write(3, frame(b"A", event + 1, b'"forged"'))
-                os.write(1, b"done")
                 time.sleep(1000)
             return "true"
         """,
-        reuse=reuse,
+        reuse="reset",
         timeout=20 * PATIENCE,
     )
     try:
+        # Read at once with the first, seen before the next event, or killed before it was written.
         assert env.invoke(2) == "true"
-    except nsbox.EnvironmentDied:
-        return  # both were read at once
-    with pytest.raises(nsbox.EnvironmentDied):
-        env.invoke(0)
+        assert env.invoke(0) == "true"
+    except nsbox.EnvironmentDied as error:
+        assert "broke the rules" in str(error)  # noqa: PT017 - either is right
 
 
 @pytest.mark.parametrize("reuse", ["keep", "reset"])

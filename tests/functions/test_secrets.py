@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from tests import leaks
@@ -28,27 +29,31 @@ def one_blank() -> Iterator[None]:
 
 def holds(pid: int, words: list[bytes]) -> list[bytes]:
     """Return those of `words` that are in a process's memory."""
-    found = []
     try:
-        maps = open(f"/proc/{pid}/maps")
+        with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
+            return [word for data in regions(maps, memory) for word in words if word in data]
     except FileNotFoundError:
         return []  # a fork that has answered and ended
-    with maps, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for line in maps:
-            span, modes = line.split(maxsplit=2)[:2]
-            first, last = (int(word, 16) for word in span.split("-"))
-            if modes[0] != "r" or line.endswith(("[vvar]\n", "[vsyscall]\n")):
-                continue
-            memory.seek(first)
-            data = bytearray()
-            while len(data) < last - first:
-                try:
-                    more = memory.read(last - first - len(data))
-                except OSError:
-                    break  # a page behind the end of its file
-                data += more
-            found += [word for word in words if word in data]
-    return found
+
+
+def regions(maps: IO[str], memory: IO[bytes]) -> Iterator[bytes]:
+    """Yield what can be read of each mapping."""
+    for line in maps:
+        span, modes = line.split(maxsplit=2)[:2]
+        first, last = (int(word, 16) for word in span.split("-"))
+        if modes[0] != "r" or line.endswith(("[vvar]\n", "[vsyscall]\n")):
+            continue
+        memory.seek(first)
+        data = bytearray()
+        while len(data) < last - first:
+            try:
+                more = memory.read(last - first - len(data))
+            except OSError:
+                break  # a page behind the end of its file
+            if not more:
+                break
+            data += more
+        yield bytes(data)
 
 
 def children_of(parent: int) -> list[int]:
