@@ -230,16 +230,20 @@ def handler(event, context):
         "say(b'X', number, b'')",
         "os.write(3, frame(b'A', number, b'1') + frame(b'A', number, b'2'))",
         "os.write(3, frame(b'A', number, b'1') + b'x')",
-        "os.close(3)",
         "socket.socket(fileno=3).shutdown(socket.SHUT_RDWR)",
     ],
 )
 @pytest.mark.parametrize("reuse", ["keep", "reset"])
 def test_broken_rules(make_function: MakeFunction, code: str, reuse: str) -> None:
-    if reuse == "reset" and code == "os.close(3)":
-        pytest.skip("a fork's copy of the socket is not the worker's")
     env = make_function(HOSTILE.format(code=code), timeout=20 * PATIENCE, reuse=reuse)
     with pytest.raises(nsbox.EnvironmentDied):
+        env.invoke({"number": 2})
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
+def test_a_worker_without_its_socket(make_function: MakeFunction) -> None:
+    env = make_function(HOSTILE.format(code="os.close(3)"), timeout=20 * PATIENCE)
+    with pytest.raises(nsbox.EnvironmentDied, match="closed its socket"):
         env.invoke({"number": 2})
     wait_until(lambda: env.state is State.DEAD, "it is killed")
 
