@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 from tests.functions.conftest import MakeFunction
-from tests.support import PATIENCE
+from tests.support import PATIENCE, wait_until
 
 import nsbox
 from nsbox import State
@@ -242,4 +242,4 @@ def test_reset_against_what_breeds(make_function: MakeFunction) -> None:
     try:
         assert env.invoke("look") == count
     except (nsbox.EnvironmentStateError, nsbox.EnvironmentDied, nsbox.FunctionError):
-        assert env.state is State.DEAD
+        wait_until(lambda: env.state is State.DEAD, "it is killed")

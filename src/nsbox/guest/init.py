@@ -13,6 +13,7 @@ import os
 import select
 import stat
 import struct
+import time
 
 # The C half of `socket`, as in `linux.calls`.
 from _socket import MSG_WAITALL
@@ -35,6 +36,7 @@ _IGNORED_SIGNALS = (c.SIGPIPE, c.SIGXFSZ)
 _SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal signals are merged
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
+_RESET_DEADLINE = 2.0  # seconds in which all that an invocation has left must be dead
 
 
 class _Command:
@@ -195,7 +197,10 @@ class Init:
         channel.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
 
     def _kill_all_but(self, kept: tuple[int, ...]) -> None:
+        deadline = time.monotonic() + _RESET_DEADLINE
         for _ in range(_KILL_PASSES):
+            if time.monotonic() > deadline:
+                break
             others = [pid for pid in _parents() if pid not in kept]
             if not others:
                 return
