@@ -59,6 +59,12 @@ class LoopCalls:
             self.loop.remove_reader(fd)
         self._watched.clear()
 
+    def close(self) -> None:
+        """Watch nothing any more, and tell who waits on this thread: its environment is closed."""
+        self.forget()
+        if self._future is not None and not self._future.done():
+            self._future.set_exception(ConnectionError("the environment was closed"))
+
     def _on_readable(self, fd: int) -> None:
         call, future = self._call, self._future
         if call is None or future is None or future.done():

@@ -363,10 +363,11 @@ class ExecutionEnvironment(FunctionMethods):
                 self._invocations.close()
             link.close()  # a forked child's copies of the descriptors; it is not its own
             return
-        if self._invocations is not None:
-            self._invocations.close()
         link.closing = True
         link.kill()
+        if self._invocations is not None:
+            self._invocations.await_idle()
+            self._invocations.close()
         self._replace_blank()
         leaked: list[str] = []
         if wait:

@@ -22,8 +22,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nsbox.aio import LoopCalls
 from nsbox.blueprint import interpreter_prefixes
-from nsbox.config import Config, parse_seconds
-from nsbox.errors import ConfigError, EnvironmentStateError, FunctionError, InvokeTimeout
+from nsbox.config import Config, check_text, parse_seconds
+from nsbox.errors import (
+    ConfigError,
+    EnvironmentDied,
+    EnvironmentStateError,
+    FunctionError,
+    InvokeTimeout,
+)
 from nsbox.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
 from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
@@ -36,6 +42,9 @@ from nsbox.worker import Call, OnLog
 if TYPE_CHECKING:
     from nsbox.environment import ExecutionEnvironment
 
+_REQUEST_ID_MAX: Final = 256
+_CLIENT_CONTEXT_MAX: Final = 32 << 10  # bytes; AWS Lambda has 3583 in base64
+_LAST_WORDS: Final = 10.0  # seconds in which an invocation sees that its environment is killed
 _SIGNALED: Final = "Runtime exited with error: signal"
 
 
@@ -87,6 +96,8 @@ class Invocations:
         self._function = version.function
         self._link = link
         self._busy = threading.Lock()
+        self._holder = 0  # the thread that has it
+        self.is_used = False  # an invocation is over
         self._loop: LoopCalls | None = None
         self._last: Invocation | Answer | None = None
         self._invoker: Invoker | None = None
@@ -96,9 +107,15 @@ class Invocations:
     def close(self) -> None:
         """Let go of worker and sockets."""
         if self._loop is not None and not self._loop.loop.is_closed():
-            self._loop.forget()
+            self._loop.close()
         if self._invoker is not None:
             self._invoker.close()
+
+    def await_idle(self) -> None:
+        """Wait until no other thread is in an invocation of this killed environment."""
+        # This thread may be in one itself, on a loop or in a callback: it will see by itself.
+        if self._holder != threading.get_ident() and self._busy.acquire(timeout=_LAST_WORDS):
+            self._busy.release()
 
     # -- in turn -------------------------------------------------------------------------------
 
@@ -131,7 +148,7 @@ class Invocations:
         """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
         data = check_payload(payload)
         limit = None if timeout is None else parse_seconds(timeout, "timeout")
-        context = json.dumps(client_context) if client_context else ""
+        context = _check_words(request_id, client_context)
         self._take()
         try:
             if self._invoker is None:
@@ -143,8 +160,11 @@ class Invocations:
         except (FunctionError, InvokeTimeout) as error:
             self._last = error.invocation
             raise
+        except BaseException as error:
+            self._note_break(error)
+            raise
         finally:
-            self._busy.release()
+            self._end()
 
     async def invoke_async(
         self,
@@ -162,7 +182,7 @@ class Invocations:
             )
         data = check_payload(payload)
         limit = None if timeout is None else parse_seconds(timeout, "timeout")
-        context = json.dumps(client_context) if client_context else ""
+        context = _check_words(request_id, client_context)
         self._take()
         try:
             calls = self._calls_on(invoker, asyncio.get_running_loop())
@@ -176,8 +196,11 @@ class Invocations:
         except (FunctionError, InvokeTimeout) as error:
             self._last = error.invocation
             raise
+        except BaseException as error:
+            self._note_break(error)
+            raise
         finally:
-            self._busy.release()
+            self._end()
 
     def _calls_on(self, invoker: Invoker, loop: asyncio.AbstractEventLoop) -> LoopCalls:
         if self._loop is None or self._loop.loop is not loop:
@@ -193,6 +216,25 @@ class Invocations:
                 f"environment {self._env.id} is busy with another invocation; "
                 "an environment serves one at a time"
             )
+        self._holder = threading.get_ident()
+
+    def _end(self) -> None:
+        self.is_used = True
+        self._busy.release()
+
+    def _note_break(self, error: BaseException) -> None:
+        """End the environment of an invocation that ended by neither answer nor verdict.
+
+        Its answer may be on the way still, so that the environment serves no other.
+
+        Raises:
+            EnvironmentDied: Another thread has closed it, and with it what was waited on.
+        """
+        if self._link.closing and isinstance(error, OSError | ValueError):
+            raise EnvironmentDied(
+                f"environment {self._env.id}: {self._link.describe_end()}"
+            ) from error
+        self._link.kill()
 
     def _keep(self, answer: Invocation | Answer) -> Invocation | Answer:
         self._last = answer
@@ -239,7 +281,9 @@ class Invocations:
         if result.outcome is Outcome.OOM_KILLED:
             self._link.kill()
         elif self._function.reuse == "reset":
-            finish_reset(self._link, self._link.ask(p.RESET, p.PID.pack(0), []))
+            channel = self._link.ask(p.RESET, p.PID.pack(0), [])
+            with channel.socket:
+                finish_reset(self._link, channel)
         if kind:
             raise FunctionError(kind, message, (), invocation)
         return invocation
@@ -400,12 +444,35 @@ class FunctionMethods:
 
     def _end_invocation(self) -> None:
         self._replace_blank()
-        if self._version is not None and self._version.function.reuse == "never":
+        # Not for a call that was refused before it began, while another may be under way.
+        is_used = self._invocations is not None and self._invocations.is_used
+        if is_used and self._version is not None and self._version.function.reuse == "never":
             self.close(wait=False)
+
+
+def _check_words(request_id: object, client_context: Mapping[str, Any] | None) -> str:
+    """Check what goes with an event; return the client context in JSON, "" for none."""
+    if request_id is not None:
+        text = check_text(request_id, "request_id")
+        if not text.isprintable() or len(text) > _REQUEST_ID_MAX:
+            raise ConfigError(
+                f"request_id: must be up to {_REQUEST_ID_MAX} printable characters, got {text!r}"
+            )
+    if not client_context:
+        return ""
+    try:
+        words = json.dumps(client_context, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"client_context: no JSON value: {error}") from error
+    if len(words) > _CLIENT_CONTEXT_MAX:
+        raise ConfigError(
+            f"client_context: {len(words)} bytes of JSON, more than {_CLIENT_CONTEXT_MAX}"
+        )
+    return words
 
 
 def _encode_event(event: object) -> bytes:
     try:
-        return json.dumps(event).encode()
+        return json.dumps(event, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"event: no JSON value: {error}") from error

@@ -197,6 +197,7 @@ class Invoker:
         """Send an event; what comes back is for `finish`."""
         if self._reset is not None:
             self._finish_reset()
+        self._worker.check_silent()
         limit = self._function.timeout if timeout is None else timeout
         call = self._call(limit, request_id, on_log)
         words = f"{call.request_id}\0{client_context}".encode()
@@ -265,9 +266,14 @@ class Invoker:
             duration_seconds=(time.monotonic() if end is None else end) - call.begin,
             init_seconds=self.init_seconds if call.number == _FIRST else None,
             memory_limit_mb=self._memory_mb,
+            memory_peak_mb=self._memory_peak_mb(),
             status=status,
             error_type=error_type,
         )
+
+    def _memory_peak_mb(self) -> int | None:
+        peak = self._link.usage().get("memory_peak")
+        return None if peak is None else -(-peak >> 20)
 
     # -- failures ------------------------------------------------------------------------------
 

@@ -183,6 +183,19 @@ class Worker:
             raise self._ended(call)
         return answer
 
+    def check_silent(self) -> None:
+        """Make sure that what is read next was written after this.
+
+        Raises:
+            EnvironmentDied: There is something: an invocation must not answer the next one's event.
+        """
+        try:
+            data = self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return  # nothing; or it has ended, which is seen by who waits for the answer
+        if data:
+            raise self.violation("it answers before it was asked")
+
     def drain_logs(self, call: Call) -> None:
         """Take what has been written to the log by now."""
         for fd in list(self._logs):

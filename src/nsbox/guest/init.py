@@ -13,6 +13,7 @@ import os
 import select
 import stat
 import struct
+import time
 
 # The C half of `socket`, as in `linux.calls`.
 from _socket import MSG_WAITALL
@@ -36,6 +37,7 @@ _SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal si
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
 _DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end
+_RESET_DEADLINE = 2.0  # seconds in which all that an invocation has left must be dead
 
 
 class _Command:
@@ -199,7 +201,8 @@ class Init:
         channel.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
 
     def _kill_all_but(self, kept: tuple[int, ...]) -> None:
-        for _ in range(_KILL_PASSES):
+        deadline = time.monotonic() + _RESET_DEADLINE
+        while time.monotonic() < deadline:
             others = [pid for pid in _parents() if pid not in kept]
             if not others:
                 return
@@ -316,12 +319,13 @@ class Init:
 def _end_all(pids: list[int]) -> None:
     """SIGKILL processes and wait until they have ended, whoever their parents are."""
     for pid in pids:
+        _signal(pid, c.SIGKILL)
+    for pid in pids:
         try:
             fd = os.pidfd_open(pid)
         except OSError:
             continue  # it has ended, or there is no room: the next pass looks again
         try:
-            _signal(pid, c.SIGKILL)
             poll = select.poll()
             poll.register(fd, select.POLLIN)
             poll.poll(_DEATH_DEADLINE)

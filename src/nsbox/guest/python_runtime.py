@@ -44,6 +44,8 @@ PAYLOAD_MAX = 6 << 20
 ANSWER_MAX = PAYLOAD_MAX + 100
 """Bytes of an answer that are let through; Lambda's real limit is that much over its quota."""
 _FIRST_READ = 1 << 16
+_MESSAGE_MAX = 1 << 18
+"""Characters of an error's message; escaped, each may have 12 bytes."""
 _OWN_FILE = __file__ if "__file__" in globals() else "<string>"
 
 
@@ -124,6 +126,8 @@ class Worker:
             self._handler = _find_handler(request["handler"])
         except _HandlerError as error:
             self._break({"errorType": error.kind, "errorMessage": str(error), "stackTrace": []})
+        except SystemExit as error:
+            _exit_as(error)
         except BaseException as error:  # noqa: BLE001 - module code may raise anything
             self._break(_describe(error))
         _flush()
@@ -278,9 +282,13 @@ def _describe(error: BaseException) -> dict[str, Any]:
     frames: TracebackType | None = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == _OWN_FILE:
         frames = frames.tb_next
+    try:
+        message = str(error)
+    except Exception as failure:  # noqa: BLE001 - its own words may raise anything
+        message = f"<no words: {type(failure).__name__}>"
     return {
         "errorType": type(error).__name__,
-        "errorMessage": str(error),
+        "errorMessage": message[:_MESSAGE_MAX],
         "stackTrace": traceback.format_list(traceback.extract_tb(frames)),
     }
 

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What functions do wrong, by accident or on purpose: a typed error each, and the right state."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.functions.conftest import MakeFunction
+from tests.support import PATIENCE, wait_until
+
+import nsbox
+from nsbox import State
+
+EVERY_WAY = pytest.mark.parametrize(
+    "options", [{}, {"reuse": "reset"}, {"start": "exec"}], ids=["keep", "reset", "exec"]
+)
+
+
+@EVERY_WAY
+def test_an_exception(make_function: MakeFunction, options: dict[str, str]) -> None:
+    env = make_function(
+        """
+        class Mine(Exception):
+            pass
+        def inner(text):
+            raise Mine(text)
+        def handler(event, context):
+            if event:
+                print("before", end="")
+                inner(event)
+            return "fine"
+        """,
+        **options,
+    )
+    with pytest.raises(nsbox.FunctionError) as caught:
+        env.invoke("grüße")
+    error = caught.value
+    assert (error.error_type, error.message) == ("Mine", "grüße")
+    assert len(error.stack_trace) == 2, "the function's own frames alone"
+    assert '"/var/task/app.py", line 9, in handler' in error.stack_trace[0]
+    assert "raise Mine(text)" in error.stack_trace[1]
+    assert error.invocation is not None
+    assert error.invocation is env.last
+    assert error.invocation.stdout == b"before"
+    told = json.loads(error.invocation.payload)
+    assert told["errorType"] == "Mine"
+    assert told["requestId"] == error.invocation.request_id
+    assert env.state is State.READY
+    assert env.invoke("") == "fine"
+
+
+@pytest.mark.parametrize(
+    ("source", "kind", "message"),
+    [
+        ("import not_there", "Runtime.ImportModuleError", "No module named 'not_there'"),
+        ("def handler(:", "Runtime.UserCodeSyntaxError", r"app\.py, line 1"),
+        ("x = 1", "Runtime.HandlerNotFound", "'handler' missing on module 'app'"),
+        ("handler = 7", "Runtime.HandlerNotFound", "'handler' missing"),
+        ("1 / 0", "ZeroDivisionError", "division by zero"),
+        ("raise SystemExit(4)", "Runtime.ExitError", "exit status 4"),
+        ("import os; os._exit(3)", "Runtime.ExitError", "exit status 3"),
+        ("import os; os.kill(os.getpid(), 11)", "Runtime.ExitError", "segmentation fault"),
+    ],
+)
+@EVERY_WAY
+def test_an_import_that_fails(
+    make_function: MakeFunction, source: str, kind: str, message: str, options: dict[str, str]
+) -> None:
+    env = make_function(source, **options)
+    with pytest.raises(nsbox.FunctionError, match=message) as caught:
+        env.init()
+    assert caught.value.error_type == kind
+    assert caught.value.invocation is None
+    wait_until(lambda: env.state is State.DEAD, "nothing of it is used")
+    with pytest.raises(nsbox.EnvironmentStateError, match="dead"):
+        env.invoke(1)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("os._exit(3)", "exit status 3"),
+        ("os._exit(0)", "without providing a reason"),
+        ("sys.exit(5)", "exit status 5"),
+        ("sys.exit('words')", "exit status 1"),
+        ("os.kill(os.getpid(), 9)", "signal: killed"),
+        ("os.abort()", "signal: aborted"),
+        ("import ctypes; ctypes.string_at(0)", "segmentation fault"),
+    ],
+)
+@EVERY_WAY
+def test_an_exit(
+    make_function: MakeFunction, code: str, message: str, options: dict[str, str]
+) -> None:
+    env = make_function(
+        f"""
+        import os, sys
+        def handler(event, context):
+            print("before", flush=True)
+            {code}
+        """,
+        **options,
+    )
+    with pytest.raises(nsbox.FunctionError, match=message) as caught:
+        env.invoke(1)
+    assert caught.value.error_type == "Runtime.ExitError"
+    assert caught.value.invocation is not None
+    assert caught.value.invocation.stdout == b"before\n"
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
+@pytest.mark.needs("cgroup.memory")
+@EVERY_WAY
+def test_out_of_memory(make_function: MakeFunction, options: dict[str, str]) -> None:
+    env = make_function(
+        """
+        def handler(event, context):
+            kept = []
+            while True:
+                kept.append(bytearray(1 << 20))
+        """,
+        limits=nsbox.Limits(memory_max=48 << 20),
+        timeout=60,
+        **options,
+    )
+    with pytest.raises(nsbox.FunctionError) as caught:
+        env.invoke(1)
+    assert caught.value.error_type in ("Runtime.OutOfMemory", "MemoryError")
+    assert caught.value.error_type == "Runtime.OutOfMemory"
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
+@EVERY_WAY
+def test_timeouts(make_function: MakeFunction, options: dict[str, str]) -> None:
+    source = """
+        import time, os
+        def handler(event, context):
+            print("before", flush=True)
+            os.system("sleep 1000 &")
+            time.sleep(1000)
+    """
+    env = make_function(source, **options)
+    env.init()
+    with pytest.raises(nsbox.InvokeTimeout, match=r"timed out after 0\.50 seconds") as caught:
+        env.invoke(1, timeout=0.5)
+    assert isinstance(caught.value, TimeoutError)
+    invocation = caught.value.invocation
+    assert invocation is not None
+    assert (invocation.status, invocation.error_type) == ("timeout", "Sandbox.Timedout")
+    assert invocation.stdout == b"before\n"
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+    # That no process of it is left is what every test's leak check looks for.
+    env = make_function("while True: pass", init_timeout=0.3, **options)
+    with pytest.raises(nsbox.InvokeTimeout, match=r"init timed out after 0\.30") as caught:
+        env.invoke(1)
+    assert caught.value.invocation is None
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
+@pytest.mark.parametrize(
+    "answer", ["{1}", "object()", "float('nan')", "b''", "(a := []).append(a) or a"]
+)
+def test_an_answer_that_is_no_json_value(make_function: MakeFunction, answer: str) -> None:
+    env = make_function(f"""
+        def handler(event, context):
+            return {answer} if event else "fine"
+    """)
+    with pytest.raises(nsbox.FunctionError) as caught:
+        env.invoke(1)
+    assert caught.value.error_type == "Runtime.MarshalError"
+    assert env.invoke(0) == "fine"
+
+
+def test_exceptions_that_cannot_be_told(make_function: MakeFunction) -> None:
+    env = make_function("""
+        class Odd(Exception):
+            def __str__(self):
+                raise ValueError("no words")
+        def handler(event, context):
+            if event == 1:
+                raise Odd
+            if event == 2:
+                raise ValueError("x" * 10_000_000)
+            if event == 3:
+                raise ValueError("\\ud800")
+            if event == 4:
+                handler(4, context)
+    """)
+    for event, kind in ((1, "Odd"), (2, "ValueError"), (3, "ValueError"), (4, "RecursionError")):
+        with pytest.raises(nsbox.FunctionError) as caught:
+            env.invoke(event)
+        assert caught.value.error_type == kind
+    assert env.invoke(0) is None
+
+
+HOSTILE = """
+import os, socket, struct, time
+def frame(kind, number, data, size=None):
+    return struct.pack("!cIQ", kind, len(data) if size is None else size, number) + data
+def handler(event, context):
+    number = event["number"]
+    say = lambda *words: os.write(3, frame(*words))
+    {code}
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "os.write(3, b'x' * 64)",
+        "os.write(3, os.urandom(64))",
+        "say(b'A', number + 1, b'1')",
+        "say(b'A', number - 1, b'1')",
+        "say(b'A', number, b'', 1 << 31)",
+        "say(b'A', number, b'', (6 << 20) + 101)",
+        "say(b'Y', number, b'')",
+        "say(b'Y', number, b'x')",
+        "say(b'B', number, b'{}')",
+        "say(b'S', number, b'{}')",
+        "say(b'E', number, b'no json')",
+        "say(b'E', number, b'[]')",
+        "say(b'E', number, b'{}')",
+        "say(b'E', number, b'null')",
+        "say(b'E', number, b'[' * 100_000)",
+        'say(b\'E\', number, b\'{"errorType": 1, "errorMessage": 2, "stackTrace": 3}\')',
+        "say(b'X', number, b'999999999')",
+        "say(b'X', number, b'-1')",
+        "say(b'X', number, b'')",
+        "os.write(3, frame(b'A', number, b'1') + frame(b'A', number, b'2'))",
+        "os.write(3, frame(b'A', number, b'1') + b'x')",
+        "socket.socket(fileno=3).shutdown(socket.SHUT_RDWR)",
+    ],
+)
+@pytest.mark.parametrize("reuse", ["keep", "reset"])
+def test_broken_rules(make_function: MakeFunction, code: str, reuse: str) -> None:
+    env = make_function(HOSTILE.format(code=code), timeout=20 * PATIENCE, reuse=reuse)
+    with pytest.raises(nsbox.EnvironmentDied):
+        env.invoke({"number": 2})
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
+def test_a_worker_without_its_socket(make_function: MakeFunction) -> None:
+    env = make_function(HOSTILE.format(code="os.close(3)"), timeout=20 * PATIENCE)
+    with pytest.raises(nsbox.EnvironmentDied, match="closed its socket"):
+        env.invoke({"number": 2})
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
+@pytest.mark.parametrize("answer", ["no json", "", "[" * 100_000, "\ud800"])
+def test_an_answer_by_hand_that_is_no_json(make_function: MakeFunction, answer: str) -> None:
+    code = f"say(b'A', number, {answer.encode(errors='surrogatepass')!r})"
+    env = make_function(HOSTILE.format(code=code))
+    with pytest.raises(nsbox.FunctionError) as caught:
+        env.invoke({"number": 2})
+    assert caught.value.error_type == "Runtime.MarshalError"
+
+
+def test_an_answer_before_it_was_asked(make_function: MakeFunction) -> None:
+    """What one invocation says is never taken for the answer of the next."""
+    env = make_function(
+        """
+        import os, struct, time
+        def frame(kind, number, data):
+            return struct.pack("!cIQ", kind, len(data), number) + data
+        def handler(event, context):
+            if event:
+                os.write(3, frame(b"A", event, b'"true"'))
+                os.write(3, frame(b"A", event + 1, b'"forged"'))
+                time.sleep(1000)
+            return "true"
+        """,
+        reuse="reset",
+        timeout=20 * PATIENCE,
+    )
+    try:
+        # Read at once with the first, seen before the next event, or killed before it was written.
+        assert env.invoke(2) == "true"
+        assert env.invoke(0) == "true"
+    except nsbox.EnvironmentDied as error:
+        assert "broke the rules" in str(error)  # noqa: PT017 - either is right
+
+
+@pytest.mark.parametrize("reuse", ["keep", "reset"])
+def test_an_answer_that_never_ends(make_function: MakeFunction, reuse: str) -> None:
+    code = "say(b'A', number, b'[1, ', 1000)"
+    env = make_function(HOSTILE.format(code=code), reuse=reuse)
+    with pytest.raises(nsbox.InvokeTimeout):
+        env.invoke({"number": 2}, timeout=0.5)
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
+def test_an_import_that_talks_on_the_socket(make_function: MakeFunction) -> None:
+    for data in (b"junk of any length", b"A" + bytes(12), b"Y" + bytes(12) + b"more"):
+        env = make_function(f"import os, time\nos.write(3, {data!r})\ntime.sleep(1000)")
+        with pytest.raises(nsbox.EnvironmentDied):
+            env.invoke(1)
+        wait_until(lambda: env.state is State.DEAD, "it is killed")  # noqa: B023 - called at once
