@@ -59,6 +59,11 @@ def runtime_of(function: Function) -> str:
         # user namespace, which the one of commands is older than (ptrace_may_access, mm->user_ns).
         is_furnished = function.code is not None or function.layers
         return "python" if function.reuse == "reset" or is_furnished else ""
+    if function.limits.cpu_time is not None:
+        raise ConfigError(
+            "limits: cpu_time is of commands, which end; a handler has its timeout, and cpu_max "
+            "for its share of the processors: leave cpu_time out"
+        )
     if function.rootfs is not None and function.start == "clone":
         raise ConfigError(
             "start: 'clone' is of the host's own interpreter, which does not fit to a rootfs; "
@@ -68,12 +73,12 @@ def runtime_of(function: Function) -> str:
 
 
 @functools.cache
-def module_path(function: Function) -> list[str]:
+def module_path(*, has_rootfs: bool) -> list[str]:
     """Return sys.path for a handler: its code, its layers, the standard library, site packages."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     own = [TASK_ROOT, f"{LAYER_ROOT}/python", f"{LAYER_ROOT}/python/lib/{version}/site-packages"]
-    if function.rootfs is not None:
-        return own
+    if has_rootfs:
+        return own  # and what its own interpreter adds
     library = sysconfig.get_path("stdlib")
     # What the handler's interpreter has too: below /usr, or a prefix that is bound.
     visible = ("/usr/", *(f"{prefix}/" for prefix in interpreter_prefixes()))
@@ -135,7 +140,9 @@ class Invocations:
     def _start_worker(self, invoker: Invoker) -> Call:
         python = sys.executable if self._function.rootfs is None else "python3"
         variables = self._env.base_environment()
-        return invoker.start(variables, module_path(self._function), python)
+        return invoker.start(
+            variables, module_path(has_rootfs=self._function.rootfs is not None), python
+        )
 
     def invoke(
         self,

@@ -50,8 +50,16 @@ class Answer:
         self.data = data
 
     def json(self) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer as a value."""
-        return json.loads(str(self.data, "utf-8"))
+        """Return the answer as a value.
+
+        Raises:
+            FunctionError: It is no JSON, which takes a worker that was tampered with.
+        """
+        try:
+            return json.loads(str(self.data, "utf-8"))
+        except (ValueError, RecursionError) as error:
+            what = f"The answer is no JSON: {error}"
+            raise FunctionError("Runtime.MarshalError", what, (), self.invocation()) from error
 
     def invocation(self) -> Invocation:
         """Return the record of the call."""
@@ -136,6 +144,8 @@ class Invoker:
             "env": {**environment, **self._variables(told), **dict(self._version.env)},
             "function": told,
             "forks": self._function.reuse == "reset",
+            # One that was executed knows where its own standard library is.
+            "keeps_path": self._function.start == "exec",
             "visible": self._function.reuse != "reset",
         }
         try:

@@ -563,3 +563,11 @@ def test_a_plain_program_that_takes_too_long() -> None:
         wait_until(lambda: env.state is State.DEAD, "it is killed")
         with pytest.raises(nsbox.EnvironmentStateError, match="dead"):
             env.invoke(1)
+
+
+def test_a_limit_that_handlers_do_not_have_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("def handler(event, context): return event\n")
+    limits = nsbox.Limits(cpu_time=1)
+    version = nsbox.Function("app.handler", code=tmp_path, limits=limits).publish()
+    with pytest.raises(nsbox.ConfigError, match="limits: cpu_time is of commands"):
+        nsbox.ExecutionEnvironment(version)

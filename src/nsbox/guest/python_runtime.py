@@ -109,10 +109,11 @@ class Worker:
             os._exit(1)
 
     def _start(self, request: dict[str, Any]) -> None:
-        """Import the module, as ``{handler, path, cwd, env, function, forks, visible}`` say."""
+        """Import the module, as ``{handler, path, cwd, env, function, forks,
+        keeps_path, visible}`` say."""
         os.environ.clear()
         os.environ.update(request["env"])
-        sys.path[:] = request["path"]
+        sys.path[:] = request["path"] + (sys.path if request["keeps_path"] else [])
         sys.path_importer_cache.clear()
         sys.dont_write_bytecode = True  # its code is read-only
         gc.enable()  # the template has switched it off
@@ -151,7 +152,7 @@ class Worker:
         name, _, client_context = words.partition("\0")
         try:
             value = json.loads(str(data[begin:], "utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return ERROR, _failure(
                 "Runtime.UnmarshalError", f"Unable to unmarshal input: {error}", name
             )
@@ -198,6 +199,9 @@ class Worker:
         except BlockingIOError:
             has_answered = b""
         os.close(told)
+        # It shared these open files, and so their flags, with all forks to come (fcntl(2)).
+        for fd in (1, 2, self._channel.fileno()):
+            os.set_blocking(fd, True)
         if not has_answered:
             self._send(ENDED, number, str(status).encode())
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from nsbox.linux import sysv
 
 PLACES = ("/tmp", "/dev/shm", "/dev/mqueue")  # noqa: S108 - the environment's own
 """Everything that is writable inside."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MODE = 0o1777  # as they are mounted
 
 
 def reset() -> None:
@@ -21,6 +23,8 @@ def reset() -> None:
     mounts = _mounts()
     for place in PLACES:
         try:
+            if stat.S_IMODE(os.stat(place).st_mode) != _MODE:
+                os.chmod(place, _MODE)  # its owner could not read it, and so not empty it
             fd = os.open(place, _DIRECTORY)
         except FileNotFoundError:
             continue

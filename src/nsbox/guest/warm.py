@@ -51,6 +51,7 @@ def warm_up() -> None:
         "function": dict.fromkeys(_TOLD, ""),
         "forks": False,
         "visible": False,
+        "keeps_path": False,
     }
     try:
         python_runtime.open_stream(1).write("")
