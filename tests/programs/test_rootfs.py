@@ -132,3 +132,23 @@ def test_recipes(tmp_path: Path, recipe: str, command: list[str], expected: str)
     refused = subprocess.run(other, capture_output=True, text=True, timeout=110)
     assert refused.returncode == 1
     assert "not empty" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="the recipes unpack Debian packages")
+def test_a_function_is_executed_by_the_interpreter_of_a_rootfs(tmp_path: Path) -> None:
+    tree, code = tmp_path / "root", tmp_path / "code"
+    build = [str(REPOSITORY / "rootfs/python.sh"), str(tree)]
+    subprocess.run(build, check=True, capture_output=True, timeout=110)
+    for path in (tmp_path.parent, tmp_path):
+        path.chmod(0o755)
+    code.mkdir()
+    (code / "app.py").write_text(
+        "import decimal, sys\n"
+        "def handler(event, context): return [event, sys.prefix, decimal.__file__]\n"
+    )
+    function = nsbox.Function("app.handler", code=code, rootfs=tree, start="exec", init_timeout=60)
+    with nsbox.ExecutionEnvironment(function.publish()) as env:
+        answer = env.invoke({"a": 1})
+    assert answer[:2] == [{"a": 1}, "/usr"]
+    assert answer[2].startswith("/usr/lib/python3")

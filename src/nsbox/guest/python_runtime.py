@@ -109,8 +109,7 @@ class Worker:
             os._exit(1)
 
     def _start(self, request: dict[str, Any]) -> None:
-        """Import the module, as ``{handler, path, cwd, env, function, forks,
-        keeps_path, visible}`` say."""
+        """Import the handler's module; `request` is what `nsbox.invoker.Invoker.start` sends."""
         os.environ.clear()
         os.environ.update(request["env"])
         sys.path[:] = request["path"] + (sys.path if request["keeps_path"] else [])

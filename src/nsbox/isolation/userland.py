@@ -207,10 +207,16 @@ def _place_rootfs(root: str) -> None:
         os.rmdir(f"{root}/{name}")
     os.rmdir(f"{root}/etc")
     for name in sorted(os.listdir(".")):
-        if name not in _NEVER_SHARED:
+        if name == "var" and not os.path.islink(name):
+            # Entry by entry, so that there is a place for a function's code.
+            os.mkdir(f"{root}/var", 0o755)
+            for inner in sorted(os.listdir(name)):
+                _place_entry(f"{root}/var", name, inner)
+        elif name not in _NEVER_SHARED:
             _place_entry(root, ".", name)
-    for name in ("etc", "var"):
-        if not os.path.lexists(f"{root}/{name}"):
+    for name in ("etc", "var", *_CODE_PLACES):
+        parent = os.path.dirname(f"{root}/{name}")
+        if not os.path.lexists(f"{root}/{name}") and not os.path.islink(parent):
             os.mkdir(f"{root}/{name}", 0o755)
 
 
