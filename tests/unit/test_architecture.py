@@ -22,6 +22,7 @@ SOURCE = Path(nsbox.__file__).parent
 # packages; docs/architecture.md draws the same picture.
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cli", ("cli", "__main__")),
+    ("pool", ("pool", "pool_aio", "pool_loop", "pool_jobs", "pool_watch", "pool_leases")),
     ("environment", ("environment",)),
     ("functions", ("functions", "aio", "invoker", "worker")),
     ("command", ("command", "verdict")),
@@ -43,6 +44,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "profiles",
             "terminal",
             "invocation",
+            "pool_events",
         ),
     ),
     ("store", ("store", "seals", "sources", "trees")),

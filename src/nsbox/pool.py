@@ -1,0 +1,562 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`WarmPool`: environments kept warm for a function version or a `Config`, one call each at a time.
+
+The pool decides who gets which environment and when one goes (`nsbox.pool_leases` has that state);
+everything else is the environment's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import select
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future
+from typing import Any, Final, Self
+
+from nsbox.config import Config, make_config, parse_seconds
+from nsbox.environment import ExecutionEnvironment, death_descriptor
+from nsbox.errors import (
+    ConfigError,
+    EnvironmentStateError,
+    FunctionError,
+    NsboxError,
+    PoolClosed,
+    PoolError,
+    PoolTimeout,
+)
+from nsbox.function import Function, FunctionVersion
+from nsbox.invocation import Invocation
+from nsbox.pool_events import PoolEvent, Retirement
+from nsbox.pool_jobs import Jobs
+from nsbox.pool_leases import Entry, Grant, Leases, Resolve, Waiter
+from nsbox.pool_loop import PoolCalls
+from nsbox.pool_watch import Watch
+
+Source = FunctionVersion | Config
+PoolGrant = Grant[ExecutionEnvironment, Source]
+PoolEntry = Entry[ExecutionEnvironment, Source]
+
+_log: Final = logging.getLogger("nsbox.pool")
+_HARMLESS: Final = ("", "Runtime.MarshalError", "Function.ResponseSizeTooLarge")
+_RETURN_DEADLINE: Final = 10.0  # seconds in which a killed call must have given its lease back
+_TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
+
+
+class WarmPool(PoolCalls):
+    """Keeps environments warm and gives each of them to one call at a time.
+
+    Use it as a context manager, from any number of threads; not from a forked child.
+
+    An environment belongs to one function version and one tenant. A call gets an idle one of its
+    own, the last used first; else one is born, up to `max_environments`; else the one that has
+    been idle longest makes room; else the call waits for its turn.
+    """
+
+    def __init__(
+        self,
+        source: Function | FunctionVersion | Config | None = None,
+        *,
+        provisioned: int = 0,
+        max_environments: int = 8,
+        acquire_timeout: float | None = 10.0,
+        max_waiting: int = 1000,
+        idle_timeout: float = 600.0,
+        max_lifetime: float = 14 * 3600.0,
+        max_invocations: int | None = None,
+        reuse: str = "keep",
+        on_event: Callable[[PoolEvent], object] | None = None,
+    ) -> None:
+        """Make the pool, and wait until `provisioned` environments are ready.
+
+        Args:
+            source: A function, which is published, or a version; for `invoke` and `submit`. Or a
+                `Config` (None: the default one), for `acquire`.
+            provisioned: Environments kept ready, initialised; a lost one is replaced.
+            max_environments: The most at a time, births under way counted.
+            acquire_timeout: Seconds a call waits for its turn; None waits as long as it takes.
+            max_waiting: Calls that may wait; 0: none does.
+            idle_timeout: Seconds after which one that nobody uses is closed.
+            max_lifetime: Seconds after which one gets no other call.
+            max_invocations: Calls after which one is replaced.
+            reuse: For a `Config`: ``"keep"`` or ``"never"``. A function has its own.
+            on_event: Called with a `PoolEvent`, from whichever thread it happens in. What it
+                raises is logged.
+
+        Raises:
+            ConfigError: A value is wrong.
+            NsboxError: A provisioned environment cannot be made, or its function does not start.
+        """
+        self._most = _check_count(max_environments, "max_environments", 1)
+        self._provisioned = _check_count(provisioned, "provisioned", 0)
+        if provisioned > max_environments:
+            raise ConfigError("provisioned: more than max_environments")
+        self._acquire_timeout = acquire_timeout
+        if acquire_timeout is not None and acquire_timeout != 0:
+            self._acquire_timeout = parse_seconds(acquire_timeout, "acquire_timeout")
+        self._idle_timeout = parse_seconds(idle_timeout, "idle_timeout")
+        if max_invocations is not None:
+            _check_count(max_invocations, "max_invocations", 1)
+        if reuse not in ("keep", "never"):
+            raise ConfigError(f"reuse: must be 'keep' or 'never', got {reuse!r}")
+        if isinstance(source, Function):
+            source = source.publish()
+        if isinstance(source, FunctionVersion):
+            if reuse != "keep":
+                raise ConfigError("reuse: give it to the Function")
+            reuse = source.function.reuse
+            resolve = _resolver(source)
+        else:
+            resolve = _config_resolver(make_config(source, {}))
+        self._is_function = isinstance(source, FunctionVersion)
+        self._reuse = reuse
+        self._on_event = on_event
+        self._owner = os.getpid()
+        self._leases: Leases[ExecutionEnvironment, Source] = Leases(
+            resolve,
+            most=self._most,
+            max_waiting=_check_count(max_waiting, "max_waiting", 0),
+            max_lifetime=parse_seconds(max_lifetime, "max_lifetime"),
+            max_invocations=max_invocations,
+            spills=provisioned > 0,
+        )
+        self._watched: dict[int, PoolEntry] = {}
+        self._watch: Watch | None = None
+        self._start_lock = threading.Lock()
+        self._close_lock = threading.Lock()
+        self._filler: threading.Thread | None = None
+        self._is_closed = False
+        self._jobs = Jobs(self._most)
+        try:
+            self._fill()
+        except BaseException:
+            self.close(drain=False)
+            raise
+        _pools.add(self)
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def invoke(
+        self, event: object, *, timeout: float | None = None, tenant: str | None = None
+    ) -> Any:  # noqa: ANN401 - any JSON value
+        """Call the function with an event and return its answer; both are JSON values.
+
+        Args:
+            event: What json.dumps takes.
+            timeout: Seconds for the handler, instead of the function's; waiting does not count.
+            tenant: On whose behalf: no environment ever serves two.
+
+        Raises:
+            PoolTimeout: No environment was free within `acquire_timeout`.
+            Throttled: Too many calls wait, or environments do not start.
+            PoolClosed: The pool is closed, or was meanwhile.
+            InvokeError, SetupError, ConfigError: As `ExecutionEnvironment` and its `invoke`.
+        """
+        with self._lease(tenant) as env:
+            return env.invoke(event, timeout=timeout)
+
+    def invoke_bytes(
+        self, payload: bytes, *, timeout: float | None = None, tenant: str | None = None
+    ) -> Invocation:
+        """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
+        with self._lease(tenant) as env:
+            return env.invoke_bytes(payload, timeout=timeout)
+
+    def submit(
+        self, event: object, *, timeout: float | None = None, tenant: str | None = None
+    ) -> Future[Any]:
+        """Do as `invoke` in a thread of the pool, and return a future of the answer.
+
+        As many run at a time as the pool may have environments. Those submitted above that wait
+        in the order of their submission, without limit: `acquire_timeout` begins after that.
+        """
+        self._check_usable(is_function=True)
+        return self._jobs.submit(lambda: self.invoke(event, timeout=timeout, tenant=tenant))
+
+    @contextlib.contextmanager
+    def acquire(self, *, timeout: float | None = None) -> Iterator[ExecutionEnvironment]:
+        """Lease an environment of a pool of a `Config`, for the body of a with statement.
+
+        With reuse "keep" the next one finds the files in /tmp. When the body raises, the
+        environment is destroyed.
+
+        Args:
+            timeout: Seconds to wait for one, instead of `acquire_timeout`.
+
+        Raises:
+            As `invoke`.
+        """
+        seconds = self._acquire_timeout if timeout is None else parse_seconds(timeout, "timeout")
+        grant = self._take(None, seconds, is_function=False)
+        try:
+            yield _env_of(grant)
+        except BaseException as error:
+            self._finish(grant, error)
+            raise
+        self._finish(grant, None)
+
+    @contextlib.contextmanager
+    def _lease(self, tenant: str | None) -> Iterator[ExecutionEnvironment]:
+        grant = self._take(tenant, self._acquire_timeout, is_function=True)
+        try:
+            yield _env_of(grant)
+        except BaseException as error:
+            self._finish(grant, error)
+            if self._leases.is_killed and isinstance(error, NsboxError):
+                raise PoolClosed("the pool was closed while the call ran") from error
+            raise
+        self._finish(grant, None)
+
+    # -- leases --------------------------------------------------------------------------------
+
+    def _check_usable(self, *, is_function: bool) -> None:
+        if self._owner != os.getpid():
+            raise PoolError(f"this pool belongs to process {self._owner}; make another one here")
+        if is_function is not self._is_function:
+            has = "a function: use invoke" if self._is_function else "a Config: use acquire"
+            raise PoolError(f"this pool is of {has}")
+
+    def _take(self, tenant: str | None, seconds: float | None, *, is_function: bool) -> PoolGrant:
+        """Return a lease with a living environment."""
+        self._check_usable(is_function=is_function)
+        deadline = None if seconds is None else time.monotonic() + seconds
+        is_counted = False
+        while True:
+            waiter = Waiter[ExecutionEnvironment, Source](tenant)
+            grant = self._leases.ask(waiter, again=is_counted) or self._await(waiter, deadline)
+            is_counted = True
+            if grant.is_birth:
+                self._give_birth(grant)
+                return grant
+            if not self._is_dead(grant):
+                return grant
+
+    def _await(
+        self, waiter: Waiter[ExecutionEnvironment, Source], deadline: float | None
+    ) -> PoolGrant:
+        is_over = False
+        try:
+            if deadline is None:
+                waiter.wait(threading.TIMEOUT_MAX)
+            else:
+                is_over = not waiter.wait(max(0.0, deadline - time.monotonic()))
+        except BaseException:
+            self._drop(self._leases.withdraw(waiter))
+            raise
+        grant = self._leases.withdraw(waiter) if is_over else waiter.grant
+        if waiter.error is not None:
+            raise waiter.error
+        if grant is None:
+            raise self._timed_out()
+        return grant
+
+    def _timed_out(self) -> PoolTimeout:
+        return PoolTimeout(
+            f"none of {self._most} environments was free within {self._acquire_timeout} s"
+        )
+
+    def _is_dead(self, grant: PoolGrant) -> bool:
+        """Look whether it has died a moment ago; then it is closed."""
+        poll = select.poll()
+        poll.register(grant.entry.fd, select.POLLIN)
+        if not poll.poll(0):
+            return False
+        self._give_back(grant, Retirement.FAILURE)
+        return True
+
+    def _give_birth(self, grant: PoolGrant, *, is_call: bool = True) -> None:
+        """Have the environment of a birth's lease born and initialised; else end the lease."""
+        entry = grant.entry
+        try:
+            if grant.victim is not None:
+                self._dispose(grant.victim)
+            env = ExecutionEnvironment(entry.what)
+            try:
+                self._adopt(grant, env)
+            except BaseException:
+                if entry.env is None:
+                    env.close(wait=False)
+                raise
+            self._tell("created", entry)
+            begin = time.monotonic()
+            if self._is_function:
+                env.init()
+                self._tell("initialised", entry)
+            self._leases.started(grant, time.monotonic() - begin)
+        except BaseException as error:
+            if not isinstance(error, PoolClosed):
+                self._leases.failed(grant, error)
+            self._give_back(grant, Retirement.FAILURE, answered=False if is_call else None)
+            if self._leases.is_killed and isinstance(error, NsboxError):
+                raise PoolClosed("the pool was closed during the birth") from error
+            raise
+
+    def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
+        fd = death_descriptor(env)
+        self._watched[fd] = grant.entry
+        try:
+            self._get_watch().add(fd)
+        except BaseException:
+            del self._watched[fd]
+            os.close(fd)
+            raise
+        self._leases.born(grant, env, fd)
+
+    def _drop(self, grant: PoolGrant | None) -> None:
+        """End a lease that nobody uses any more; its call counts as an error."""
+        if grant is None:
+            return
+        if grant.victim is not None:
+            self._dispose(grant.victim)
+        self._give_back(grant, None, answered=False)
+
+    def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
+        entry = grant.entry
+        doubt = self._doubt(entry, error)
+        self._tell("invoked", entry, error=type(error).__name__ if error else "")
+        self._give_back(
+            grant,
+            doubt,
+            answered=error is None,
+            seconds=time.monotonic() - entry.begun,
+        )
+
+    def _doubt(self, entry: PoolEntry, error: BaseException | None) -> Retirement | None:
+        """Return why the environment may not be used again after a call that ended so."""
+        if error is None or isinstance(error, ConfigError):
+            return Retirement.INVOCATIONS if self._reuse == "never" else None
+        if not isinstance(error, FunctionError) or error.invocation is None:
+            return Retirement.FAILURE
+        # The host's own word on how it failed; what the function says is `error.error_type`.
+        kind = error.invocation.error_type
+        is_command = isinstance(entry.what, FunctionVersion) and entry.what.function.command
+        if kind not in _HARMLESS and not (is_command and kind == "Runtime.ExitError"):
+            return Retirement.FAILURE
+        return Retirement.INVOCATIONS if self._reuse == "never" else None
+
+    def _give_back(
+        self,
+        grant: PoolGrant,
+        doubt: Retirement | None,
+        *,
+        answered: bool | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        retired = self._leases.give_back(grant, doubt, answered=answered, seconds=seconds)
+        if retired is not None:
+            self._dispose(grant.entry)
+
+    def _dispose(self, entry: PoolEntry, *, wait: bool = False) -> None:
+        """Close a retired environment and free its place."""
+        try:
+            if entry.env is not None:
+                if self._watch is not None:
+                    self._watch.discard(entry.fd)
+                self._watched.pop(entry.fd, None)
+                os.close(entry.fd)
+                entry.env.close(wait=wait)
+                self._tell("retired", entry, reason=entry.reason)
+        finally:
+            self._leases.removed(entry)
+            if self._provisioned and self._watch is not None and not self._is_closed:
+                self._watch.ring()
+
+    # -- keeping house -------------------------------------------------------------------------
+
+    def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
+        """Let the next call run another version, and return that.
+
+        Running calls end on the old one. Its idle environments are closed now, the others when
+        their call ends. Provisioned ones of the new version are born at once.
+        """
+        self._check_usable(is_function=True)
+        version = source.publish() if isinstance(source, Function) else source
+        if not isinstance(version, FunctionVersion):
+            raise ConfigError(f"publish: must be a function or a version of one, got {version!r}")
+        if version.function.reuse != self._reuse:
+            raise ConfigError(f"publish: reuse {version.function.reuse!r} was {self._reuse!r}")
+        for entry in self._leases.publish(_resolver(version)):
+            self._dispose(entry)
+        if self._watch is not None and not self._is_closed:
+            self._watch.ring()
+        return version
+
+    def stats(self) -> dict[str, float]:
+        """Return the numbers of one moment, under AWS Lambda's names where it has one.
+
+        Calls is Invocations (answers and Errors), Throttles and what is under way. Duration and
+        InitDuration are sums in milliseconds.
+        """
+        return self._leases.stats()
+
+    def _get_watch(self) -> Watch:
+        with self._start_lock:
+            if self._watch is None:
+                self._watch = Watch(self._on_death, self._on_time)
+            return self._watch
+
+    def _on_death(self, fd: int) -> None:
+        entry = self._watched.get(fd)
+        if entry is not None and self._leases.died(entry):
+            self._dispose(entry)
+
+    def _on_time(self) -> float:
+        over, orphans, due = self._leases.sweep(self._idle_timeout)
+        for entry in over:
+            self._dispose(entry)
+        for grant in orphans:
+            self._drop(grant)
+        if (
+            self._provisioned
+            and not self._is_closed
+            and not (self._filler is not None and self._filler.is_alive())
+        ):
+            grant = self._leases.reserve(self._provisioned)
+            if grant is not None:
+                # A birth may take long, and deaths are to be seen meanwhile.
+                self._filler = threading.Thread(
+                    target=self._refill, args=(grant,), name="nsbox-pool-fill", daemon=True
+                )
+                self._filler.start()
+        return due
+
+    def _fill(self, grant: PoolGrant | None = None) -> None:
+        """Give birth to the provisioned environments that are missing."""
+        place = grant or self._leases.reserve(self._provisioned)
+        while place is not None:
+            self._give_birth(place, is_call=False)
+            self._give_back(place, None)
+            place = self._leases.reserve(self._provisioned)
+
+    def _refill(self, grant: PoolGrant) -> None:
+        try:
+            self._fill(grant)
+        except (NsboxError, OSError) as error:
+            # It is tried again; calls that need one meanwhile are told why there is none.
+            _log.warning("an environment to be kept ready does not start: %s", error)
+        self._filler = None
+        watch = self._watch
+        if watch is not None and not self._is_closed:
+            watch.ring()
+
+    def _tell(
+        self, kind: str, entry: PoolEntry, *, reason: Retirement | None = None, error: str = ""
+    ) -> None:
+        if self._on_event is None or entry.env is None:
+            return
+        event = PoolEvent(
+            kind=kind,
+            environment=entry.env.id,
+            version=entry.what.id if isinstance(entry.what, FunctionVersion) else "",
+            tenant=entry.what.tenant if isinstance(entry.what, FunctionVersion) else None,
+            provisioned=entry.is_provisioned,
+            reason=reason,
+            error=error,
+        )
+        try:
+            self._on_event(event)
+        except Exception:  # noqa: BLE001 - the caller's; the pool's own work goes on
+            _log.exception("on_event raised for %s", event)
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def close(self, *, drain: bool = True) -> None:
+        """End the pool and every environment. May be called again.
+
+        Args:
+            drain: Let running and waiting calls end first; new ones are refused. Otherwise
+                running ones are killed, and they and the waiting ones raise `PoolClosed`.
+
+        Raises:
+            CleanupError: Something of an environment could not be removed.
+        """
+        if self._owner != os.getpid():
+            return
+        with self._close_lock:
+            if self._is_closed:
+                return
+            self._jobs.close(drain=drain)
+            failure = self._end_leases(kill=None if drain else _kill)
+            self._is_closed = True
+            filler = self._filler
+            if filler is not None:
+                filler.join(_RETURN_DEADLINE)
+            self._jobs.join()
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
+            _pools.discard(self)
+        if failure is not None:
+            raise failure
+
+    def _end_leases(self, kill: Callable[[int], object] | None) -> Exception | None:
+        failure: Exception | None = None
+        idle, orphans = self._leases.begin_close(kill)
+        for entry in idle:
+            try:
+                self._dispose(entry, wait=True)
+            except NsboxError as error:
+                failure = failure or error
+        for grant in orphans:
+            self._drop(grant)
+        self._leases.await_empty(None if kill is None else _RETURN_DEADLINE)
+        return failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=kind is None)
+
+
+def _env_of(grant: PoolGrant) -> ExecutionEnvironment:
+    if grant.entry.env is None:
+        raise EnvironmentStateError("this lease has no environment yet")
+    return grant.entry.env
+
+
+def _kill(fd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+
+
+def _check_count(value: object, what: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{what}: must be a number from {least}, got {value!r}")
+    return value
+
+
+def _config_resolver(config: Config) -> Resolve[Source]:
+    return lambda _tenant: ("", config)
+
+
+def _resolver(version: FunctionVersion) -> Resolve[Source]:
+    versions: dict[str | None, tuple[Hashable, Source]] = {None: (version.key, version)}
+
+    def resolve(tenant: str | None) -> tuple[Hashable, Source]:
+        found = versions.get(tenant)
+        if found is None:
+            if len(versions) >= _TENANTS_KEPT:
+                versions.clear()
+                versions[None] = (version.key, version)
+            own = version.for_tenant(tenant)
+            found = versions[tenant] = (own.key, own)
+        return found
+
+    return resolve
+
+
+_pools: weakref.WeakSet[WarmPool] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_pools() -> None:
+    for pool in list(_pools):
+        with contextlib.suppress(NsboxError):
+            pool.close(drain=False)
