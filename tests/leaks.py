@@ -30,6 +30,8 @@ _PACKAGES = tuple(
 )
 """Entry points of launchers of this session: as installed, and as its other hosts import it."""
 _OUR_NAME = re.compile(r"nsbox-(launcher|template|janitor|[0-9a-f]{8})")
+_TEMPLATES_OF_FUNCTIONS = 4
+"""Templates kept for functions at most (nsbox.launcher.server)."""
 _CGROUP_ROOT = "/sys/fs/cgroup"
 
 Snapshot = dict[str, frozenset[str]]
@@ -50,7 +52,7 @@ def snapshot(temporary: str) -> Snapshot:
         "descriptors": _descriptors(launcher),
         "mounts": _lines("/proc/self/mountinfo"),
         "mounts of the launcher": _launcher_mounts(launcher),
-        "descriptors of the launcher": _launcher_descriptors(launcher),
+        "descriptors of the launcher": _launcher_descriptors(launcher, processes),
         "cgroups": cgroups(launcher),
         "processes": _leaked_processes(processes, launcher),
         "sockets": _sockets(processes),
@@ -129,10 +131,16 @@ def _launcher_mounts(launcher: Launcher | None) -> frozenset[str]:
     return frozenset([f"{theirs} and not {ours}"]) if theirs > ours else frozenset()
 
 
-def _launcher_descriptors(launcher: Launcher | None) -> frozenset[str]:
+def _launcher_descriptors(
+    launcher: Launcher | None, processes: dict[int, _Process]
+) -> frozenset[str]:
     """Return kinds and counts of the launcher's open files, without what it keeps on purpose."""
     if launcher is None:
         return frozenset()
+    templates = sum(
+        process.name == "nsbox-template" and process.parent == launcher.pid
+        for process in processes.values()
+    )
     directory = f"/proc/{launcher.pid}/fd"
     links = []
     try:
@@ -141,15 +149,15 @@ def _launcher_descriptors(launcher: Launcher | None) -> frozenset[str]:
     except OSError:
         return frozenset()  # not dumpable, and this user may not look; or it has ended
     # Layouts (mnt) and ready network namespaces (net) are kept; the rest is what it began with:
-    # its sockets to the host and the template, the lock on its ids, the pidfds of both and of the
-    # janitor, epoll, the lifeline, the done pipe, 0 to 2.
+    # its sockets to the host and each template, the lock on its ids, the pidfds of all these and of
+    # the janitor, epoll, the lifeline, the done pipe, 0 to 2.
     sockets = sum(link.startswith("socket:") for link in links)
     pidfds = sum("pidfd" in link for link in links)
     found = []
-    if sockets > 3:
-        found.append(f"{sockets} sockets")
-    if pidfds > 3:
-        found.append(f"{pidfds} pidfds")
+    if sockets > 2 + templates:
+        found.append(f"{sockets} sockets, {templates} templates")
+    if pidfds > 2 + templates:
+        found.append(f"{pidfds} pidfds, {templates} templates")
     namespaces = sum(link.startswith(("mnt:", "net:")) for link in links)
     if namespaces > 2 + 8 + 4:
         found.append(f"{namespaces} namespaces")
@@ -258,7 +266,8 @@ def _leaked_processes(
     if launcher is not None:
         kept = {launcher.pid}
     me = os.getpid()
-    helpers = ["nsbox-janitor", "nsbox-template"]
+    # One template for commands, and some for functions, by what they have preloaded.
+    helpers = ["nsbox-janitor", *["nsbox-template"] * (1 + _TEMPLATES_OF_FUNCTIONS)]
     found = set()
     for process in all_of_them.values():
         parent = all_of_them.get(process.parent)
@@ -266,7 +275,7 @@ def _leaked_processes(
         if process.pid in kept:
             continue
         if process.parent in kept and process.name in helpers:
-            helpers.remove(process.name)  # one of each, and no clone that was never renamed
+            helpers.remove(process.name)  # no clone that was never renamed
         elif process.parent == me or process.parent in kept:
             found.add(label)
         elif process.state != "Z" and _OUR_NAME.fullmatch(process.name):

@@ -338,7 +338,7 @@ class FunctionVersion:
         if tenant == self.tenant:
             return self
         if self.tenant is not None:
-            raise ConfigError(f"tenant: the version is {self.tenant!r}'s, and not {tenant!r}'s")
+            raise ConfigError(f"tenant: the version is of {self.tenant!r}, and not of {tenant!r}")
         # Not Function.replace, which looks for sources that may have gone since.
         function = copy.copy(self.function)
         object.__setattr__(function, "tenant", tenant)

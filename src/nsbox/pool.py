@@ -417,11 +417,11 @@ class WarmPool(PoolCalls):
             and not self._is_closed
             and not (self._filler is not None and self._filler.is_alive())
         ):
-            grant = self._leases.reserve(self._provisioned)
-            if grant is not None:
+            place = self._leases.reserve(self._provisioned)
+            if place is not None:
                 # A birth may take long, and deaths are to be seen meanwhile.
                 self._filler = threading.Thread(
-                    target=self._refill, args=(grant,), name="nsbox-pool-fill", daemon=True
+                    target=self._refill, args=(place,), name="nsbox-pool-fill", daemon=True
                 )
                 self._filler.start()
         return due
