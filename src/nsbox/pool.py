@@ -131,13 +131,16 @@ class WarmPool(PoolCalls):
         self._start_lock = threading.Lock()
         self._close_lock = threading.Lock()
         self._filler: threading.Thread | None = None
-        self._is_closed = False
+        self._is_closed = self._is_filled = False
         self._jobs = Jobs(self._most)
         try:
             self._fill()
         except BaseException:
             self.close(drain=False)
             raise
+        self._is_filled = True  # from now on the thread that keeps house sees to it
+        if self._watch is not None:
+            self._watch.ring()
         _pools.add(self)
 
     # -- calls ---------------------------------------------------------------------------------
@@ -414,6 +417,7 @@ class WarmPool(PoolCalls):
             self._drop(grant)
         if (
             self._provisioned
+            and self._is_filled
             and not self._is_closed
             and not (self._filler is not None and self._filler.is_alive())
         ):

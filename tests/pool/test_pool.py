@@ -15,6 +15,7 @@ import pytest
 from tests.support import PATIENCE, host_program, wait_until
 
 import nsbox
+from nsbox.launcher.client import get_launcher
 from nsbox.pool_leases import Phase
 
 pytestmark = pytest.mark.needs("userns")
@@ -271,9 +272,22 @@ def test_death_of_an_idle_one_is_seen_at_once_and_a_provisioned_one_replaced(mak
         assert stats["ProvisionedConcurrencySpilloverInvocations"] == 0
 
 
+def test_provisioned_ones_are_ready_when_the_pool_is(make: Make) -> None:
+    with nsbox.WarmPool(make(), provisioned=3) as pool:
+        stats = pool.stats()
+        assert (stats["Births"], stats["Idle"], stats["Environments"]) == (3, 3, 3)
+        assert stats["InitDuration"] > 0
+        assert pool.invoke_bytes(b"{}").init_seconds is not None, "it is told with the first call"
+
+
 def test_the_death_of_the_launcher_is_survived(make: Make) -> None:
     with nsbox.WarmPool(make(), provisioned=2, max_environments=2) as pool:
-        nsbox.shutdown()
+        launcher = get_launcher()
+        running = pool.submit({"sleep": 3600}, timeout=900)
+        wait_until(lambda: pool.stats()["ConcurrentExecutions"] == 1, "it runs")
+        os.kill(launcher.pid, signal.SIGKILL)
+        with pytest.raises(nsbox.InvokeError):
+            running.result(20 * PATIENCE)
 
         def is_full_again() -> bool:
             stats = pool.stats()
