@@ -161,15 +161,27 @@ class WarmPool(PoolCalls):
             PoolClosed: The pool is closed, or was meanwhile.
             InvokeError, SetupError, ConfigError: As `ExecutionEnvironment` and its `invoke`.
         """
-        with self._lease(tenant) as env:
-            return env.invoke(event, timeout=timeout)
+        grant = self._take(tenant, self._acquire_timeout, is_function=True)
+        try:
+            answer = _env_of(grant).invoke(event, timeout=timeout)
+        except BaseException as error:
+            self._fail(grant, error)
+            raise
+        self._finish(grant, None)
+        return answer
 
     def invoke_bytes(
         self, payload: bytes, *, timeout: float | None = None, tenant: str | None = None
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
-        with self._lease(tenant) as env:
-            return env.invoke_bytes(payload, timeout=timeout)
+        grant = self._take(tenant, self._acquire_timeout, is_function=True)
+        try:
+            invocation = _env_of(grant).invoke_bytes(payload, timeout=timeout)
+        except BaseException as error:
+            self._fail(grant, error)
+            raise
+        self._finish(grant, None)
+        return invocation
 
     def submit(
         self, event: object, *, timeout: float | None = None, tenant: str | None = None
@@ -201,18 +213,6 @@ class WarmPool(PoolCalls):
             yield _env_of(grant)
         except BaseException as error:
             self._finish(grant, error)
-            raise
-        self._finish(grant, None)
-
-    @contextlib.contextmanager
-    def _lease(self, tenant: str | None) -> Iterator[ExecutionEnvironment]:
-        grant = self._take(tenant, self._acquire_timeout, is_function=True)
-        try:
-            yield _env_of(grant)
-        except BaseException as error:
-            self._finish(grant, error)
-            if self._leases.is_killed and isinstance(error, NsboxError):
-                raise PoolClosed("the pool was closed while the call ran") from error
             raise
         self._finish(grant, None)
 
@@ -266,9 +266,8 @@ class WarmPool(PoolCalls):
 
     def _is_dead(self, grant: PoolGrant) -> bool:
         """Look whether it has died a moment ago; then it is closed."""
-        poll = select.poll()
-        poll.register(grant.entry.fd, select.POLLIN)
-        if not poll.poll(0):
+        death = grant.entry.death
+        if death is not None and not death.poll(0):
             return False
         self._give_back(grant, Retirement.FAILURE)
         return True
@@ -309,6 +308,8 @@ class WarmPool(PoolCalls):
             del self._watched[fd]
             os.close(fd)
             raise
+        death = grant.entry.death = select.poll()
+        death.register(fd, select.POLLIN)
         self._leases.born(grant, env, fd)
 
     def _drop(self, grant: PoolGrant | None) -> None:
@@ -329,6 +330,12 @@ class WarmPool(PoolCalls):
             answered=error is None,
             seconds=time.monotonic() - entry.begun,
         )
+
+    def _fail(self, grant: PoolGrant, error: BaseException) -> None:
+        """End a lease whose call has failed; raises PoolClosed if that is why."""
+        self._finish(grant, error)
+        if self._leases.is_killed and isinstance(error, NsboxError):
+            raise PoolClosed("the pool was closed while the call ran") from error
 
     def _doubt(self, entry: PoolEntry, error: BaseException | None) -> Retirement | None:
         """Return why the environment may not be used again after a call that ended so."""

@@ -15,6 +15,7 @@ birth until it is closed.
 from __future__ import annotations
 
 import enum
+import select
 import threading
 import time
 from collections import OrderedDict, deque
@@ -57,7 +58,7 @@ class Entry(Generic[E, W]):
     """The place of one environment. Only `Leases` changes it."""
 
     __slots__ = (
-        "begun", "born", "env", "fd", "generation", "idle_since", "invocations", "is_provisioned",
+        "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations", "is_provisioned",
         "key", "phase", "reason", "token", "what",
     )  # fmt: skip
 
@@ -69,6 +70,7 @@ class Entry(Generic[E, W]):
         self.token = token
         self.env: E | None = None
         self.fd = -1
+        self.death: select.poll | None = None
         self.begun = self.born = self.idle_since = now
         self.invocations = 0
         self.is_provisioned = False
@@ -101,17 +103,22 @@ class Waiter(Generic[E, W]):
         self.tenant = tenant
         self.grant: Grant[E, W] | None = None
         self.error: Exception | None = None
+        self._turn: threading.Lock | None = None
+
+    def join(self) -> None:
+        """Get ready to be woken: there is nothing for it now."""
         self._turn = threading.Lock()
         self._turn.acquire()
 
     def wake(self) -> bool:
         """Tell the caller that `grant` or `error` is set; False when nobody is there any more."""
-        self._turn.release()
+        if self._turn is not None:
+            self._turn.release()
         return True
 
     def wait(self, seconds: float) -> bool:
         """Wait for that; False when the time is over."""
-        return self._turn.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+        return self._turn is None or self._turn.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
 
 
 class Leases(Generic[E, W]):
@@ -176,6 +183,7 @@ class Leases(Generic[E, W]):
             if grant is None:
                 if not self._max_waiting:
                     raise self._refuse_full()
+                waiter.join()
                 self._waiters[waiter] = None
             return grant
 
@@ -335,7 +343,8 @@ class Leases(Generic[E, W]):
             reason = doubt or self._reason_to_go(entry)
             if reason is None:
                 self._put_idle(entry)
-                self._hand_out()
+                if self._waiters:
+                    self._hand_out()
                 return None
             if self._trial is entry:
                 self._trial = None
@@ -369,7 +378,10 @@ class Leases(Generic[E, W]):
     def _put_idle(self, entry: Entry[E, W]) -> None:
         entry.phase = Phase.IDLE
         entry.idle_since = self._clock()
-        self._idle.setdefault(entry.key, deque()).append(entry)
+        stack = self._idle.get(entry.key)
+        if stack is None:
+            stack = self._idle[entry.key] = deque()
+        stack.append(entry)
 
     def _retire(self, entry: Entry[E, W], reason: Retirement) -> None:
         entry.phase, entry.reason = Phase.RETIRED, reason

@@ -9,7 +9,7 @@ from typing import Any
 
 from nsbox.config import Config
 from nsbox.environment import ExecutionEnvironment
-from nsbox.errors import NsboxError, PoolClosed, PoolTimeout
+from nsbox.errors import PoolClosed, PoolTimeout
 from nsbox.function import FunctionVersion
 from nsbox.pool_leases import Grant, Leases, Waiter
 
@@ -23,7 +23,11 @@ class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
     def __init__(self, tenant: str | None, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(tenant)
         self._loop = loop
-        self.future: asyncio.Future[None] = loop.create_future()
+        self.future: asyncio.Future[None]
+
+    def join(self) -> None:
+        """See `Waiter.join`."""
+        self.future = self._loop.create_future()
 
     def wake(self) -> bool:
         """See `Waiter.wake`."""
@@ -106,6 +110,9 @@ class PoolCalls:
     def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
         raise NotImplementedError
 
+    def _fail(self, grant: PoolGrant, error: BaseException) -> None:
+        raise NotImplementedError
+
     def _timed_out(self) -> PoolTimeout:
         raise NotImplementedError
 
@@ -127,9 +134,7 @@ class PoolCalls:
                 raise PoolClosed("the pool is closed")
             answer = await env.invoke_async(event, timeout=timeout)
         except BaseException as error:
-            self._finish(grant, error)
-            if self._leases.is_killed and isinstance(error, NsboxError):
-                raise PoolClosed("the pool was closed while the call ran") from error
+            self._fail(grant, error)
             raise
         self._finish(grant, None)
         return answer
