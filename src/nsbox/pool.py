@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
-import select
 import signal
 import threading
 import time
@@ -21,31 +19,20 @@ from concurrent.futures import Future
 from typing import Any, Final, Self
 
 from nsbox.config import Config, make_config, parse_seconds
-from nsbox.environment import ExecutionEnvironment, death_descriptor
+from nsbox.environment import ExecutionEnvironment
 from nsbox.errors import (
     ConfigError,
-    EnvironmentStateError,
-    FunctionError,
     NsboxError,
-    PoolClosed,
-    PoolError,
-    PoolTimeout,
 )
 from nsbox.function import Function, FunctionVersion
 from nsbox.invocation import Invocation
-from nsbox.pool_events import PoolEvent, Retirement
+from nsbox.pool_entries import Waiter
+from nsbox.pool_events import PoolEvent
+from nsbox.pool_house import RETURN_DEADLINE, PoolGrant, PoolLeases, Source, env_of
 from nsbox.pool_jobs import Jobs
-from nsbox.pool_leases import Entry, Grant, Leases, Resolve, Waiter
+from nsbox.pool_leases import Leases, Resolve
 from nsbox.pool_loop import PoolCalls
-from nsbox.pool_watch import Watch
 
-Source = FunctionVersion | Config
-PoolGrant = Grant[ExecutionEnvironment, Source]
-PoolEntry = Entry[ExecutionEnvironment, Source]
-
-_log: Final = logging.getLogger("nsbox.pool")
-_HARMLESS: Final = ("", "Runtime.MarshalError", "Function.ResponseSizeTooLarge")
-_RETURN_DEADLINE: Final = 10.0  # seconds in which a killed call must have given its lease back
 _TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
 
 
@@ -93,14 +80,13 @@ class WarmPool(PoolCalls):
             ConfigError: A value is wrong.
             NsboxError: A provisioned environment cannot be made, or its function does not start.
         """
-        self._most = _check_count(max_environments, "max_environments", 1)
-        self._provisioned = _check_count(provisioned, "provisioned", 0)
+        _check_count(max_environments, "max_environments", 1)
+        _check_count(provisioned, "provisioned", 0)
         if provisioned > max_environments:
             raise ConfigError("provisioned: more than max_environments")
         self._acquire_timeout = acquire_timeout
         if acquire_timeout is not None and acquire_timeout != 0:
             self._acquire_timeout = parse_seconds(acquire_timeout, "acquire_timeout")
-        self._idle_timeout = parse_seconds(idle_timeout, "idle_timeout")
         if max_invocations is not None:
             _check_count(max_invocations, "max_invocations", 1)
         if reuse not in ("keep", "never"):
@@ -114,25 +100,24 @@ class WarmPool(PoolCalls):
             resolve = _resolver(source)
         else:
             resolve = _config_resolver(make_config(source, {}))
-        self._is_function = isinstance(source, FunctionVersion)
-        self._reuse = reuse
-        self._on_event = on_event
-        self._owner = os.getpid()
-        self._leases: Leases[ExecutionEnvironment, Source] = Leases(
+        leases: PoolLeases = Leases(
             resolve,
-            most=self._most,
+            most=max_environments,
             max_waiting=_check_count(max_waiting, "max_waiting", 0),
             max_lifetime=parse_seconds(max_lifetime, "max_lifetime"),
             max_invocations=max_invocations,
             spills=provisioned > 0,
         )
-        self._watched: dict[int, PoolEntry] = {}
-        self._watch: Watch | None = None
-        self._start_lock = threading.Lock()
+        super().__init__(
+            leases,
+            provisioned=provisioned,
+            idle_timeout=parse_seconds(idle_timeout, "idle_timeout"),
+            reuse=reuse,
+            is_function=isinstance(source, FunctionVersion),
+            on_event=on_event,
+        )
         self._close_lock = threading.Lock()
-        self._filler: threading.Thread | None = None
-        self._is_closed = self._is_filled = False
-        self._jobs = Jobs(self._most)
+        self._jobs = Jobs(max_environments)
         try:
             self._fill()
         except BaseException:
@@ -163,7 +148,7 @@ class WarmPool(PoolCalls):
         """
         grant = self._take(tenant, self._acquire_timeout, is_function=True)
         try:
-            answer = _env_of(grant).invoke(event, timeout=timeout)
+            answer = env_of(grant).invoke(event, timeout=timeout)
         except BaseException as error:
             self._fail(grant, error)
             raise
@@ -176,7 +161,7 @@ class WarmPool(PoolCalls):
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
         grant = self._take(tenant, self._acquire_timeout, is_function=True)
         try:
-            invocation = _env_of(grant).invoke_bytes(payload, timeout=timeout)
+            invocation = env_of(grant).invoke_bytes(payload, timeout=timeout)
         except BaseException as error:
             self._fail(grant, error)
             raise
@@ -210,20 +195,13 @@ class WarmPool(PoolCalls):
         seconds = self._acquire_timeout if timeout is None else parse_seconds(timeout, "timeout")
         grant = self._take(None, seconds, is_function=False)
         try:
-            yield _env_of(grant)
+            yield env_of(grant)
         except BaseException as error:
             self._finish(grant, error)
             raise
         self._finish(grant, None)
 
     # -- leases --------------------------------------------------------------------------------
-
-    def _check_usable(self, *, is_function: bool) -> None:
-        if self._owner != os.getpid():
-            raise PoolError(f"this pool belongs to process {self._owner}; make another one here")
-        if is_function is not self._is_function:
-            has = "a function: use invoke" if self._is_function else "a Config: use acquire"
-            raise PoolError(f"this pool is of {has}")
 
     def _take(self, tenant: str | None, seconds: float | None, *, is_function: bool) -> PoolGrant:
         """Return a lease with a living environment."""
@@ -259,124 +237,6 @@ class WarmPool(PoolCalls):
             raise self._timed_out()
         return grant
 
-    def _timed_out(self) -> PoolTimeout:
-        return PoolTimeout(
-            f"none of {self._most} environments was free within {self._acquire_timeout} s"
-        )
-
-    def _is_dead(self, grant: PoolGrant) -> bool:
-        """Look whether it has died a moment ago; then it is closed."""
-        death = grant.entry.death
-        if death is not None and not death.poll(0):
-            return False
-        self._give_back(grant, Retirement.FAILURE)
-        return True
-
-    def _give_birth(self, grant: PoolGrant, *, is_call: bool = True) -> None:
-        """Have the environment of a birth's lease born and initialised; else end the lease."""
-        entry = grant.entry
-        try:
-            if grant.victim is not None:
-                self._dispose(grant.victim)
-            env = ExecutionEnvironment(entry.what)
-            try:
-                self._adopt(grant, env)
-            except BaseException:
-                if entry.env is None:
-                    env.close(wait=False)
-                raise
-            self._tell("created", entry)
-            begin = time.monotonic()
-            if self._is_function:
-                env.init()
-                self._tell("initialised", entry)
-            self._leases.started(grant, time.monotonic() - begin)
-        except BaseException as error:
-            if not isinstance(error, PoolClosed):
-                self._leases.failed(grant, error)
-            self._give_back(grant, Retirement.FAILURE, answered=False if is_call else None)
-            if self._leases.is_killed and isinstance(error, NsboxError):
-                raise PoolClosed("the pool was closed during the birth") from error
-            raise
-
-    def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
-        fd = death_descriptor(env)
-        self._watched[fd] = grant.entry
-        try:
-            self._get_watch().add(fd)
-        except BaseException:
-            del self._watched[fd]
-            os.close(fd)
-            raise
-        death = grant.entry.death = select.poll()
-        death.register(fd, select.POLLIN)
-        self._leases.born(grant, env, fd)
-
-    def _drop(self, grant: PoolGrant | None) -> None:
-        """End a lease that nobody uses any more; its call counts as an error."""
-        if grant is None:
-            return
-        if grant.victim is not None:
-            self._dispose(grant.victim)
-        self._give_back(grant, None, answered=False)
-
-    def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
-        entry = grant.entry
-        doubt = self._doubt(entry, error)
-        self._tell("invoked", entry, error=type(error).__name__ if error else "")
-        self._give_back(
-            grant,
-            doubt,
-            answered=error is None,
-            seconds=time.monotonic() - entry.begun,
-        )
-
-    def _fail(self, grant: PoolGrant, error: BaseException) -> None:
-        """End a lease whose call has failed; raises PoolClosed if that is why."""
-        self._finish(grant, error)
-        if self._leases.is_killed and isinstance(error, NsboxError):
-            raise PoolClosed("the pool was closed while the call ran") from error
-
-    def _doubt(self, entry: PoolEntry, error: BaseException | None) -> Retirement | None:
-        """Return why the environment may not be used again after a call that ended so."""
-        if error is None or isinstance(error, ConfigError):
-            return Retirement.INVOCATIONS if self._reuse == "never" else None
-        if not isinstance(error, FunctionError) or error.invocation is None:
-            return Retirement.FAILURE
-        # The host's own word on how it failed; what the function says is `error.error_type`.
-        kind = error.invocation.error_type
-        is_command = isinstance(entry.what, FunctionVersion) and entry.what.function.command
-        if kind not in _HARMLESS and not (is_command and kind == "Runtime.ExitError"):
-            return Retirement.FAILURE
-        return Retirement.INVOCATIONS if self._reuse == "never" else None
-
-    def _give_back(
-        self,
-        grant: PoolGrant,
-        doubt: Retirement | None,
-        *,
-        answered: bool | None = None,
-        seconds: float = 0.0,
-    ) -> None:
-        retired = self._leases.give_back(grant, doubt, answered=answered, seconds=seconds)
-        if retired is not None:
-            self._dispose(grant.entry)
-
-    def _dispose(self, entry: PoolEntry, *, wait: bool = False) -> None:
-        """Close a retired environment and free its place."""
-        try:
-            if entry.env is not None:
-                if self._watch is not None:
-                    self._watch.discard(entry.fd)
-                self._watched.pop(entry.fd, None)
-                os.close(entry.fd)
-                entry.env.close(wait=wait)
-                self._tell("retired", entry, reason=entry.reason)
-        finally:
-            self._leases.removed(entry)
-            if self._provisioned and self._watch is not None and not self._is_closed:
-                self._watch.ring()
-
     # -- keeping house -------------------------------------------------------------------------
 
     def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
@@ -405,76 +265,6 @@ class WarmPool(PoolCalls):
         """
         return self._leases.stats()
 
-    def _get_watch(self) -> Watch:
-        with self._start_lock:
-            if self._watch is None:
-                self._watch = Watch(self._on_death, self._on_time)
-            return self._watch
-
-    def _on_death(self, fd: int) -> None:
-        entry = self._watched.get(fd)
-        if entry is not None and self._leases.died(entry):
-            self._dispose(entry)
-
-    def _on_time(self) -> float:
-        over, orphans, due = self._leases.sweep(self._idle_timeout)
-        for entry in over:
-            self._dispose(entry)
-        for grant in orphans:
-            self._drop(grant)
-        if (
-            self._provisioned
-            and self._is_filled
-            and not self._is_closed
-            and not (self._filler is not None and self._filler.is_alive())
-        ):
-            place = self._leases.reserve(self._provisioned)
-            if place is not None:
-                # A birth may take long, and deaths are to be seen meanwhile.
-                self._filler = threading.Thread(
-                    target=self._refill, args=(place,), name="nsbox-pool-fill", daemon=True
-                )
-                self._filler.start()
-        return due
-
-    def _fill(self, grant: PoolGrant | None = None) -> None:
-        """Give birth to the provisioned environments that are missing."""
-        place = grant or self._leases.reserve(self._provisioned)
-        while place is not None:
-            self._give_birth(place, is_call=False)
-            self._give_back(place, None)
-            place = self._leases.reserve(self._provisioned)
-
-    def _refill(self, grant: PoolGrant) -> None:
-        try:
-            self._fill(grant)
-        except (NsboxError, OSError) as error:
-            # It is tried again; calls that need one meanwhile are told why there is none.
-            _log.warning("an environment to be kept ready does not start: %s", error)
-        self._filler = None
-        watch = self._watch
-        if watch is not None and not self._is_closed:
-            watch.ring()
-
-    def _tell(
-        self, kind: str, entry: PoolEntry, *, reason: Retirement | None = None, error: str = ""
-    ) -> None:
-        if self._on_event is None or entry.env is None:
-            return
-        event = PoolEvent(
-            kind=kind,
-            environment=entry.env.id,
-            version=entry.what.id if isinstance(entry.what, FunctionVersion) else "",
-            tenant=entry.what.tenant if isinstance(entry.what, FunctionVersion) else None,
-            provisioned=entry.is_provisioned,
-            reason=reason,
-            error=error,
-        )
-        try:
-            self._on_event(event)
-        except Exception:  # noqa: BLE001 - the caller's; the pool's own work goes on
-            _log.exception("on_event raised for %s", event)
-
     # -- the end -------------------------------------------------------------------------------
 
     def close(self, *, drain: bool = True) -> None:
@@ -497,7 +287,7 @@ class WarmPool(PoolCalls):
             self._is_closed = True
             filler = self._filler
             if filler is not None:
-                filler.join(_RETURN_DEADLINE)
+                filler.join(RETURN_DEADLINE)
             self._jobs.join()
             if self._watch is not None:
                 self._watch.close()
@@ -506,30 +296,11 @@ class WarmPool(PoolCalls):
         if failure is not None:
             raise failure
 
-    def _end_leases(self, kill: Callable[[int], object] | None) -> Exception | None:
-        failure: Exception | None = None
-        idle, orphans = self._leases.begin_close(kill)
-        for entry in idle:
-            try:
-                self._dispose(entry, wait=True)
-            except NsboxError as error:
-                failure = failure or error
-        for grant in orphans:
-            self._drop(grant)
-        self._leases.await_empty(None if kill is None else _RETURN_DEADLINE)
-        return failure
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
-
-
-def _env_of(grant: PoolGrant) -> ExecutionEnvironment:
-    if grant.entry.env is None:
-        raise EnvironmentStateError("this lease has no environment yet")
-    return grant.entry.env
 
 
 def _kill(fd: int) -> None:

@@ -7,14 +7,9 @@ import asyncio
 import threading
 from typing import Any
 
-from nsbox.config import Config
 from nsbox.environment import ExecutionEnvironment
-from nsbox.errors import PoolClosed, PoolTimeout
-from nsbox.function import FunctionVersion
-from nsbox.pool_leases import Grant, Leases, Waiter
-
-Source = FunctionVersion | Config
-PoolGrant = Grant[ExecutionEnvironment, Source]
+from nsbox.pool_entries import Waiter
+from nsbox.pool_house import House, PoolGrant, Source, env_of
 
 
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
@@ -89,32 +84,8 @@ class _Birth:
             self._calls._drop(self._grant)
 
 
-class PoolCalls:
+class PoolCalls(House):
     """The asynchronous methods of a `WarmPool`."""
-
-    _leases: Leases[ExecutionEnvironment, Source]
-    _acquire_timeout: float | None
-
-    def _check_usable(self, *, is_function: bool) -> None:
-        raise NotImplementedError
-
-    def _is_dead(self, grant: PoolGrant) -> bool:
-        raise NotImplementedError
-
-    def _give_birth(self, grant: PoolGrant, *, is_call: bool = True) -> None:
-        raise NotImplementedError
-
-    def _drop(self, grant: PoolGrant | None) -> None:
-        raise NotImplementedError
-
-    def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
-        raise NotImplementedError
-
-    def _fail(self, grant: PoolGrant, error: BaseException) -> None:
-        raise NotImplementedError
-
-    def _timed_out(self) -> PoolTimeout:
-        raise NotImplementedError
 
     async def invoke_async(
         self,
@@ -128,11 +99,8 @@ class PoolCalls:
         A cancelled call leaves the queue, or its environment is killed.
         """
         grant = await self._take_on_loop(tenant)
-        env = grant.entry.env
         try:
-            if env is None:
-                raise PoolClosed("the pool is closed")
-            answer = await env.invoke_async(event, timeout=timeout)
+            answer = await env_of(grant).invoke_async(event, timeout=timeout)
         except BaseException as error:
             self._fail(grant, error)
             raise

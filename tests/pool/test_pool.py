@@ -16,7 +16,7 @@ from tests.support import PATIENCE, host_program, wait_until
 
 import nsbox
 from nsbox.launcher.client import get_launcher
-from nsbox.pool_leases import Phase
+from nsbox.pool_entries import Phase
 
 pytestmark = pytest.mark.needs("userns")
 
