@@ -39,7 +39,8 @@ _TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
 class WarmPool(PoolCalls):
     """Keeps environments warm and gives each of them to one call at a time.
 
-    Use it as a context manager, from any number of threads; not from a forked child.
+    Use it as a context manager, from any number of threads; not from a forked child. The with
+    statement waits for running calls at its end, and kills them when it ends by an exception.
 
     An environment belongs to one function version and one tenant. A call gets an idle one of its
     own, the last used first; else one is born, up to `max_environments`; else the one that has
@@ -73,8 +74,8 @@ class WarmPool(PoolCalls):
             max_lifetime: Seconds after which one gets no other call.
             max_invocations: Calls after which one is replaced.
             reuse: For a `Config`: ``"keep"`` or ``"never"``. A function has its own.
-            on_event: Called with a `PoolEvent`, from whichever thread it happens in. What it
-                raises is logged.
+            on_event: Called with a `PoolEvent`, from whichever thread it happens in; it is to
+                return soon, and not to close the pool. What it raises is logged.
 
         Raises:
             ConfigError: A value is wrong.
@@ -124,8 +125,7 @@ class WarmPool(PoolCalls):
             self.close(drain=False)
             raise
         self._is_filled = True  # from now on the thread that keeps house sees to it
-        if self._watch is not None:
-            self._watch.ring()
+        self._ring()
         _pools.add(self)
 
     # -- calls ---------------------------------------------------------------------------------
@@ -253,8 +253,7 @@ class WarmPool(PoolCalls):
             raise ConfigError(f"publish: reuse {version.function.reuse!r} was {self._reuse!r}")
         for entry in self._leases.publish(_resolver(version)):
             self._dispose(entry)
-        if self._watch is not None and not self._is_closed:
-            self._watch.ring()
+        self._ring()
         return version
 
     def stats(self) -> dict[str, float]:

@@ -37,7 +37,7 @@ class Entry(Generic[E, W]):
 
     __slots__ = (
         "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations",
-        "is_provisioned", "key", "phase", "reason", "token", "what",
+        "is_dead", "is_provisioned", "key", "phase", "reason", "token", "what",
     )  # fmt: skip
 
     def __init__(self, key: Hashable, what: W, generation: int, token: int, now: float) -> None:
@@ -51,7 +51,7 @@ class Entry(Generic[E, W]):
         self.death: select.poll | None = None
         self.begun = self.born = self.idle_since = now
         self.invocations = 0
-        self.is_provisioned = False
+        self.is_dead = self.is_provisioned = False
         self.reason: Retirement | None = None
 
 

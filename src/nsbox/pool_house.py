@@ -107,7 +107,7 @@ class House:
                 self._tell("initialised", entry)
             self._leases.started(grant, time.monotonic() - begin)
         except BaseException as error:
-            if not isinstance(error, PoolClosed):
+            if isinstance(error, Exception) and not isinstance(error, PoolClosed):
                 self._leases.failed(grant, error)
             self._give_back(grant, Retirement.FAILURE, answered=False if is_call else None)
             if self._leases.is_killed and isinstance(error, NsboxError):
@@ -176,23 +176,32 @@ class House:
         retired = self._leases.give_back(grant, doubt, answered=answered, seconds=seconds)
         if retired is not None:
             self._dispose(grant.entry)
+        elif self._leases.has_orphans:
+            self._ring()
 
     def _dispose(self, entry: PoolEntry, *, wait: bool = False) -> None:
         """Close a retired environment and free its place."""
         try:
             if entry.env is not None:
-                if self._watch is not None:
-                    self._watch.discard(entry.fd)
+                watch = self._watch
+                if watch is not None:
+                    watch.discard(entry.fd)
                 self._watched.pop(entry.fd, None)
                 os.close(entry.fd)
                 entry.env.close(wait=wait)
                 self._tell("retired", entry, reason=entry.reason)
         finally:
             self._leases.removed(entry)
-            if self._provisioned and self._watch is not None and not self._is_closed:
-                self._watch.ring()
+            if self._provisioned or self._leases.has_orphans:
+                self._ring()
 
     # -- keeping house ---------------------------------------------------------------------------
+
+    def _ring(self) -> None:
+        """Have the thread look at what is due now."""
+        watch = self._watch
+        if watch is not None and not self._is_closed:
+            watch.ring()
 
     def _get_watch(self) -> Watch:
         with self._start_lock:
@@ -241,9 +250,7 @@ class House:
             # It is tried again; calls that need one meanwhile are told why there is none.
             _log.warning("an environment to be kept ready does not start: %s", error)
         self._filler = None
-        watch = self._watch
-        if watch is not None and not self._is_closed:
-            watch.ring()
+        self._ring()
 
     def _tell(
         self, kind: str, entry: PoolEntry, *, reason: Retirement | None = None, error: str = ""

@@ -273,7 +273,7 @@ class Leases(Generic[E, W]):
         return entry
 
     def _reason_to_go(self, entry: Entry[E, W]) -> Retirement | None:
-        if entry.env is None:
+        if entry.env is None or entry.is_dead:
             return Retirement.FAILURE
         if entry.generation != self._generation:
             return Retirement.VERSION
@@ -319,7 +319,8 @@ class Leases(Generic[E, W]):
         """Note a death; True when it was idle, and is for the caller to close."""
         with self._lock:
             if entry.phase is not Phase.IDLE:
-                return False  # its holder sees it
+                entry.is_dead = True  # its holder closes it
+                return False
             self._take_out(entry, Retirement.FAILURE)
             return True
 
@@ -392,6 +393,11 @@ class Leases(Generic[E, W]):
         """Wait until every environment is closed; False when the time is over."""
         with self._lock:
             return self._changed.wait_for(lambda: not self._entries, seconds)
+
+    @property
+    def has_orphans(self) -> bool:
+        """Whether there are leases that nobody came for."""
+        return bool(self._orphans)
 
     @property
     def is_killed(self) -> bool:

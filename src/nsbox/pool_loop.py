@@ -58,7 +58,7 @@ class _Birth:
         threading.Thread(target=self._run, name="nsbox-pool-birth", daemon=True).start()
         try:
             await self._future
-        except asyncio.CancelledError:
+        except BaseException:
             with self._lock:
                 self._is_unwanted = True
                 is_born = self._is_born
@@ -130,7 +130,7 @@ class PoolCalls(House):
         timer = None if deadline is None else loop.call_at(deadline, _finish, waiter.future)
         try:
             await waiter.future
-        except asyncio.CancelledError:
+        except BaseException:
             grant = self._leases.withdraw(waiter)
             if grant is not None:
                 # Closing its victim, if any, waits for nothing.

@@ -23,6 +23,7 @@ class Watch:
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
         self._is_over = False
+        self._lock = threading.Lock()  # no number is used once its descriptor is closed
         self._thread = threading.Thread(target=self._run, name="nsbox-pool", daemon=True)
         self._thread.start()
 
@@ -32,11 +33,15 @@ class Watch:
 
     def discard(self, fd: int) -> None:
         """Watch it no more; it is closed after that."""
-        self._epoll.unregister(fd)
+        with self._lock:
+            if not self._epoll.closed:
+                self._epoll.unregister(fd)
 
     def ring(self) -> None:
         """Have `on_time` called now."""
-        os.eventfd_write(self._bell, 1)
+        with self._lock:
+            if not self._epoll.closed:
+                os.eventfd_write(self._bell, 1)
 
     def close(self) -> None:
         """End the thread, when every descriptor has been discarded."""
@@ -44,9 +49,10 @@ class Watch:
         self.ring()
         if threading.current_thread() is not self._thread:
             self._thread.join(_EXIT_DEADLINE)
-        if not self._thread.is_alive():
-            self._epoll.close()
-            os.close(self._bell)
+        with self._lock:
+            if not self._thread.is_alive() and not self._epoll.closed:
+                self._epoll.close()
+                os.close(self._bell)
 
     def _run(self) -> None:
         while not self._is_over:

@@ -149,3 +149,21 @@ def test_threads_and_several_loops_at_once(make: Make) -> None:
         stats = pool.stats()
         assert stats["Calls"] == stats["Invocations"] == 60
         assert stats["Errors"] == 0
+
+
+def test_a_loop_that_ends_without_its_calls_keeps_nothing(make: Make) -> None:
+    """It closes with a call in the queue, which is not even cancelled: the lease goes on."""
+    with nsbox.WarmPool(make(), max_environments=1, acquire_timeout=None) as pool:
+        grant = pool._take(None, 1, is_function=True)
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(pool.invoke_async({}))
+        loop.run_until_complete(asyncio.sleep(0))
+        assert pool.stats()["Waiting"] == 1
+        loop.close()
+        pool._finish(grant, None)
+        assert pool.invoke({"echo": 1})["echo"] == 1
+        stats = pool.stats()
+        assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (3, 3, 1)
+        # Python tells of a task that was forgotten; this one was, on purpose.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        task.get_coro().close()

@@ -63,6 +63,7 @@ class Pool(RuleBasedStateMachine):
         self.running: list[Caller] = []
         self.removing: list[Entry[Env, int]] = []
         self.living: set[Env] = set()
+        self.dead: set[Entry[Env, int]] = set()
         self.calls = self.answers = self.errors = self.throttles = 0
         self.is_closed = False
 
@@ -107,6 +108,7 @@ class Pool(RuleBasedStateMachine):
         assert caller.grant is not None
         env = caller.grant.entry.env
         assert env is not None
+        assert caller.grant.is_birth or caller.grant.entry not in self.dead
         assert env.key == caller.grant.entry.key
         assert not env.is_closed
         assert env.users == 0, "two calls at once"
@@ -166,6 +168,8 @@ class Pool(RuleBasedStateMachine):
         self.errors += not answered
         if doubt is not None:
             assert reason is doubt
+        elif caller.grant.entry in self.dead:
+            assert reason is Retirement.FAILURE
         with pytest.raises(errors.EnvironmentStateError):
             self.leases.give_back(caller.grant, None, answered=True)
         if reason is not None:
@@ -192,6 +196,7 @@ class Pool(RuleBasedStateMachine):
         if entries:
             entry = data.draw(st.sampled_from(entries))
             was_idle = entry.phase is Phase.IDLE
+            self.dead.add(entry)
             assert self.leases.died(entry) is was_idle
             if was_idle:
                 self.removing.append(entry)
