@@ -192,7 +192,9 @@ class Leases(Generic[E, W]):
                 waiter.grant = grant
             del self._waiters[waiter]
             if not waiter.wake() and waiter.grant is not None:
-                self._orphans.append(waiter.grant)  # its loop is closed: `sweep` has it
+                # Its loop is closed: `sweep` has the lease, and the caller has not.
+                self._orphans.append(waiter.grant)
+                waiter.grant = None
 
     # -- holding -------------------------------------------------------------------------------
 

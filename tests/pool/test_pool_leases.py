@@ -242,6 +242,7 @@ class Pool(RuleBasedStateMachine):
         everyone = [*held, *idle, *self.removing]
         assert len(everyone) == len(set(everyone))
         assert set(everyone) == entries
+        assert all(entry.key == (self.version, entry.key[1]) for entry in idle)  # type: ignore[index]
         assert {entry.env for entry in everyone} - {None} == self.living
 
     @invariant()
