@@ -64,6 +64,7 @@ class Pool(RuleBasedStateMachine):
         self.removing: list[Entry[Env, int]] = []
         self.living: set[Env] = set()
         self.dead: set[Entry[Env, int]] = set()
+        self.order: list[Entry[Env, int]] = []
         self.calls = self.answers = self.errors = self.throttles = 0
         self.is_closed = False
 
@@ -101,6 +102,7 @@ class Pool(RuleBasedStateMachine):
         if grant.is_birth:
             assert grant.entry.env is None
             self.births.append(caller)
+            self.order.append(grant.entry)
         else:
             self.enter(caller)
 
@@ -192,7 +194,8 @@ class Pool(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def one_dies(self, data: st.DataObject) -> None:
-        entries = sorted(self.leases._entries, key=id)
+        # In an order that is the same when hypothesis runs the schedule again.
+        entries = [entry for entry in self.order if entry in self.leases._entries]
         if entries:
             entry = data.draw(st.sampled_from(entries))
             was_idle = entry.phase is Phase.IDLE
