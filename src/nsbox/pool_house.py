@@ -246,6 +246,8 @@ class House:
     def _refill(self, grant: PoolGrant) -> None:
         try:
             self._fill(grant)
+        except PoolClosed:
+            pass  # nobody needs it any more
         except (NsboxError, OSError) as error:
             # It is tried again; calls that need one meanwhile are told why there is none.
             _log.warning("an environment to be kept ready does not start: %s", error)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -414,8 +415,18 @@ def test_a_forked_child_has_no_part_in_it(commands: nsbox.WarmPool) -> None:
         assert env.run(["true"]).ok
 
 
+def kill_one(pool: nsbox.WarmPool) -> None:
+    """Kill whatever environment comes first, busy or idle, from outside."""
+    with pool._leases._lock:
+        for entry in pool._leases._entries:
+            if entry.env is not None and entry.phase is not Phase.RETIRED:
+                with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                    signal.pidfd_send_signal(entry.fd, signal.SIGKILL)
+                return
+
+
 def test_random_schedules_add_up(make: Make) -> None:
-    """Eight threads; answers, errors, exits and timeouts, tenants and publishes."""
+    """Eight threads; answers, errors, exits, timeouts and kills; tenants and publishes."""
     versions = [make(), make(("import", "# other\nimport"))]
     kinds: tuple[dict[str, object], ...] = (
         {},
@@ -437,6 +448,8 @@ def test_random_schedules_add_up(make: Make) -> None:
             try:
                 if n % 20 == 0:
                     pool.publish(versions[n // 20 % 2])
+                if n % 8 == 5:
+                    kill_one(pool)
                 answer = pool.invoke(
                     event | {"echo": n}, tenant=tenant, timeout=0.2 if "sleep" in event else None
                 )
