@@ -116,6 +116,8 @@ class House:
 
     def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
         fd = death_descriptor(env)
+        death = grant.entry.death = select.poll()
+        death.register(fd, select.POLLIN)
         self._watched[fd] = grant.entry
         try:
             self._get_watch().add(fd)
@@ -123,8 +125,6 @@ class House:
             del self._watched[fd]
             os.close(fd)
             raise
-        death = grant.entry.death = select.poll()
-        death.register(fd, select.POLLIN)
         self._leases.born(grant, env, fd)
 
     def _drop(self, grant: PoolGrant | None) -> None:
@@ -211,7 +211,10 @@ class House:
 
     def _on_death(self, fd: int) -> None:
         entry = self._watched.get(fd)
-        if entry is not None and self._leases.died(entry):
+        # The number may be another environment's since the kernel told it.
+        if entry is None or entry.death is None or not entry.death.poll(0):
+            return
+        if self._leases.died(entry):
             self._dispose(entry)
 
     def _on_time(self) -> float:

@@ -273,6 +273,17 @@ def test_death_of_an_idle_one_is_seen_at_once_and_a_provisioned_one_replaced(mak
         assert stats["ProvisionedConcurrencySpilloverInvocations"] == 0
 
 
+def test_a_late_word_of_a_death_is_not_believed_of_another(commands: nsbox.WarmPool) -> None:
+    """The kernel tells a descriptor's number, which may have become another environment's."""
+    with commands.acquire() as env:
+        pass
+    (entry,) = commands._leases._entries
+    commands._on_death(entry.fd)
+    with commands.acquire() as again:
+        assert again is env
+    commands._on_death(1 << 20)
+
+
 def test_provisioned_ones_are_ready_when_the_pool_is(make: Make) -> None:
     with nsbox.WarmPool(make(), provisioned=3) as pool:
         stats = pool.stats()
