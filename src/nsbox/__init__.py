@@ -45,9 +45,13 @@ if TYPE_CHECKING:
     from nsbox.errors import InvokeTimeout as InvokeTimeout
     from nsbox.errors import LauncherError as LauncherError
     from nsbox.errors import NsboxError as NsboxError
+    from nsbox.errors import PoolClosed as PoolClosed
+    from nsbox.errors import PoolError as PoolError
+    from nsbox.errors import PoolTimeout as PoolTimeout
     from nsbox.errors import SetupError as SetupError
     from nsbox.errors import StoreError as StoreError
     from nsbox.errors import SyscallError as SyscallError
+    from nsbox.errors import Throttled as Throttled
     from nsbox.errors import UnsupportedHostError as UnsupportedHostError
     from nsbox.function import Function as Function
     from nsbox.function import FunctionVersion as FunctionVersion
@@ -55,6 +59,10 @@ if TYPE_CHECKING:
     from nsbox.invocation import Invocation as Invocation
     from nsbox.launcher.client import shutdown as shutdown
     from nsbox.policy import SeccompPolicy as SeccompPolicy
+    from nsbox.pool import WarmPool as WarmPool
+    from nsbox.pool_aio import AsyncWarmPool as AsyncWarmPool
+    from nsbox.pool_events import PoolEvent as PoolEvent
+    from nsbox.pool_events import Retirement as Retirement
     from nsbox.result import Outcome as Outcome
     from nsbox.result import Protection as Protection
     from nsbox.result import Protections as Protections
@@ -70,12 +78,16 @@ _HOMES = {
     "nsbox.errors": (
         "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "EnvironmentDied",
         "EnvironmentStateError", "FunctionError", "InvokeError", "InvokeTimeout", "LauncherError",
-        "NsboxError", "SetupError", "StoreError", "SyscallError", "UnsupportedHostError",
+        "NsboxError", "PoolClosed", "PoolError", "PoolTimeout", "SetupError", "StoreError",
+        "SyscallError", "Throttled", "UnsupportedHostError",
     ),
     "nsbox.function": ("Function", "FunctionVersion", "Layer"),
     "nsbox.invocation": ("Invocation",),
     "nsbox.launcher.client": ("shutdown",),
     "nsbox.policy": ("SeccompPolicy",),
+    "nsbox.pool": ("WarmPool",),
+    "nsbox.pool_aio": ("AsyncWarmPool",),
+    "nsbox.pool_events": ("PoolEvent", "Retirement"),
     "nsbox.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),
     "nsbox.store": ("Store",),
 }  # fmt: skip

@@ -55,7 +55,7 @@ class LoopCalls:
 
     def forget(self) -> None:
         """Watch nothing any more."""
-        for fd in self._watched:
+        for fd in list(self._watched):
             self.loop.remove_reader(fd)
         self._watched.clear()
 

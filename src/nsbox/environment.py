@@ -423,6 +423,11 @@ class ExecutionEnvironment(FunctionMethods):
         return link
 
 
+def death_descriptor(env: ExecutionEnvironment) -> int:
+    """Return a pidfd of its PID 1, for the caller to close: readable once it has ended."""
+    return env._live_link().duplicate_pidfd()
+
+
 def _inside(path: str) -> str:
     text = check_text(path, "path")
     if not text.startswith("/"):

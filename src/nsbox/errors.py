@@ -16,6 +16,10 @@
     │  ├─ FunctionError                .error_type .message .stack_trace .invocation
     │  ├─ InvokeTimeout (TimeoutError) .invocation: the environment was killed
     │  └─ EnvironmentDied              .outcome: PID 1 or the launcher went away under a command
+    ├─ PoolError                       a pool cannot do this; it is another process's
+    │  ├─ Throttled                    .reason .retry_after: too many wait, or starts fail
+    │  ├─ PoolTimeout (TimeoutError)   no environment was free in time
+    │  └─ PoolClosed                   the pool is closed, or was meanwhile
     ├─ CleanupError                    .leaked: what is still there
     └─ CommandFailed                   .result; only from Result.check()
 
@@ -186,6 +190,32 @@ class EnvironmentDied(InvokeError):
     def __init__(self, message: str, outcome: Outcome | None = None) -> None:
         super().__init__(message)
         self.outcome = outcome
+
+
+class PoolError(NsboxError):
+    """A pool cannot do what it was asked for."""
+
+
+class Throttled(PoolError):
+    """A pool does not take the call now; nothing of it was run.
+
+    Attributes:
+        reason: ``"full"``: too many calls wait; ``"start failures"``: environments do not start.
+        retry_after: Seconds after which another try may do better.
+    """
+
+    def __init__(self, message: str, *, reason: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after = retry_after
+
+
+class PoolTimeout(PoolError, TimeoutError):
+    """No environment was free for a call within the time it may wait; nothing of it was run."""
+
+
+class PoolClosed(PoolError):
+    """The pool is closed, or was closed while the call waited or ran."""
 
 
 class CleanupError(NsboxError):

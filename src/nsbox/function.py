@@ -11,13 +11,14 @@ A `Function` says where code is; a `FunctionVersion` has it, in the store, where
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import keyword
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -326,6 +327,22 @@ class FunctionVersion:
     def opt_path(self) -> str | None:
         """Directory of the host that is /opt, or None."""
         return None if self.opt is None else self.opt.path
+
+    def for_tenant(self, tenant: str | None) -> FunctionVersion:
+        """Return this version on behalf of `tenant`: the same code, other environments.
+
+        Raises:
+            ConfigError: It is no name of a tenant, or the version is another tenant's.
+        """
+        tenant = _check_tenant(tenant)
+        if tenant == self.tenant:
+            return self
+        if self.tenant is not None:
+            raise ConfigError(f"tenant: the version is of {self.tenant!r}, and not of {tenant!r}")
+        # Not Function.replace, which looks for sources that may have gone since.
+        function = copy.copy(self.function)
+        object.__setattr__(function, "tenant", tenant)
+        return replace(self, tenant=tenant, function=function)
 
     def verify(self) -> None:
         """Raise StoreError unless code and layers still are what was published.

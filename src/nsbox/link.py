@@ -424,6 +424,10 @@ class Link:
             return f"PID 1 was killed from outside by {signal.Signals(-code).name}"
         return f"PID 1 ended with status {code}"
 
+    def duplicate_pidfd(self) -> int:
+        """Return a descriptor, for the caller to close, that is readable when PID 1 has ended."""
+        return os.dup(self._pidfd)
+
     def close(self) -> None:
         """Close the descriptors; the launcher then kills and removes what is left."""
         self._control.close()

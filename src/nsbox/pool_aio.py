@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AsyncWarmPool`: a `WarmPool` for asyncio programs."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Self
+
+from nsbox.errors import PoolError
+from nsbox.function import Function, FunctionVersion
+from nsbox.pool import WarmPool
+
+
+class AsyncWarmPool:
+    """A `WarmPool` of a function whose calls are awaited. Use it with ``async with``.
+
+    Attributes:
+        pool: The `WarmPool` behind it, which threads may use at the same time.
+    """
+
+    def __init__(self, source: Function | FunctionVersion, **settings: Any) -> None:  # noqa: ANN401
+        """Take what `WarmPool` takes; nothing is made before it is entered."""
+        self._source = source
+        self._settings = settings
+        self._pool: WarmPool | None = None
+
+    @property
+    def pool(self) -> WarmPool:
+        """The `WarmPool` behind it.
+
+        Raises:
+            PoolError: It is not entered.
+        """
+        if self._pool is None:
+            raise PoolError("enter the pool first: async with AsyncWarmPool(...) as pool")
+        return self._pool
+
+    async def invoke(
+        self,
+        event: object,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - the handler's
+        tenant: str | None = None,
+    ) -> Any:  # noqa: ANN401 - any JSON value
+        """Call the function with an event; see `WarmPool.invoke` and `WarmPool.invoke_async`."""
+        return await self.pool.invoke_async(event, timeout=timeout, tenant=tenant)
+
+    async def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
+        """Let the next call run another version; see `WarmPool.publish`."""
+        return await asyncio.to_thread(self.pool.publish, source)
+
+    def stats(self) -> dict[str, float]:
+        """Return the numbers of one moment; see `WarmPool.stats`."""
+        return self.pool.stats()
+
+    async def close(self, *, drain: bool = True) -> None:
+        """End the pool; see `WarmPool.close`."""
+        if self._pool is not None:
+            await asyncio.to_thread(self._pool.close, drain=drain)
+
+    async def __aenter__(self) -> Self:
+        self._pool = await asyncio.to_thread(WarmPool, self._source, **self._settings)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await self.close(drain=kind is None)

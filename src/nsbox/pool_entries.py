@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `nsbox.pool_leases` keeps account of: places of environments, leases of them, calls."""
+
+from __future__ import annotations
+
+import enum
+import select
+import threading
+from collections.abc import Hashable
+from typing import Generic, Protocol, TypeVar
+
+from nsbox.pool_events import Retirement
+
+
+class Closable(Protocol):
+    """What a pool keeps: an `ExecutionEnvironment`."""
+
+    def close(self, *, wait: bool = True) -> None:
+        """End it."""
+
+
+E = TypeVar("E", bound=Closable)
+W = TypeVar("W")
+
+
+class Phase(enum.Enum):
+    """Where an environment of a pool is."""
+
+    BIRTH = "birth"
+    LEASED = "leased"
+    IDLE = "idle"
+    RETIRED = "retired"
+
+
+class Entry(Generic[E, W]):
+    """The place of one environment. Only `Leases` changes it."""
+
+    __slots__ = (
+        "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations",
+        "is_dead", "is_provisioned", "key", "phase", "reason", "token", "what",
+    )  # fmt: skip
+
+    def __init__(self, key: Hashable, what: W, generation: int, token: int, now: float) -> None:
+        self.key = key
+        self.what = what
+        self.generation = generation
+        self.phase = Phase.BIRTH
+        self.token = token
+        self.env: E | None = None
+        self.fd = -1
+        self.death: select.poll | None = None
+        self.begun = self.born = self.idle_since = now
+        self.invocations = 0
+        self.is_dead = self.is_provisioned = False
+        self.reason: Retirement | None = None
+
+
+class Grant(Generic[E, W]):
+    """A lease of an entry's environment, or of a place in which one is to be born.
+
+    Attributes:
+        is_birth: Whether the holder has to give birth (`Leases.born`).
+        victim: What the holder has to close before that.
+    """
+
+    __slots__ = ("entry", "is_birth", "token", "victim")
+
+    def __init__(
+        self, entry: Entry[E, W], *, is_birth: bool = False, victim: Entry[E, W] | None = None
+    ) -> None:
+        self.entry = entry
+        self.token = entry.token
+        self.is_birth = is_birth
+        self.victim = victim
+
+
+class Waiter(Generic[E, W]):
+    """A call that waits for its turn."""
+
+    def __init__(self, tenant: str | None) -> None:
+        self.tenant = tenant
+        self.grant: Grant[E, W] | None = None
+        self.error: Exception | None = None
+        self._turn: threading.Lock | None = None
+
+    def join(self) -> None:
+        """Get ready to be woken: there is nothing for it now."""
+        self._turn = threading.Lock()
+        self._turn.acquire()
+
+    def wake(self) -> bool:
+        """Tell the caller that `grant` or `error` is set; False when nobody is there any more."""
+        if self._turn is not None:
+            self._turn.release()
+        return True
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for that; False when the time is over."""
+        return self._turn is None or self._turn.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pool tells: events in the lives of its environments, and numbers that add up."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Retirement(enum.Enum):
+    """Why a pool closed an environment."""
+
+    DEMAND = "demand"
+    """It was idle, and its place was needed for another tenant's."""
+    IDLE = "idle"
+    LIFETIME = "lifetime"
+    INVOCATIONS = "invocations"
+    """It has served as many as it may; with reuse "never" that is one."""
+    VERSION = "version"
+    """Another version was published."""
+    FAILURE = "failure"
+    """It died, did not start, or a call ended in a way that leaves doubt."""
+    CLOSE = "close"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolEvent:
+    """A step in the life of one environment of a pool.
+
+    Of one environment they come in order; those of several may come from several threads.
+    """
+
+    kind: str
+    """``created``, ``initialised``, ``invoked`` or ``retired``."""
+    environment: str
+    """The environment's id."""
+    version: str
+    """The function version's id; empty for a pool of a `Config`."""
+    tenant: str | None = None
+    provisioned: bool = False
+    """Whether it is one of those that are kept ready."""
+    reason: Retirement | None = None
+    """Of ``retired``."""
+    error: str = ""
+    """Of ``invoked``: the class of what was raised, if anything was."""
+
+
+class Counters:
+    """The numbers of a pool; its lock is held for every change."""
+
+    def __init__(self, *, spills: bool) -> None:
+        """`spills`: a call that no provisioned environment serves is told as such."""
+        self._spills = spills
+        self.calls = self.answers = self.errors = self.throttles = self.births = 0
+        self._provisioned = self._spillover = 0
+        self._seconds = self.init_seconds = 0.0
+
+    def end(self, answered: bool, seconds: float, is_provisioned: bool) -> None:
+        """Count a call that had an environment, or a place for one."""
+        self.answers += answered
+        self.errors += not answered
+        self._seconds += seconds
+        self._provisioned += is_provisioned
+        self._spillover += self._spills and not is_provisioned
+
+    def mean_duration(self) -> float:
+        """Return the mean seconds of a call so far, or a tenth before the first."""
+        ended = self.answers + self.errors
+        return self._seconds / ended if ended else 0.1
+
+    def as_dict(self) -> dict[str, float]:
+        """Return them under AWS Lambda's names, where it has one; times are milliseconds."""
+        return {
+            "Calls": self.calls,
+            "Invocations": self.answers + self.errors,
+            "Errors": self.errors,
+            "Throttles": self.throttles,
+            "Duration": self._seconds * 1000,
+            "InitDuration": self.init_seconds * 1000,
+            "ProvisionedConcurrencyInvocations": self._provisioned,
+            "ProvisionedConcurrencySpilloverInvocations": self._spillover,
+            "Births": self.births,
+        }

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one thread of a pool that keeps house: it sees deaths at once, and when time is over."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Final
+
+_EXIT_DEADLINE: Final = 5.0
+
+
+class Watch:
+    """Waits on descriptors that become readable when an environment ends, and on time."""
+
+    def __init__(self, on_death: Callable[[int], None], on_time: Callable[[], float]) -> None:
+        """`on_time` does what is due, and returns in how many seconds it is to be called again."""
+        self._on_death = on_death
+        self._on_time = on_time
+        self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._bell, select.EPOLLIN)
+        self._is_over = False
+        self._lock = threading.Lock()  # no number is used once its descriptor is closed
+        self._thread = threading.Thread(target=self._run, name="nsbox-pool", daemon=True)
+        self._thread.start()
+
+    def add(self, fd: int) -> None:
+        """Watch a descriptor until it has been readable once."""
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def discard(self, fd: int) -> None:
+        """Watch it no more; it is closed after that."""
+        with self._lock:
+            if not self._epoll.closed:
+                self._epoll.unregister(fd)
+
+    def ring(self) -> None:
+        """Have `on_time` called now."""
+        with self._lock:
+            if not self._epoll.closed:
+                os.eventfd_write(self._bell, 1)
+
+    def close(self) -> None:
+        """End the thread, when every descriptor has been discarded."""
+        self._is_over = True
+        self.ring()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_EXIT_DEADLINE)
+        with self._lock:
+            if not self._thread.is_alive() and not self._epoll.closed:
+                self._epoll.close()
+                os.close(self._bell)
+
+    def _run(self) -> None:
+        while not self._is_over:
+            # A timeout of weeks does not fit into the kernel's int.
+            seconds = min(self._on_time(), 86_400.0)
+            for fd, _ in self._epoll.poll(max(seconds, 0.001)):
+                if fd == self._bell:
+                    os.eventfd_read(fd)
+                elif not self._is_over:
+                    self._on_death(fd)

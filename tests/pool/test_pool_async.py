@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pools on an asyncio loop: no thread for a warm call, and cancellation that leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+from tests.support import wait_until
+
+import nsbox
+
+pytestmark = pytest.mark.needs("userns")
+
+Make = Callable[..., nsbox.FunctionVersion]
+
+
+async def until(pool: nsbox.AsyncWarmPool, name: str, value: float) -> None:
+    await asyncio.to_thread(wait_until, lambda: pool.stats()[name] == value, name, 20)
+
+
+def test_many_tasks_get_their_own_answers(make: Make) -> None:
+    async def main() -> None:
+        settings = {"max_environments": 3, "acquire_timeout": None, "provisioned": 1}
+        async with nsbox.AsyncWarmPool(make(), **settings) as pool:
+            calls = (pool.invoke({"echo": n}, tenant=(None, "a")[n % 2]) for n in range(60))
+            answers = await asyncio.gather(*calls)
+            assert [answer["echo"] for answer in answers] == list(range(60))
+            assert [answer["tenant"] for answer in answers] == [None, "a"] * 30
+            assert len({(answer["log"], answer["calls"]) for answer in answers}) == 60
+            stats = pool.stats()
+            assert stats["Calls"] == stats["Invocations"] == 60
+            assert stats["Errors"] == stats["Throttles"] == 0
+
+    asyncio.run(main())
+
+
+def test_a_warm_call_starts_no_thread(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with nsbox.AsyncWarmPool(make(), max_environments=1, acquire_timeout=None) as pool:
+            await pool.invoke({})
+            started: list[object] = []
+            start = threading.Thread.start
+
+            def note(thread: threading.Thread) -> None:
+                started.append(thread)
+                start(thread)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", note)
+                await asyncio.gather(*(pool.invoke({}) for _ in range(20)))
+            assert not started
+
+    asyncio.run(main())
+
+
+def test_cancelled_while_it_runs(make: Make) -> None:
+    async def main() -> None:
+        async with nsbox.AsyncWarmPool(make(), max_environments=1) as pool:
+            first = await pool.invoke({})
+            task = asyncio.create_task(pool.invoke({"sleep": 3600}, timeout=900))
+            await until(pool, "ConcurrentExecutions", 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            second = await pool.invoke({})
+            assert second["log"] != first["log"]
+            stats = pool.stats()
+            assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (3, 3, 1)
+            assert stats["Environments"] == 1
+
+    asyncio.run(main())
+
+
+def test_cancelled_while_it_waits_or_is_born(make: Make) -> None:
+    async def main() -> None:
+        async with nsbox.AsyncWarmPool(make(), max_environments=1) as pool:
+            born = asyncio.create_task(pool.invoke({}))
+            await asyncio.sleep(0)  # the birth has begun
+            waits = asyncio.create_task(pool.invoke({}))
+            await until(pool, "Waiting", 1)
+            for task in (waits, born):
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await until(pool, "Idle", 1)
+            assert (await pool.invoke({"echo": 1}))["echo"] == 1
+            stats = pool.stats()
+            assert (stats["Calls"], stats["Errors"], stats["Throttles"]) == (3, 1, 1)
+            assert stats["Births"] == 1
+
+    asyncio.run(main())
+
+
+def test_waiting_times_out(make: Make) -> None:
+    async def main() -> None:
+        settings = {"max_environments": 1, "acquire_timeout": 0.01}
+        async with nsbox.AsyncWarmPool(make(), **settings) as pool:
+            await pool.invoke({})
+            task = asyncio.create_task(pool.invoke({"sleep": 3600}, timeout=900))
+            await until(pool, "ConcurrentExecutions", 1)
+            with pytest.raises(nsbox.PoolTimeout):
+                await pool.invoke({})
+            await pool.close(drain=False)
+            with pytest.raises(nsbox.PoolClosed):
+                await task
+            stats = pool.stats()
+            assert (stats["Calls"], stats["Errors"], stats["Throttles"]) == (3, 1, 1)
+
+    asyncio.run(main())
+
+
+def test_a_failed_start_is_told(make: Make) -> None:
+    async def main() -> None:
+        async with nsbox.AsyncWarmPool(
+            make(("import os, sys, time", "raise ImportError('broken')"))
+        ) as pool:
+            with pytest.raises(nsbox.FunctionError, match="broken"):
+                await pool.invoke({})
+            assert await pool.publish(make()) == make()
+            assert (await pool.invoke({}))["calls"] == 1
+            assert pool.pool.invoke({})["calls"] == 2
+
+    asyncio.run(main())
+    with pytest.raises(nsbox.PoolError, match="enter the pool"):
+        _ = nsbox.AsyncWarmPool(make()).pool
+
+
+def test_threads_and_several_loops_at_once(make: Make) -> None:
+    with nsbox.WarmPool(make(), max_environments=2, acquire_timeout=None) as pool:
+        found: list[object] = []
+
+        async def several() -> None:
+            calls = (pool.invoke_async({"echo": n}) for n in range(20))
+            found.extend(answer["echo"] for answer in await asyncio.gather(*calls))
+
+        def one_by_one() -> None:
+            found.extend(pool.invoke({"echo": n})["echo"] for n in range(20))
+
+        threads = [threading.Thread(target=asyncio.run, args=(several(),)) for _ in range(2)]
+        threads.append(threading.Thread(target=one_by_one))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(map(str, found)) == sorted(str(n) for n in range(20) for _ in range(3))
+        stats = pool.stats()
+        assert stats["Calls"] == stats["Invocations"] == 60
+        assert stats["Errors"] == 0
+
+
+def test_a_loop_that_ends_without_its_calls_keeps_nothing(make: Make) -> None:
+    """It closes with a call in the queue, which is not even cancelled: the lease goes on."""
+    with nsbox.WarmPool(make(), max_environments=1, acquire_timeout=None) as pool:
+        grant = pool._take(None, 1, is_function=True)
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(pool.invoke_async({}))
+        loop.run_until_complete(asyncio.sleep(0))
+        assert pool.stats()["Waiting"] == 1
+        loop.close()
+        pool._finish(grant, None)
+        assert pool.invoke({"echo": 1})["echo"] == 1
+        stats = pool.stats()
+        assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (3, 3, 1)
+        # Python tells of a task that was forgotten; this one was, on purpose.
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+        task.get_coro().close()
