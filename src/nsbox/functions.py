@@ -34,7 +34,7 @@ from nsbox.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
 from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
-from nsbox.invoker import Answer, Invoker, check_payload, finish_reset
+from nsbox.invoker import Answer, Invoker, check_payload, error_payload, finish_reset
 from nsbox.link import Link
 from nsbox.result import Outcome, Protections, Result
 from nsbox.worker import Call, OnLog
@@ -164,11 +164,8 @@ class Invocations:
             call = self._invoker.send(data, limit, request_id, context, on_log)
             frame = self._invoker.exchange(call)
             return self._keep(self._invoker.finish(call, frame))
-        except (FunctionError, InvokeTimeout) as error:
-            self._last = error.invocation
-            raise
         except BaseException as error:
-            self._note_break(error)
+            self._note_failure(error)
             raise
         finally:
             self._end()
@@ -200,11 +197,8 @@ class Invocations:
                 lambda: invoker.send(data, limit, request_id, context, on_log)
             )
             return self._keep(invoker.finish(call, frame))
-        except (FunctionError, InvokeTimeout) as error:
-            self._last = error.invocation
-            raise
         except BaseException as error:
-            self._note_break(error)
+            self._note_failure(error)
             raise
         finally:
             self._end()
@@ -229,14 +223,17 @@ class Invocations:
         self.is_used = True
         self._busy.release()
 
-    def _note_break(self, error: BaseException) -> None:
-        """End the environment of an invocation that ended by neither answer nor verdict.
+    def _note_failure(self, error: BaseException) -> None:
+        """Keep the record of an invocation that failed; without a verdict end its environment.
 
         Its answer may be on the way still, so that the environment serves no other.
 
         Raises:
             EnvironmentDied: Another thread has closed it, and with it what was waited on.
         """
+        if isinstance(error, FunctionError | InvokeTimeout):
+            self._last = error.invocation
+            return
         if self._link.closing and isinstance(error, OSError | ValueError):
             raise EnvironmentDied(
                 f"environment {self._env.id}: {self._link.describe_end()}"
@@ -271,7 +268,7 @@ class Invocations:
         kind, message = self._judge(result, request_id, limit)
         answer = result.stdout
         if kind:
-            answer = json.dumps({"errorType": kind, "errorMessage": message}).encode()
+            answer = error_payload(kind, message)
         memory = self._function.limits.memory_max
         invocation = Invocation(
             request_id=request_id,

@@ -308,7 +308,7 @@ class Invoker:
             return InvokeTimeout(f"init timed out after {call.timeout:.2f} seconds")
         what = f"Task timed out after {call.timeout:.2f} seconds"
         kind = "Sandbox.Timedout"
-        payload = _error_payload(kind, f"RequestId: {call.request_id} Error: {what}")
+        payload = error_payload(kind, f"RequestId: {call.request_id} Error: {what}")
         return InvokeTimeout(what, self.describe(call, payload, "timeout", kind))
 
     def _end_error(self, call: Call, result: Result) -> FunctionError:
@@ -333,7 +333,7 @@ class Invoker:
             text = log.decode(errors="replace").strip()
             return FunctionError(kind, f"{what}. {text}" if text else what)
         message = f"RequestId: {call.request_id} Error: {what}"
-        payload = _error_payload(kind, message)
+        payload = error_payload(kind, message)
         return FunctionError(kind, message, (), self.describe(call, payload, "error", kind))
 
     def _function_error(
@@ -381,7 +381,8 @@ def finish_reset(link: Link, channel: Channel) -> None:
         )
 
 
-def _error_payload(kind: str, message: str) -> bytes:
+def error_payload(kind: str, message: str) -> bytes:
+    """Return the answer that tells of an error, in Lambda's words."""
     return json.dumps({"errorType": kind, "errorMessage": message}).encode()
 
 
