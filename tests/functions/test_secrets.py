@@ -32,8 +32,8 @@ def holds(pid: int, words: list[bytes]) -> list[bytes]:
     try:
         with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb", 0) as memory:
             return [word for data in regions(maps, memory) for word in words if word in data]
-    except FileNotFoundError:
-        return []  # a fork that has answered and ended
+    except (FileNotFoundError, ProcessLookupError):
+        return []  # a fork that has answered and ended: by open, or by read (ESRCH)
 
 
 def regions(maps: IO[str], memory: IO[bytes]) -> Iterator[bytes]:
@@ -57,7 +57,10 @@ def regions(maps: IO[str], memory: IO[bytes]) -> Iterator[bytes]:
 
 
 def children_of(parent: int) -> list[int]:
-    text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    try:
+        text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []  # it has ended since its parent was asked
     return [int(word) for word in text.split()]
 
 
