@@ -59,10 +59,10 @@ if TYPE_CHECKING:
     from nsbox.invocation import Invocation as Invocation
     from nsbox.launcher.client import shutdown as shutdown
     from nsbox.policy import SeccompPolicy as SeccompPolicy
-    from nsbox.pool import WarmPool as WarmPool
-    from nsbox.pool_aio import AsyncWarmPool as AsyncWarmPool
-    from nsbox.pool_events import PoolEvent as PoolEvent
-    from nsbox.pool_events import Retirement as Retirement
+    from nsbox.pool.aio import AsyncWarmPool as AsyncWarmPool
+    from nsbox.pool.events import PoolEvent as PoolEvent
+    from nsbox.pool.events import Retirement as Retirement
+    from nsbox.pool.warm import WarmPool as WarmPool
     from nsbox.result import Outcome as Outcome
     from nsbox.result import Protection as Protection
     from nsbox.result import Protections as Protections
@@ -85,9 +85,9 @@ _HOMES = {
     "nsbox.invocation": ("Invocation",),
     "nsbox.launcher.client": ("shutdown",),
     "nsbox.policy": ("SeccompPolicy",),
-    "nsbox.pool": ("WarmPool",),
-    "nsbox.pool_aio": ("AsyncWarmPool",),
-    "nsbox.pool_events": ("PoolEvent", "Retirement"),
+    "nsbox.pool.warm": ("WarmPool",),
+    "nsbox.pool.aio": ("AsyncWarmPool",),
+    "nsbox.pool.events": ("PoolEvent", "Retirement"),
     "nsbox.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),
     "nsbox.store": ("Store",),
 }  # fmt: skip

@@ -154,6 +154,17 @@ def test_a_launcher_killed_between_uses(caplog: pytest.LogCaptureFixture) -> Non
     assert len(caplog.records) == 5
 
 
+def test_a_launcher_killed_before_its_id_maps_are_written() -> None:
+    launcher = Launcher()
+    try:
+        os.kill(launcher.pid, signal.SIGKILL)
+        wait_until(lambda: not launcher.alive, "its death is seen")
+        with pytest.raises(nsbox.LauncherError, match="id maps"):
+            launcher._write_maps(launcher.pid)
+    finally:
+        launcher.close()
+
+
 def test_a_stopped_launcher_holds_up_births_alone(env: nsbox.ExecutionEnvironment) -> None:
     launcher = get_launcher()
     answers: list[str] = []

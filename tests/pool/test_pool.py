@@ -17,7 +17,7 @@ from tests.support import PATIENCE, host_program, wait_until
 
 import nsbox
 from nsbox.launcher.client import get_launcher
-from nsbox.pool_entries import Phase
+from nsbox.pool.entries import Phase
 
 pytestmark = pytest.mark.needs("userns")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nsbox
-from nsbox import pool_leases
+from nsbox.pool import leases
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs/pool.md").read_text()
 
@@ -44,6 +44,6 @@ def test_numbers_have_the_names_that_are_told() -> None:
 
 
 def test_numbers_of_failed_starts() -> None:
-    assert f"After {pool_leases.FAILURES_MAX} in a row" in TEXT
-    assert f"up to {pool_leases.PAUSE_MAX:g} s" in TEXT
-    assert pool_leases.PAUSE_MIN == 1
+    assert f"After {leases.FAILURES_MAX} in a row" in TEXT
+    assert f"up to {leases.PAUSE_MAX:g} s" in TEXT
+    assert leases.PAUSE_MIN == 1

@@ -14,9 +14,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nsbox import errors
-from nsbox.pool_entries import Entry, Grant, Phase, Waiter
-from nsbox.pool_events import Retirement
-from nsbox.pool_leases import FAILURES_MAX, Leases
+from nsbox.pool.entries import Entry, Grant, Phase, Waiter
+from nsbox.pool.events import Retirement
+from nsbox.pool.leases import FAILURES_MAX, Leases
 
 MOST = 3
 MAX_WAITING = 3

@@ -22,19 +22,7 @@ SOURCE = Path(nsbox.__file__).parent
 # packages; docs/architecture.md draws the same picture.
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cli", ("cli", "__main__")),
-    (
-        "pool",
-        (
-            "pool",
-            "pool_aio",
-            "pool_loop",
-            "pool_house",
-            "pool_leases",
-            "pool_entries",
-            "pool_jobs",
-            "pool_watch",
-        ),
-    ),
+    ("pool", ("pool",)),
     ("environment", ("environment",)),
     ("functions", ("functions", "aio", "invoker", "worker")),
     ("command", ("command", "verdict")),
@@ -56,7 +44,6 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "profiles",
             "terminal",
             "invocation",
-            "pool_events",
         ),
     ),
     ("store", ("store", "seals", "sources", "trees")),

@@ -93,13 +93,20 @@ class Launcher:
                 raise LauncherError("the launcher ended before it said hello")
             message = received[0]
             if message["kind"] == "user-namespace":
-                write_launcher_maps(message["pid"])
-                wire.send(self._channel, {"kind": "mapped"})
+                self._write_maps(message["pid"])
             elif message["kind"] == "fatal":
                 _raise_start_failure(message)
             else:
                 self._channel.settimeout(None)
                 return message
+
+    def _write_maps(self, pid: int) -> None:
+        try:
+            write_launcher_maps(pid)
+            wire.send(self._channel, {"kind": "mapped"})
+        except OSError as error:
+            # Files of a process that ends meanwhile are gone, or root's (proc(5)).
+            raise LauncherError(f"the launcher's id maps could not be written: {error}") from error
 
     @property
     def alive(self) -> bool:

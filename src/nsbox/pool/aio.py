@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from nsbox.errors import PoolError
 from nsbox.function import Function, FunctionVersion
-from nsbox.pool import WarmPool
+from nsbox.pool.warm import WarmPool
 
 
 class AsyncWarmPool:

@@ -21,8 +21,8 @@ from collections.abc import Callable, Hashable
 from typing import Final, Generic
 
 from nsbox.errors import EnvironmentStateError, PoolClosed, Throttled
-from nsbox.pool_entries import E, Entry, Grant, Phase, W, Waiter
-from nsbox.pool_events import Counters, Retirement
+from nsbox.pool.entries import E, Entry, Grant, Phase, W, Waiter
+from nsbox.pool.events import Counters, Retirement
 
 Resolve = Callable[[str | None], tuple[Hashable, W]]
 """From a tenant to the key of its environments, and what they are made of."""

@@ -8,8 +8,8 @@ import threading
 from typing import Any
 
 from nsbox.environment import ExecutionEnvironment
-from nsbox.pool_entries import Waiter
-from nsbox.pool_house import House, PoolGrant, Source, env_of
+from nsbox.pool.entries import Waiter
+from nsbox.pool.house import House, PoolGrant, Source, env_of
 
 
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`WarmPool`: environments kept warm for a function version or a `Config`, one call each at a time.
 
-The pool decides who gets which environment and when one goes (`nsbox.pool_leases` has that state);
+The pool decides who gets which environment and when one goes (`nsbox.pool.leases` has that state);
 everything else is the environment's.
 """
 
@@ -26,12 +26,12 @@ from nsbox.errors import (
 )
 from nsbox.function import Function, FunctionVersion
 from nsbox.invocation import Invocation
-from nsbox.pool_entries import Waiter
-from nsbox.pool_events import PoolEvent
-from nsbox.pool_house import RETURN_DEADLINE, PoolGrant, PoolLeases, Source, env_of
-from nsbox.pool_jobs import Jobs
-from nsbox.pool_leases import Leases, Resolve
-from nsbox.pool_loop import PoolCalls
+from nsbox.pool.entries import Waiter
+from nsbox.pool.events import PoolEvent
+from nsbox.pool.house import RETURN_DEADLINE, PoolGrant, PoolLeases, Source, env_of
+from nsbox.pool.jobs import Jobs
+from nsbox.pool.leases import Leases, Resolve
+from nsbox.pool.loop import PoolCalls
 
 _TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
 

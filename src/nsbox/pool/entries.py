@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `nsbox.pool_leases` keeps account of: places of environments, leases of them, calls."""
+"""What `nsbox.pool.leases` keeps account of: places of environments, leases of them, calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
 
-from nsbox.pool_events import Retirement
+from nsbox.pool.events import Retirement
 
 
 class Closable(Protocol):

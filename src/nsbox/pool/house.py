@@ -23,10 +23,10 @@ from nsbox.errors import (
     PoolTimeout,
 )
 from nsbox.function import FunctionVersion
-from nsbox.pool_entries import Entry, Grant
-from nsbox.pool_events import PoolEvent, Retirement
-from nsbox.pool_leases import Leases
-from nsbox.pool_watch import Watch
+from nsbox.pool.entries import Entry, Grant
+from nsbox.pool.events import PoolEvent, Retirement
+from nsbox.pool.leases import Leases
+from nsbox.pool.watch import Watch
 
 Source = FunctionVersion | Config
 PoolGrant = Grant[ExecutionEnvironment, Source]
