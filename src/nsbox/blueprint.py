@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from nsbox.config import Config, Limits, Mount
 from nsbox.errors import ConfigError, UnsupportedHostError
-from nsbox.isolation import namespaces, seccomp
+from nsbox.isolation import landlock, namespaces, seccomp
 from nsbox.link import Link
 from nsbox.result import Protection
 
@@ -161,6 +161,7 @@ class Blueprint:
         self.layers: list[Protection] = []
         self._rlimits: dict[str, int] = {}
         names = self._choose_namespaces()
+        self._choose_landlock()
         limits = self._choose_limits(config.limits)
         self._choose_rlimits(config.limits)
         self.accounts_cpu = self._choose_cpu_time(config.limits)
@@ -179,6 +180,7 @@ class Blueprint:
             "cgroup_limits": limits,
             "rlimits": self._rlimits,
             "runtime": runtime,
+            "landlock": hello["landlock"],
             "seccomp_name": f"policy {config.seccomp.name!r}",
         }
         self.environment = base_environment(config)
@@ -223,6 +225,18 @@ class Blueprint:
             names.append(name)
             self._add(feature, True, "its own")
         return names
+
+    def _choose_landlock(self) -> None:
+        if self._hello["landlock"]:
+            self._add("landlock", True, "no abstract Unix socket and no process outside is reached")
+        elif self._config.network == "host":
+            self._add(
+                "landlock",
+                False,
+                f"{landlock.MISSING}: the host's abstract Unix sockets can be reached",
+            )
+        else:
+            self._add_unwanted("landlock", f"{landlock.MISSING}; namespaces do the same")
 
     def _choose_limits(self, limits: Limits) -> dict[str, Any]:
         chosen: dict[str, Any] = {}

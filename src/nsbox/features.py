@@ -34,6 +34,7 @@ PROBED: Final = {
     "pivot_root": "pivot_root, and the old root detached",
     "loopback": "the loopback interface up, and a connection over it",
     "seccomp": "the default filter compiled, loaded, and seen to refuse",
+    "landlock": "Landlock scopes, seen to refuse an abstract Unix socket",
     "environment": "a default environment, and /bin/true in it",
     "cgroup.memory": "memory_max, exceeded and killed",
     "cgroup.pids": "pids_max, reached",

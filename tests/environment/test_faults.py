@@ -249,6 +249,12 @@ def test_a_birth_fails_or_is_whole(call: str) -> None:
     assert set(seen) == {"SetupError"}, "no birth can do without one of these"
 
 
+@pytest.mark.needs("strace", "landlock")
+@pytest.mark.parametrize("call", ["landlock_create_ruleset", "landlock_restrict_self"])
+def test_a_birth_without_its_further_belt_fails(call: str) -> None:
+    assert check_call(call, "EINVAL", 1) == ["SetupError"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.needs("strace")

@@ -220,6 +220,39 @@ def test_sockets_of_the_host_are_out_of_reach(
     assert {found[n] for n in ("outside", "metadata", "datagram", "six")} <= unreachable, found
 
 
+@pytest.mark.needs("landlock")
+def test_abstract_sockets_of_the_host_are_out_of_reach_in_its_network(
+    make_env: Callable[..., nsbox.ExecutionEnvironment], listener: tuple[str, int]
+) -> None:
+    name, port = listener
+    env = make_env(network="host")
+    assert env.protections["landlock"].in_force
+    found = attack(
+        env,
+        """
+        import os, signal, socket
+        def dial(family, address, kind=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as s:
+                s.settimeout(3)
+                return attempt(s.connect, address)
+        with socket.socket(socket.AF_UNIX) as own:
+            own.bind('')
+            own.listen()
+            answer = {
+                'host': dial(socket.AF_UNIX, chr(0) + name),
+                'own': dial(socket.AF_UNIX, own.getsockname()),
+                'loopback': dial(socket.AF_INET, ('127.0.0.1', port)),
+            }
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        answer['child'] = attempt(os.kill, child, signal.SIGKILL)
+        """,
+        name=name, port=port,
+    )  # fmt: skip
+    assert found == {"host": "EPERM", "own": None, "loopback": None, "child": None}
+
+
 def test_loopback_works_and_is_private(
     make_env: Callable[..., nsbox.ExecutionEnvironment],
 ) -> None:

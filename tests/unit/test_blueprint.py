@@ -42,6 +42,7 @@ FULL_HOST: dict[str, Any] = {
     "drops_groups": True,
     "namespaces": list(namespaces.FLAGS),
     "networks_ready": True,
+    "landlock": True,
     "cgroups": {f"cgroup.{name}": {"version": 2} for name in FEATURES},
 }
 
@@ -256,6 +257,18 @@ def test_time_namespaces_are_done_without_and_all_others_are_not() -> None:
     assert [layer.name for layer in layers(made).missing] == ["namespace.time"]
     assert layers(made)["namespace.time"].detail == "this kernel has no time namespaces"
     assert not made.spec["namespaces"] & c.CLONE_NEWTIME
+
+
+def test_landlock_is_missed_where_nothing_else_does_the_same() -> None:
+    assert layers(decide())["landlock"].in_force
+    assert decide().spec["landlock"] is True
+    without = decide(host(landlock=False))
+    assert without.spec["landlock"] is False
+    assert layers(without).missing == ()
+    open_network = decide(host(landlock=False), network="host")
+    missing = [layer for layer in layers(open_network).missing if layer.wanted]
+    assert [layer.name for layer in missing] == ["landlock"]
+    assert "abstract Unix sockets" in missing[0].detail
 
 
 def test_filter_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

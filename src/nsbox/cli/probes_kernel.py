@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from nsbox.isolation import namespaces, seccomp
+from nsbox.isolation import landlock, namespaces, seccomp
 from nsbox.launcher import idmaps
 from nsbox.linux import calls, proc
 from nsbox.linux import constants as c
@@ -239,6 +239,21 @@ def _seccomp() -> str:
     raise OSError(0, "the filter is loaded, and keyctl is still allowed")
 
 
+def _landlock() -> str:
+    if not landlock.is_available():
+        raise OSError(errno.ENOSYS, landlock.MISSING)
+    calls.prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind("")  # the kernel chooses an abstract name (unix(7))
+        server.listen()
+        landlock.restrict()
+        try:
+            client.connect(server.getsockname())
+        except PermissionError as error:
+            return f"a connection to outside is refused ({error.strerror})"
+    raise OSError(0, "a socket outside can still be reached")
+
+
 PROBES: Final[dict[str, Callable[[], str]]] = {
     "userns": _userns,
     "id_maps": _id_maps,
@@ -254,6 +269,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "pivot_root": _pivot_root,
     "loopback": _loopback,
     "seccomp": _seccomp,
+    "landlock": _landlock,
 }
 
 

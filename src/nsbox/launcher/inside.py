@@ -12,7 +12,7 @@ import os
 # The C halves: their Python halves load enum and selectors, a sixth of a clone's memory.
 from _socket import sethostname
 
-from nsbox.isolation import filesystem, privileges
+from nsbox.isolation import filesystem, landlock, privileges
 from nsbox.launcher.steps import Step
 from nsbox.linux import calls
 from nsbox.linux import constants as c
@@ -131,6 +131,11 @@ def _drop_privileges(program: Program, _spec: dict[str, Any], _birth: Inherited)
     program.call(privileges.shield)
 
 
+def _restrict(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
+    if spec["landlock"]:
+        program.call(landlock.restrict)
+
+
 def _load_filter(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
     if spec["seccomp"]:
         program.call(calls.seccomp_set_filter, bytes.fromhex(spec["seccomp"]))
@@ -147,6 +152,12 @@ def _mounts_text(spec: dict[str, Any]) -> str:
 
 def _rlimit_text(spec: dict[str, Any]) -> str:
     return "set " + ", ".join(f"RLIMIT_{k.upper()}={v}" for k, v in spec["rlimits"].items())
+
+
+def _landlock_text(spec: dict[str, Any]) -> str:
+    if not spec["landlock"]:
+        return f"none: {landlock.MISSING}"
+    return "reach no abstract Unix socket and no process outside"
 
 
 def _environment_step(
@@ -177,6 +188,7 @@ STEPS = (
     _environment_step("rlimits", _rlimit_text, _set_rlimits),
     _environment_step("privileges", "lock securebits, empty all capability sets, no_new_privs, "
                       "not dumpable, new keyring", _drop_privileges),
+    _environment_step("landlock", _landlock_text, _restrict),
     _environment_step("seccomp", lambda spec: f"load the filter: {spec['seccomp_name']}",
                       _load_filter),
 )  # fmt: skip

@@ -17,7 +17,7 @@ import sys
 import time
 
 from nsbox.errors import NsboxError
-from nsbox.isolation import cgroups, namespaces, privileges, readback
+from nsbox.isolation import cgroups, landlock, namespaces, privileges, readback
 from nsbox.isolation.network import NetworkPool
 from nsbox.isolation.stopping import Stopper
 from nsbox.launcher import identity, janitor, wire
@@ -127,6 +127,7 @@ class Server:
                     for name, file in zip(namespaces.FLAGS, namespaces.FILES, strict=True)
                     if os.path.exists(f"/proc/self/ns/{file}")
                 ],
+                "landlock": landlock.is_available(),
                 "cgroups": capabilities,
                 "trees": self._tree.paths,
             },

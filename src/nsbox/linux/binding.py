@@ -35,6 +35,8 @@ _COMMON_NUMBERS = {
     "close_range": 436,
     "openat2": 437,
     "mount_setattr": 442,
+    "landlock_create_ruleset": 444,
+    "landlock_restrict_self": 446,
 }
 _NUMBERS = {
     "x86_64": {"pivot_root": 155, "keyctl": 250, "seccomp": 317},
