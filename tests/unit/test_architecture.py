@@ -16,6 +16,8 @@ import nsbox
 from nsbox import errors
 from nsbox.launcher import client
 
+pytestmark = pytest.mark.static
+
 SOURCE = Path(nsbox.__file__).parent
 
 # A module may import from its own room and from rooms below it. A room is a list of modules and

@@ -21,6 +21,8 @@ from nsbox.linux import constants as c
 if TYPE_CHECKING:
     from nsbox.link import Link
 
+pytestmark = pytest.mark.static
+
 FEATURES = (
     "memory",
     "memory.swap",

@@ -25,6 +25,8 @@ from nsbox.config import (
     parse_size,
 )
 
+pytestmark = pytest.mark.static
+
 NAN, INFINITY = float("nan"), float("inf")
 
 

@@ -15,6 +15,8 @@ import pytest
 
 import nsbox
 
+pytestmark = pytest.mark.static
+
 SOURCE = Path(nsbox.__file__).parent
 PUBLIC = sorted(set(nsbox.__all__) - {"__version__"})
 

@@ -16,6 +16,8 @@ from nsbox.errors import ConfigError
 from nsbox.policy import SeccompPolicy
 from nsbox.profiles import ALLOW, DANGEROUS_NAMES, ENOSYS, EPERM, ERRNO, INT, KILL_PROCESS, TIER_OF
 
+pytestmark = pytest.mark.static
+
 HARMLESS = sorted(set(TIER_OF) - DANGEROUS_NAMES)
 PROFILES = ("strict", "default", "docker")
 

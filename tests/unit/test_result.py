@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from nsbox import CommandFailed, Outcome, Protection, Protections, Result, Usage
 from nsbox.errors import CommandStartError, NsboxError, SetupError, SyscallError
 
+pytestmark = pytest.mark.static
+
 LAYERS = Protections(
     (
         Protection("namespace.pid", True, "its own"),

@@ -26,6 +26,8 @@ from nsbox.launcher import wire
 from nsbox.link import Channel
 from nsbox.linux.descriptors import MOST_FDS_FROM_INSIDE, close_all, receive_bytes, send_bytes
 
+pytestmark = pytest.mark.static
+
 KINDS = (p.STARTED, p.EXITED, p.FAILED, p.OK)
 NUMBERS = st.integers(-(1 << 63), (1 << 63) - 1)
 
