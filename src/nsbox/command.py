@@ -145,6 +145,9 @@ class Process:
             return SetupError("cwd", f"{self._request.cwd!r}: {text}", errno=error)
         if stage == "tty":
             return SetupError("tty", f"no terminal could be opened: {text}", errno=error)
+        if stage == "room":
+            text = "as many commands run at once as open_files leaves PID 1 room for; raise it"
+            return CommandStartError(name, error, text)
         path = self._request.env.get("PATH", "")
         where = f" in PATH={path}" if error == errno.ENOENT and "/" not in name else ""
         return CommandStartError(name, error, f"{text}{where}, inside the environment")

@@ -6,6 +6,7 @@ What `Config` and its parts refuse by themselves is in tests/unit/test_config.py
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -99,6 +100,28 @@ def test_the_smallest_limits_are_enough_for_a_command() -> None:
     limits = Limits(memory_max="2M", pids_max=2, open_files=16)
     allowed = {"cgroup.memory", "cgroup.pids"}
     assert nsbox.run(["true"], limits=limits, allow_missing=allowed).ok
+
+
+def test_more_commands_at_once_than_there_are_descriptors_for(
+    make_env: Callable[..., ExecutionEnvironment],
+) -> None:
+    env = make_env(limits=Limits(open_files=20))
+    running: list[nsbox.Process] = []
+    with contextlib.ExitStack() as stack:
+
+        def start_many() -> None:
+            while True:
+                running.append(stack.enter_context(env.popen(["sleep", "60"])))
+
+        with pytest.raises(CommandStartError, match="open_files leaves PID 1 room for; raise it"):
+            start_many()
+        assert len(running) >= 2
+        ended = running.pop()
+        ended.kill()
+        ended.wait(10)
+        assert env.run(["true"]).ok
+        env.write_file("/tmp/x", b"there is room for this")
+        assert [process.poll() for process in running] == [None] * len(running), "the others go on"
 
 
 def test_bytes_that_are_no_utf_8_go_in_and_come_out(env: ExecutionEnvironment) -> None:

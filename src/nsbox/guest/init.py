@@ -19,6 +19,7 @@ import time
 from _socket import MSG_WAITALL
 from _socket import socket as _Socket
 from fcntl import ioctl
+from resource import RLIMIT_NOFILE, getrlimit
 
 from nsbox.guest import protocol as p
 from nsbox.guest.files import Failure, read_exactly, read_file, write_file
@@ -38,6 +39,11 @@ _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
 _DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end
 _RESET_DEADLINE = 2.0  # seconds in which all that an invocation has left must be dead
+
+
+_OTHER_FDS = 10
+"""Descriptors of PID 1 besides those it watches: 0 to 2, the worker's intake, the four of the next
+message (one that finds no room is lost, unix(7)), and what is opened while it is served."""
 
 
 class _Command:
@@ -160,6 +166,8 @@ class Init:
 
     def _start(self, channel: _Socket, request: bytes, fds: list[int]) -> None:
         flags, size, stdio, cwd, argv, environment = p.parse_run(request)
+        if len(self._handlers) + _OTHER_FDS > getrlimit(RLIMIT_NOFILE)[0]:
+            raise Failure(errno.EMFILE, "room")
         terminal: list[int] = []
         try:
             if flags & p.TTY:

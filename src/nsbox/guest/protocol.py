@@ -63,7 +63,7 @@ FAILED = b"E"
 OK = b"O"
 """A file operation succeeded; numbers: size, 0, 0."""
 
-STAGES = ("exec", "cwd", "tty", "open", "kind", "size", "io", "request", "worker", "reset")
+STAGES = ("exec", "cwd", "tty", "open", "kind", "size", "io", "request", "worker", "reset", "room")
 
 PID = struct.Struct("!q")
 """Request of RESET: a process to keep besides the waiting worker, or 0."""
