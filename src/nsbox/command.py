@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import select
 import signal
@@ -213,7 +214,7 @@ class Process:
         """Feed `data`, read both pipes as they come, enforce the limits, return the result."""
         deadline = None if timeout is None else self._started_at + timeout
         outputs = {
-            stream.fileno(): (name, stream, bytearray())
+            stream.fileno(): (name, stream, io.BytesIO())
             for name, stream in (("stdout", self.stdout), ("stderr", self.stderr))
             if stream is not None
         }
@@ -256,8 +257,9 @@ class Process:
         if self._verdict is not None and self._verdict.outcome is Outcome.OUTPUT_LIMIT:
             result = self._with_verdict(result)
         self._close_streams()
-        stdout, stderr = (bytes(captured.get(name, b"")) for name in ("stdout", "stderr"))
-        return replace(result, stdout=stdout, stderr=stderr)
+        # BytesIO gives away what it holds without a copy: the cap is the whole cost.
+        whole = {name: buffer.getvalue() for name, buffer in captured.items()}
+        return replace(result, stdout=whole.get("stdout", b""), stderr=whole.get("stderr", b""))
 
     def register(self, poller: select.poll) -> None:
         """Register with `poller` what becomes readable when `poll` may have an answer."""
@@ -269,7 +271,7 @@ class Process:
         # The link has none after the environment's close; the channel tells its end too.
         return [fd for fd in (self._channel.socket.fileno(), self._link.fileno()) if fd >= 0]
 
-    def _read_some(self, fd: int, name: str, buffer: bytearray, limit: int) -> bool:
+    def _read_some(self, fd: int, name: str, buffer: io.BytesIO, limit: int) -> bool:
         """Read once; False at the end of the stream. Bytes over the limit are dropped."""
         try:
             data = os.read(fd, _CHUNK)
@@ -277,8 +279,8 @@ class Process:
             return True
         if not data:
             return False
-        room = limit - len(buffer)
-        buffer += data[:room]
+        room = limit - buffer.tell()
+        buffer.write(data[:room])
         if len(data) > room:
             self.condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes")
         return True
