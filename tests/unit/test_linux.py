@@ -25,14 +25,14 @@ from tests.support import PATIENCE
 
 import nsbox
 from nsbox.errors import SyscallError, UnsupportedHostError
-from nsbox.linux import binding, calls, proc
+from nsbox.linux import binding, calls, interfaces, proc
 from nsbox.linux import constants as c
 
 PRELUDE = """
 import errno, os, signal, struct, sys
 sys.path.insert(0, {path!r})
 from nsbox.errors import SyscallError
-from nsbox.linux import binding, calls, constants as c, proc
+from nsbox.linux import binding, calls, constants as c, interfaces, proc
 """
 
 
@@ -508,9 +508,9 @@ def test_link_is_set_up() -> None:
                 return sender.connect_ex(("127.0.0.1", 9)) == 0
 
         assert not reaches_itself()
-        calls.set_link_up("lo")
+        interfaces.set_link_up("lo")
         assert reaches_itself()
-        error = expect(errno.ENODEV, calls.set_link_up, "missing")
+        error = expect(errno.ENODEV, interfaces.set_link_up, "missing")
         assert (error.syscall, error.filename) == ("ioctl", "missing")
 
     run_alone(program)
@@ -518,7 +518,7 @@ def test_link_is_set_up() -> None:
 
 def test_interface_name_is_not_cut() -> None:
     with pytest.raises(ValueError, match="too long"):
-        calls.set_link_up("lo" + 14 * "x")
+        interfaces.set_link_up("lo" + 14 * "x")
 
 
 # -- numbers --------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ class Template:
             step = "id-maps"
             namespaces.write_id_maps(self._pid, spec["user_id"], host_id)
             os.write(sync_write, inside.MAPPED)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             # A clone that is there already reads the end of the pipe, and ends.
             raise _Failure(step, error) from error
 
