@@ -139,6 +139,7 @@ FOREIGN = {
     "umount2": _umount2,
     "unshare": _unshare,
     "prctl": _prctl,
+    "prctl_pointer": _prctl_pointer,
     "sethostname": _sethostname,
     "capset": _capset,
     "pivot_root": _pivot_root,
@@ -181,6 +182,46 @@ NO_CAPABILITIES = (byref(_CapHeader(c.LINUX_CAPABILITY_VERSION_3, 0)), _CapSets(
 # Processes and namespaces
 
 
+class Clone:
+    """A clone3(2) prepared once and made any number of times, by the thread that prepared it."""
+
+    def __init__(self, flags: int, exit_signal: int = c.SIGCHLD) -> None:
+        """See `clone3`."""
+        if flags & (c.CLONE_VM | c.CLONE_VFORK):
+            raise ValueError("clone3: the child needs its own memory")
+        if flags & c.CLONE_PARENT:
+            exit_signal = 0
+        self._pidfd = c_int(-1)
+        self._flags = flags | c.CLONE_PIDFD
+        self._arguments = _CloneArgs(pidfd=addressof(self._pidfd), exit_signal=exit_signal)
+        # glibc keeps the thread id in its own memory and only its own fork renews it: have the
+        # kernel write the child's there, as glibc does. The place belongs to the calling thread.
+        tid_address = c_void_p()
+        if _prctl_pointer(c.PR_GET_TID_ADDRESS, byref(tid_address), 0, 0, 0) == 0:
+            if tid_address.value:
+                self._flags |= c.CLONE_CHILD_SETTID | c.CLONE_CHILD_CLEARTID
+                self._arguments.child_tid = tid_address.value
+        elif get_errno() != errno.EINVAL:  # EINVAL: a kernel without CONFIG_CHECKPOINT_RESTORE
+            raise failure("prctl")
+        self._reference = byref(self._arguments)
+
+    def make(self, cgroup: int = -1) -> tuple[int, int]:
+        """Clone; see `clone3`."""
+        self._arguments.flags = self._flags | (c.CLONE_INTO_CGROUP if cgroup >= 0 else 0)
+        self._arguments.cgroup = max(cgroup, 0)
+        # Up to here everything is ready made: what the child writes to first is a page fault each.
+        _before_fork()
+        pid = _clone3(_SYS_CLONE3, self._reference, _CLONE_ARGS_SIZE)
+        if pid == 0:
+            _after_fork_child()
+            return 0, -1
+        error = get_errno()  # before the at-fork functions, which may call C too
+        _after_fork_parent()
+        if pid < 0:
+            raise SyscallError("clone3", error)
+        return pid, self._pidfd.value
+
+
 def clone3(flags: int, *, exit_signal: int = c.SIGCHLD, cgroup: int = -1) -> tuple[int, int]:
     """clone3(2): `os.fork` with new namespaces, and a pidfd.
 
@@ -199,38 +240,7 @@ def clone3(flags: int, *, exit_signal: int = c.SIGCHLD, cgroup: int = -1) -> tup
     Returns:
         The child's pid and its pidfd in the parent, ``(0, -1)`` in the child.
     """
-    if flags & (c.CLONE_VM | c.CLONE_VFORK):
-        raise ValueError("clone3: the child needs its own memory")
-    if flags & c.CLONE_PARENT:
-        exit_signal = 0
-    pidfd = c_int(-1)
-    arguments = _CloneArgs(
-        flags=flags | c.CLONE_PIDFD, pidfd=addressof(pidfd), exit_signal=exit_signal
-    )
-    if cgroup >= 0:
-        arguments.flags |= c.CLONE_INTO_CGROUP
-        arguments.cgroup = cgroup
-    # glibc keeps the thread id in its own memory and only its own fork renews it: have the kernel
-    # write the child's there, as glibc does. The place belongs to the calling thread.
-    tid_address = c_void_p()
-    if _prctl_pointer(c.PR_GET_TID_ADDRESS, byref(tid_address), 0, 0, 0) == 0:
-        if tid_address.value:
-            arguments.flags |= c.CLONE_CHILD_SETTID | c.CLONE_CHILD_CLEARTID
-            arguments.child_tid = tid_address.value
-    elif get_errno() != errno.EINVAL:  # EINVAL: a kernel without CONFIG_CHECKPOINT_RESTORE
-        raise failure("prctl")
-    reference = byref(arguments)
-    # Up to here everything is ready made: what the child writes to first is a page fault each.
-    _before_fork()
-    pid = _clone3(_SYS_CLONE3, reference, _CLONE_ARGS_SIZE)
-    if pid == 0:
-        _after_fork_child()
-        return 0, -1
-    error = get_errno()  # before the at-fork functions, which may call C too
-    _after_fork_parent()
-    if pid < 0:
-        raise SyscallError("clone3", error)
-    return pid, pidfd.value
+    return Clone(flags, exit_signal).make(cgroup)
 
 
 def signalfd(numbers: Sequence[int]) -> int:

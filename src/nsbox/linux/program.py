@@ -80,6 +80,11 @@ class Program:
         """prctl(2), for options that give nothing back."""
         self._foreign("prctl", None, option, argument, argument2, 0, 0)
 
+    def set_name(self, name: str) -> None:
+        """prctl(2) PR_SET_NAME: up to 15 bytes."""
+        raw = encode(name)
+        self._foreign("prctl_pointer", None, c.PR_SET_NAME, raw, 0, 0, 0)
+
     def capset_empty(self) -> None:
         """capset(2) with three empty sets, after PR_CAP_AMBIENT_CLEAR_ALL."""
         self.prctl(c.PR_CAP_AMBIENT, c.PR_CAP_AMBIENT_CLEAR_ALL)
