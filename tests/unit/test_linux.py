@@ -27,6 +27,7 @@ import nsbox
 from nsbox.errors import SyscallError, UnsupportedHostError
 from nsbox.linux import binding, calls, interfaces, proc
 from nsbox.linux import constants as c
+from nsbox.linux.program import Program, run
 
 PRELUDE = """
 import errno, os, signal, struct, sys
@@ -491,6 +492,27 @@ def test_prctl() -> None:
         assert expect(errno.EINVAL, calls.prctl, 12345678).syscall == "prctl"
 
     run_alone(program)
+
+
+# -- prepared calls -------------------------------------------------------------------------------
+
+
+def test_only_the_root_is_taken_for_it() -> None:
+    prepared = Program()
+    prepared.expect_root()
+    here = os.getcwd()
+    try:
+        os.chdir("/")
+        run(prepared.entries, [""])
+        os.chdir("/proc")
+        assert expect(errno.ERANGE, run, prepared.entries, [""]).syscall == "getcwd"
+    finally:
+        os.chdir(here)
+
+
+def test_a_filter_that_would_be_cut_is_not_prepared() -> None:
+    with pytest.raises(ValueError, match="not a BPF program"):
+        Program().set_filter(bytes(12))
 
 
 # -- network --------------------------------------------------------------------------------------
