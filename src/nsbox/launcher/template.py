@@ -258,6 +258,7 @@ def main(lifeline: int, channel: int, kind: str) -> NoReturn:
             modules to preload, with commas between them.
     """
     os.set_inheritable(lifeline, False)
+    os.environ.clear()  # what the dynamic linker was told is for no other program
     # A signal from inside reaches PID 1 only if it has a handler (pid_namespaces(7)).
     signal(SIGINT, SIG_DFL)
     privileges.set_name("nsbox-template")
