@@ -97,17 +97,18 @@ class Process:
                     inside.append(theirs)
                     given.append(theirs)
                     name = ("stdin", "stdout", "stderr")[number]
-                    mode = "wb" if number == 0 else "rb"
-                    setattr(self, name, os.fdopen(ours, mode, buffering=0))
+                    setattr(self, name, io.FileIO(ours, "w" if number == 0 else "r"))
                 elif stream is not None and stream != DEVNULL:
                     given.append(_descriptor_of(stream, ("stdin", "stdout", "stderr")[number]))
                 stdio.append(stream is not None and stream != DEVNULL)
             request = self._request
             frame = request.encode(self.argv, stdio)
+            self._link.running.add(id(self))
             self._channel = self._link.ask(request.operation, frame, request.arrange(given))
             if self._request.is_announced:
                 self._await_start()
         except BaseException:
+            self._link.running.discard(id(self))
             self._close_streams()
             raise
         finally:
@@ -233,7 +234,11 @@ class Process:
         self.register(poller)
         result = None
         while result is None:
-            for fd, _ in poller.poll(self.poll_milliseconds(deadline)):
+            wait = self.poll_milliseconds(deadline)
+            ready = poller.poll(wait)
+            # Only output, and no clock that runs: then there is no end to look for yet.
+            is_due = wait is not None or not ready
+            for fd, _ in ready:
                 if fd in outputs:
                     name, _, buffer = outputs[fd]
                     if not self._read_some(fd, name, buffer, output_max):
@@ -245,9 +250,12 @@ class Process:
                         poller.unregister(fd)
                         self.stdin.close()
                         self.stdin = None
+                else:
+                    is_due = True
             if deadline is not None and time.monotonic() >= deadline:
                 self.condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s")
-            result = self._advance(0.0)
+            if is_due or self._killed_at is not None:
+                result = self._advance(0.0)
         # Every process that could write is gone: what is in the pipes now is all there will be.
         # Not "read until EOF": a descriptor may have been sent to a command that still runs.
         for fd, (name, _, buffer) in outputs.items():
@@ -317,10 +325,14 @@ class Process:
             asked = None if timeout is None else max(0, int(timeout * 1000) + (timeout > 0))
             wait = min((item for item in (own, asked) if item is not None), default=None)
             ready = {fd for fd, _ in poller.poll(wait)}
-            if self._channel.socket.fileno() in ready:
-                self._finish_from_channel()
-            elif (ready or self._link.closing) and self._link.note_end():
-                self._finish_from_end()
+            try:
+                if self._channel.socket.fileno() in ready:
+                    self._finish_from_channel()
+                elif (ready or self._link.closing) and self._link.note_end():
+                    self._finish_from_end()
+            finally:
+                if self._result is not None or self._death is not None:
+                    self._link.running.discard(id(self))
             self._check_cpu_time()
             if self._killed_at is not None and self._result is None:
                 late = time.monotonic() - self._killed_at - KILL_DEADLINE

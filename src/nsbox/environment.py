@@ -363,8 +363,11 @@ class ExecutionEnvironment(FunctionMethods):
                 self._invocations.close()
             link.close()  # a forked child's copies of the descriptors; it is not its own
             return
-        link.closing = True
-        link.kill()
+        if wait:
+            link.begin_end()
+        else:
+            link.closing = True
+            link.kill()
         if self._invocations is not None:
             self._invocations.await_idle()
             self._invocations.close()

@@ -334,6 +334,20 @@ def test_a_command_of_an_environment_closed_without_waiting(
         assert process.poll() is process.wait()
 
 
+def test_a_command_ended_by_the_close_has_its_counters(
+    make_env: Callable[..., nsbox.ExecutionEnvironment],
+) -> None:
+    env = make_env()
+    is_counted = env.usage().cpu_seconds is not None
+    with env.popen(["sh", "-c", "echo; sleep 60"]) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"\n"
+        env.close()
+        result = process.wait(10)
+    assert result.outcome is Outcome.KILLED
+    assert (result.usage.cpu_seconds is not None) is is_counted
+
+
 def test_close_while_a_run_is_under_way(
     make_env: Callable[..., nsbox.ExecutionEnvironment],
 ) -> None:

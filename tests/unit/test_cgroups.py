@@ -242,6 +242,24 @@ def test_readers_of_files_that_are_not_there(tmp_path: Path) -> None:
     assert reader.oom_kills() is None
 
 
+def test_files_that_a_hierarchy_lacks_are_asked_for_once(tmp_path: Path) -> None:
+    absent: set[object] = set()
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "pids.current").write_text("2\n")
+    assert UsageReader({"unified": str(tmp_path / "first")}, absent).read()["pids_current"] == 2
+    (tmp_path / "second").mkdir()
+    for name in ("pids.current", "pids.peak"):
+        (tmp_path / "second" / name).write_text("3\n")
+    read = UsageReader({"unified": str(tmp_path / "second")}, absent).read()
+    assert (read["pids_current"], read["pids_peak"]) == (3, None)
+
+
+def test_a_removed_cgroup_says_nothing_about_others(tmp_path: Path) -> None:
+    absent: set[object] = set()
+    assert UsageReader({"unified": str(tmp_path / "gone")}, absent).read()["pids_peak"] is None
+    assert not absent
+
+
 def test_v2_files_are_read_by_their_names(tmp_path: Path) -> None:
     files = {
         "cpu.stat": "usage_usec 30\nuser_usec 20\nsystem_usec 10\nthrottled_usec 7\n",

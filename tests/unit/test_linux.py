@@ -25,14 +25,15 @@ from tests.support import PATIENCE
 
 import nsbox
 from nsbox.errors import SyscallError, UnsupportedHostError
-from nsbox.linux import binding, calls, proc
+from nsbox.linux import binding, calls, interfaces, proc
 from nsbox.linux import constants as c
+from nsbox.linux.program import Program, run
 
 PRELUDE = """
 import errno, os, signal, struct, sys
 sys.path.insert(0, {path!r})
 from nsbox.errors import SyscallError
-from nsbox.linux import binding, calls, constants as c, proc
+from nsbox.linux import binding, calls, constants as c, interfaces, proc
 """
 
 
@@ -493,6 +494,27 @@ def test_prctl() -> None:
     run_alone(program)
 
 
+# -- prepared calls -------------------------------------------------------------------------------
+
+
+def test_only_the_root_is_taken_for_it() -> None:
+    prepared = Program()
+    prepared.expect_root()
+    here = os.getcwd()
+    try:
+        os.chdir("/")
+        run(prepared.entries, [""])
+        os.chdir("/proc")
+        assert expect(errno.ERANGE, run, prepared.entries, [""]).syscall == "getcwd"
+    finally:
+        os.chdir(here)
+
+
+def test_a_filter_that_would_be_cut_is_not_prepared() -> None:
+    with pytest.raises(ValueError, match="not a BPF program"):
+        Program().set_filter(bytes(12))
+
+
 # -- network --------------------------------------------------------------------------------------
 
 
@@ -508,9 +530,9 @@ def test_link_is_set_up() -> None:
                 return sender.connect_ex(("127.0.0.1", 9)) == 0
 
         assert not reaches_itself()
-        calls.set_link_up("lo")
+        interfaces.set_link_up("lo")
         assert reaches_itself()
-        error = expect(errno.ENODEV, calls.set_link_up, "missing")
+        error = expect(errno.ENODEV, interfaces.set_link_up, "missing")
         assert (error.syscall, error.filename) == ("ioctl", "missing")
 
     run_alone(program)
@@ -518,7 +540,7 @@ def test_link_is_set_up() -> None:
 
 def test_interface_name_is_not_cut() -> None:
     with pytest.raises(ValueError, match="too long"):
-        calls.set_link_up("lo" + 14 * "x")
+        interfaces.set_link_up("lo" + 14 * "x")
 
 
 # -- numbers --------------------------------------------------------------------------------------

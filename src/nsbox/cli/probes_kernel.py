@@ -17,7 +17,7 @@ from typing import Final
 
 from nsbox.isolation import landlock, namespaces, seccomp
 from nsbox.launcher import idmaps
-from nsbox.linux import calls, proc
+from nsbox.linux import calls, interfaces, proc
 from nsbox.linux import constants as c
 from nsbox.policy import SeccompPolicy
 
@@ -218,7 +218,7 @@ def _pivot_root() -> str:
 
 def _loopback() -> str:
     _enter(c.CLONE_NEWNET)
-    calls.set_link_up("lo")
+    interfaces.set_link_up("lo")
     with socket.create_server(("127.0.0.1", 0)) as server:
         socket.create_connection(server.getsockname(), timeout=5).close()
     return "up, and a connection to 127.0.0.1"

@@ -16,7 +16,7 @@ import struct
 import time
 
 # The C half of `socket`, as in `linux.calls`.
-from _socket import MSG_WAITALL
+from _socket import AF_UNIX, MSG_WAITALL, SOCK_STREAM
 from _socket import socket as _Socket
 from fcntl import ioctl
 from resource import RLIMIT_NOFILE, getrlimit
@@ -24,6 +24,7 @@ from resource import RLIMIT_NOFILE, getrlimit
 from nsbox.guest import protocol as p
 from nsbox.guest.files import Failure, read_exactly, read_file, write_file
 from nsbox.linux import constants as c
+from nsbox.linux.calls import kill_all_others
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 
 TYPE_CHECKING = False
@@ -133,7 +134,7 @@ class Init:
         if not message or not fds:
             _leave()  # the host closed this environment, or is gone
         operation, place, request = message[:1], message[1:2], message[2:]
-        channel = _Socket(fileno=fds[0])
+        channel = _Socket(AF_UNIX, SOCK_STREAM, 0, fds[0])  # told, it need not ask the kernel
         stdio = fds[1:]
         try:
             try:
@@ -252,14 +253,15 @@ class Init:
             if pid == 0:
                 return
             command = self._commands.pop(pid, None)
-            if command is not None:
-                self._finish(command, status, usage)
+            if command is not None and self._finish(command, status, usage):
+                return  # not even to hear that there is no child: an exception is dear here
 
-    def _finish(self, command: _Command, status: int, usage: struct_rusage) -> None:
+    def _finish(self, command: _Command, status: int, usage: struct_rusage) -> bool:
+        """Answer for a command that has ended; return whether no other process is left."""
         channel = command.channel
         if channel is None:
-            return  # a worker that was never given work: who asks for it will hear
-        self._kill_leftovers()
+            return False  # a worker that was never given work: who asks for it will hear
+        is_alone = self._kill_leftovers()
         user, system = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
         try:
             channel.sendall(p.ANSWER.pack(p.EXITED, status, user, system))
@@ -268,22 +270,23 @@ class Init:
         if channel.fileno() in self._handlers:
             self._forget(channel.fileno())
         channel.close()
+        return is_alone
 
-    def _kill_leftovers(self) -> None:
-        """Kill all that a finished command left: whatever no running command is a parent of."""
+    def _kill_leftovers(self) -> bool:
+        """Kill all that a finished command left: whatever no running command is a parent of.
+
+        Returns whether no process but this one is left.
+        """
         if not self._commands:
-            try:
-                # kill(2): every process of this pid namespace but the caller. The kernel holds
-                # the process list meanwhile, so that not even a fork bomb slips through.
-                os.kill(-1, c.SIGKILL)
-            except ProcessLookupError:
-                return
-            self._reap_all()
-            return
+            # The kernel holds the process list meanwhile, so that not even a fork bomb slips
+            # through.
+            if kill_all_others():
+                self._reap_all()
+            return True
         for _ in range(_KILL_PASSES):
             strays = self._strays()
             if not strays:
-                return
+                return False
             _end_all(strays)
             self._reap()
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it

@@ -48,6 +48,9 @@ ANNOUNCE = 2
 _STDIO = 4
 STREAMS = 4
 """Descriptors a run may be given: 0 to 2, and 3 for a worker's socket."""
+_STDIO_OF = [
+    [bool(bits >> number & 1) for number in range(STREAMS)] for bits in range(1 << STREAMS)
+]
 _WRITE = struct.Struct("!IQ")
 _READ = struct.Struct("!Q")
 
@@ -104,7 +107,8 @@ def run_request(
     for number, given in enumerate(stdio):
         flags |= _STDIO << number if given else 0
     header = _RUN.pack(flags, *(tty or (0, 0)), len(argv), len(environment))
-    return header + b"\0".join([cwd, *argv, *environment])
+    variables = [variable.replace(b"=", b"\0", 1) for variable in environment]
+    return header + b"\0".join([cwd, *argv, *variables])
 
 
 def parse_run(
@@ -113,11 +117,8 @@ def parse_run(
     """Return flags, terminal size, stdio, working directory, argv and environment of a request."""
     flags, rows, columns, count, _ = _RUN.unpack_from(data)
     words = data[_RUN.size :].split(b"\0")
-    environment = {}
-    for word in words[count + 1 :]:
-        name, _, value = word.partition(b"=")
-        environment[name] = value
-    stdio = [bool(flags & _STDIO << number) for number in range(STREAMS)]
+    environment = dict(zip(words[count + 1 :: 2], words[count + 2 :: 2], strict=True))
+    stdio = _STDIO_OF[flags // _STDIO % (1 << STREAMS)]
     return flags, (rows, columns), stdio, words[0], words[1 : count + 1], environment
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 
-from nsbox.errors import SyscallError
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 
@@ -125,13 +124,7 @@ def pivot(program: Program) -> None:
     program.pivot_root(".", ".")
     program.umount2(".", c.MNT_DETACH)
     program.call(os.chdir, "/")
-    program.call(_check_working_directory)
-
-
-def _check_working_directory() -> None:
-    if os.getcwd() != "/":
-        # A working directory outside the root reads as "(unreachable)" (CVE-2024-21626).
-        raise SyscallError("getcwd", errno.ENOENT, "/")
+    program.expect_root()
 
 
 def probe_proc() -> str:

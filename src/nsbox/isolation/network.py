@@ -13,6 +13,7 @@ import os
 from nsbox.isolation.namespaces import come_home
 from nsbox.linux import calls
 from nsbox.linux import constants as c
+from nsbox.linux.interfaces import set_link_up
 
 
 class NetworkPool:
@@ -32,7 +33,7 @@ class NetworkPool:
         """Make one more."""
         calls.unshare(c.CLONE_NEWNET)
         try:
-            calls.set_link_up("lo")
+            set_link_up("lo")
             self._ready.append(os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
         finally:
             come_home(self._home, c.CLONE_NEWNET)

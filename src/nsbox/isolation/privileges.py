@@ -12,7 +12,6 @@ import resource
 
 import prctl
 
-from nsbox.linux import calls
 from nsbox.linux import constants as c
 
 TYPE_CHECKING = False
@@ -64,25 +63,27 @@ def set_rlimits(program: Program, limits: Mapping[str, int]) -> None:
         program.call(resource.setrlimit, kind, (value, value))
 
 
-def drop_all() -> None:
-    """Lock the securebits, empty all five capability sets and set no_new_privs."""
+def drop_all(program: Program) -> None:
+    """Prepare: lock the securebits, empty all five capability sets and set no_new_privs."""
     # Not through python-prctl, which refuses the ambient bits: it does not know them.
-    calls.prctl(_PR_SET_SECUREBITS, _SECUREBITS)
-    drop = prctl.capbset_drop
-    for capability in _CAPABILITIES:
-        drop(capability)
-    calls.capset_empty()
-    prctl.set_no_new_privs(1)
+    program.prctl(_PR_SET_SECUREBITS, _SECUREBITS)
+    program.call(_drop_bounding_set)
+    program.capset_empty()
+    program.call(prctl.set_no_new_privs, 1)
 
 
-def shield() -> None:
-    """Make this process untouchable by others of its uid, and let it die with its parent."""
+def _drop_bounding_set() -> None:
+    any(map(prctl.capbset_drop, _CAPABILITIES))  # a loop in C: they give None
+
+
+def shield(program: Program) -> None:
+    """Prepare: make it untouchable by others of its uid, and let it die with its parent."""
     # Not dumpable: no ptrace, no /proc/PID/mem, fd or environ for the commands, which share its
     # uid (prctl(2), PR_SET_DUMPABLE). The signal is a second belt to the lifeline.
-    prctl.set_dumpable(0)
-    prctl.set_pdeathsig(c.SIGKILL)
+    program.call(prctl.set_dumpable, 0)
+    program.call(prctl.set_pdeathsig, c.SIGKILL)
     # Without a session keyring of its own it would share the caller's (keyrings(7)).
-    calls.keyctl_join_session_keyring()
+    program.join_session_keyring()
 
 
 def set_name(name: str) -> None:

@@ -7,7 +7,7 @@ for every call number to fill its bitmap of calls that are always allowed.
 
 1. wrong architecture, or the x32 bit: KILL_PROCESS. Always first: numbers mean nothing before it.
 2. a binary search over *ranges* of numbers that are decided alike (about 100 for 470 numbers).
-3. a return, or the comparisons libseccomp made for that call.
+3. a return, or the comparisons libseccomp made for that call; what is alike is there once.
 
 The result is not trusted: `verify` runs it, in a small interpreter, against the policy's own
 `decide` for every number and for arguments around every value that is compared.
@@ -46,6 +46,8 @@ _LOAD, _AND, _JUMP, _RETURN = 0x20, 0x54, 0x05, 0x06
 _EQUAL, _GREATER, _AT_LEAST, _ANY_BIT = 0x15, 0x25, 0x35, 0x45
 _NUMBER, _ARCH, _ARGS = 0, 4, 16  # offsets in struct seccomp_data, linux/seccomp.h
 _INSTRUCTIONS_MAX = 4096  # BPF_MAXINSNS
+_REACH = 256  # conditional jumps skip up to 255 instructions
+_REUSE_WITHIN = 160  # so that those who reach it late need no jump in between
 
 Leaf = tuple[Instruction, ...]
 
@@ -201,25 +203,78 @@ def _next(instruction: Instruction, here: int, loaded: int) -> int:
     return targets[0] if holds.get(code, True) else targets[1]
 
 
+class _Emitter:
+    """Lays out a program from its end, where every instruction already knows its successors.
+
+    Loading a filter costs by the instruction (each is translated to eBPF and then to machine
+    code), so what is there already and can be reached from the new place is not written again.
+    """
+
+    def __init__(self) -> None:
+        self._reversed: list[Instruction] = []
+        self._found: dict[tuple[int, int, tuple[int, ...]], int] = {}
+
+    def add(self, code: int, constant: int, *targets: int) -> int:
+        """Return the place, counted from the end, of an instruction that goes on at `targets`."""
+        key = code, constant, targets
+        place = self._found.get(key, -1)
+        if place < 0 or len(self._reversed) - place > _REUSE_WITHIN:
+            near = self._bring_near(targets, _REACH if len(targets) > 1 else 1)
+            offsets = [len(self._reversed) - target - 1 for target in near]
+            if_true, if_false = offsets if len(offsets) > 1 else (0, 0)
+            place = self._found[key] = self._append((code, if_true, if_false, constant))
+        return place
+
+    def program(self) -> list[Instruction]:
+        """Return what was laid out; it begins with what was added last."""
+        return self._reversed[::-1]
+
+    def _bring_near(self, targets: Sequence[int], reach: int) -> list[int]:
+        """Return places that lead to `targets`, none further away than `reach` instructions."""
+        near = list(targets)
+        while far := [target for target in near if len(self._reversed) - target > reach]:
+            jump = self._append((_JUMP, 0, 0, len(self._reversed) - far[0] - 1))
+            near = [jump if target == far[0] else target for target in near]
+        return near
+
+    def _append(self, instruction: Instruction) -> int:
+        self._reversed.append(instruction)
+        return len(self._reversed) - 1
+
+
 def _layout(leaves: Sequence[Leaf], arch: int) -> list[Instruction]:
     """Return the whole program. The last leaf stands for every number above, too."""
-    kill = (_RETURN, 0, 0, KILL_PROCESS)
-    head = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, arch), kill, (_LOAD, 0, 0, _NUMBER)]
-    if arch == AUDIT_ARCH_X86_64:
-        head += [(_ANY_BIT, 0, 1, X32_BIT), kill]
+    emitter = _Emitter()
     starts = [n for n in range(len(leaves)) if n == 0 or leaves[n] != leaves[n - 1]]
-    return head + _search([(start, leaves[start]) for start in starts])
+    place = _search(emitter, [(start, leaves[start]) for start in starts])
+    kill = (_RETURN, KILL_PROCESS)
+    if arch == AUDIT_ARCH_X86_64:
+        place = emitter.add(_ANY_BIT, X32_BIT, emitter.add(*kill), place)
+    place = emitter.add(_LOAD, _NUMBER, place)
+    place = emitter.add(_EQUAL, arch, place, emitter.add(*kill))
+    emitter.add(_LOAD, _ARCH, place)
+    return emitter.program()
 
 
-def _search(ranges: Sequence[tuple[int, Leaf]]) -> list[Instruction]:
+def _search(emitter: _Emitter, ranges: Sequence[tuple[int, Leaf]]) -> int:
+    """Return the place of a binary search over `ranges`, each with its first number."""
     if len(ranges) == 1:
-        return list(ranges[0][1])
+        return _place_leaf(emitter, ranges[0][1])
     middle = len(ranges) // 2
-    below, above = _search(ranges[:middle]), _search(ranges[middle:])
-    start = ranges[middle][0]
-    if len(below) < 256:
-        return [(_AT_LEAST, len(below), 0, start), *below, *above]
-    return [(_AT_LEAST, 0, 1, start), (_JUMP, 0, 0, len(below)), *below, *above]
+    above, below = _search(emitter, ranges[middle:]), _search(emitter, ranges[:middle])
+    return emitter.add(_AT_LEAST, ranges[middle][0], above, below)
+
+
+def _place_leaf(emitter: _Emitter, leaf: Leaf) -> int:
+    places: dict[int, int] = {}
+    for here in range(len(leaf) - 1, -1, -1):
+        code, _, _, constant = leaf[here]
+        targets = [places[target] for target in _targets(leaf[here], here)]
+        if code == _JUMP:
+            places[here] = targets[0]
+        else:
+            places[here] = emitter.add(code, constant, *targets)
+    return places[0]
 
 
 def run_program(

@@ -18,7 +18,8 @@ Messages of host and launcher (`wire`; one SOCK_SEQPACKET datagram each, JSON wi
    which of its steps failed. The host reads the lock back from /proc/PID/status; where it may not
    look (hidepid) it asks for ``verify``
 6. host -> launcher  ``freeze`` ``thaw`` ``close``  on the supervision socket; ``done`` | ``failed``
-7. launcher -> host  ``gone``            on the supervision socket: the end of that environment
+7. launcher -> host  ``gone``            on the supervision socket: the end of that environment;
+   with its last counters, unless the host had said ``close``
 
 Between 3 and 4 the launcher sends what the clone needs to the template (`templates`), which answers
 with its pid and pidfd (`template`). The host talks to init itself (`guest.init`): commands and data

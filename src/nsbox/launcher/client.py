@@ -41,6 +41,7 @@ class Launcher:
         pid: Its process id.
         is_lost: Whether somebody has seen its end before the kernel tells it.
         companions: What is closed with it: blank environments by key of their spec.
+        absent_files: Control files that cgroups of its environments do not have (`UsageReader`).
     """
 
     def __init__(self) -> None:
@@ -54,6 +55,7 @@ class Launcher:
         self._specs_sent: set[str] = set()
         self.is_lost = False
         self.companions: dict[str, deque[Any]] = {}
+        self.absent_files: set[object] = set()
         self._lock = threading.Lock()
         try:
             self._channel, theirs = wire.pair()

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import os
 
-# The C halves: their Python halves load enum and selectors, a sixth of a clone's memory.
-from _socket import sethostname
-
 from nsbox.isolation import filesystem, landlock, privileges
 from nsbox.launcher.steps import Step
-from nsbox.linux import calls
 from nsbox.linux import constants as c
 from nsbox.linux.descriptors import gaps
+from nsbox.linux.interfaces import set_link_up
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,12 +91,12 @@ def _become_user(program: Program, spec: dict[str, Any], birth: Inherited) -> No
 
 
 def _set_hostname(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
-    program.call(sethostname, spec["layout"]["hostname"])
+    program.sethostname(spec["layout"]["hostname"])
 
 
 def _set_loopback_up(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
     if spec["namespaces"] & c.CLONE_NEWNET:
-        program.call(calls.set_link_up, "lo")
+        program.call(set_link_up, "lo")
 
 
 def _take_root(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
@@ -127,8 +124,8 @@ def _set_rlimits(program: Program, spec: dict[str, Any], _birth: Inherited) -> N
 
 
 def _drop_privileges(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
-    program.call(privileges.drop_all)
-    program.call(privileges.shield)
+    privileges.drop_all(program)
+    privileges.shield(program)
 
 
 def _restrict(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
@@ -138,7 +135,7 @@ def _restrict(program: Program, spec: dict[str, Any], _birth: Inherited) -> None
 
 def _load_filter(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
     if spec["seccomp"]:
-        program.call(calls.seccomp_set_filter, bytes.fromhex(spec["seccomp"]))
+        program.set_filter(bytes.fromhex(spec["seccomp"]))
 
 
 def _user_text(spec: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 FIRST_DESCRIPTOR = 3
 """Number under which the process finds the first of the descriptors given to it."""
+BIND_NOW = "LD_BIND_NOW"
+"""Variable that has the dynamic linker look up all functions at the start (ld.so(8))."""
 _FIRST_FREE = 16  # copies are made above this number
 
 
@@ -21,8 +23,11 @@ def start(role: str, words: Sequence[str], descriptors: Sequence[int]) -> int:
     """Start ``python -I -S main.py ROLE WORDS...`` and return its pid.
 
     It gets the descriptors, in order, from `FIRST_DESCRIPTOR` on, /dev/null as 0 to 2, an empty
-    environment, a session of its own (Ctrl-C is not for it) and default signals.
+    environment (but for `BIND_NOW` in a template), a session of its own (Ctrl-C is not for it) and
+    default signals.
     """
+    # Every function of the C library that a clone calls first would be looked up in each clone.
+    environment = {BIND_NOW: "1"} if role == "template" else {}
     program = os.path.join(os.path.dirname(__file__), "main.py")
     opened: list[int] = []
     try:
@@ -34,7 +39,7 @@ def start(role: str, words: Sequence[str], descriptors: Sequence[int]) -> int:
         return os.posix_spawn(
             sys.executable,
             [sys.executable, "-I", "-S", program, role, *words],
-            {},
+            environment,
             file_actions=[
                 *((os.POSIX_SPAWN_DUP2, null, number) for number in range(3)),
                 *(

@@ -19,9 +19,9 @@ import time
 from nsbox.errors import NsboxError
 from nsbox.isolation import cgroups, landlock, namespaces, privileges, readback
 from nsbox.isolation.network import NetworkPool
-from nsbox.isolation.stopping import Stopper
 from nsbox.launcher import identity, janitor, wire
 from nsbox.launcher.birth import Birth
+from nsbox.launcher.environment import Environment
 from nsbox.launcher.layouts import KnownSpecs, Layouts
 from nsbox.launcher.steps import failure
 from nsbox.launcher.templates import TemplateGone, TemplateProcess
@@ -41,21 +41,6 @@ _BIRTHS_AT_ONCE = 4
 _REMOVAL_DEADLINE = 5.0  # seconds a cgroup may stay busy (containers/common PR 858)
 _REMOVAL_RETRY = 0.005
 _QUIET = 0.002  # seconds without a request before network namespaces are made ahead of need
-
-
-class _Environment:
-    """An environment the launcher is parent of."""
-
-    def __init__(self, birth: Birth, pid: int, pidfd: int) -> None:
-        self.supervision: socket.socket | None = birth.supervision
-        self.pid = pid
-        self.pidfd = pidfd
-        self.cgroup = birth.cgroup
-        self.host_id = birth.host_id
-        self.takes_id = birth.takes_id
-        self.oom_event = -1
-        self.out_of_memory = False
-        self.stopper = Stopper(pid)
 
 
 class Server:
@@ -78,7 +63,7 @@ class Server:
         self._handlers: dict[int, Callable[[], None]] = {}
         self._poll = select.epoll()
         self._timers: list[tuple[float, Callable[[], None]]] = []
-        self._environments: dict[int, _Environment] = {}
+        self._environments: dict[int, Environment] = {}
         self._blanks: dict[int, float] = {}
         self._specs = KnownSpecs()
         self._lifeline, self._lifeline_write = os.pipe()
@@ -222,7 +207,8 @@ class Server:
         if received is None:
             self._leave()
         request, (control, supervision_fd) = received
-        supervision = socket.socket(fileno=supervision_fd)
+        # Told what it is, it need not ask the kernel.
+        supervision = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, supervision_fd)
         known = self._specs.find(request["key"], request.get("spec"))
         if known is None:
             self._answer(supervision, {"kind": "unknown-spec"})
@@ -270,7 +256,7 @@ class Server:
                 os.close(pidfd)
             self._abort(birth, failed)
             return
-        environment = _Environment(birth, pid, pidfd)
+        environment = Environment(birth, pid, pidfd)
         self._environments[pidfd] = environment
         self._watch(birth.supervision.fileno(), lambda: self._on_supervision(environment))
         self._watch(pidfd, lambda: self._on_exit(environment))
@@ -332,7 +318,7 @@ class Server:
 
     # -- life ----------------------------------------------------------------------------------
 
-    def _watch_memory(self, environment: _Environment) -> None:
+    def _watch_memory(self, environment: Environment) -> None:
         """End the whole environment when v1's OOM killer takes a part; v2 does so by itself."""
         if environment.cgroup is None:
             return
@@ -341,12 +327,12 @@ class Server:
             environment.oom_event = event
             self._watch(event, lambda: self._on_oom(environment))
 
-    def _on_oom(self, environment: _Environment) -> None:
+    def _on_oom(self, environment: Environment) -> None:
         os.eventfd_read(environment.oom_event)
         environment.out_of_memory = True
         self._kill(environment)
 
-    def _on_supervision(self, environment: _Environment) -> None:
+    def _on_supervision(self, environment: Environment) -> None:
         supervision = environment.supervision
         if supervision is None:
             return
@@ -360,6 +346,7 @@ class Server:
         kind = received[0]["kind"]
         try:
             if kind == "close":
+                environment.is_reported = False
                 self._kill(environment)
                 return  # "gone" is the answer
             if kind == "freeze":
@@ -380,13 +367,13 @@ class Server:
         else:
             self._answer(supervision, {"kind": "done"})
 
-    def _freeze(self, environment: _Environment) -> None:
+    def _freeze(self, environment: Environment) -> None:
         if environment.cgroup is not None and environment.cgroup.can_freeze:
             environment.cgroup.freeze()
         else:
             environment.stopper.stop()
 
-    def _thaw(self, environment: _Environment) -> None:
+    def _thaw(self, environment: Environment) -> None:
         if environment.cgroup is not None and environment.cgroup.can_freeze:
             environment.cgroup.thaw()
         else:
@@ -394,13 +381,13 @@ class Server:
 
     # -- ends ----------------------------------------------------------------------------------
 
-    def _kill(self, environment: _Environment) -> None:
+    def _kill(self, environment: Environment) -> None:
         try:
             signal.pidfd_send_signal(environment.pidfd, signal.SIGKILL)
         except ProcessLookupError:
             pass
 
-    def _on_exit(self, environment: _Environment) -> None:
+    def _on_exit(self, environment: Environment) -> None:
         _, status = os.waitpid(environment.pid, 0)
         del self._environments[environment.pidfd]
         self._blanks.pop(environment.pidfd, None)
@@ -424,10 +411,11 @@ class Server:
         if environment.cgroup is None:
             finish([])
             return
-        usage = report["usage"] = environment.cgroup.read_usage()
-        if environment.out_of_memory:
-            # Killed at the kernel's notice of it, before the kernel had chosen its own victim.
-            usage["oom_kills"] = max(1, usage["oom_kills"] or 0)
+        if environment.is_reported and environment.supervision is not None:
+            usage = report["usage"] = environment.cgroup.read_usage()
+            if environment.out_of_memory:
+                # Killed at the kernel's notice of it, before the kernel had chosen its own victim.
+                usage["oom_kills"] = max(1, usage["oom_kills"] or 0)
         self._remove_cgroup(environment.cgroup, finish)
 
     def _remove_cgroup(

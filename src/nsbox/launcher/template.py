@@ -71,6 +71,7 @@ class Template:
         # Made once, before all clones: their numbers are the same in each.
         self._init = Init(inside.CONTROL, inside.LIFELINE, inside.SIGNALS, runtime)
         self._specs: dict[str, tuple[dict[str, Any], dict[tuple[int, ...], list[Entry]]]] = {}
+        self._clones: dict[int, calls.Clone] = {}
         self._extent = b""
         self._drop_groups = False
         # Of the clone being made.
@@ -145,7 +146,7 @@ class Template:
             step = "id-maps"
             namespaces.write_id_maps(self._pid, spec["user_id"], host_id)
             os.write(sync_write, inside.MAPPED)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             # A clone that is there already reads the end of the pipe, and ends.
             raise _Failure(step, error) from error
 
@@ -172,24 +173,30 @@ class Template:
         cgroup: int,
         network: int,
     ) -> None:
+        naming = Program()
+        naming.step = "session"
+        naming.set_name("nsbox-" + env_id)
+        clone = self._clones.get(flags)
+        if clone is None:
+            clone = self._clones[flags] = calls.Clone(flags | c.CLONE_PARENT)
         if network >= 0:
             calls.setns(network, c.CLONE_NEWNET)
         try:
             calls.setns(layout, c.CLONE_NEWNS)
             try:
-                self._pid, self._pidfd = calls.clone3(flags | c.CLONE_PARENT, cgroup=cgroup)
+                self._pid, self._pidfd = clone.make(cgroup)
                 if self._pid == 0:
-                    self._be_born(env_id, entries)
+                    self._be_born(entries, naming.entries)
             finally:
                 namespaces.come_home(self._home_mounts, c.CLONE_NEWNS)
         finally:
             if network >= 0:
                 namespaces.come_home(self._home_network, c.CLONE_NEWNET)
 
-    def _be_born(self, env_id: str, entries: list[Entry]) -> NoReturn:
+    def _be_born(self, entries: list[Entry], naming: list[Entry]) -> NoReturn:
         at = ["session"]
         try:
-            privileges.set_name("nsbox-" + env_id)
+            run(naming, at)
             run(entries, at)
             os.write(inside.CONTROL, self._extent)
         except BaseException as error:  # noqa: BLE001 - there is no caller to raise to
@@ -251,6 +258,7 @@ def main(lifeline: int, channel: int, kind: str) -> NoReturn:
             modules to preload, with commas between them.
     """
     os.set_inheritable(lifeline, False)
+    os.environ.clear()  # what the dynamic linker was told is for no other program
     # A signal from inside reaches PID 1 only if it has a handler (pid_namespaces(7)).
     signal(SIGINT, SIG_DFL)
     privileges.set_name("nsbox-template")

@@ -50,4 +50,4 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     if not data:
         close_all(fds)
         return None
-    return json.loads(data), fds
+    return json.loads(data.decode()), fds  # for bytes it looks which encoding they have

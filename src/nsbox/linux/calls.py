@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 
-# The C halves of `signal` and `socket`, whose Python halves cost 10 ms (selectors, enum).
+# The C half of `signal`, whose Python half costs 10 ms (enum).
 from _signal import SIG_BLOCK, pthread_sigmask
-from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_DGRAM
-from _socket import socket as _Socket
 from ctypes import (
     POINTER,
     Structure,
@@ -29,10 +26,10 @@ from ctypes import (
     c_ulong,
     c_ushort,
     c_void_p,
+    create_string_buffer,
     get_errno,
     sizeof,
 )
-from fcntl import ioctl
 
 from nsbox.errors import SyscallError
 from nsbox.linux import constants as c
@@ -115,10 +112,13 @@ _mount = bind("mount", c_char_p, c_char_p, c_char_p, c_ulong, c_char_p)
 _umount2 = bind("umount2", c_char_p, c_int)
 _prctl = bind("prctl", c_int, *_UnsignedLongs)
 _prctl_pointer = bind("prctl", c_int, c_void_p, c_ulong, c_ulong, c_ulong)
-_capset = bind("capset", POINTER(_CapHeader), POINTER(_CapData))
+_sethostname = bind("sethostname", c_char_p, c_ulong)
+# Not POINTER(...): its checks would touch thirty more pages of a clone.
+_capset = bind("capset", c_void_p, c_void_p)
 _capget = bind("capget", POINTER(_CapHeader), POINTER(_CapData))
 
 _signalfd = bind("signalfd", c_int, c_char_p, c_int)
+_kill = bind("kill", c_int, c_int)
 
 _pivot_root = bind_syscall(c_char_p, c_char_p)
 _open_tree = bind_syscall(c_long, c_char_p, c_ulong)
@@ -129,16 +129,24 @@ _fsconfig = bind_syscall(c_long, c_ulong, c_char_p, c_char_p, c_long)
 _fsmount = bind_syscall(c_long, c_ulong, c_ulong)
 _openat2 = bind_syscall(c_long, c_char_p, POINTER(_OpenHow), c_ulong)
 _close_range = bind_syscall(c_ulong, c_ulong, c_ulong)
-_seccomp = bind_syscall(c_ulong, c_ulong, POINTER(_SockFprog))
+_seccomp = bind_syscall(c_ulong, c_ulong, c_void_p)
 _keyctl = bind_syscall(c_long, c_char_p)
+_getcwd = bind_syscall(c_void_p, c_ulong)
 _clone3 = bind_syscall(POINTER(_CloneArgs), c_ulong, keep_gil=True)
 
 FOREIGN = {
     "mount": _mount,
     "umount2": _umount2,
     "unshare": _unshare,
+    "prctl": _prctl,
+    "prctl_pointer": _prctl_pointer,
+    "sethostname": _sethostname,
+    "capset": _capset,
     "pivot_root": _pivot_root,
     "close_range": _close_range,
+    "getcwd": _getcwd,
+    "keyctl": _keyctl,
+    "seccomp": _seccomp,
 }
 """Bound functions for `program`, which prepares their arguments itself."""
 
@@ -165,10 +173,53 @@ _CLONE_ARGS_SIZE = sizeof(_CloneArgs)
 _MOUNT_ATTR_SIZE = sizeof(_MountAttr)
 _OPEN_HOW_SIZE = sizeof(_OpenHow)
 _CapSets = _CapData * c.LINUX_CAPABILITY_U32S_3
-_NO_CAPABILITIES = _CapSets()
+ROOT_ONLY = create_string_buffer(len("/\0"))
+"""A buffer for getcwd(2) that has room for no other path."""
+NO_CAPABILITIES = (byref(_CapHeader(c.LINUX_CAPABILITY_VERSION_3, 0)), _CapSets())
+"""Arguments of capset(2): three empty sets, for the calling thread."""
 
 
 # Processes and namespaces
+
+
+class Clone:
+    """A clone3(2) prepared once and made any number of times, by the thread that prepared it."""
+
+    def __init__(self, flags: int, exit_signal: int = c.SIGCHLD) -> None:
+        """See `clone3`."""
+        if flags & (c.CLONE_VM | c.CLONE_VFORK):
+            raise ValueError("clone3: the child needs its own memory")
+        if flags & c.CLONE_PARENT:
+            exit_signal = 0
+        self._pidfd = c_int(-1)
+        self._flags = flags | c.CLONE_PIDFD
+        self._arguments = _CloneArgs(pidfd=addressof(self._pidfd), exit_signal=exit_signal)
+        # glibc keeps the thread id in its own memory and only its own fork renews it: have the
+        # kernel write the child's there, as glibc does. The place belongs to the calling thread.
+        tid_address = c_void_p()
+        if _prctl_pointer(c.PR_GET_TID_ADDRESS, byref(tid_address), 0, 0, 0) == 0:
+            if tid_address.value:
+                self._flags |= c.CLONE_CHILD_SETTID | c.CLONE_CHILD_CLEARTID
+                self._arguments.child_tid = tid_address.value
+        elif get_errno() != errno.EINVAL:  # EINVAL: a kernel without CONFIG_CHECKPOINT_RESTORE
+            raise failure("prctl")
+        self._reference = byref(self._arguments)
+
+    def make(self, cgroup: int = -1) -> tuple[int, int]:
+        """Clone; see `clone3`."""
+        self._arguments.flags = self._flags | (c.CLONE_INTO_CGROUP if cgroup >= 0 else 0)
+        self._arguments.cgroup = max(cgroup, 0)
+        # Up to here everything is ready made: what the child writes to first is a page fault each.
+        _before_fork()
+        pid = _clone3(_SYS_CLONE3, self._reference, _CLONE_ARGS_SIZE)
+        if pid == 0:
+            _after_fork_child()
+            return 0, -1
+        error = get_errno()  # before the at-fork functions, which may call C too
+        _after_fork_parent()
+        if pid < 0:
+            raise SyscallError("clone3", error)
+        return pid, self._pidfd.value
 
 
 def clone3(flags: int, *, exit_signal: int = c.SIGCHLD, cgroup: int = -1) -> tuple[int, int]:
@@ -189,38 +240,7 @@ def clone3(flags: int, *, exit_signal: int = c.SIGCHLD, cgroup: int = -1) -> tup
     Returns:
         The child's pid and its pidfd in the parent, ``(0, -1)`` in the child.
     """
-    if flags & (c.CLONE_VM | c.CLONE_VFORK):
-        raise ValueError("clone3: the child needs its own memory")
-    if flags & c.CLONE_PARENT:
-        exit_signal = 0
-    pidfd = c_int(-1)
-    arguments = _CloneArgs(
-        flags=flags | c.CLONE_PIDFD, pidfd=addressof(pidfd), exit_signal=exit_signal
-    )
-    if cgroup >= 0:
-        arguments.flags |= c.CLONE_INTO_CGROUP
-        arguments.cgroup = cgroup
-    # glibc keeps the thread id in its own memory and only its own fork renews it: have the kernel
-    # write the child's there, as glibc does. The place belongs to the calling thread.
-    tid_address = c_void_p()
-    if _prctl_pointer(c.PR_GET_TID_ADDRESS, byref(tid_address), 0, 0, 0) == 0:
-        if tid_address.value:
-            arguments.flags |= c.CLONE_CHILD_SETTID | c.CLONE_CHILD_CLEARTID
-            arguments.child_tid = tid_address.value
-    elif get_errno() != errno.EINVAL:  # EINVAL: a kernel without CONFIG_CHECKPOINT_RESTORE
-        raise failure("prctl")
-    reference = byref(arguments)
-    # Up to here everything is ready made: what the child writes to first is a page fault each.
-    _before_fork()
-    pid = _clone3(_SYS_CLONE3, reference, _CLONE_ARGS_SIZE)
-    if pid == 0:
-        _after_fork_child()
-        return 0, -1
-    error = get_errno()  # before the at-fork functions, which may call C too
-    _after_fork_parent()
-    if pid < 0:
-        raise SyscallError("clone3", error)
-    return pid, pidfd.value
+    return Clone(flags, exit_signal).make(cgroup)
 
 
 def signalfd(numbers: Sequence[int]) -> int:
@@ -236,6 +256,18 @@ def signalfd(numbers: Sequence[int]) -> int:
     if fd < 0:
         raise failure("signalfd")
     return fd
+
+
+def kill_all_others() -> bool:
+    """kill(2) with SIGKILL for -1: every process of this pid namespace but the caller and PID 1.
+
+    Returns whether there was any. Only for PID 1 of a namespace of its own.
+    """
+    if _kill(-1, c.SIGKILL) == 0:
+        return True
+    if get_errno() != errno.ESRCH:
+        raise failure("kill")
+    return False
 
 
 def unshare(flags: int) -> None:
@@ -391,9 +423,7 @@ def capset_empty() -> None:
     """prctl(2) PR_CAP_AMBIENT_CLEAR_ALL, then capset(2) with three empty sets, for this thread."""
     if _prctl(c.PR_CAP_AMBIENT, c.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0:
         raise failure("prctl")
-    # A new header each time: the kernel writes to it when it does not know the version.
-    header = _CapHeader(c.LINUX_CAPABILITY_VERSION_3, 0)
-    if _capset(byref(header), _NO_CAPABILITIES) < 0:
+    if _capset(*NO_CAPABILITIES) < 0:
         raise failure("capset")
 
 
@@ -411,12 +441,11 @@ def capget() -> tuple[int, int, int]:
     )
 
 
-def seccomp_set_filter(program: bytes, flags: int = 0) -> None:
-    """seccomp(2) SECCOMP_SET_MODE_FILTER, 3.17. Needs no_new_privs or CAP_SYS_ADMIN.
+def filter_argument(program: bytes) -> object:
+    """Return the pointer that seccomp(2) takes a filter by.
 
     Args:
         program: Raw `struct sock_filter` instructions, 8 bytes each.
-        flags: SECCOMP_FILTER_FLAG_*, but for NEW_LISTENER.
 
     Raises:
         ValueError: The program is empty, too long or not whole. The kernel would not see it: the
@@ -425,8 +454,16 @@ def seccomp_set_filter(program: bytes, flags: int = 0) -> None:
     count, remainder = divmod(len(program), 8)
     if remainder or not 0 < count <= c.BPF_MAXINSNS:
         raise ValueError(f"not a BPF program: {len(program)} bytes")
-    fprog = _SockFprog(count, program)
-    result = _seccomp(_SYS_SECCOMP, c.SECCOMP_SET_MODE_FILTER, flags, byref(fprog))
+    return byref(_SockFprog(count, program))
+
+
+def seccomp_set_filter(program: bytes, flags: int = 0) -> None:
+    """seccomp(2) SECCOMP_SET_MODE_FILTER, 3.17. Needs no_new_privs or CAP_SYS_ADMIN.
+
+    `flags` are SECCOMP_FILTER_FLAG_*, but for NEW_LISTENER. Raises ValueError as `filter_argument`.
+    """
+    argument = filter_argument(program)
+    result = _seccomp(_SYS_SECCOMP, c.SECCOMP_SET_MODE_FILTER, flags, argument)
     if result > 0:  # TSYNC: the id of a thread that could not be brought along; nothing was loaded
         raise SyscallError("seccomp", errno.ESRCH)
     if result < 0:
@@ -450,27 +487,3 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 
     if result < 0:
         raise failure("prctl")
     return result
-
-
-# Network
-
-
-def set_link_up(name: str) -> None:
-    """ioctl(2) SIOCGIFFLAGS and SIOCSIFFLAGS: set IFF_UP, as netdevice(7) has it."""
-    raw = encode(name)
-    if len(raw) >= c.IFNAMSIZ:
-        raise ValueError(f"interface name too long: {name!r}")
-    # struct ifreq: 16 bytes of name, then a union of 24 that begins with `short ifr_flags`.
-    request = bytearray(40)
-    request[: len(raw)] = raw
-    # Any family will do; AF_UNIX is there without CONFIG_INET too.
-    link_socket = _Socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC)
-    try:
-        ioctl(link_socket.fileno(), c.SIOCGIFFLAGS, request)
-        flags = int.from_bytes(request[16:18], sys.byteorder) | c.IFF_UP
-        request[16:18] = flags.to_bytes(2, sys.byteorder)
-        ioctl(link_socket.fileno(), c.SIOCSIFFLAGS, request)
-    except OSError as err:
-        raise SyscallError("ioctl", err.errno or 0, name) from err
-    finally:
-        link_socket.close()

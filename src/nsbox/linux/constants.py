@@ -121,6 +121,7 @@ KEYCTL_JOIN_SESSION_KEYRING = 1  # 2.6.10
 
 # linux/prctl.h: prctl(2); only what `linux/` itself uses and the prctl module has no function for
 PR_SET_PDEATHSIG = 1  # 2.1.57; the prctl module is not loaded in the launcher
+PR_SET_NAME = 15  # 2.6.9; of the module it touches thirty pages more
 PR_GET_TID_ADDRESS = 40  # 3.5; EINVAL without CONFIG_CHECKPOINT_RESTORE
 PR_CAP_AMBIENT = 47  # 4.3
 PR_CAP_AMBIENT_IS_SET = 1  # 4.3

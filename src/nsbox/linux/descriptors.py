@@ -16,7 +16,7 @@ from _socket import (
     SCM_RIGHTS,
     SOL_SOCKET,
 )
-from array import array
+from struct import calcsize, pack, unpack
 
 from nsbox.linux import calls
 
@@ -29,13 +29,13 @@ MOST_FDS = 253
 """Descriptors one message may carry (unix(7), SCM_MAX_FD)."""
 MOST_FDS_FROM_INSIDE = 16
 """As many as are taken from a peer that is not trusted, unless said otherwise."""
-_ITEM_SIZE = array("i").itemsize
+_ITEM_SIZE = calcsize("i")
 
 
 def send_bytes(channel: Socket, data: bytes, fds: Sequence[int] = ()) -> None:
     """Send raw bytes with descriptors."""
     if fds:
-        rights = (SOL_SOCKET, SCM_RIGHTS, array("i", fds))
+        rights = (SOL_SOCKET, SCM_RIGHTS, pack(f"{len(fds)}i", *fds))
         channel.sendmsg([data], [rights])
     else:
         channel.send(data)
@@ -53,11 +53,11 @@ def receive_bytes(
     data, ancillary, flags, _ = channel.recvmsg(
         size, CMSG_SPACE(most_fds * _ITEM_SIZE), MSG_CMSG_CLOEXEC
     )
-    fds = array("i")
+    received: list[int] = []
     for level, kind, content in ancillary:
         if level == SOL_SOCKET and kind == SCM_RIGHTS:
-            fds.frombytes(content[: len(content) - len(content) % _ITEM_SIZE])
-    received = list(fds)
+            count = len(content) // _ITEM_SIZE
+            received += unpack(f"{count}i", content[: count * _ITEM_SIZE])
     if flags & (MSG_TRUNC | MSG_CTRUNC):
         close_all(received)
         if not flags & MSG_TRUNC and len(received) < most_fds:

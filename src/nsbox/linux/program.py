@@ -3,13 +3,15 @@
 
 A child of a large process pays for every page it writes to, and Python writes to every object it
 looks at (reference counts). So whatever can be is done before: names encoded, flags combined,
-functions looked up. What is left for the child is one loop over a list. Measured on kernel 6.18:
-the same 60 calls through the functions of `calls` touched 430 pages, this way 200.
+functions looked up, structures filled in. What is left for the child is one loop over a list.
+Measured on kernel 6.18: the same 60 calls through the functions of `calls` touched 430 pages, this
+way 170.
 """
 
 from __future__ import annotations
 
 from nsbox.linux import calls
+from nsbox.linux import constants as c
 from nsbox.linux.binding import SYSCALL, encode, encode_optional, failure
 
 TYPE_CHECKING = False
@@ -54,6 +56,13 @@ class Program:
         number = SYSCALL["pivot_root"]
         self._foreign("pivot_root", new_root, number, encode(new_root), encode(put_old))
 
+    def expect_root(self) -> None:
+        """getcwd(2) with room for ``/`` alone: ERANGE when the working directory is another.
+
+        One outside the root reads as "(unreachable)" (CVE-2024-21626).
+        """
+        self._foreign("getcwd", "/", SYSCALL["getcwd"], calls.ROOT_ONLY, len(calls.ROOT_ONLY))
+
     def close_range(self, first: int, last: int) -> None:
         """close_range(2)."""
         self._foreign("close_range", None, SYSCALL["close_range"], first, last, 0)
@@ -61,6 +70,36 @@ class Program:
     def unshare(self, flags: int) -> None:
         """unshare(2)."""
         self._foreign("unshare", None, flags)
+
+    def sethostname(self, name: str) -> None:
+        """sethostname(2)."""
+        raw = encode(name)
+        self._foreign("sethostname", None, raw, len(raw))
+
+    def prctl(self, option: int, argument: int, argument2: int = 0) -> None:
+        """prctl(2), for options that give nothing back."""
+        self._foreign("prctl", None, option, argument, argument2, 0, 0)
+
+    def set_name(self, name: str) -> None:
+        """prctl(2) PR_SET_NAME: up to 15 bytes."""
+        raw = encode(name)
+        self._foreign("prctl_pointer", None, c.PR_SET_NAME, raw, 0, 0, 0)
+
+    def capset_empty(self) -> None:
+        """capset(2) with three empty sets, after PR_CAP_AMBIENT_CLEAR_ALL."""
+        self.prctl(c.PR_CAP_AMBIENT, c.PR_CAP_AMBIENT_CLEAR_ALL)
+        self._foreign("capset", None, *calls.NO_CAPABILITIES)
+
+    def join_session_keyring(self) -> None:
+        """keyctl(2) KEYCTL_JOIN_SESSION_KEYRING: a new one without a name."""
+        number = SYSCALL["keyctl"]
+        self._foreign("keyctl", None, number, c.KEYCTL_JOIN_SESSION_KEYRING, None)
+
+    def set_filter(self, program: bytes) -> None:
+        """seccomp(2) SECCOMP_SET_MODE_FILTER; ValueError as `calls.filter_argument`."""
+        argument = calls.filter_argument(program)
+        number = SYSCALL["seccomp"]
+        self._foreign("seccomp", None, number, c.SECCOMP_SET_MODE_FILTER, 0, argument)
 
 
 def run(entries: list[Entry], at: list[str]) -> None:

@@ -7,6 +7,7 @@ Nothing follows a symbolic link, and rmdir(2) on a cgroup removes no data and no
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -43,6 +44,7 @@ def check_environment_path(path: str, tree_directories: Collection[str]) -> None
     check_tree_name(parent)
 
 
+@functools.lru_cache(maxsize=32)  # a launcher has a few, and asks about each end of an environment
 def check_tree_name(path: str) -> None:
     """Raise ValueError unless `path` is absolute, plain, and named as a launcher's directory."""
     if not path.startswith("/") or os.path.normpath(path) != path:

@@ -52,6 +52,7 @@ class Tree:
         self.hierarchies = Hierarchies.detect() if hierarchies is None else hierarchies
         self.paths: dict[str, str] = {}
         self._created = False
+        self._freezes_on_v1 = False
 
     @classmethod
     def for_process(cls, pid: int | None = None) -> Tree:
@@ -77,6 +78,13 @@ class Tree:
         if self._created:
             return
         self._created = True
+        self._make_directories()
+        unified = self.paths.get("unified")
+        self._freezes_on_v1 = "freezer" in self.paths and not (
+            unified is not None and os.path.exists(f"{unified}/cgroup.freeze")
+        )
+
+    def _make_directories(self) -> None:
         places = self.hierarchies
         for name in ("unified", *CONTROLLERS):  # unified first: enabling may take places out
             place = places[name]
@@ -223,9 +231,7 @@ class Tree:
         if "unified" not in directories:
             # Pure v1: accounting and freezing have hierarchies of their own there.
             names += [name for name in ("cpuacct", "freezer") if name in directories]
-        elif "freezer" in directories and not os.path.exists(
-            f"{directories['unified']}/cgroup.freeze"
-        ):
+        elif self._freezes_on_v1:
             names.append("freezer")  # a hybrid host before 5.2
         return names
 

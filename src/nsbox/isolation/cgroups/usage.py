@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from nsbox.errors import SyscallError
+from nsbox.isolation.cgroups.files import ControlFiles
 from nsbox.isolation.cgroups.v1 import BlockIo, Cpu, CpuAccounting, Memory, Pids
 from nsbox.isolation.cgroups.v2 import Unified
 
@@ -39,7 +41,13 @@ class UsageReader:
     one of each per cgroup. Take the difference of two readings for one command; peaks have none.
     """
 
-    def __init__(self, paths: Mapping[str, str]) -> None:
+    def __init__(self, paths: Mapping[str, str], absent: set[object] | None = None) -> None:
+        """Take `EnvironmentCgroup.paths`.
+
+        `absent` notes which files this kernel does not have there, for environments of one
+        launcher: asking again costs as much as an answer.
+        """
+        self._absent: set[object] = set() if absent is None else absent
         self._unified = Unified(paths["unified"]) if "unified" in paths else None
         self._memory = Memory(paths["memory"]) if "memory" in paths else None
         self._pids = Pids(paths["pids"]) if "pids" in paths else None
@@ -61,25 +69,25 @@ class UsageReader:
         """Return every counter of `FIELDS`: microseconds, bytes, operations, tasks, kills."""
         values = self.counters()
         if self._memory is not None:
-            values["memory_current"] = _get(self._memory, "usage_in_bytes")
-            values["memory_peak"] = _get(self._memory, "max_usage_in_bytes")
+            values["memory_current"] = self._get(self._memory, "usage_in_bytes")
+            values["memory_peak"] = self._get(self._memory, "max_usage_in_bytes")
         elif self._unified is not None:
-            values["memory_current"] = _get(self._unified, "memory_current")
-            values["memory_peak"] = _get(self._unified, "memory_peak")
+            values["memory_current"] = self._get(self._unified, "memory_current")
+            values["memory_peak"] = self._get(self._unified, "memory_peak")
         pids = self._pids or self._unified
         if pids is not None:
             current, peak = ("current", "peak") if self._pids else ("pids_current", "pids_peak")
-            values["pids_current"] = _get(pids, current)
-            values["pids_peak"] = _get(pids, peak)
+            values["pids_current"] = self._get(pids, current)
+            values["pids_peak"] = self._get(pids, peak)
         return values
 
     def cpu_usec(self) -> int | None:
         """Return the CPU time used, user and system, in microseconds."""
         if self._unified is not None:
-            used = (_get(self._unified, "cpu_stat") or {}).get("usage_usec")
+            used = (self._get(self._unified, "cpu_stat") or {}).get("usage_usec")
             if used is not None:
                 return int(used)
-        nanoseconds = _get(self._accounting, "usage")
+        nanoseconds = self._get(self._accounting, "usage")
         return None if nanoseconds is None else nanoseconds // 1000
 
     def oom_kills(self) -> int | None:
@@ -92,48 +100,50 @@ class UsageReader:
     def _memory_events(self) -> Mapping[str, int]:
         # v1 counts kills only ("oom_kill", 4.13); its failcnt counts every reclaim at the limit.
         if self._memory is not None:
-            return _get(self._memory, "oom_control") or {}
-        return _get(self._unified, "memory_events") or {}
+            return self._get(self._memory, "oom_control") or {}
+        return self._get(self._unified, "memory_events") or {}
 
     def _read_cpu(self, values: dict[str, int | None]) -> None:
         # v2's cpu.stat counts time in every cgroup, on hybrid hosts too; throttling only with
         # the controller.
-        stat = _get(self._unified, "cpu_stat") or {}
+        stat = self._get(self._unified, "cpu_stat") or {}
         values["cpu_usec"] = stat.get("usage_usec")
         values["cpu_user_usec"] = stat.get("user_usec")
         values["cpu_system_usec"] = stat.get("system_usec")
         values["throttled_usec"] = stat.get("throttled_usec")
         if values["cpu_usec"] is None and self._accounting is not None:
             values["cpu_usec"] = self.cpu_usec()
-            ticks = _get(self._accounting, "acct_stat") or {}
+            ticks = self._get(self._accounting, "acct_stat") or {}
             for key, name in (("user", "cpu_user_usec"), ("system", "cpu_system_usec")):
                 if key in ticks:
                     values[name] = ticks[key] * 1_000_000 // os.sysconf("SC_CLK_TCK")
         if self._cpu is not None:
-            throttled = (_get(self._cpu, "stat") or {}).get("throttled_time")
+            throttled = (self._get(self._cpu, "stat") or {}).get("throttled_time")
             if throttled is not None:
                 values["throttled_usec"] = throttled // 1000
 
     def _read_io(self, values: dict[str, int | None]) -> None:
         if self._io is not None:
-            sums = _get(self._io, "throttle_io_service_bytes")
+            sums = self._get(self._io, "throttle_io_service_bytes")
             if sums is not None:
                 values["io_rbytes"], values["io_wbytes"] = sums
-            sums = _get(self._io, "throttle_io_serviced")
+            sums = self._get(self._io, "throttle_io_serviced")
             if sums is not None:
                 values["io_rios"], values["io_wios"] = sums
             return
-        stat = _get(self._unified, "io_stat")
+        stat = self._get(self._unified, "io_stat")
         if stat is not None:
             for key in ("rbytes", "wbytes", "rios", "wios"):
                 values[f"io_{key}"] = stat.get(key, 0)
 
-
-def _get(files: object, attribute: str) -> Any:  # noqa: ANN401 - cgroupspy declares no types
-    """Return a declared file's value, None when the kernel (or this cgroup) has no such file."""
-    if files is None:
-        return None
-    try:
-        return getattr(files, attribute)
-    except SyscallError:
-        return None
+    def _get(self, files: ControlFiles | None, attribute: str) -> Any:  # noqa: ANN401 - no types
+        """Return the value of a file that cgroupspy declares, None where there is none."""
+        if files is None or (type(files), attribute) in self._absent:
+            return None
+        try:
+            return getattr(files, attribute)
+        except SyscallError as error:
+            # Gone with the whole cgroup it says nothing about others.
+            if error.errno == errno.ENOENT and os.path.exists(files.directory):
+                self._absent.add((type(files), attribute))
+            return None

@@ -8,7 +8,6 @@ Documentation/scheduler/sched-bwc.rst.
 from __future__ import annotations
 
 import errno
-import os
 
 from cgroupspy.contenttypes import DeviceThrottle
 from cgroupspy.controllers import (
@@ -128,9 +127,12 @@ def write_memory(directory: str, limit: int) -> None:
     memory = Memory(directory)
     # In this order: the kernel refuses memory+swap below memory.
     memory.limit_in_bytes = limit
-    if os.access(f"{directory}/memory.memsw.limit_in_bytes", os.W_OK):
+    try:
         memory.memsw_limit_in_bytes = limit
-    else:  # booted with swapaccount=0: at least never swap to make room below the limit
+    except SyscallError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        # Booted with swapaccount=0: at least never swap to make room below the limit.
         memory.swappiness = 0
 
 
