@@ -138,7 +138,8 @@ class House:
     def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
         entry = grant.entry
         doubt = self._doubt(entry, error)
-        self._tell("invoked", entry, error=type(error).__name__ if error else "")
+        if self._on_event is not None:
+            self._tell("invoked", entry, error=type(error).__name__ if error else "")
         self._give_back(
             grant,
             doubt,
