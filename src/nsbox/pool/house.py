@@ -91,8 +91,9 @@ class House:
         """Have the environment of a birth's lease born and initialised; else end the lease."""
         entry = grant.entry
         try:
-            if grant.victim is not None:
-                self._dispose(grant.victim)
+            victim, grant.victim = grant.victim, None  # whoever drops the lease later has none
+            if victim is not None:
+                self._dispose(victim)
             env = ExecutionEnvironment(entry.what)
             try:
                 self._adopt(grant, env)
