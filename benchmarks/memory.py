@@ -8,7 +8,6 @@ import ctypes
 import gc
 import os
 import re
-import statistics
 from pathlib import Path
 
 import psutil
@@ -16,6 +15,7 @@ import psutil
 from benchmarks.peers import UnavailableError
 from benchmarks.subject import launcher_process
 
+_M_MMAP_THRESHOLD = -3  # malloc.h; once set it is not adapted any more
 _PSS = re.compile(r"^Pss:\s+(\d+) kB$", re.M)
 
 
@@ -40,10 +40,10 @@ def _pss(pid: int) -> float:
     return int(match[1]) * 1024 / 1e6
 
 
-MARGIN = 1.10
-"""What memory may grow by at most, besides `ROOM`: a table or an arena that one more call fills."""
-ROOM = {"host": 12.0, "launcher": 2.0}
-"""Megabytes. The host's are one arena of the allocator with two of the largest answers in it."""
+MARGIN = 1.05
+ROOM = 2.0
+"""Megabytes that memory may grow by at most, besides a twentieth: what the allocator keeps and
+cannot give back since something small lives in the same page, and tables that grow by doubling."""
 
 
 class Memory:
@@ -51,46 +51,43 @@ class Memory:
 
     def __init__(self) -> None:
         """No samples yet."""
-        self._early: dict[str, list[float]] = {name: [] for name in ROOM}
-        self._late: dict[str, list[float]] = {name: [] for name in ROOM}
+        self._samples: list[dict[str, float]] = []
 
-    def sample(self, part: float) -> None:
-        """Looks, if `part` of the run is of interest: after a warm-up, or near its end."""
-        into = self._early if 0.4 <= part < 0.6 else self._late if part >= 0.8 else None
-        if into is None:
-            return
-        # What the allocator keeps for the next large answer, in an arena for each thread, is free.
+    def sample(self) -> None:
+        """Looks; to be called when nothing is under way."""
+        # What the allocator keeps for later, in an arena for each thread, is free.
         gc.collect()
         _trim()
-        into["host"].append(_resident(os.getpid()))
+        found = {"host": _resident(os.getpid())}
         launcher = launcher_process()
         if launcher is not None:
-            into["launcher"].append(_resident(launcher.pid))
+            found["launcher"] = _resident(launcher.pid)
+        self._samples.append(found)
 
     def growth(self) -> list[str]:
-        """Tells who has grown by more than the tolerance."""
-        found = []
-        for name, room in ROOM.items():
-            early, late = self._medians(name)
-            if late > early * MARGIN + room:
-                found.append(f"the {name} grew from {early:.1f} to {late:.1f} MB")
-        return found
+        """Tells who has grown by more than the tolerance from the first sample to the last."""
+        first, last = self._samples[0], self._samples[-1]
+        return [
+            f"the {name} grew from {size:.1f} to {last.get(name, 0.0):.1f} MB"
+            for name, size in first.items()
+            if last.get(name, 0.0) > size * MARGIN + ROOM
+        ]
 
     def rows(self) -> list[list[str]]:
-        """Rows of a table: early and late."""
-        rows = []
-        for name in ROOM:
-            early, late = self._medians(name)
-            rows.append([f"memory of the {name}", f"{early:.1f} MB, at the end {late:.1f} MB"])
-        return rows
+        """Rows of a table: the samples."""
+        names = ("host", "launcher")
+        sizes = {name: [f"{found.get(name, 0.0):.1f}" for found in self._samples] for name in names}
+        return [[f"MB of the {name}", ", ".join(sizes[name])] for name in names]
 
-    def _medians(self, name: str) -> tuple[float, float]:
-        early, late = self._early[name], self._late[name]
-        return (statistics.median(early) if early else 0.0, statistics.median(late or [0.0]))
+
+def map_large_blocks() -> None:
+    """Has glibc give large blocks back when they are free, so that memory in use can be told."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
 def _trim() -> None:
-    with contextlib.suppress(AttributeError):  # glibc has it
+    with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -25,13 +25,17 @@ from pathlib import Path
 from benchmarks.chaos import Chaos
 from benchmarks.growth import raise_descriptor_limit
 from benchmarks.harness import host_facts, write_markdown
-from benchmarks.memory import Memory
+from benchmarks.memory import Memory, map_large_blocks
 from benchmarks.soaked import HOUSE, Plan, Subject
 from benchmarks.subject import import_nsbox
 from benchmarks.users import Users
 
 DRAIN = 30.0
 """Seconds, times the plan's patience, in which idle pools are closed."""
+
+
+SAMPLES_AT = (0.4, 0.6, 0.8, 1.0)
+"""When memory is looked at, as parts of the time: after a warm-up and the launcher's end."""
 
 
 class Soak:
@@ -51,8 +55,12 @@ class Soak:
         with self.subject:
             end = time.monotonic() + self._plan.seconds
             self._users.start()
-            for moment in self._chaos.moments(end):
-                self.memory.sample(moment)
+            due = list(SAMPLES_AT)
+            for part in self._chaos.moments(end):
+                if due and part >= due[0]:
+                    del due[0]
+                    with self._users.paused():
+                        self.memory.sample()
             self._users.stop()
             self.subject.check_sums()
             begin = time.monotonic()
@@ -93,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     leaks = importlib.import_module("tests.leaks")
     # Failed starts are what is asked for here, and calls are told of them.
     logging.getLogger("nsbox.pool").setLevel(logging.ERROR)
+    map_large_blocks()
     raise_descriptor_limit(8 * len(HOUSE) * options.threads)
     for name in ("multiprocessing", "psutil"):
         importlib.import_module(name)  # what they open for good is no leak

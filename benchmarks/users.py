@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import random
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.soaked import HOUSE, TENANTS, Call, Plan, Subject
@@ -32,6 +34,9 @@ class Users:
         self._plan = plan
         self._subject = subject
         self._over = threading.Event()
+        self._changed = threading.Condition()
+        self._is_paused = False
+        self._under_way = 0
         self._threads = [
             threading.Thread(target=self._run, args=(number,), name=f"soak-{number}")
             for number in range(plan.threads)
@@ -43,6 +48,34 @@ class Users:
         """Lets them begin."""
         for thread in self._threads:
             thread.start()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No call is under way in the body."""
+        with self._changed:
+            self._is_paused = True
+            longest = 60.0 * self._plan.patience + self._plan.slack
+            if not self._changed.wait_for(lambda: not self._under_way, longest):
+                text = f"{self._under_way} calls did not end within {longest:.0f} seconds"
+                self._subject.ledger.wrong("deadline", text)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_paused = False
+                self._changed.notify_all()
+
+    def _enter(self) -> bool:
+        """Begin a call, unless there is a pause."""
+        with self._changed:
+            self._under_way += not self._is_paused
+            return not self._is_paused
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._under_way -= 1
+            if self._is_paused:
+                self._changed.notify_all()
 
     def stop(self) -> None:
         """Waits until every call is over; one that is not within its deadline is told."""
@@ -100,6 +133,9 @@ class Users:
     def _calls(self, number: int, choices: random.Random, make: Any) -> None:  # noqa: ANN401
         count = 0
         while not self._over.is_set():
+            if not self._enter():
+                self._over.wait(THINK)
+                continue
             call = self._call(f"thread {number}", count, choices)
             answer, error = None, None
             try:
@@ -107,6 +143,8 @@ class Users:
             except Exception as found:  # noqa: BLE001 - judged
                 error = found
             self._subject.judge(call, answer, error, cancelled=False)
+            del call, answer, error
+            self._leave()
             count += 1
             self._over.wait(choices.expovariate(1 / THINK))
 
@@ -136,6 +174,9 @@ class Users:
     async def _awaited(self, caller: str, choices: random.Random) -> None:
         count = 0
         while not self._over.is_set():
+            if not self._enter():
+                await asyncio.sleep(THINK)
+                continue
             call = self._call(caller, count, choices)
             patience = None
             if choices.random() < CANCELLED:
@@ -152,5 +193,7 @@ class Users:
             except (Exception, asyncio.CancelledError) as found:  # noqa: BLE001 - judged
                 error = found
             self._subject.judge(call, answer, error, cancelled=is_cancelled)
+            del call, task, answer, error
+            self._leave()
             count += 1
             await asyncio.sleep(choices.expovariate(1 / THINK))
