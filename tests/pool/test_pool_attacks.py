@@ -104,6 +104,36 @@ def test_what_a_failed_call_leaves_is_in_no_later_one(publish: Publish) -> None:
         assert pool.stats()["Births"] == 3
 
 
+PLANTER = """
+import os
+planted = []
+def handler(event, context):
+    found = [*planted, os.environ.get("PLANTED"), os.path.exists(f"/tmp/{event}") and event]
+    planted.append(event)
+    open(f"/tmp/{event}", "w").close()
+    os.environ["PLANTED"] = event
+    return [os.environ["SECRET"], list(filter(None, found))]
+"""
+
+
+def test_nothing_stays_for_another_tenant_or_version(tmp_path: Path) -> None:
+    """One environment at a time, which has to make room: files, memory, variables, secrets."""
+    (tmp_path / "app.py").write_text(PLANTER)
+    limit = 30 * PATIENCE
+    versions = [
+        nsbox.Function(
+            "app.handler", code=tmp_path, env={"SECRET": secret}, timeout=limit, init_timeout=limit
+        ).publish()
+        for secret in ("old", "new")
+    ]
+    with nsbox.WarmPool(versions[0], max_environments=1) as pool:
+        for tenant in ("a", "b", None, "a"):
+            assert pool.invoke("x", tenant=tenant) == ["old", []]
+        assert pool.invoke("x", tenant="a") == ["old", ["x", "x", "x"]]
+        pool.publish(versions[1])
+        assert pool.invoke("x", tenant="a") == ["new", []]
+
+
 FLOOD = """
 import time
 def handler(event, context):
