@@ -97,6 +97,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the soak as the command line says; returns 1 when something was wrong."""
     options = _parse(arguments)
+    facts = {**host_facts(), "seed": options.seed, "minutes": f"{options.minutes:g}"}
     nsbox = import_nsbox()
     leaks = importlib.import_module("tests.leaks")
     # Failed starts are what is asked for here, and calls are told of them.
@@ -122,7 +123,6 @@ def main(arguments: list[str] | None = None) -> int:
         for kind, items in leaks.await_clean(before, tempfile.tempdir, grace=10.0).items():
             violations.append(f"left behind: {kind}: {items}")
         tempfile.tempdir = None
-    facts = {**host_facts(), "seed": options.seed, "seconds": f"{plan.seconds:g}"}
     sys.stdout.write(f"Host: {', '.join(f'{key} {value}' for key, value in facts.items())}\n\n")
     write_markdown(["what", "found"], rows, sys.stdout)
     for text in violations:
