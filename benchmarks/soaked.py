@@ -277,10 +277,6 @@ class Subject:
             if asked is not None and kind == asked[0]:
                 return asked[1]
             return "killed" if kind == "Runtime.ExitError" else ""
-        if isinstance(error, nsbox.EnvironmentStateError):
-            # Killed after it was taken and before the event was sent: nothing of the call has run.
-            is_end = any(text in str(error) for text in ("is dead: ", "could not be reset"))
-            return "killed" if is_end else ""
         deaths = (nsbox.EnvironmentDied, nsbox.SetupError, nsbox.LauncherError)
         return "killed" if isinstance(error, deaths) else ""
 

@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from benchmarks.chaos import Chaos
 from benchmarks.growth import raise_descriptor_limit
 from benchmarks.harness import host_facts, write_markdown
 from benchmarks.memory import Memory, map_large_blocks
-from benchmarks.soaked import HOUSE, Plan, Subject
+from benchmarks.soaked import HOUSE, Ledger, Plan, Subject
 from benchmarks.subject import import_nsbox
 from benchmarks.users import Users
 
@@ -52,6 +53,21 @@ class Soak:
     def run(self) -> list[str]:
         """Lets it all happen; returns what was wrong, at most some of each kind."""
         ledger = self.subject.ledger
+        before = threading.excepthook
+
+        def note(failed: threading.ExceptHookArgs) -> None:
+            name = failed.thread.name if failed.thread else "a thread"
+            ledger.wrong("thread", f"{name} ended by {failed.exc_value!r}")
+            before(failed)
+
+        threading.excepthook = note
+        try:
+            self._run(ledger)
+        finally:
+            threading.excepthook = before
+        return ledger.violations
+
+    def _run(self, ledger: Ledger) -> None:
         with self.subject:
             end = time.monotonic() + self._plan.seconds
             self._users.start()
@@ -73,7 +89,6 @@ class Soak:
         if self._plan.watches_memory:
             for text in self.memory.growth():
                 ledger.wrong("memory", text)
-        return ledger.violations
 
     def rows(self) -> list[list[str]]:
         """What happened, as rows of a table: name and value."""

@@ -17,7 +17,7 @@ def test_nothing_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     # Starts that fail are what is asked for here; calls are told of them.
     caplog.set_level(logging.CRITICAL, "nsbox.pool")
     plan = Plan(
-        seconds=4 * PATIENCE,
+        seconds=12 if SLOW_MACHINE else 4,
         threads=4 if SLOW_MACHINE else 16,
         patience=PATIENCE,
         kill_every=0.25 * PATIENCE,
