@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import growth, plots, results
+from benchmarks import growth, plots, pooled, results
 from benchmarks.functions import CASE_NAMES, FunctionSuite
 from benchmarks.harness import Report, describe, measure_interleaved
 from benchmarks.peers import UnavailableError
@@ -20,7 +20,8 @@ FEWEST_ROUNDS = 30
 QUICK_ROUNDS = 2
 QUICK_LIVE = 10
 GROWTH = "growth"
-_WAYS = (*CASE_NAMES, GROWTH)
+POOL_GROWTH = "pooled-at"
+_WAYS = (*CASE_NAMES, *pooled.CASE_NAMES, GROWTH, POOL_GROWTH)
 
 
 def _check_names(
@@ -64,7 +65,7 @@ def _check_names(
     type=click.IntRange(min=0),
     default=results.MOST_LIVE,
     show_default=True,
-    help="Grow to so many live environments, in steps; 0: not at all.",
+    help="Grow to so many live environments, in steps; also in a pool; 0: not at all.",
 )
 @click.option(
     "--quick", is_flag=True, help=f"{QUICK_ROUNDS} rounds, {QUICK_LIVE} live: does it run?"
@@ -93,13 +94,16 @@ def main(
     """
     if quick:
         rounds, warmup, live = QUICK_ROUNDS, 1, min(live, QUICK_LIVE)
-    if only and not any(GROWTH.startswith(prefix) for prefix in only):
-        live = 0
-    growth.raise_descriptor_limit(live)
+    idle = live if _wants(POOL_GROWTH, only) else 0
+    live = live if _wants(GROWTH, only) else 0
+    growth.raise_descriptor_limit(max(live, idle))
     output.mkdir(parents=True, exist_ok=True)
     report = Report()
-    with FunctionSuite(only, report) as suite:
-        for label, cases in (("one at a time", suite.single), ("several starters", suite.rates)):
+    with FunctionSuite(only, report) as suite, pooled.PoolSuite(only, report) as pools:
+        for label, cases in (
+            ("one at a time", [*suite.single, *pools.single]),
+            ("several starters", [*suite.rates, *pools.rates]),
+        ):
             with _bar(label, len(cases) * (warmup + rounds)) as advance:
                 measure_interleaved(
                     cases, report, rounds=rounds, warmup=warmup, pause=pause, advance=advance
@@ -107,10 +111,17 @@ def main(
         if steps := growth.steps_up_to(live):
             with _bar(f"up to {steps[-1]} live", steps[-1]) as advance:
                 _grow(suite, report, steps, advance)
+        if steps := pooled.idle_up_to(idle):
+            with _bar(f"up to {steps[-1]} idle in a pool", sum(steps)) as advance:
+                pools.measure_idle(steps, advance)
     _write(report, output, wants_plots)
     if rounds < FEWEST_ROUNDS:
         _say(f"Only {rounds} rounds: publish nothing below {FEWEST_ROUNDS}.")
     return 0
+
+
+def _wants(name: str, only: tuple[str, ...]) -> bool:
+    return not only or any(name.startswith(prefix) for prefix in only)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", metavar="FILE", help="write the JSON lines there, not to stdout")
-    parser.add_argument("--rounds", type=_positive, default=60, help="measured rounds (default 60)")
-    parser.add_argument("--warmup", type=_positive, default=3, help="rounds before (default 3)")
+    parser.add_argument("--rounds", type=positive, default=60, help="measured rounds (default 60)")
+    parser.add_argument("--warmup", type=positive, default=3, help="rounds before (default 3)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds: a smoke test")
     parser.add_argument(
         "--pause", type=float, default=0.003, help="seconds between measurements (default 0.003)"
@@ -191,7 +191,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A number of the command line."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number from 1 up, not {text}")
@@ -209,18 +210,24 @@ def main(arguments: list[str] | None = None) -> int:
             measure_interleaved(
                 cases, report, rounds=rounds, warmup=options.warmup, pause=options.pause
             )
-    targets = [t for t in TARGETS if t.bound is not None or t.name in report.series]
-    if options.json is None:
+    write_report(report, TARGETS, options.json, rounds)
+    return 0
+
+
+def write_report(report: Report, targets: Sequence[Target], path: str | None, rounds: int) -> None:
+    """Writes JSON lines to `path` and the table to stdout, or to stdout and stderr."""
+    if path is None:
         report.write_json_lines(sys.stdout)
         table = sys.stderr
     else:
-        with Path(options.json).open("w", encoding="utf-8") as stream:
+        with Path(path).open("w", encoding="utf-8") as stream:
             report.write_json_lines(stream)
         table = sys.stdout
-    report.write_table(targets, table)
+    report.write_table(
+        [t for t in targets if t.bound is not None or t.name in report.series], table
+    )
     if rounds < FEWEST_ROUNDS:
         table.write(f"\nOnly {rounds} rounds: publish nothing below {FEWEST_ROUNDS}.\n")
-    return 0
 
 
 if __name__ == "__main__":

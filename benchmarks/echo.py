@@ -120,13 +120,15 @@ def identity(event: Any) -> Any:  # noqa: ANN401 - a JSON value
 
 
 class PoolEcho:
-    """`ProcessPoolExecutor` with one warm worker."""
+    """`ProcessPoolExecutor` with warm workers."""
 
-    def __init__(self) -> None:
-        """Starts the worker. Not by fork: this process may have threads by now."""
+    def __init__(self, workers: int = 1) -> None:
+        """Starts the workers. Not by fork: this process may have threads by now."""
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(1, mp_context=context)
-        self._pool.submit(identity, None).result()
+        self._pool = ProcessPoolExecutor(workers, mp_context=context)
+        # One is started for each call that finds none idle.
+        for future in [self._pool.submit(identity, None) for _ in range(64 * workers)]:
+            future.result()
 
     def call(self, event: Any) -> Any:  # noqa: ANN401 - a JSON value
         """One round trip through the pool."""

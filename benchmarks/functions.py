@@ -155,7 +155,7 @@ class FunctionSuite(Suite):
     def _add_echo(self, peer: str, call: Callable[[Any], Any]) -> None:
         for size, length in SIZES.items():
             event = event_of(length)
-            self._add(f"{peer}-{size}", partial(_timed_calls, call, event, *CALLS[size]))
+            self._add(f"{peer}-{size}", partial(timed_calls, call, event, *CALLS[size]))
 
     # -- nsbox ------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class FunctionSuite(Suite):
         return lambda: self._nsbox.ExecutionEnvironment(version)
 
     def _answer(self, environment: Any) -> None:  # noqa: ANN401 - dynamic
-        _expect(environment.invoke(self._event), self._event)
+        expect(environment.invoke(self._event), self._event)
 
     def _warm_environment(self, **fields: Any) -> Any:  # noqa: ANN401 - dynamic
         environment = self._stack.enter_context(self._make(self._version(**fields))())
@@ -184,7 +184,7 @@ class FunctionSuite(Suite):
             answer = environment.invoke(self._event)
             done = time.perf_counter_ns()
         closed = time.perf_counter_ns()
-        _expect(answer, self._event)
+        expect(answer, self._event)
         return (done - begin) / 1e3, (closed - done) / 1e3
 
     def _add_cold(
@@ -245,7 +245,7 @@ class FunctionSuite(Suite):
                 begin = time.perf_counter_ns()
                 answer = await environment.invoke_async(event)
                 samples.append((time.perf_counter_ns() - begin) / 1e3)
-            _expect(answer, event)
+            expect(answer, event)
             return samples[first:]
 
         runner.run(calls(self._event, 0, 1))
@@ -256,7 +256,7 @@ class FunctionSuite(Suite):
     def _add_reset(self) -> None:
         environment = self._warm_environment(reuse="reset")
         # Back to back: what a reset leaves for later falls on the call after it.
-        self._add("reset", partial(_timed_calls, environment.invoke, self._event, 1, 5))
+        self._add("reset", partial(timed_calls, environment.invoke, self._event, 1, 5))
 
     def _add_never(self) -> None:
         make = self._make(self._version(reuse="never"))
@@ -267,7 +267,7 @@ class FunctionSuite(Suite):
 
         def measure() -> list[float]:
             self._blanks.ready(make)
-            return _timed_calls(call, self._event, 1, 3)
+            return timed_calls(call, self._event, 1, 3)
 
         measure()
         self._add("never", measure)
@@ -318,17 +318,18 @@ def _run(
     return runner.run(calls(event, first, count))
 
 
-def _expect(answer: object, event: object) -> None:
+def expect(answer: object, event: object) -> None:
+    """Refuses an answer that is not the event."""
     if answer != event:
         raise UnavailableError(f"the answer was {str(answer)[:100]}")
 
 
-def _timed_calls(call: Callable[[Any], Any], event: object, first: int, count: int) -> list[float]:
+def timed_calls(call: Callable[[Any], Any], event: object, first: int, count: int) -> list[float]:
     """Microseconds of `count` calls, after `first` that are not counted."""
     samples = []
     for _ in range(first + count):
         begin = time.perf_counter_ns()
         answer = call(event)
         samples.append((time.perf_counter_ns() - begin) / 1e3)
-    _expect(answer, event)
+    expect(answer, event)
     return samples[first:]

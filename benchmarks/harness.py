@@ -58,11 +58,15 @@ class Series:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure: `measure` returns {series name: sample or samples, in `unit`}."""
+    """One thing to measure: `measure` returns {series name: sample or samples, in `unit`}.
+
+    `units` are those of series that are in another one.
+    """
 
     name: str
     measure: Callable[[], Mapping[str, float | Sequence[float]]]
     unit: str = MICROSECONDS
+    units: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,9 @@ def measure_interleaved(
                 report.missing[case.name] = f"failed in round {number + 1}: {describe(error)}"
                 active.remove(case)
                 continue
-            report.add(case.unit, samples, counted=number >= warmup)
+            for name, sample in samples.items():
+                unit = case.units.get(name, case.unit)
+                report.add(unit, {name: sample}, counted=number >= warmup)
         if advance is None:
             progress(f"round {number + 1} of {warmup + rounds}")
         else:

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of environments: the proportional set size of all their processes."""
+"""The memory of environments, all their processes together, and of host and launcher over time."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import os
 import re
 from pathlib import Path
 
 import psutil
 
 from benchmarks.peers import UnavailableError
+from benchmarks.subject import launcher_process
 
+_M_MMAP_THRESHOLD = -3  # malloc.h; once set it is not adapted any more
 _PSS = re.compile(r"^Pss:\s+(\d+) kB$", re.M)
 
 
@@ -32,3 +38,62 @@ def _pss(pid: int) -> float:
     if match is None:
         raise UnavailableError(f"{path} has no Pss")
     return int(match[1]) * 1024 / 1e6
+
+
+MARGIN = 1.05
+ROOM = 2.0
+"""Megabytes that memory may grow by at most, besides a twentieth: what the allocator keeps and
+cannot give back since something small lives in the same page, and tables that grow by doubling."""
+
+
+class Memory:
+    """The resident memory of this process and its launcher, early and late in a run."""
+
+    def __init__(self) -> None:
+        """No samples yet."""
+        self._samples: list[dict[str, float]] = []
+
+    def sample(self) -> None:
+        """Looks; to be called when nothing is under way."""
+        # What the allocator keeps for later, in an arena for each thread, is free.
+        gc.collect()
+        _trim()
+        found = {"host": _resident(os.getpid())}
+        launcher = launcher_process()
+        if launcher is not None:
+            found["launcher"] = _resident(launcher.pid)
+        self._samples.append(found)
+
+    def growth(self) -> list[str]:
+        """Tells who has grown by more than the tolerance from the first sample to the last."""
+        first, last = self._samples[0], self._samples[-1]
+        return [
+            f"the {name} grew from {size:.1f} to {last.get(name, 0.0):.1f} MB"
+            for name, size in first.items()
+            if last.get(name, 0.0) > size * MARGIN + ROOM
+        ]
+
+    def rows(self) -> list[list[str]]:
+        """Rows of a table: the samples."""
+        names = ("host", "launcher")
+        sizes = {name: [f"{found.get(name, 0.0):.1f}" for found in self._samples] for name in names}
+        return [[f"MB of the {name}", ", ".join(sizes[name])] for name in names]
+
+
+def map_large_blocks() -> None:
+    """Has glibc give large blocks back when they are free, so that memory in use can be told."""
+    with contextlib.suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
+
+
+def _trim() -> None:
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(pid: int) -> float:
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0  # it has just ended
+    return pages * os.sysconf("SC_PAGESIZE") / 1e6

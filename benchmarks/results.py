@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks import pooled
 from benchmarks.functions import COLD_STEP, FLOOR_STEP, HEAVY
 from benchmarks.harness import (
     COUNT,
@@ -38,6 +39,7 @@ TARGETS = (
     Target("pss-at-10", None, 1.3, MEGABYTES),
     Target(f"answering-at-{MOST_LIVE}", None, MOST_LIVE, COUNT),
     Target(f"cold-at-{MOST_LIVE}", "cold-at-1", 2.0),
+    *pooled.TARGETS,
 )
 # Told without a bound.
 RATIOS = (
@@ -53,6 +55,7 @@ RATIOS = (
     Target(f"floor-at-{MOST_LIVE}", "floor-at-1"),
     Target(f"warm-at-{MOST_LIVE}", "warm-at-1"),
     Target(f"pss-at-{MOST_LIVE}", "pss-at-10", unit=MEGABYTES),
+    *pooled.RATIOS,
 )
 
 
@@ -129,7 +132,11 @@ def _to_floor(series: Series, report: Report) -> float | None:
     """The ratio of medians to the floor of the same kind: a sandboxed answer, sandboxes a second,
     and for warm calls the bare echo of the same size."""
     name, _, size = series.name.partition("-")
-    if series.unit == PER_SECOND:
+    if name in pooled.PREFIXES and "rate" not in size:
+        floor = ECHO + "100B"
+    elif name in pooled.PREFIXES:
+        return None
+    elif series.unit == PER_SECOND:
         floor = f"floor-rate-{series.name.rpartition('-')[2]}"
     elif series.unit != MICROSECONDS:
         return None

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
+
 SETTLE = 0.05
 """Seconds after a change of the blanks: a birth takes 3 ms, and removed ones leave work behind."""
 
@@ -30,6 +32,12 @@ def import_nsbox() -> ModuleType:
 
 Make = Callable[[], contextlib.AbstractContextManager[Any]]
 """Makes an environment; one such function is one kind, as far as blanks are concerned."""
+
+
+def launcher_process() -> psutil.Process | None:
+    """This process's launcher, if it has one now; the newest, while a dead one is removed."""
+    found = [p.pid for p in psutil.Process().children() if p.name() == "nsbox-launcher"]
+    return psutil.Process(max(found)) if found else None
 
 
 class Blanks:

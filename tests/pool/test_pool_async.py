@@ -94,6 +94,23 @@ def test_cancelled_while_it_waits_or_is_born(make: Make) -> None:
     asyncio.run(main())
 
 
+def test_cancelled_while_it_is_born_in_anothers_place(make: Make) -> None:
+    async def main() -> None:
+        async with nsbox.AsyncWarmPool(make(), max_environments=1) as pool:
+            await pool.invoke({}, tenant="a")
+            task = asyncio.create_task(pool.invoke({}, tenant="b"))
+            await asyncio.sleep(0)  # the birth has begun
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await until(pool, "Idle", 1)
+            assert (await pool.invoke({}, tenant="b"))["tenant"] == "b"
+            stats = pool.stats()
+            assert (stats["Calls"], stats["Errors"], stats["Births"]) == (3, 1, 2)
+
+    asyncio.run(main())
+
+
 def test_waiting_times_out(make: Make) -> None:
     async def main() -> None:
         settings = {"max_environments": 1, "acquire_timeout": 0.01}

@@ -77,6 +77,8 @@ class Grant(Generic[E, W]):
 class Waiter(Generic[E, W]):
     """A call that waits for its turn."""
 
+    __slots__ = ("_turn", "error", "grant", "tenant")
+
     def __init__(self, tenant: str | None) -> None:
         self.tenant = tenant
         self.grant: Grant[E, W] | None = None

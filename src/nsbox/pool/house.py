@@ -15,6 +15,7 @@ from nsbox.config import Config
 from nsbox.environment import ExecutionEnvironment, death_descriptor
 from nsbox.errors import (
     ConfigError,
+    EnvironmentDied,
     EnvironmentStateError,
     FunctionError,
     NsboxError,
@@ -91,8 +92,9 @@ class House:
         """Have the environment of a birth's lease born and initialised; else end the lease."""
         entry = grant.entry
         try:
-            if grant.victim is not None:
-                self._dispose(grant.victim)
+            victim, grant.victim = grant.victim, None  # whoever drops the lease later has none
+            if victim is not None:
+                self._dispose(victim)
             env = ExecutionEnvironment(entry.what)
             try:
                 self._adopt(grant, env)
@@ -116,8 +118,7 @@ class House:
 
     def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
         fd = death_descriptor(env)
-        death = grant.entry.death = select.poll()
-        death.register(fd, select.POLLIN)
+        grant.entry.death = _poll_of(fd)
         self._watched[fd] = grant.entry
         try:
             self._get_watch().add(fd)
@@ -138,7 +139,8 @@ class House:
     def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
         entry = grant.entry
         doubt = self._doubt(entry, error)
-        self._tell("invoked", entry, error=type(error).__name__ if error else "")
+        if self._on_event is not None:
+            self._tell("invoked", entry, error=type(error).__name__ if error else "")
         self._give_back(
             grant,
             doubt,
@@ -151,6 +153,9 @@ class House:
         self._finish(grant, error)
         if self._leases.is_killed and isinstance(error, NsboxError):
             raise PoolClosed("the pool was closed while the call ran") from error
+        if isinstance(error, EnvironmentStateError):
+            # It was alive when it was taken. To the caller of a pool that is no state of theirs.
+            raise EnvironmentDied(f"nothing of the call was run: {error}") from error
 
     def _doubt(self, entry: PoolEntry, error: BaseException | None) -> Retirement | None:
         """Return why the environment may not be used again after a call that ended so."""
@@ -211,8 +216,9 @@ class House:
 
     def _on_death(self, fd: int) -> None:
         entry = self._watched.get(fd)
-        # The number may be another environment's since the kernel told it.
-        if entry is None or entry.death is None or not entry.death.poll(0):
+        # The number may be another environment's since the kernel told it. A poll object is of one
+        # thread at a time, and `entry.death` is that of whoever holds the lease.
+        if entry is None or not _poll_of(fd).poll(0):
             return
         if self._leases.died(entry):
             self._dispose(entry)
@@ -288,6 +294,12 @@ class House:
             self._drop(grant)
         self._leases.await_empty(None if kill is None else RETURN_DEADLINE)
         return failure
+
+
+def _poll_of(fd: int) -> select.poll:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return poll
 
 
 def env_of(grant: PoolGrant) -> ExecutionEnvironment:

@@ -15,6 +15,8 @@ from nsbox.pool.house import House, PoolGrant, Source, env_of
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
     """A call that waits on a loop."""
 
+    __slots__ = ("_loop", "future")
+
     def __init__(self, tenant: str | None, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(tenant)
         self._loop = loop

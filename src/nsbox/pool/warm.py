@@ -209,7 +209,7 @@ class WarmPool(PoolCalls):
         deadline = None if seconds is None else time.monotonic() + seconds
         is_counted = False
         while True:
-            waiter = Waiter[ExecutionEnvironment, Source](tenant)
+            waiter: Waiter[ExecutionEnvironment, Source] = Waiter(tenant)
             grant = self._leases.ask(waiter, again=is_counted) or self._await(waiter, deadline)
             is_counted = True
             if grant.is_birth:
