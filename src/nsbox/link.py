@@ -346,6 +346,15 @@ class Link:
         outcome = Outcome.OOM_KILLED if killed_by_limit else Outcome.SIGNALED
         return EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}", outcome)
 
+    def ask_to_end(self) -> socket.socket:
+        """SIGTERM everything in it; return what `await_farewell` takes.
+
+        Raises:
+            EnvironmentDied: PID 1 is gone.
+        """
+        self.closing = True  # before the signal: no command is said to have been ended by others
+        return self.ask(p.TERMINATE, b"", []).socket
+
     def kill(self) -> None:
         """SIGKILL PID 1, and so everything in the environment."""
         if self._pidfd >= 0:
@@ -463,6 +472,13 @@ class Link:
             return None if self._reader is None else self._reader.cpu_usec()
         except OSError:
             return None
+
+
+def await_farewell(farewell: socket.socket | None, seconds: float) -> None:
+    """Wait until all that was asked to end has ended, or the time is over; close `farewell`."""
+    if farewell is not None:
+        with farewell:
+            _is_readable(farewell.fileno(), seconds)
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:
