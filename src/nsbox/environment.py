@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 from nsbox import blanks, files
 from nsbox.blueprint import Blueprint, born_layers, plan
@@ -37,7 +37,7 @@ from nsbox.errors import (
 )
 from nsbox.function import FunctionVersion
 from nsbox.functions import FunctionMethods, Invocations, environment_config, runtime_of
-from nsbox.launcher.client import get_launcher
+from nsbox.launcher.client import Launcher, get_launcher
 from nsbox.link import Link, RunRequest, await_farewell
 from nsbox.result import Protections, Result, Usage
 
@@ -401,6 +401,20 @@ class ExecutionEnvironment(FunctionMethods):
 def death_descriptor(env: ExecutionEnvironment) -> int:
     """Return a pidfd of its PID 1, for the caller to close: readable once it has ended."""
     return env._live_link().duplicate_pidfd()
+
+
+def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Mapping[str, Any] | None]:
+    """Return the launcher, and what blank environments of `source` are made from.
+
+    That is None where there are none: of what binds directories, or has the host's network.
+    """
+    launcher = get_launcher()
+    if isinstance(source, FunctionVersion):
+        config, _ = environment_config(source)
+        blueprint = plan(config, launcher.hello, runtime_of(source.function))
+    else:
+        blueprint = plan(source, launcher.hello)
+    return launcher, blueprint.spec if blueprint.may_be_blank else None
 
 
 def ask_to_end(env: ExecutionEnvironment) -> socket.socket | None:

@@ -264,10 +264,16 @@ class Link:
 
     # -- birth ---------------------------------------------------------------------------------
 
-    def claim(self) -> None:
-        """Tell the launcher that somebody has taken this blank environment."""
-        with suppress(OSError):  # it is gone, which is seen next
-            wire.send(self._supervision, {"kind": "claim"})
+    def hold(self, kind: str) -> bool:
+        """Tell the launcher to ``claim`` this blank environment for its taker, or ``keep`` it.
+
+        Returns whether that could be told; otherwise it is gone, which its taker will see.
+        """
+        try:
+            wire.send(self._supervision, {"kind": kind})
+        except OSError:
+            return False
+        return True
 
     def _await_ready(self) -> bytes:
         """Return the environment's own first word, b"" when it ended without one.
