@@ -358,6 +358,7 @@ class Pool(RuleBasedStateMachine):
             assert places.taken == sum(share.taken for share in places.shares) <= places.most
             own = [entry.memory for entry in entries if entry.share.places is places]
             assert places.memory == sum(own)
+            assert places.waiters == sum(len(share.waiters) for share in places.shares)
 
     @invariant()
     def sums_add_up(self) -> None:

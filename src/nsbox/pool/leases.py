@@ -102,7 +102,7 @@ class Leases(Room[E, W]):
             if share.waiters and len(share.waiters) >= self._max_waiting and not again:
                 raise self._refuse_full(share)
             # Whoever waits comes first, each in turn.
-            grant = None if places.has_waiters else self._grant(share, key, what)
+            grant = None if places.waiters else self._grant(share, key, what)
             if grant is None:
                 if not self._max_waiting:
                     raise self._refuse_full(share)
@@ -110,7 +110,7 @@ class Leases(Room[E, W]):
                 self._turns += 1
                 waiter.turn = self._turns
                 waiter.join()
-                share.waiters[waiter] = None
+                share.put_waiter(waiter)
                 self._hand_out(places)
             return grant
 
@@ -126,7 +126,7 @@ class Leases(Room[E, W]):
         """Let a call wait no more; return the lease that it has got in the same moment."""
         with self._lock:
             share = waiter.share
-            if share.waiters.pop(waiter, self) is None:
+            if share.remove_waiter(waiter):
                 share.counters.throttles += 1
                 self._hand_out(share.places)  # it may have held up others
             return waiter.grant
@@ -139,7 +139,7 @@ class Leases(Room[E, W]):
         with self._lock:
             for share in self._shares:
                 is_meant = share is only or (only is None and share.is_open and share.provisioned)
-                if is_meant and not self._is_closed and not share.places.has_waiters:
+                if is_meant and not self._is_closed and not share.places.waiters:
                     grant = self._reserve_ready(share)
                     if grant is not None:
                         return grant
@@ -201,7 +201,7 @@ class Leases(Room[E, W]):
 
     def _hand_out(self, places: Places[E, W]) -> None:
         """Give those who wait, in their turn, what there is."""
-        while (waiting := places.waiting()) and self._serve_one(waiting):
+        while places.waiters and self._serve_one(places.waiting()):
             pass
 
     def _serve_one(self, waiting: list[Share[E, W]]) -> bool:
@@ -238,7 +238,7 @@ class Leases(Room[E, W]):
         else:
             if waiter.grant is None:
                 return False
-        del share.waiters[waiter]
+        share.remove_waiter(waiter)
         if not waiter.wake() and waiter.grant is not None:
             # Its loop is closed: `sweep` has the lease, and the caller has not.
             self._orphans.append(waiter.grant)
@@ -306,7 +306,8 @@ class Leases(Room[E, W]):
             if reason is None:
                 entry.idle_since = self._clock()
                 share.put_idle(entry)
-                self._hand_out(share.places)
+                if share.places.waiters:
+                    self._hand_out(share.places)
                 if not self._is_closed or entry.phase is not Phase.IDLE:
                     return None
                 share.remove_idle(entry)
@@ -428,11 +429,11 @@ class Leases(Room[E, W]):
             if kill is not None:
                 self._is_killed = True
                 for share in self._shares:
-                    for waiter in share.waiters:
+                    for waiter in list(share.waiters):
                         waiter.error = PoolClosed("the pool was closed while the call waited")
                         share.counters.throttles += 1
+                        share.remove_waiter(waiter)
                         waiter.wake()
-                    share.waiters.clear()
                 for entry in self._entries:
                     if entry.phase is Phase.LEASED:
                         kill(entry.fd)

@@ -76,18 +76,14 @@ class Places(Generic[E, W]):
         aside: Bytes of memory that are set aside with them.
         taken: Environments in them, births counted.
         memory: Bytes of memory that those may use.
+        waiters: Calls that wait for one.
         shares: Whose they are.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self.aside = self.taken = self.memory = 0
+        self.aside = self.taken = self.memory = self.waiters = 0
         self.shares: list[Share[E, W]] = []
-
-    @property
-    def has_waiters(self) -> bool:
-        """Whether calls wait."""
-        return any(share.waiters for share in self.shares)
 
     def waiting(self) -> list[Share[E, W]]:
         """Return those for whom calls wait, in their turn.
@@ -149,6 +145,19 @@ class Share(Generic[E, W]):
     def first(self) -> Waiter[E, W]:
         """The call that has waited longest."""
         return next(iter(self.waiters))
+
+    def put_waiter(self, waiter: Waiter[E, W]) -> None:
+        """Let a call wait."""
+        self.waiters[waiter] = None
+        self.places.waiters += 1
+
+    def remove_waiter(self, waiter: Waiter[E, W]) -> bool:
+        """Let a call wait no more; False when it did not."""
+        if waiter not in self.waiters:
+            return False
+        del self.waiters[waiter]
+        self.places.waiters -= 1
+        return True
 
     def put_idle(self, entry: Entry[E, W]) -> None:
         """Keep an environment for the next call."""
