@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support import PATIENCE, wait_until
@@ -35,7 +36,13 @@ def start(env: nsbox.ExecutionEnvironment, script: str) -> nsbox.Process:
 
 
 def make(out: Path) -> nsbox.ExecutionEnvironment:
-    return nsbox.ExecutionEnvironment(mounts=[nsbox.Mount.bind(out, "/out", rw=True)])
+    return nsbox.ExecutionEnvironment(**writes_to(out))
+
+
+def writes_to(out: Path) -> dict[str, Any]:
+    # Anybody may write there, and no file system needs to support idmapped mounts.
+    mounts = [nsbox.Mount.bind(out, "/out", rw=True)]
+    return {"mounts": mounts, "allow_missing": {"idmapped_mounts"}}
 
 
 def test_commands_end_by_themselves_and_are_not_waited_for_longer(out: Path) -> None:
@@ -105,8 +112,8 @@ def test_a_handler_of_the_functions_runs(out: Path, tmp_path: Path) -> None:
         version = nsbox.Function(
             "app.handler",
             code=code,
-            mounts=[nsbox.Mount.bind(out, "/out", rw=True)],
             reuse=reuse,
+            **writes_to(out),
             init_timeout=30 * PATIENCE,
         ).publish()
         env = nsbox.ExecutionEnvironment(version)
