@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from nsbox.pool.aio import AsyncWarmPool as AsyncWarmPool
     from nsbox.pool.events import PoolEvent as PoolEvent
     from nsbox.pool.events import Retirement as Retirement
+    from nsbox.pool.warm import PoolFunction as PoolFunction
     from nsbox.pool.warm import WarmPool as WarmPool
     from nsbox.result import Outcome as Outcome
     from nsbox.result import Protection as Protection
@@ -85,7 +86,7 @@ _HOMES = {
     "nsbox.invocation": ("Invocation",),
     "nsbox.launcher.client": ("shutdown",),
     "nsbox.policy": ("SeccompPolicy",),
-    "nsbox.pool.warm": ("WarmPool",),
+    "nsbox.pool.warm": ("PoolFunction", "WarmPool"),
     "nsbox.pool.aio": ("AsyncWarmPool",),
     "nsbox.pool.events": ("PoolEvent", "Retirement"),
     "nsbox.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),

@@ -10,14 +10,15 @@ answers are read by whoever takes it. The launcher ends a blank that nobody take
 from __future__ import annotations
 
 import collections
+import contextlib
 import os
 import secrets
 import time
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
 
 from nsbox.errors import ConfigError, NsboxError
-from nsbox.launcher.client import Launcher
+from nsbox.launcher.client import Launcher, running_launcher
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.link import Link, give_birth
 
@@ -37,6 +38,8 @@ def _initial_count() -> int:
 
 class _Setting:
     count: int | None = None
+    wishes: ClassVar[dict[object, tuple[frozenset[str], int]]] = {}
+    """Of each pool: keys of its kinds, and how many it wants of each."""
 
 
 def set_blanks(count: int) -> None:
@@ -46,19 +49,62 @@ def set_blanks(count: int) -> None:
     a pool, and is ended when nobody takes it for a minute. The default is 1, or what the variable
     NSBOX_BLANKS says when the first environment is made.
 
+    Pools may want more of their own kinds (`WarmPool(blank=...)`): what counts is the most that is
+    wanted. What is kept beyond that is ended at once.
+
     Raises:
         ConfigError: `count` is no number from 0 to 64.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST:
         raise ConfigError(f"blanks: must be a number from 0 to {MOST}, got {count!r}")
     _Setting.count = count
+    _trim()
 
 
-def kept() -> int:
-    """Return how many are kept of each kind."""
+def wish(owner: object, launcher: Launcher, specs: Sequence[Mapping[str, Any]], count: int) -> None:
+    """Have `count` kept of each of these kinds, and of no others, as long as `owner` wants them.
+
+    To be said again within a minute: the launcher ends those that nobody wants.
+    """
+    _Setting.wishes[owner] = (frozenset(spec["key"] for spec in specs), count)
+    _trim()
+    for spec in specs:
+        blanks = launcher.companions.get(spec["key"], collections.deque())
+        for link in list(blanks):
+            if link.hold("keep"):
+                link.asked_at = time.monotonic()
+            else:
+                with contextlib.suppress(ValueError):  # somebody has just taken it
+                    blanks.remove(link)
+                    link.close()
+        refill(launcher, spec)
+
+
+def forget(owner: object) -> None:
+    """Keep none any more on behalf of `owner`."""
+    if _Setting.wishes.pop(owner, None) is not None:
+        _trim()
+
+
+def kept(key: str) -> int:
+    """Return how many are kept of a kind."""
     if _Setting.count is None:
         _Setting.count = _initial_count()
-    return _Setting.count
+    return max([_Setting.count, *_wishes(key)])
+
+
+def _wishes(key: str) -> list[int]:
+    return [count for keys, count in list(_Setting.wishes.values()) if key in keys]
+
+
+def _trim() -> None:
+    """End those beyond what is wanted."""
+    launcher = running_launcher()
+    if launcher is not None:
+        for key, blanks in list(launcher.companions.items()):
+            while len(blanks) > kept(key):
+                with contextlib.suppress(IndexError):  # another thread was faster
+                    blanks.popleft().close()
 
 
 def take(launcher: Launcher, spec: Mapping[str, Any]) -> Link:
@@ -75,7 +121,7 @@ def take(launcher: Launcher, spec: Mapping[str, Any]) -> Link:
             break  # another thread was faster
         if time.monotonic() - link.asked_at < _TAKEN_UNTIL:
             try:
-                link.claim()
+                link.hold("claim")
                 link.await_birth()
             except NsboxError:
                 continue  # whatever became of it: a birth now tells the caller what is wrong
@@ -86,11 +132,12 @@ def take(launcher: Launcher, spec: Mapping[str, Any]) -> Link:
 
 def refill(launcher: Launcher, spec: Mapping[str, Any]) -> None:
     """Ask for the blanks of this kind that are missing. Waits for nothing, raises nothing."""
-    count = kept()
+    count = kept(spec["key"])
     companions = launcher.companions
     blanks = companions.setdefault(spec["key"], collections.deque())
-    while len(companions) > KINDS_KEPT:
-        _close_all(companions.pop(next(iter(companions)), ()))
+    unwanted = [key for key in list(companions) if not _wishes(key)]
+    for key in unwanted[: max(0, len(unwanted) - KINDS_KEPT)]:
+        _close_all(companions.pop(key, ()))
     # What has become too old to be taken is only in the way.
     while blanks and time.monotonic() - blanks[0].asked_at >= _TAKEN_UNTIL:
         blanks.popleft().close()

@@ -39,6 +39,7 @@ KILL_DEADLINE: Final = 5.0
 """Seconds PID 1 may take to end a killed command before the whole environment is killed."""
 _CHUNK: Final = 1 << 16
 _LEAST_CPU_WAIT: Final = 0.01
+_CLOSED: Final = "its environment was closed"
 
 Stream = int | IO[Any] | None
 
@@ -414,6 +415,8 @@ class Process:
             self._conclude(Outcome.OOM_KILLED, returncode, oom_evidence(self._before, after), after)
         elif self._verdict is not None and self._verdict.holds(returncode):
             self._conclude(self._verdict.outcome, returncode, self._verdict.say(returncode), after)
+        elif self._link.closing and returncode in (-signal.SIGTERM, -signal.SIGKILL):
+            self._conclude(Outcome.KILLED, returncode, _CLOSED, after)
         elif returncode >= 0:
             self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
         else:
@@ -431,7 +434,7 @@ class Process:
             evidence = f"{self._verdict.say(-signal.SIGKILL)} with its whole environment"
             self._conclude(self._verdict.outcome, -signal.SIGKILL, evidence, after)
         elif self._link.closing:
-            self._conclude(Outcome.KILLED, -signal.SIGKILL, "its environment was closed", after)
+            self._conclude(Outcome.KILLED, -signal.SIGKILL, _CLOSED, after)
         else:
             self._channel.socket.close()
             what = f"{self.argv[0]!r}: {self._link.describe_end()}"

@@ -6,13 +6,14 @@ from __future__ import annotations
 import enum
 import functools
 import os
+import socket
 import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
-from nsbox import blanks
+from nsbox import blanks, files
 from nsbox.blueprint import Blueprint, born_layers, plan
 from nsbox.command import DEVNULL, PIPE, Process, Stream
 from nsbox.config import (
@@ -29,18 +30,15 @@ from nsbox.counters import usage_between
 from nsbox.errors import (
     CleanupError,
     ConfigError,
-    EnvironmentDied,
     EnvironmentStateError,
     LauncherError,
-    SyscallError,
+    NsboxError,
     UnsupportedHostError,
 )
 from nsbox.function import FunctionVersion
 from nsbox.functions import FunctionMethods, Invocations, environment_config, runtime_of
-from nsbox.guest import protocol as p
-from nsbox.launcher.client import get_launcher
-from nsbox.link import Channel, Link, RunRequest
-from nsbox.linux.descriptors import close_all
+from nsbox.launcher.client import Launcher, get_launcher
+from nsbox.link import Link, RunRequest, await_farewell
 from nsbox.result import Protections, Result, Usage
 
 
@@ -279,21 +277,7 @@ class ExecutionEnvironment(FunctionMethods):
             SyscallError: As open(2) or write(2) inside; ELOOP for a link, ENOSPC when /tmp is full.
             ConfigError: `path` is not absolute, or `mode` has more than permission bits.
         """
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise ConfigError(f"data: must be bytes, got {type(data).__name__}; encode it")
-        if isinstance(mode, bool) or not isinstance(mode, int) or mode & ~0o777:
-            raise ConfigError(f"mode: must be permission bits such as 0o644, got {mode!r}")
-        request = p.write_request(os.fsencode(_inside(path)), mode, len(data))
-        link = self._ready_link()
-        channel = link.ask(p.WRITE, request, [])
-        with channel.socket:
-            try:
-                channel.socket.sendall(data)
-            except BrokenPipeError:
-                pass  # it has answered with an error already
-            except OSError as error:
-                raise link.died(error) from error
-            _expect_ok(link, channel, path)
+        files.write_file(self._ready_link, path, data, mode)
 
     def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """Read a regular file inside; see `write_file` for what is refused.
@@ -301,23 +285,7 @@ class ExecutionEnvironment(FunctionMethods):
         Raises:
             SyscallError: As open(2) or read(2) inside; EFBIG when it has more than `max_bytes`.
         """
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
-            raise ConfigError(f"max_bytes: must not be negative, got {max_bytes!r}")
-        request = p.read_request(os.fsencode(_inside(path)), max_bytes)
-        link = self._ready_link()
-        channel = link.ask(p.READ, request, [])
-        with channel.socket:
-            size = _expect_ok(link, channel, path)
-            if not 0 <= size <= max_bytes:
-                link.kill()
-                raise EnvironmentDied("PID 1 sent a malformed answer")
-            data = bytearray()
-            while len(data) < size:
-                chunk = channel.socket.recv(min(size - len(data), 1 << 20))
-                if not chunk:
-                    break
-                data += chunk
-        return bytes(data)
+        return files.read_file(self._ready_link, path, max_bytes)
 
     def freeze(self) -> None:
         """Stop every process of the environment; nothing in it runs until `thaw`.
@@ -344,16 +312,23 @@ class ExecutionEnvironment(FunctionMethods):
         """Return the resources used since birth, by everything in the environment."""
         return usage_between({}, self._live_link().usage(), None)
 
-    def close(self, *, wait: bool = True) -> None:
+    def close(self, *, wait: bool = True, grace: float = 0.0) -> None:
         """Kill everything in it and remove it. May be called again, and in any state.
 
         Args:
             wait: Return only when its processes, mounts and cgroups are gone. Otherwise that
                 happens soon after.
+            grace: Seconds that its commands, and the function's worker, have to end by themselves
+                before that: they get SIGTERM, and are waited for no longer than necessary. A frozen
+                one is thawed for it. What a function then writes to its log is not kept.
 
         Raises:
             CleanupError: Something could not be removed.
+            ConfigError: `grace` is no number of seconds.
         """
+        if grace != 0:
+            seconds = parse_seconds(grace, "grace")
+            await_farewell(ask_to_end(self), seconds)
         with self._close_lock:
             link, self._link = self._link, None
         if link is None:
@@ -431,23 +406,30 @@ def death_descriptor(env: ExecutionEnvironment) -> int:
     return env._live_link().duplicate_pidfd()
 
 
-def _inside(path: str) -> str:
-    text = check_text(path, "path")
-    if not text.startswith("/"):
-        raise ConfigError(f"path: must be absolute inside the environment, got {path!r}")
-    return text
+def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Mapping[str, Any] | None]:
+    """Return the launcher, and what blank environments of `source` are made from.
+
+    That is None where there are none: of what binds directories, or has the host's network.
+    """
+    launcher = get_launcher()
+    if isinstance(source, FunctionVersion):
+        config, _ = environment_config(source)
+        blueprint = plan(config, launcher.hello, runtime_of(source.function))
+    else:
+        blueprint = plan(source, launcher.hello)
+    return launcher, blueprint.spec if blueprint.may_be_blank else None
 
 
-def _expect_ok(link: Link, channel: Channel, path: str) -> int:
+def ask_to_end(env: ExecutionEnvironment) -> socket.socket | None:
+    """SIGTERM everything in an environment that is about to be closed; thaw it for that.
+
+    Returns what `await_farewell` takes; None when there is nothing to wait for.
+    """
     try:
-        kind, first, stage, _, fds = channel.receive_answer()
-    except OSError as error:
-        raise link.died(error) from error
-    close_all(fds)
-    if kind == p.FAILED:
-        what = {"open": "openat2", "kind": "open (regular files only)", "size": "read"}
-        raise SyscallError(what.get(p.STAGES[stage], p.STAGES[stage]), first, path)
-    return first
+        env.thaw()
+        return env._live_link().ask_to_end()
+    except NsboxError:
+        return None  # it is gone, or does not thaw, or is another process's
 
 
 def run(

@@ -200,8 +200,9 @@ class Throttled(PoolError):
     """A pool does not take the call now; nothing of it was run.
 
     Attributes:
-        reason: ``"full"``: too many calls wait; ``"start failures"``: environments do not start.
-        retry_after: Seconds after which another try may do better.
+        reason: ``"full"``: too many calls wait; ``"start failures"``: environments do not start;
+            ``"reserved"``: the function has no place, and gets none.
+        retry_after: Seconds after which another try may do better; math.inf for ``"reserved"``.
     """
 
     def __init__(self, message: str, *, reason: str, retry_after: float) -> None:

@@ -124,9 +124,11 @@ class Invocations:
 
     # -- in turn -------------------------------------------------------------------------------
 
-    def init(self) -> None:
+    def init(self, *, provisioned: bool) -> None:
         """Import the module, unless that was done; see `ExecutionEnvironment.init`."""
         self._take()
+        if self._invoker is not None and self._invoker.worker is None:
+            self._invoker.is_provisioned = provisioned
         try:
             self._init()
         finally:
@@ -342,15 +344,19 @@ class FunctionMethods:
         """See `ExecutionEnvironment.close`."""
         raise NotImplementedError
 
-    def init(self) -> None:
+    def init(self, *, provisioned: bool = False) -> None:
         """Import the function's module under its `init_timeout`; else the first `invoke` does.
+
+        Args:
+            provisioned: It is kept ready, with nobody waiting for it: the function is told so in
+                AWS_LAMBDA_INITIALIZATION_TYPE, and no invocation's report has its Init Duration.
 
         Raises:
             FunctionError: It cannot be imported, or has no such handler.
             InvokeTimeout: It took too long; the environment was killed.
             EnvironmentStateError: This is no environment of a function, or it cannot do this now.
         """
-        self._function_calls().init()
+        self._function_calls().init(provisioned=provisioned)
 
     def invoke(
         self,

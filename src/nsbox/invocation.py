@@ -21,7 +21,10 @@ class Invocation:
     duration_seconds: float
     """From the event's being sent to the answer's arrival."""
     init_seconds: float | None = None
-    """What importing the module took, in the first invocation of an environment; else None."""
+    """What importing the module took, in the first invocation of an environment; else None, and of
+    a provisioned one always: nobody waited for that."""
+    initialization_type: str = "on-demand"
+    """Or ``provisioned-concurrency``: the environment was initialised before it was needed."""
     memory_limit_mb: int | None = None
     memory_peak_mb: int | None = None
     """The most the whole environment has used so far; None where the host does not count."""

@@ -71,6 +71,7 @@ class Invoker:
 
     Attributes:
         init_seconds: What importing the module took; None before.
+        is_provisioned: Whether that is done with nobody waiting for it.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Invoker:
         self._id_prefix = str(uuid.uuid4())[:24]
         self.worker: Worker | None = None
         self.init_seconds: float | None = None
+        self.is_provisioned = False
         limit = self._function.limits.memory_max
         self._memory_mb = int(limit) >> 20 if limit is not None else None
 
@@ -173,7 +175,7 @@ class Invoker:
             "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": told["memory"],
             "AWS_LAMBDA_LOG_GROUP_NAME": told["log_group"],
             "AWS_LAMBDA_LOG_STREAM_NAME": told["log_stream"],
-            "AWS_LAMBDA_INITIALIZATION_TYPE": "on-demand",
+            "AWS_LAMBDA_INITIALIZATION_TYPE": self._initialization_type,
             "LAMBDA_TASK_ROOT": self._version.config.cwd,
             "_HANDLER": self._function.handler or "",
             "TZ": ":UTC",
@@ -274,12 +276,19 @@ class Invoker:
             stdout=b"".join(logs["stdout"]) if logs else b"",
             stderr=b"".join(logs["stderr"]) if logs else b"",
             duration_seconds=(time.monotonic() if end is None else end) - call.begin,
-            init_seconds=self.init_seconds if call.number == _FIRST else None,
+            init_seconds=None
+            if self.is_provisioned or call.number != _FIRST
+            else self.init_seconds,
+            initialization_type=self._initialization_type,
             memory_limit_mb=self._memory_mb,
             memory_peak_mb=self._memory_peak_mb(),
             status=status,
             error_type=error_type,
         )
+
+    @property
+    def _initialization_type(self) -> str:
+        return "provisioned-concurrency" if self.is_provisioned else "on-demand"
 
     def _memory_peak_mb(self) -> int | None:
         peak = self._link.usage().get("memory_peak")

@@ -267,10 +267,16 @@ class Link:
 
     # -- birth ---------------------------------------------------------------------------------
 
-    def claim(self) -> None:
-        """Tell the launcher that somebody has taken this blank environment."""
-        with suppress(OSError):  # it is gone, which is seen next
-            wire.send(self._supervision, {"kind": "claim"})
+    def hold(self, kind: str) -> bool:
+        """Tell the launcher to ``claim`` this blank environment for its taker, or ``keep`` it.
+
+        Returns whether that could be told; otherwise it is gone, which its taker will see.
+        """
+        try:
+            wire.send(self._supervision, {"kind": kind})
+        except OSError:
+            return False
+        return True
 
     def _await_ready(self) -> bytes:
         """Return the environment's own first word, b"" when it ended without one.
@@ -348,6 +354,15 @@ class Link:
         killed_by_limit = (self.end or {}).get("usage", {}).get("oom_kills")
         outcome = Outcome.OOM_KILLED if killed_by_limit else Outcome.SIGNALED
         return EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}", outcome)
+
+    def ask_to_end(self) -> socket.socket:
+        """SIGTERM everything in it; return what `await_farewell` takes.
+
+        Raises:
+            EnvironmentDied: PID 1 is gone.
+        """
+        self.closing = True  # before the signal: no command is said to have been ended by others
+        return self.ask(p.TERMINATE, b"", []).socket
 
     def kill(self) -> None:
         """SIGKILL PID 1, and so everything in the environment."""
@@ -475,6 +490,13 @@ class Link:
             return None if self._reader is None else self._reader.cpu_usec()
         except OSError:
             return None
+
+
+def await_farewell(farewell: socket.socket | None, seconds: float) -> None:
+    """Wait until all that was asked to end has ended, or the time is over; close `farewell`."""
+    if farewell is not None:
+        with farewell:
+            _is_readable(farewell.fileno(), seconds)
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:

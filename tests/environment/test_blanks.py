@@ -15,6 +15,7 @@ from tests.support import attack, host_program, wait_until
 
 import nsbox
 from nsbox import blanks
+from nsbox.environment import kind_of
 from nsbox.launcher.client import get_launcher
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.link import Link
@@ -86,7 +87,6 @@ def test_as_many_as_wanted_each_given_once() -> None:
     use_one()
     known = {link.env_id for link in ready()}
     assert len(known) == 3
-    nsbox.set_blanks(0)
     envs = [nsbox.ExecutionEnvironment() for _ in range(4)]
     try:
         taken = [env.id for env in envs]
@@ -97,6 +97,55 @@ def test_as_many_as_wanted_each_given_once() -> None:
     finally:
         for env in envs:
             env.close()
+
+
+def test_a_smaller_number_ends_those_that_are_kept() -> None:
+    nsbox.set_blanks(3)
+    use_one()
+    known = [link.env_id for link in ready()]
+    nsbox.set_blanks(1)
+    assert [link.env_id for link in ready()] == known[2:]
+    nsbox.set_blanks(0)
+    assert ready() == []
+    for env_id in known:
+        wait_until(lambda env_id=env_id: not pid_of(env_id), "it is ended")  # type: ignore[misc]
+
+
+def test_what_is_wished_for_counts_as_long_as_it_is() -> None:
+    launcher, spec = kind_of(nsbox.Config())
+    assert spec is not None
+    one, other = object(), object()
+    blanks.wish(one, launcher, [spec], 3)
+    blanks.wish(other, launcher, [spec], 2)
+    known = [link.env_id for link in ready()]
+    assert len(known) == 3
+    use_one(limits=nsbox.Limits(pids_max=99), allow_missing={"cgroup.pids"})
+    assert len(ready()) == 4, "one of the other kind"
+    blanks.forget(one)
+    assert [link.env_id for link in ready()][:2] == known[1:]
+    blanks.forget(other)
+    assert len(ready()) == 2
+    blanks.forget(other)
+
+
+def test_wished_for_ones_are_kept_alive_and_replaced() -> None:
+    launcher, spec = kind_of(nsbox.Config())
+    assert spec is not None
+    owner = object()
+    try:
+        blanks.wish(owner, launcher, [spec], 2)
+        first, second = ready()
+        wait_until(lambda: pid_of(first.env_id), "it is born")
+        for link in (first, second):
+            link.asked_at -= BLANK_LIFE
+        os.kill(pid_of(first.env_id), signal.SIGKILL)
+        wait_until(lambda: not first.hold("keep"), "its end is known")
+        blanks.wish(owner, launcher, [spec], 2)
+        assert ready()[0] is second
+        assert len(ready()) == 2
+        assert use_one() == second.env_id, "it is as new"
+    finally:
+        blanks.forget(owner)
 
 
 def test_many_threads_never_share_one() -> None:

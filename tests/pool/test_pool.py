@@ -278,10 +278,10 @@ def test_a_late_word_of_a_death_is_not_believed_of_another(commands: nsbox.WarmP
     with commands.acquire() as env:
         pass
     (entry,) = commands._leases._entries
-    commands._on_death(entry.fd)
+    commands._house._on_ready(entry.fd)
     with commands.acquire() as again:
         assert again is env
-    commands._on_death(1 << 20)
+    commands._house._on_ready(1 << 20)
 
 
 def test_provisioned_ones_are_ready_when_the_pool_is(make: Make) -> None:
@@ -289,7 +289,14 @@ def test_provisioned_ones_are_ready_when_the_pool_is(make: Make) -> None:
         stats = pool.stats()
         assert (stats["Births"], stats["Idle"], stats["Environments"]) == (3, 3, 3)
         assert stats["InitDuration"] > 0
-        assert pool.invoke_bytes(b"{}").init_seconds is not None, "it is told with the first call"
+        invocation = pool.invoke_bytes(b"{}")
+        assert invocation.initialization_type == "provisioned-concurrency"
+        assert invocation.init_seconds is None
+        assert "Init Duration" not in invocation.report()
+    with nsbox.WarmPool(make()) as pool:
+        invocation = pool.invoke_bytes(b"{}")
+        assert invocation.initialization_type == "on-demand"
+        assert "Init Duration" in invocation.report()
 
 
 def test_the_death_of_the_launcher_is_survived(make: Make) -> None:
@@ -415,13 +422,13 @@ def test_nothing_hangs_at_exit(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_forked_child_has_no_part_in_it(commands: nsbox.WarmPool) -> None:
-    commands._owner -= 1  # what a forked child finds
+    commands._house.owner -= 1  # what a forked child finds
     try:
         with pytest.raises(nsbox.PoolError, match="belongs to process"), commands.acquire():
             pass
         commands.close()
     finally:
-        commands._owner += 1
+        commands._house.owner += 1
     with commands.acquire() as env:
         assert env.run(["true"]).ok
 

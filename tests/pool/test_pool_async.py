@@ -108,6 +108,20 @@ def test_cancelled_while_it_is_born_in_anothers_place(make: Make) -> None:
             stats = pool.stats()
             assert (stats["Calls"], stats["Errors"], stats["Births"]) == (3, 1, 2)
 
+
+def test_several_functions(make: Make) -> None:
+    async def main() -> None:
+        async with nsbox.AsyncWarmPool(max_environments=2, freeze_after=0.005) as pool:
+            one = await pool.function(make(name="one"), reserved=1)
+            two = await pool.function(make(name="two"))
+            calls = [
+                function.invoke_async({"echo": n}) for n in range(20) for function in (one, two)
+            ]
+            answers = await asyncio.gather(*calls)
+            assert [answer["echo"] for answer in answers] == [n for n in range(20) for _ in "ab"]
+            assert len({answer["log"] for answer in answers}) == 2
+            assert one.stats()["Calls"] == two.stats()["Calls"] == 20
+
     asyncio.run(main())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nsbox
-from nsbox.pool import leases
+from nsbox.pool import pressure, shares
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs/pool.md").read_text()
 
@@ -23,7 +23,7 @@ def rows(heading: str) -> list[list[str]]:
 
 @pytest.mark.needs("userns")
 def test_example(capsys: pytest.CaptureFixture[str]) -> None:
-    code = re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S)[0]
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", TEXT, re.M | re.S))
     exec(compile(code, "<example>", "exec"), {"__name__": "example"})  # noqa: S102
     assert capsys.readouterr().out.splitlines() == re.findall(r"\)  # (.*)$", code, re.M)
 
@@ -32,6 +32,23 @@ def test_settings_have_the_defaults_that_are_told() -> None:
     parameters = list(inspect.signature(nsbox.WarmPool).parameters.values())[1:]
     told = [(name.strip("`"), default) for name, default, _ in rows("Settings")]
     assert told == [(item.name, str(item.default)) for item in parameters]
+
+
+def test_settings_of_a_function_have_the_defaults_that_are_told() -> None:
+    parameters = list(inspect.signature(nsbox.WarmPool.function).parameters.values())[2:]
+    told = [(name.strip("`"), default) for name, default, _ in rows("Several functions")]
+    assert told == [(item.name, str(item.default)) for item in parameters]
+
+
+def test_reasons_are_told() -> None:
+    assert [name.strip("`") for name, _ in rows("Events")] == [
+        item.name for item in nsbox.Retirement
+    ]
+
+
+def test_numbers_of_pressure() -> None:
+    stall, window = pressure.STALL / 1e3, pressure.WINDOW / 1e6
+    assert f"waited for memory for {stall:g} ms of {window:g} s" in TEXT
 
 
 @pytest.mark.needs("userns")
@@ -44,6 +61,6 @@ def test_numbers_have_the_names_that_are_told() -> None:
 
 
 def test_numbers_of_failed_starts() -> None:
-    assert f"After {leases.FAILURES_MAX} in a row" in TEXT
-    assert f"up to {leases.PAUSE_MAX:g} s" in TEXT
-    assert leases.PAUSE_MIN == 1
+    assert f"After {shares.FAILURES_MAX} in a row" in TEXT
+    assert f"up to {shares.PAUSE_MAX:g} s" in TEXT
+    assert shares.PAUSE_MIN == 1

@@ -57,7 +57,7 @@ def test_caller_and_watch_may_look_at_an_end_at_once() -> None:
                 return False
 
             wait_until(is_looking, "the thread is in poll")
-            pool._on_death(entry.fd)
+            pool._house._on_ready(entry.fd)
             os.kill(env.pid, signal.SIGKILL)
             looks.join()
             raise ZeroDivisionError

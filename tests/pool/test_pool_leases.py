@@ -16,11 +16,22 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from nsbox import errors
 from nsbox.pool.entries import Entry, Grant, Phase, Waiter
 from nsbox.pool.events import Retirement
-from nsbox.pool.leases import FAILURES_MAX, Leases
+from nsbox.pool.leases import Leases
+from nsbox.pool.shares import FAILURES_MAX, Resolve, Share
 
-MOST = 3
+MOST = 4
 MAX_WAITING = 3
+WEIGHTS = {"alone": 1, "light": 1, "heavy": 2}
+"""Three functions: one has a reserved place, two share the other three, and one of those weighs so
+much that three of it are too many."""
+BUDGET = 6
+IDLE_TIMEOUT = 60
+FREEZE_AFTER = 5
 TENANTS = st.sampled_from([None, "a", "b"])
+FUNCTIONS = st.sampled_from(sorted(WEIGHTS))
+
+What = tuple[str, int]
+"""Function and version."""
 
 
 class Env:
@@ -29,7 +40,7 @@ class Env:
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.users = 0
-        self.is_closed = False
+        self.is_closed = self.is_frozen = False
 
     def close(self, *, wait: bool = True) -> None:
         assert not self.is_closed, "closed twice"
@@ -38,73 +49,103 @@ class Env:
 
 
 class Caller:
-    """A call: waiting, or with a lease."""
+    """A call, waiting or with a lease; or a birth of one that is to be kept ready."""
 
-    def __init__(self, tenant: str | None) -> None:
-        self.waiter = Waiter[Env, int](tenant)
-        self.grant: Grant[Env, int] | None = None
+    def __init__(self, function: str, tenant: str | None, *, is_call: bool = True) -> None:
+        self.function = function
+        self.is_call = is_call
+        self.waiter = Waiter[Env, What](tenant)
+        self.grant: Grant[Env, What] | None = None
+
+
+def resolver(function: str, version: int) -> Resolve[What]:
+    return lambda tenant: ((version, tenant), (function, version))
 
 
 class Pool(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.version = 0
+        self.versions = dict.fromkeys(WEIGHTS, 0)
         self.now = 0.0
-        self.leases: Leases[Env, int] = Leases(
-            self.resolver(0),
+        self.leases: Leases[Env, What] = Leases(
             most=MOST,
             max_waiting=MAX_WAITING,
             max_lifetime=100,
             max_invocations=5,
+            idle_timeout=IDLE_TIMEOUT,
+            freeze_after=FREEZE_AFTER,
+            memory_budget=BUDGET,
+            weigh=lambda what: WEIGHTS[what[0]],
             clock=lambda: self.now,
         )
+        self.shares: dict[str, Share[Env, What]] = {}
+        for name, reserved, provisioned in (
+            ("alone", 1, 0),
+            ("light", None, 0),
+            ("heavy", None, 1),
+        ):
+            self.shares[name], surplus = self.leases.add(
+                resolver(name, 0), reserved=reserved, provisioned=provisioned
+            )
+            assert not surplus
+            self.shares[name].is_open = True
         self.callers: list[Caller] = []
         self.births: list[Caller] = []
         self.running: list[Caller] = []
-        self.removing: list[Entry[Env, int]] = []
+        self.removing: list[Entry[Env, What]] = []
         self.living: set[Env] = set()
-        self.dead: set[Entry[Env, int]] = set()
-        self.order: list[Entry[Env, int]] = []
-        self.calls = self.answers = self.errors = self.throttles = 0
+        self.dead: set[Entry[Env, What]] = set()
+        self.order: list[Entry[Env, What]] = []
+        self.counts = {
+            name: dict.fromkeys(("calls", "answers", "errors", "throttles"), 0) for name in WEIGHTS
+        }
         self.is_closed = False
-
-    @staticmethod
-    def resolver(version: int):  # type: ignore[no-untyped-def] # noqa: ANN205
-        return lambda tenant: ((version, tenant), version)
 
     # -- what callers do -----------------------------------------------------------------------
 
-    @rule(tenant=TENANTS)
-    def call(self, tenant: str | None) -> None:
-        caller = Caller(tenant)
+    @rule(function=FUNCTIONS, tenant=TENANTS)
+    def call(self, function: str, tenant: str | None) -> None:
+        caller = Caller(function, tenant)
+        count = self.counts[function]
         try:
-            grant = self.leases.ask(caller.waiter)
+            grant = self.leases.ask(caller.waiter, self.shares[function])
         except errors.PoolClosed:
             assert self.is_closed
             return
         except errors.Throttled:
-            self.calls += 1
-            self.throttles += 1
+            count["calls"] += 1
+            count["throttles"] += 1
             return
-        self.calls += 1
+        count["calls"] += 1
         if grant is None:
             self.callers.append(caller)
         else:
             self.begin(caller, grant)
         self.collect()
 
-    def begin(self, caller: Caller, grant: Grant[Env, int]) -> None:
+    def begin(self, caller: Caller, grant: Grant[Env, What]) -> None:
         caller.grant = grant
+        entry = grant.entry
         # The key is that of the version of this very moment, and of the caller's own tenant.
-        assert grant.entry.key == (self.version, caller.waiter.tenant)
-        if grant.victim is not None:
-            self.remove(grant.victim)
+        assert entry.key == (self.versions[caller.function], caller.waiter.tenant)
+        assert entry.share is self.shares[caller.function]
+        for victim in grant.victims:
+            assert victim.share.places is entry.share.places, "its place was set aside"
+            wanted = Retirement.DEMAND if caller.is_call else Retirement.PROVISIONED
+            assert victim.reason is wanted
+            if victim.is_provisioned:
+                assert caller.is_call
+                assert victim.share is entry.share
+            self.remove(victim)
         if grant.is_birth:
-            assert grant.entry.env is None
+            assert entry.env is None
             self.births.append(caller)
-            self.order.append(grant.entry)
-        else:
-            self.enter(caller)
+            self.order.append(entry)
+            return
+        if grant.is_cold:
+            assert entry.env is not None
+            entry.env.is_frozen = False
+        self.enter(caller)
 
     def enter(self, caller: Caller) -> None:
         assert caller.grant is not None
@@ -113,6 +154,7 @@ class Pool(RuleBasedStateMachine):
         assert caller.grant.is_birth or caller.grant.entry not in self.dead
         assert env.key == caller.grant.entry.key
         assert not env.is_closed
+        assert not env.is_frozen, "nobody has thawed it"
         assert env.users == 0, "two calls at once"
         env.users += 1
         self.running.append(caller)
@@ -124,12 +166,12 @@ class Pool(RuleBasedStateMachine):
                 continue
             self.callers.remove(caller)
             if caller.waiter.error is not None:
-                self.throttles += 1
+                self.counts[caller.function]["throttles"] += 1
             else:
                 assert caller.waiter.grant is not None
                 self.begin(caller, caller.waiter.grant)
 
-    def remove(self, entry: Entry[Env, int]) -> None:
+    def remove(self, entry: Entry[Env, What]) -> None:
         assert entry.phase is Phase.RETIRED
         assert entry.reason is not None
         if entry.env is not None:
@@ -165,9 +207,10 @@ class Pool(RuleBasedStateMachine):
 
     def end(self, caller: Caller, doubt: Retirement | None, answered: bool) -> None:
         assert caller.grant is not None
-        reason = self.leases.give_back(caller.grant, doubt, answered=answered, seconds=0.1)
-        self.answers += answered
-        self.errors += not answered
+        told = answered if caller.is_call else None
+        reason = self.leases.give_back(caller.grant, doubt, answered=told, seconds=0.1)
+        if caller.is_call:
+            self.counts[caller.function]["answers" if answered else "errors"] += 1
         if doubt is not None:
             assert reason is doubt
         elif caller.grant.entry in self.dead:
@@ -188,9 +231,31 @@ class Pool(RuleBasedStateMachine):
     def waiting_ends(self, data: st.DataObject) -> None:
         caller = self.callers.pop(data.draw(st.integers(0, len(self.callers) - 1)))
         assert self.leases.withdraw(caller.waiter) is None
-        self.throttles += 1
+        self.counts[caller.function]["throttles"] += 1
+        self.collect()
 
     # -- what happens to them ------------------------------------------------------------------
+
+    @rule()
+    def one_to_be_kept_ready_is_born(self) -> None:
+        grant = self.leases.reserve()
+        if grant is not None:
+            assert not self.is_closed
+            assert grant.entry.is_provisioned
+            function = next(name for name, s in self.shares.items() if s is grant.entry.share)
+            self.begin(Caller(function, None, is_call=False), grant)
+
+    @rule(function=st.sampled_from(["light", "heavy"]), count=st.integers(0, 2))
+    def provision(self, function: str, count: int) -> None:
+        share = self.shares[function]
+        before = share.provisioned
+        try:
+            surplus = self.leases.provision(share, count)
+        except errors.ConfigError:
+            assert share.provisioned == before
+            return
+        assert all(entry.reason is Retirement.PROVISIONED for entry in surplus)
+        self.removing += surplus
 
     @rule(data=st.data())
     def one_dies(self, data: st.DataObject) -> None:
@@ -204,19 +269,48 @@ class Pool(RuleBasedStateMachine):
             if was_idle:
                 self.removing.append(entry)
 
-    @rule(seconds=st.sampled_from([1, 30, 90]))
+    @rule(seconds=st.sampled_from([1, 6, 30, 90]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
-        over, orphans, due = self.leases.sweep(60)
-        assert not orphans
-        assert due > 0
-        self.removing += over
+        due = self.leases.sweep()
+        assert not due.orphans
+        assert due.seconds > 0
+        self.removing += due.over
+        for entry in due.cold:
+            assert self.now - entry.idle_since >= FREEZE_AFTER
+            assert self.leases.begin_freeze(entry)
+            assert not self.leases.begin_freeze(entry)
+            assert entry.env is not None
+            entry.env.is_frozen = True
+
+    @rule(function=FUNCTIONS, tenant=TENANTS)
+    def a_call_is_faster_than_the_freezer(self, function: str, tenant: str | None) -> None:
+        """It is told to freeze one, and finds that a call has it."""
+        cold = self.leases.sweep()
+        self.removing += cold.over
+        self.call(function, tenant)
+        for entry in cold.cold:
+            is_idle = entry.phase is Phase.IDLE
+            assert self.leases.begin_freeze(entry) is is_idle
+            if is_idle:
+                assert entry.env is not None
+                entry.env.is_frozen = True
+
+    @rule()
+    def memory_is_short(self) -> None:
+        idle = [e for e in self.leases._entries if e.phase is Phase.IDLE and not e.is_provisioned]
+        gone = self.leases.relieve()
+        assert len(gone) == -(-len(idle) // 4)
+        kept = [entry.idle_since for entry in idle if entry not in gone]
+        assert all(entry.idle_since <= min(kept, default=self.now) for entry in gone)
+        self.removing += gone
 
     @precondition(lambda self: not self.is_closed)
-    @rule()
-    def publish(self) -> None:
-        self.version += 1
-        self.removing += self.leases.publish(self.resolver(self.version))
+    @rule(function=FUNCTIONS)
+    def publish(self, function: str) -> None:
+        self.versions[function] += 1
+        resolve = resolver(function, self.versions[function])
+        self.removing += self.leases.publish(self.shares[function], resolve)
 
     @precondition(lambda self: not self.is_closed)
     @rule(drain=st.booleans())
@@ -230,40 +324,79 @@ class Pool(RuleBasedStateMachine):
         self.removing += idle
         if not drain:
             assert len(killed) == len(self.running)
-            before = self.throttles
+            before = self.total("throttles")
             self.collect()
-            assert self.throttles == before + waiting
+            assert self.total("throttles") == before + waiting
 
     # -- what always holds ---------------------------------------------------------------------
+
+    def total(self, name: str) -> int:
+        return sum(count[name] for count in self.counts.values())
+
+    def idle(self) -> list[Entry[Env, What]]:
+        return [entry for places in self.leases._parts for entry in places.idle()]
 
     @invariant()
     def none_is_lost_or_counted_twice(self) -> None:
         entries = self.leases._entries
-        assert len(entries) <= MOST
         held = [caller.grant.entry for caller in self.births + self.running if caller.grant]
-        idle = [entry for stack in self.leases._idle.values() for entry in stack]
+        idle = self.idle()
         everyone = [*held, *idle, *self.removing]
         assert len(everyone) == len(set(everyone))
         assert set(everyone) == entries
-        assert all(entry.key == (self.version, entry.key[1]) for entry in idle)  # type: ignore[index]
+        for name, share in self.shares.items():
+            assert all(entry.key[0] == self.versions[name] for entry in share.idle_ones())  # type: ignore[index]
+            assert share.taken == sum(entry.share is share for entry in entries)
         assert {entry.env for entry in everyone} - {None} == self.living
 
     @invariant()
+    def there_is_room_for_all(self) -> None:
+        entries = self.leases._entries
+        assert len(entries) <= MOST
+        assert sum(WEIGHTS[entry.what[0]] for entry in entries) <= BUDGET
+        for places in self.leases._parts:
+            assert places.taken == sum(share.taken for share in places.shares) <= places.most
+            own = [entry.memory for entry in entries if entry.share.places is places]
+            assert places.memory == sum(own)
+            assert places.waiters == sum(len(share.waiters) for share in places.shares)
+
+    @invariant()
     def sums_add_up(self) -> None:
-        stats = self.leases.stats()
-        assert stats["Calls"] == self.calls
-        assert stats["Errors"] == self.errors
-        assert stats["Throttles"] == self.throttles
-        assert stats["Invocations"] == self.answers + self.errors
-        under_way = len(self.callers) + len(self.births) + len(self.running)
-        assert self.calls == self.answers + self.errors + self.throttles + under_way
-        assert stats["Waiting"] == len(self.callers) <= MAX_WAITING
+        for name, share in self.shares.items():
+            stats, count = self.leases.stats(share), self.counts[name]
+            assert stats["Calls"] == count["calls"]
+            assert stats["Errors"] == count["errors"]
+            assert stats["Throttles"] == count["throttles"]
+            assert stats["Invocations"] == count["answers"] + count["errors"]
+            under_way = [*self.callers, *self.births, *self.running]
+            calls = sum(caller.function == name and caller.is_call for caller in under_way)
+            ended = count["answers"] + count["errors"] + count["throttles"]
+            assert count["calls"] == ended + calls
+            waiting = sum(caller.function == name for caller in self.callers)
+            assert stats["Waiting"] == waiting <= MAX_WAITING
+        for name, value in self.leases.stats().items():
+            parts = [self.leases.stats(share)[name] for share in self.shares.values()]
+            assert value == pytest.approx(sum(parts))
 
     @invariant()
     def nobody_waits_for_what_is_there(self) -> None:
-        if self.callers:
-            assert len(self.leases._entries) == MOST
-            assert not self.leases._idle
+        for places in self.leases._parts:
+            waiting = places.waiting()
+            for share in waiting:
+                key, what = share.resolve(share.first.tenant)
+                own = share.idle.get(key, ())
+                assert not any(entry.is_provisioned for entry in own)
+                if share is waiting[0]:
+                    assert not own
+                    weight = WEIGHTS[what[0]]
+                    assert self.leases._find_room(share, weight, Retirement.DEMAND) is None
+
+    @invariant()
+    def no_reserved_place_is_anothers(self) -> None:
+        """Whoever asks for it gets it, however busy the others are."""
+        share = self.shares["alone"]
+        assert share.places.most == 1
+        assert len(share.waiters) == 0 or share.taken == 1
 
     def teardown(self) -> None:
         """Whatever the schedule was, everything ends."""
@@ -291,19 +424,97 @@ TestPool = Pool.TestCase
 TestPool.settings = settings(max_examples=150, stateful_step_count=40)
 
 
-def test_births_stop_after_failures_and_are_tried_one_by_one() -> None:
-    now = 0.0
-    leases: Leases[Env, int] = Leases(
-        Pool.resolver(0), most=9, max_waiting=0, max_lifetime=100, max_invocations=None,
-        clock=lambda: now,
-    )  # fmt: skip
+# -- whose turn it is ----------------------------------------------------------------------------
 
-    def ask() -> Grant[Env, int]:
-        grant = leases.ask(Waiter(None))
-        assert grant is not None
+
+class Floor:
+    """A pool whose functions share its places, and calls of them."""
+
+    def __init__(self, most: int, functions: str, **settings: object) -> None:
+        self.leases: Leases[Env, What] = Leases(
+            **{
+                "most": most,
+                "max_waiting": 99,
+                "max_lifetime": 100,
+                "max_invocations": None,
+                "idle_timeout": 60,
+                **settings,
+            }  # type: ignore[arg-type]
+        )
+        self.shares = {
+            name: self.leases.add(resolver(name, 0), reserved=None, provisioned=0)[0]
+            for name in functions
+        }
+        self.served: list[str] = []
+
+    def ask(self, function: str) -> Grant[Env, What] | Waiter[Env, What]:
+        waiter = Waiter[Env, What](None)
+        return self.leases.ask(waiter, self.shares[function]) or waiter
+
+    def begin(self, grant: Grant[Env, What]) -> Grant[Env, What]:
+        for victim in grant.victims:
+            self.leases.removed(victim)
+        if grant.is_birth:
+            self.leases.born(grant, Env(grant.entry.key), -1)
+            self.leases.started(grant, 0.0)
         return grant
 
-    def fail(grant: Grant[Env, int]) -> None:
+    def end(self, grant: Grant[Env, What]) -> None:
+        assert self.leases.give_back(grant, None, answered=True) is None
+
+    def play(self, running: list[Grant[Env, What]], waiting: list[Waiter[Env, What]]) -> list[str]:
+        """End those that run, the oldest first, until none waits; return who was served."""
+        served = []
+        while waiting:
+            self.end(running.pop(0))
+            (next_one,) = [waiter for waiter in waiting if waiter.grant is not None]
+            waiting.remove(next_one)
+            assert next_one.grant is not None
+            served.append(next_one.grant.entry.what[0])
+            running.append(self.begin(next_one.grant))
+        return served
+
+
+def fill(floor: Floor, calls: str) -> tuple[list[Grant[Env, What]], list[Waiter[Env, What]]]:
+    running, waiting = [], []
+    for function in calls:
+        answer = floor.ask(function)
+        if isinstance(answer, Grant):
+            running.append(floor.begin(answer))
+        else:
+            waiting.append(answer)
+    return running, waiting
+
+
+@pytest.mark.parametrize(
+    ("most", "calls", "served"),
+    [
+        # A burst of one function gives way to another, place by place, until they have as many;
+        # then each keeps its own.
+        (4, "aaaaaaaaaabbbbb", "bb" "aabb" "aab" "aa"),
+        # One call of another function waits for one call of the burst, not for all of it.
+        (3, "aaaaaaaab", "baaaaa"),
+        # More functions than places: by turns, in the order in which their calls came.
+        (1, "aaabbccc", "babaccc"),
+    ],
+)  # fmt: skip
+def test_the_turn_is_of_who_has_the_fewest_places(most: int, calls: str, served: str) -> None:
+    floor = Floor(most, "abc")
+    found = "".join(floor.play(*fill(floor, calls)))
+    assert found == served
+
+
+def test_births_stop_after_failures_and_are_tried_one_by_one() -> None:
+    now = 0.0
+    floor = Floor(9, "ab", max_waiting=0, clock=lambda: now)
+    leases = floor.leases
+
+    def ask(function: str = "a") -> Grant[Env, What]:
+        grant = floor.ask(function)
+        assert isinstance(grant, Grant)
+        return grant
+
+    def fail(grant: Grant[Env, What]) -> None:
         leases.failed(grant, OSError("no room"))
         leases.give_back(grant, Retirement.FAILURE, answered=False)
         leases.removed(grant.entry)
@@ -313,6 +524,7 @@ def test_births_stop_after_failures_and_are_tried_one_by_one() -> None:
     with pytest.raises(errors.Throttled, match="no room") as info:
         ask()
     assert info.value.retry_after == 1.0
+    floor.begin(ask("b"))  # another function's start
     now += 1
     trial = ask()
     with pytest.raises(errors.Throttled):
@@ -322,7 +534,5 @@ def test_births_stop_after_failures_and_are_tried_one_by_one() -> None:
         ask()
     assert info.value.retry_after == 2.0
     now += 2
-    trial = ask()
-    leases.born(trial, Env((0, None)), -1)
-    leases.started(trial, 0.0)
+    floor.begin(ask())
     ask()

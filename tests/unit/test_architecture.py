@@ -29,7 +29,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("functions", ("functions", "aio", "invoker", "worker")),
     ("command", ("command", "verdict")),
     ("blueprint", ("blueprint",)),
-    ("link", ("link", "blanks")),
+    ("link", ("link", "blanks", "files")),
     ("launcher", ("launcher",)),
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),

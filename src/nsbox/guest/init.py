@@ -96,6 +96,7 @@ class Init:
         self._worker: _Command | None = None
         self._intake: _Socket | None = None
         self._commands: dict[int, _Command] = {}
+        self._farewell: _Socket | None = None  # where it is told that all of them have ended
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._watch(control, self._on_control)
@@ -146,6 +147,9 @@ class Init:
                     return  # the channel lives on
                 if operation == p.WORK:
                     self._give_work(channel, stdio)
+                    return
+                if operation == p.TERMINATE:
+                    self._terminate(channel)
                     return
                 channel.settimeout(_IO_DEADLINE)
                 if operation == p.WRITE:
@@ -209,6 +213,23 @@ class Init:
             raise Failure(error.errno or errno.EIO, "reset") from error
         channel.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
 
+    def _terminate(self, channel: _Socket) -> None:
+        self._farewell = channel
+        try:
+            os.kill(-1, c.SIGTERM)  # kill(2): every process of this pid namespace but the caller
+        except ProcessLookupError:
+            pass
+        self._say_farewell()
+
+    def _say_farewell(self) -> None:
+        if self._farewell is not None and not self._commands:
+            try:
+                self._farewell.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
+            except OSError:
+                pass  # the host waits no longer
+            self._farewell.close()
+            self._farewell = None
+
     def _kill_all_but(self, kept: tuple[int, ...]) -> None:
         deadline = time.monotonic() + _RESET_DEADLINE
         while time.monotonic() < deadline:
@@ -243,6 +264,7 @@ class Init:
         except BlockingIOError:
             pass
         self._reap()
+        self._say_farewell()
 
     def _reap(self) -> None:
         while True:

@@ -28,6 +28,8 @@ WORK = b"P"
 run, without STARTED."""
 RESET = b"Z"
 """Kill everything but PID 1 and the worker, and empty all writable places; answer OK."""
+TERMINATE = b"T"
+"""SIGTERM to every process but PID 1; answer OK when all commands, and the worker, have ended."""
 
 HERE = b"h"
 """The request is in this message."""

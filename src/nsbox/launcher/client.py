@@ -275,6 +275,11 @@ class _Holder:
                 self._launcher = Launcher()
             return self._launcher
 
+    def running(self) -> Launcher | None:
+        with self._lock:
+            launcher = self._launcher
+            return launcher if launcher is not None and launcher.alive else None
+
     def shutdown(self) -> None:
         with self._lock:
             self._close()
@@ -302,6 +307,11 @@ def get_launcher() -> Launcher:
         As `Launcher`.
     """
     return _holder.get()
+
+
+def running_launcher() -> Launcher | None:
+    """Return this process's launcher if it runs."""
+    return _holder.running()
 
 
 def shutdown() -> None:

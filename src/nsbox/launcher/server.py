@@ -351,8 +351,9 @@ class Server:
                 return  # "gone" is the answer
             if kind == "freeze":
                 self._freeze(environment)
-            elif kind == "claim":
-                self._blanks.pop(environment.pidfd, None)
+            elif kind in ("claim", "keep"):
+                if self._blanks.pop(environment.pidfd, None) is not None and kind == "keep":
+                    self._blanks[environment.pidfd] = time.monotonic() + wire.BLANK_LIFE
                 return
             elif kind == "furnish":
                 self.layouts.furnish(environment.pid, received[0]["mounts"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 # asm/signal.h. Here because `import signal` loads enum, which costs the launcher milliseconds.
 SIGKILL = 9
+SIGTERM = 15
 SIGPIPE = 13
 SIGCHLD = 17
 SIGXFSZ = 25

@@ -201,6 +201,17 @@ def read_status(pid: int | str = "self") -> dict[str, str]:
     return parse_status(_read(f"/proc/{pid}/status"))
 
 
+def has_pending(pid: int, number: int) -> bool:
+    """Whether a signal is on its way to a process (proc_pid_status(5), ShdPnd).
+
+    False when that cannot be seen.
+    """
+    try:
+        return bool(int(read_status(pid)["ShdPnd"], 16) & 1 << (number - 1))
+    except (OSError, KeyError, ValueError):
+        return False
+
+
 def read_stat(pid: int | str = "self") -> Stat:
     """Read /proc/PID/stat."""
     return Stat(_read(f"/proc/{pid}/stat"))

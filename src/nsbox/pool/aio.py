@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from nsbox.errors import PoolError
 from nsbox.function import Function, FunctionVersion
-from nsbox.pool.warm import WarmPool
+from nsbox.pool.warm import PoolFunction, WarmPool
 
 
 class AsyncWarmPool:
@@ -18,7 +18,11 @@ class AsyncWarmPool:
         pool: The `WarmPool` behind it, which threads may use at the same time.
     """
 
-    def __init__(self, source: Function | FunctionVersion, **settings: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        source: Function | FunctionVersion | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> None:
         """Take what `WarmPool` takes; nothing is made before it is entered."""
         self._source = source
         self._settings = settings
@@ -44,6 +48,17 @@ class AsyncWarmPool:
     ) -> Any:  # noqa: ANN401 - any JSON value
         """Call the function with an event; see `WarmPool.invoke` and `WarmPool.invoke_async`."""
         return await self.pool.invoke_async(event, timeout=timeout, tenant=tenant)
+
+    async def function(
+        self,
+        source: Function | FunctionVersion,
+        **settings: Any,  # noqa: ANN401
+    ) -> PoolFunction:
+        """Have the pool serve another function; see `WarmPool.function`.
+
+        What it returns is called with `PoolFunction.invoke_async`.
+        """
+        return await asyncio.to_thread(self.pool.function, source, **settings)
 
     async def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
         """Let the next call run another version; see `WarmPool.publish`."""

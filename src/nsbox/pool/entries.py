@@ -7,9 +7,12 @@ import enum
 import select
 import threading
 from collections.abc import Hashable
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from nsbox.pool.events import Retirement
+
+if TYPE_CHECKING:
+    from nsbox.pool.shares import Share
 
 
 class Closable(Protocol):
@@ -36,14 +39,18 @@ class Entry(Generic[E, W]):
     """The place of one environment. Only `Leases` changes it."""
 
     __slots__ = (
-        "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations",
-        "is_dead", "is_provisioned", "key", "phase", "reason", "token", "what",
+        "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations", "is_cold",
+        "is_dead", "is_provisioned", "key", "memory", "phase", "reason", "share", "token", "what",
     )  # fmt: skip
 
-    def __init__(self, key: Hashable, what: W, generation: int, token: int, now: float) -> None:
+    def __init__(
+        self, share: Share[E, W], key: Hashable, what: W, memory: int, token: int, now: float
+    ) -> None:
+        self.share = share
         self.key = key
         self.what = what
-        self.generation = generation
+        self.memory = memory
+        self.generation = share.generation
         self.phase = Phase.BIRTH
         self.token = token
         self.env: E | None = None
@@ -51,7 +58,7 @@ class Entry(Generic[E, W]):
         self.death: select.poll | None = None
         self.begun = self.born = self.idle_since = now
         self.invocations = 0
-        self.is_dead = self.is_provisioned = False
+        self.is_cold = self.is_dead = self.is_provisioned = False
         self.reason: Retirement | None = None
 
 
@@ -60,27 +67,42 @@ class Grant(Generic[E, W]):
 
     Attributes:
         is_birth: Whether the holder has to give birth (`Leases.born`).
-        victim: What the holder has to close before that.
+        victims: What the holder has to close before that.
+        is_cold: Whether the holder has to thaw it: it is frozen, or just being frozen.
     """
 
-    __slots__ = ("entry", "is_birth", "token", "victim")
+    __slots__ = ("entry", "is_birth", "is_cold", "token", "victims")
 
     def __init__(
-        self, entry: Entry[E, W], *, is_birth: bool = False, victim: Entry[E, W] | None = None
+        self,
+        entry: Entry[E, W],
+        *,
+        is_birth: bool = False,
+        is_cold: bool = False,
+        victims: tuple[Entry[E, W], ...] = (),
     ) -> None:
         self.entry = entry
         self.token = entry.token
         self.is_birth = is_birth
-        self.victim = victim
+        self.is_cold = is_cold
+        self.victims = victims
 
 
 class Waiter(Generic[E, W]):
-    """A call that waits for its turn."""
+    """A call that waits for its turn.
 
-    __slots__ = ("_turn", "error", "grant", "tenant")
+    Attributes:
+        share: What its function has; set when it joins the queue.
+        turn: Its number among all that wait.
+    """
+
+    share: Share[E, W]
+
+    __slots__ = ("_turn", "error", "grant", "share", "tenant", "turn")
 
     def __init__(self, tenant: str | None) -> None:
         self.tenant = tenant
+        self.turn = 0
         self.grant: Grant[E, W] | None = None
         self.error: Exception | None = None
         self._turn: threading.Lock | None = None

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 
 class Retirement(enum.Enum):
-    """Why a pool closed an environment."""
+    """Why a pool closed an environment; the first two say why it made one, too."""
 
     DEMAND = "demand"
-    """It was idle, and its place was needed for another tenant's."""
+    """It was idle, and its place or memory was needed for a call. Of one made: a call needs it."""
+    PROVISIONED = "provisioned"
+    """It was idle, and its place or memory was needed for one that is to be kept ready; or fewer
+    are to be kept ready. Of one made: it is to be kept ready."""
     IDLE = "idle"
     LIFETIME = "lifetime"
     INVOCATIONS = "invocations"
@@ -20,6 +23,8 @@ class Retirement(enum.Enum):
     """Another version was published."""
     FAILURE = "failure"
     """It died, did not start, or a call ended in a way that leaves doubt."""
+    PRESSURE = "pressure"
+    """It was idle, and the host is short of memory."""
     CLOSE = "close"
 
 
@@ -31,16 +36,18 @@ class PoolEvent:
     """
 
     kind: str
-    """``created``, ``initialised``, ``invoked`` or ``retired``."""
+    """``created``, ``initialised``, ``invoked``, ``frozen``, ``thawed`` or ``retired``."""
     environment: str
     """The environment's id."""
+    function: str
+    """The function's name; empty for a `Config`."""
     version: str
-    """The function version's id; empty for a pool of a `Config`."""
+    """The function version's id; empty for a `Config`."""
     tenant: str | None = None
     provisioned: bool = False
     """Whether it is one of those that are kept ready."""
     reason: Retirement | None = None
-    """Of ``retired``."""
+    """Of ``retired``; of ``created`` DEMAND or PROVISIONED."""
     error: str = ""
     """Of ``invoked``: the class of what was raised, if anything was."""
 
@@ -48,20 +55,26 @@ class PoolEvent:
 class Counters:
     """The numbers of a pool; its lock is held for every change."""
 
-    def __init__(self, *, spills: bool) -> None:
-        """`spills`: a call that no provisioned environment serves is told as such."""
-        self._spills = spills
+    def __init__(self) -> None:
         self.calls = self.answers = self.errors = self.throttles = self.births = 0
         self._provisioned = self._spillover = 0
         self._seconds = self.init_seconds = 0.0
 
-    def end(self, answered: bool, seconds: float, is_provisioned: bool) -> None:
-        """Count a call that had an environment, or a place for one."""
+    def end(self, answered: bool, seconds: float, is_provisioned: bool, *, spills: bool) -> None:
+        """Count a call that had an environment, or a place for one.
+
+        `spills`: one that no provisioned environment has served is told as such.
+        """
         self.answers += answered
         self.errors += not answered
         self._seconds += seconds
         self._provisioned += is_provisioned
-        self._spillover += self._spills and not is_provisioned
+        self._spillover += spills and not is_provisioned
+
+    def add(self, other: Counters) -> None:
+        """Add the numbers of another function."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def mean_duration(self) -> float:
         """Return the mean seconds of a call so far, or a tenth before the first."""

@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pool does to its environments: gives birth, judges, closes, keeps them ready, tells."""
+"""What a pool does to its environments: gives birth, judges, freezes, keeps them ready, tells."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 import select
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Final
 
+from nsbox import blanks
 from nsbox.config import Config
-from nsbox.environment import ExecutionEnvironment, death_descriptor
+from nsbox.environment import ExecutionEnvironment, State, death_descriptor, kind_of
 from nsbox.errors import (
     ConfigError,
     EnvironmentDied,
@@ -20,22 +24,28 @@ from nsbox.errors import (
     FunctionError,
     NsboxError,
     PoolClosed,
-    PoolError,
-    PoolTimeout,
 )
 from nsbox.function import FunctionVersion
+from nsbox.launcher.wire import BLANK_LIFE
+from nsbox.linux.proc import has_pending
+from nsbox.pool.endings import Endings
 from nsbox.pool.entries import Entry, Grant
 from nsbox.pool.events import PoolEvent, Retirement
 from nsbox.pool.leases import Leases
+from nsbox.pool.pressure import Pressure
+from nsbox.pool.settings import Settings
+from nsbox.pool.shares import Resolve, Share
 from nsbox.pool.watch import Watch
 
 Source = FunctionVersion | Config
 PoolGrant = Grant[ExecutionEnvironment, Source]
 PoolEntry = Entry[ExecutionEnvironment, Source]
 PoolLeases = Leases[ExecutionEnvironment, Source]
+PoolShare = Share[ExecutionEnvironment, Source]
 
 _log: Final = logging.getLogger("nsbox.pool")
 _HARMLESS: Final = ("", "Runtime.MarshalError", "Function.ResponseSizeTooLarge")
+_WISH_SECONDS: Final = BLANK_LIFE / 3
 RETURN_DEADLINE: Final = 10.0
 """Seconds in which a killed call must have given its lease back."""
 
@@ -43,47 +53,73 @@ RETURN_DEADLINE: Final = 10.0
 class House:
     """The environments of a pool, and the thread that keeps them."""
 
-    _acquire_timeout: float | None
-
-    def __init__(
-        self,
-        leases: PoolLeases,
-        *,
-        provisioned: int,
-        idle_timeout: float,
-        reuse: str,
-        is_function: bool,
-        on_event: Callable[[PoolEvent], object] | None,
-    ) -> None:
-        self._leases = leases
-        self._provisioned = provisioned
-        self._idle_timeout = idle_timeout
-        self._reuse = reuse
-        self._is_function = is_function
-        self._on_event = on_event
-        self._owner = os.getpid()
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._leases: PoolLeases = Leases(
+            most=settings.max_environments,
+            max_waiting=settings.max_waiting,
+            max_lifetime=settings.max_lifetime,
+            max_invocations=settings.max_invocations,
+            idle_timeout=settings.idle_timeout,
+            freeze_after=settings.freeze_after,
+            memory_budget=settings.memory_budget,
+            weigh=_memory_of if settings.memory_budget is not None else _weightless,
+        )
+        self.owner = os.getpid()
+        self._endings = Endings(settings.shutdown_grace, self._close, self._await_frost)
         self._watched: dict[int, PoolEntry] = {}
         self._watch: Watch | None = None
         self._start_lock = threading.Lock()
+        # Held while an environment is being frozen. Reentrant: `on_event` is called under it.
+        self._frost = threading.RLock()
+        self._pressure: Pressure | None = None
+        self._next_wish = 0.0
         self._filler: threading.Thread | None = None
-        self._is_closed = self._is_filled = False
+        self._is_closed = False
 
-    def _check_usable(self, *, is_function: bool) -> None:
-        if self._owner != os.getpid():
-            raise PoolError(f"this pool belongs to process {self._owner}; make another one here")
-        if is_function is not self._is_function:
-            has = "a function: use invoke" if self._is_function else "a Config: use acquire"
-            raise PoolError(f"this pool is of {has}")
+    # -- functions -------------------------------------------------------------------------------
 
-    def _timed_out(self) -> PoolTimeout:
-        return PoolTimeout(f"no environment was free within {self._acquire_timeout} seconds")
+    def add(
+        self,
+        resolve: Resolve[Source],
+        *,
+        reserved: int | None,
+        provisioned: int,
+        optional: bool = False,
+    ) -> PoolShare:
+        """Return the share of another function; see `Leases.add`."""
+        share, surplus = self._leases.add(
+            resolve, reserved=reserved, provisioned=provisioned, optional=optional
+        )
+        self._endings.see_out(surplus)  # what has been reserved is to be had now
+        return share
+
+    def open(self, share: PoolShare) -> None:
+        """Have what is to be kept ready of it ready; from now on the thread sees to that."""
+        self._fill(share)
+        share.is_open = True
+        if self.settings.blank:
+            self._next_wish = 0.0
+            self._get_watch()
+        self._ring()
+
+    def withdraw(self, share: PoolShare) -> None:
+        """Take a function out again that could not be opened."""
+        self.dispose_all(self._leases.remove(share))
+
+    def dispose_all(self, entries: Sequence[PoolEntry]) -> None:
+        """See retired environments out, and have the thread look at what is missing now."""
+        for entry in entries:
+            self._dispose(entry)
+        self._next_wish = 0.0  # another version may be another kind
+        self._ring()
 
     # -- environments ----------------------------------------------------------------------------
 
     def _is_dead(self, grant: PoolGrant) -> bool:
-        """Look whether it has died a moment ago; then it is closed."""
+        """Look whether it has died a moment ago; then it is closed. A frozen one is thawed."""
         death = grant.entry.death
-        if death is not None and not death.poll(0):
+        if death is not None and not death.poll(0) and (not grant.is_cold or self._thaw(grant)):
             return False
         self._give_back(grant, Retirement.FAILURE)
         return True
@@ -92,9 +128,8 @@ class House:
         """Have the environment of a birth's lease born and initialised; else end the lease."""
         entry = grant.entry
         try:
-            victim, grant.victim = grant.victim, None  # whoever drops the lease later has none
-            if victim is not None:
-                self._dispose(victim)
+            victims, grant.victims = grant.victims, ()  # whoever drops the lease later has none
+            self._endings.see_out(victims)
             env = ExecutionEnvironment(entry.what)
             try:
                 self._adopt(grant, env)
@@ -102,10 +137,11 @@ class House:
                 if entry.env is None:
                     env.close(wait=False)
                 raise
-            self._tell("created", entry)
+            reason = Retirement.PROVISIONED if entry.is_provisioned else Retirement.DEMAND
+            self._tell("created", entry, reason=reason)
             begin = time.monotonic()
-            if self._is_function:
-                env.init()
+            if isinstance(entry.what, FunctionVersion):
+                env.init(provisioned=entry.is_provisioned)
                 self._tell("initialised", entry)
             self._leases.started(grant, time.monotonic() - begin)
         except BaseException as error:
@@ -129,17 +165,17 @@ class House:
         self._leases.born(grant, env, fd)
 
     def _drop(self, grant: PoolGrant | None) -> None:
-        """End a lease that nobody uses any more; its call counts as an error."""
+        """End a lease that nobody uses any more; its call counts as an error. Waits for nothing."""
         if grant is None:
             return
-        if grant.victim is not None:
-            self._dispose(grant.victim)
+        for victim in grant.victims:
+            self._close(victim)
         self._give_back(grant, None, answered=False)
 
     def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
         entry = grant.entry
         doubt = self._doubt(entry, error)
-        if self._on_event is not None:
+        if self.settings.on_event is not None:
             self._tell("invoked", entry, error=type(error).__name__ if error else "")
         self._give_back(
             grant,
@@ -160,7 +196,7 @@ class House:
     def _doubt(self, entry: PoolEntry, error: BaseException | None) -> Retirement | None:
         """Return why the environment may not be used again after a call that ended so."""
         if error is None or isinstance(error, ConfigError):
-            return Retirement.INVOCATIONS if self._reuse == "never" else None
+            return self._reuse_of(entry)
         if not isinstance(error, FunctionError) or error.invocation is None:
             return Retirement.FAILURE
         # The host's own word on how it failed; what the function says is `error.error_type`.
@@ -168,7 +204,13 @@ class House:
         is_command = isinstance(entry.what, FunctionVersion) and entry.what.function.command
         if kind not in _HARMLESS and not (is_command and kind == "Runtime.ExitError"):
             return Retirement.FAILURE
-        return Retirement.INVOCATIONS if self._reuse == "never" else None
+        return self._reuse_of(entry)
+
+    def _reuse_of(self, entry: PoolEntry) -> Retirement | None:
+        reuse = self.settings.reuse
+        if isinstance(entry.what, FunctionVersion):
+            reuse = entry.what.function.reuse
+        return Retirement.INVOCATIONS if reuse == "never" else None
 
     def _give_back(
         self,
@@ -179,15 +221,31 @@ class House:
         seconds: float = 0.0,
     ) -> None:
         retired = self._leases.give_back(grant, doubt, answered=answered, seconds=seconds)
-        if retired is not None:
+        if doubt is not None:
+            self._close(grant.entry)
+        elif retired is not None:
             self._dispose(grant.entry)
-        elif self._leases.has_orphans:
+        elif self._leases.wants_sweep:
             self._ring()
 
-    def _dispose(self, entry: PoolEntry, *, wait: bool = False) -> None:
+    # -- ends ------------------------------------------------------------------------------------
+
+    def _dispose(self, entry: PoolEntry) -> None:
+        """See a retired environment out, in order if nothing is amiss; nobody waits for that."""
+        if entry.reason is not Retirement.FAILURE and not self._leases.is_killed:
+            farewell = self._endings.begin(entry)
+            if farewell >= 0:
+                self._get_watch().add(farewell)
+                self._ring()
+                return
+        self._close(entry)
+
+    def _close(self, entry: PoolEntry, *, wait: bool = False) -> None:
         """Close a retired environment and free its place."""
         try:
             if entry.env is not None:
+                if entry.is_cold:
+                    self._await_frost()
                 watch = self._watch
                 if watch is not None:
                     watch.discard(entry.fd)
@@ -197,7 +255,7 @@ class House:
                 self._tell("retired", entry, reason=entry.reason)
         finally:
             self._leases.removed(entry)
-            if self._provisioned or self._leases.has_orphans:
+            if self._leases.is_wanting:
                 self._ring()
 
     # -- keeping house ---------------------------------------------------------------------------
@@ -211,50 +269,127 @@ class House:
     def _get_watch(self) -> Watch:
         with self._start_lock:
             if self._watch is None:
-                self._watch = Watch(self._on_death, self._on_time)
+                if self.settings.min_available is not None:
+                    self._pressure = Pressure(self.settings.min_available)
+                self._watch = Watch(self._on_ready, self._on_time)
+                for fd in self._pressure.triggers if self._pressure is not None else ():
+                    self._watch.add_trigger(fd)
             return self._watch
 
-    def _on_death(self, fd: int) -> None:
+    def _on_ready(self, fd: int) -> None:
+        """Note a death, the end of one that was asked to end, or that memory is short."""
+        watch = self._watch
+        if watch is not None and self._endings.is_leaving(fd):
+            watch.discard(fd)
+            self._endings.end(fd)
+            return
+        if self._pressure is not None and fd in self._pressure.triggers:
+            self.dispose_all(self._leases.relieve())
+            return
         entry = self._watched.get(fd)
         # The number may be another environment's since the kernel told it. A poll object is of one
         # thread at a time, and `entry.death` is that of whoever holds the lease.
         if entry is None or not _poll_of(fd).poll(0):
             return
         if self._leases.died(entry):
-            self._dispose(entry)
+            self._close(entry)
 
     def _on_time(self) -> float:
-        over, orphans, due = self._leases.sweep(self._idle_timeout)
-        for entry in over:
+        due = self._leases.sweep()
+        for entry in due.over:
             self._dispose(entry)
-        for grant in orphans:
+        for grant in due.orphans:
             self._drop(grant)
-        if (
-            self._provisioned
-            and self._is_filled
-            and not self._is_closed
-            and not (self._filler is not None and self._filler.is_alive())
-        ):
-            place = self._leases.reserve(self._provisioned)
+        for entry in due.cold:
+            self._freeze(entry)
+        seconds = min(due.seconds, self._look_at_memory(), self._keep_blanks())
+        for fd, left in self._endings.deadlines():
+            if left > 0:
+                seconds = min(seconds, left)
+            else:
+                self._on_ready(fd)
+        filler = self._filler
+        if not self._is_closed and not (filler and filler.is_alive()):
+            place = self._leases.reserve()
             if place is not None:
                 # A birth may take long, and deaths are to be seen meanwhile.
                 self._filler = threading.Thread(
                     target=self._refill, args=(place,), name="nsbox-pool-fill", daemon=True
                 )
                 self._filler.start()
-        return due
+        return seconds
 
-    def _fill(self, grant: PoolGrant | None = None) -> None:
+    def _look_at_memory(self) -> float:
+        """Close idle ones when memory is short; return in how many seconds to look again."""
+        if self._pressure is None or (self._leases.wants_sweep and not self._leases.has_idle):
+            return math.inf
+        is_low, seconds = self._pressure.look()
+        if is_low:
+            self.dispose_all(self._leases.relieve())
+        return seconds
+
+    def _keep_blanks(self) -> float:
+        """Say again which blanks are wanted; return in how many seconds to do so again."""
+        left = self._next_wish - time.monotonic()
+        if not self.settings.blank or self._is_closed or left > 0:
+            return left if self.settings.blank else math.inf
+        self._next_wish = time.monotonic() + _WISH_SECONDS
+        try:
+            kinds = [kind_of(source) for source in self._leases.sources()]
+            for launcher in {launcher for launcher, _ in kinds}:
+                specs = [spec for _, spec in kinds if spec is not None]
+                blanks.wish(self, launcher, specs, self.settings.blank)
+        except NsboxError as error:
+            # Environments that are needed will say so, too.
+            _log.debug("no blank environments: %s", error)
+        return _WISH_SECONDS
+
+    def _freeze(self, entry: PoolEntry) -> None:
+        """Freeze an idle one, unless a call is faster."""
+        with self._frost:
+            if entry.env is None or not self._leases.begin_freeze(entry):
+                return
+            try:
+                entry.env.freeze()
+            except NsboxError as error:
+                # It is dying, or makes processes faster than they can be stopped.
+                _log.debug("environment %s is not frozen: %s", entry.env.id, error)
+            else:
+                self._tell("frozen", entry)
+                return
+        if self._leases.died(entry):
+            self._close(entry)
+
+    def _thaw(self, grant: PoolGrant) -> bool:
+        """Thaw what was frozen for nobody used it; False when it is dead."""
+        env = env_of(grant)
+        self._await_frost()
+        if has_pending(env.pid, signal.SIGKILL):
+            return False  # v1's freezer holds up even that
+        try:
+            if env.state is State.FROZEN:
+                env.thaw()
+                self._tell("thawed", grant.entry)
+        except NsboxError:
+            return False
+        return True
+
+    def _await_frost(self) -> None:
+        """Wait until what is just being frozen stands still."""
+        with self._frost:
+            pass
+
+    def _fill(self, share: PoolShare | None = None, grant: PoolGrant | None = None) -> None:
         """Give birth to the provisioned environments that are missing."""
-        place = grant or self._leases.reserve(self._provisioned)
+        place = grant or self._leases.reserve(share)
         while place is not None:
             self._give_birth(place, is_call=False)
             self._give_back(place, None)
-            place = self._leases.reserve(self._provisioned)
+            place = self._leases.reserve(share)
 
     def _refill(self, grant: PoolGrant) -> None:
         try:
-            self._fill(grant)
+            self._fill(grant=grant)
         except PoolClosed:
             pass  # nobody needs it any more
         except (NsboxError, OSError) as error:
@@ -266,34 +401,49 @@ class House:
     def _tell(
         self, kind: str, entry: PoolEntry, *, reason: Retirement | None = None, error: str = ""
     ) -> None:
-        if self._on_event is None or entry.env is None:
+        on_event = self.settings.on_event
+        if on_event is None or entry.env is None:
             return
+        version = entry.what if isinstance(entry.what, FunctionVersion) else None
         event = PoolEvent(
             kind=kind,
             environment=entry.env.id,
-            version=entry.what.id if isinstance(entry.what, FunctionVersion) else "",
-            tenant=entry.what.tenant if isinstance(entry.what, FunctionVersion) else None,
+            function=version.name if version else "",
+            version=version.id if version else "",
+            tenant=version.tenant if version else None,
             provisioned=entry.is_provisioned,
             reason=reason,
             error=error,
         )
         try:
-            self._on_event(event)
+            on_event(event)
         except Exception:  # noqa: BLE001 - the caller's; the pool's own work goes on
             _log.exception("on_event raised for %s", event)
 
-    def _end_leases(self, kill: Callable[[int], object] | None) -> Exception | None:
-        failure: Exception | None = None
-        idle, orphans = self._leases.begin_close(kill)
-        for entry in idle:
-            try:
-                self._dispose(entry, wait=True)
-            except NsboxError as error:
-                failure = failure or error
+    def end(self, *, drain: bool) -> Exception | None:
+        """Close every environment; return what could not be removed, if anything."""
+        idle, orphans = self._leases.begin_close(None if drain else _kill)
+        failure = self._endings.see_out(idle, wait=True, is_hasty=not drain)
         for grant in orphans:
             self._drop(grant)
-        self._leases.await_empty(None if kill is None else RETURN_DEADLINE)
+        if not drain:
+            self._endings.hasten()
+            self._ring()
+        self._leases.await_empty(None if drain else RETURN_DEADLINE)
+        self._is_closed = True
+        filler = self._filler
+        if filler is not None:
+            filler.join(RETURN_DEADLINE)
         return failure
+
+    def end_watch(self) -> None:
+        """End the thread, when every environment is closed."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        blanks.forget(self)
+        if self._pressure is not None:
+            self._pressure.close()
 
 
 def _poll_of(fd: int) -> select.poll:
@@ -307,3 +457,22 @@ def env_of(grant: PoolGrant) -> ExecutionEnvironment:
     if grant.entry.env is None:
         raise EnvironmentStateError("this lease has no environment yet")
     return grant.entry.env
+
+
+def _kill(fd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+
+
+def _weightless(_source: Source) -> int:
+    return 0
+
+
+def _memory_of(source: Source) -> int:
+    limits = source.function.limits if isinstance(source, FunctionVersion) else source.limits
+    if limits.memory_max is None:
+        raise ConfigError(
+            "memory_budget: it sums up memory limits, and there is one without; give it "
+            "limits=Limits(memory_max=...), or leave memory_budget out"
+        )
+    return int(limits.memory_max)

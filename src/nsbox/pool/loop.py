@@ -8,8 +8,9 @@ import threading
 from typing import Any
 
 from nsbox.environment import ExecutionEnvironment
+from nsbox.pool.desk import Desk
 from nsbox.pool.entries import Waiter
-from nsbox.pool.house import House, PoolGrant, Source, env_of
+from nsbox.pool.house import PoolGrant, Source, env_of
 
 
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
@@ -86,7 +87,7 @@ class _Birth:
             self._calls._drop(self._grant)
 
 
-class PoolCalls(House):
+class PoolCalls(Desk):
     """The asynchronous methods of a `WarmPool`."""
 
     async def invoke_async(
@@ -117,7 +118,7 @@ class PoolCalls(House):
         is_counted = False
         while True:
             waiter = LoopWaiter(tenant, loop)
-            grant = self._leases.ask(waiter, again=is_counted)
+            grant = self._leases.ask(waiter, self._share, again=is_counted)
             if grant is None:
                 grant = await self._wait_on_loop(waiter, deadline)
             is_counted = True
@@ -135,7 +136,7 @@ class PoolCalls(House):
         except BaseException:
             grant = self._leases.withdraw(waiter)
             if grant is not None:
-                # Closing its victim, if any, waits for nothing.
+                # Closing its victims, if any, waits for nothing.
                 self._drop(grant)
             raise
         finally:

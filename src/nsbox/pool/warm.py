@@ -10,10 +10,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import signal
 import threading
 import time
-import weakref
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
 from typing import Any, Final, Self
@@ -28,105 +26,22 @@ from nsbox.function import Function, FunctionVersion
 from nsbox.invocation import Invocation
 from nsbox.pool.entries import Waiter
 from nsbox.pool.events import PoolEvent
-from nsbox.pool.house import RETURN_DEADLINE, PoolGrant, PoolLeases, Source, env_of
+from nsbox.pool.house import House, PoolGrant, PoolShare, Source, env_of
 from nsbox.pool.jobs import Jobs
-from nsbox.pool.leases import Leases, Resolve
 from nsbox.pool.loop import PoolCalls
+from nsbox.pool.settings import check_count, check_settings
+from nsbox.pool.shares import Resolve
 
 _TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
 
 
-class WarmPool(PoolCalls):
-    """Keeps environments warm and gives each of them to one call at a time.
+class PoolFunction(PoolCalls):
+    """One function of a pool: its calls, its version, its numbers. Made by `WarmPool.function`."""
 
-    Use it as a context manager, from any number of threads; not from a forked child. The with
-    statement waits for running calls at its end, and kills them when it ends by an exception.
-
-    An environment belongs to one function version and one tenant. A call gets an idle one of its
-    own, the last used first; else one is born, up to `max_environments`; else the one that has
-    been idle longest makes room; else the call waits for its turn.
-    """
-
-    def __init__(
-        self,
-        source: Function | FunctionVersion | Config | None = None,
-        *,
-        provisioned: int = 0,
-        max_environments: int = 8,
-        acquire_timeout: float | None = 10.0,
-        max_waiting: int = 1000,
-        idle_timeout: float = 600.0,
-        max_lifetime: float = 14 * 3600.0,
-        max_invocations: int | None = None,
-        reuse: str = "keep",
-        on_event: Callable[[PoolEvent], object] | None = None,
-    ) -> None:
-        """Make the pool, and wait until `provisioned` environments are ready.
-
-        Args:
-            source: A function, which is published, or a version; for `invoke` and `submit`. Or a
-                `Config` (None: the default one), for `acquire`.
-            provisioned: Environments kept ready, initialised; a lost one is replaced.
-            max_environments: The most at a time, births under way counted.
-            acquire_timeout: Seconds a call waits for its turn; None waits as long as it takes.
-            max_waiting: Calls that may wait; 0: none does.
-            idle_timeout: Seconds after which one that nobody uses is closed.
-            max_lifetime: Seconds after which one gets no other call.
-            max_invocations: Calls after which one is replaced.
-            reuse: For a `Config`: ``"keep"`` or ``"never"``. A function has its own.
-            on_event: Called with a `PoolEvent`, from whichever thread it happens in; it is to
-                return soon, and not to close the pool. What it raises is logged.
-
-        Raises:
-            ConfigError: A value is wrong.
-            NsboxError: A provisioned environment cannot be made, or its function does not start.
-        """
-        _check_count(max_environments, "max_environments", 1)
-        _check_count(provisioned, "provisioned", 0)
-        if provisioned > max_environments:
-            raise ConfigError("provisioned: more than max_environments")
-        self._acquire_timeout = acquire_timeout
-        if acquire_timeout is not None and acquire_timeout != 0:
-            self._acquire_timeout = parse_seconds(acquire_timeout, "acquire_timeout")
-        if max_invocations is not None:
-            _check_count(max_invocations, "max_invocations", 1)
-        if reuse not in ("keep", "never"):
-            raise ConfigError(f"reuse: must be 'keep' or 'never', got {reuse!r}")
-        if isinstance(source, Function):
-            source = source.publish()
-        if isinstance(source, FunctionVersion):
-            if reuse != "keep":
-                raise ConfigError("reuse: give it to the Function")
-            reuse = source.function.reuse
-            resolve = _resolver(source)
-        else:
-            resolve = _config_resolver(make_config(source, {}))
-        leases: PoolLeases = Leases(
-            resolve,
-            most=max_environments,
-            max_waiting=_check_count(max_waiting, "max_waiting", 0),
-            max_lifetime=parse_seconds(max_lifetime, "max_lifetime"),
-            max_invocations=max_invocations,
-            spills=provisioned > 0,
-        )
-        super().__init__(
-            leases,
-            provisioned=provisioned,
-            idle_timeout=parse_seconds(idle_timeout, "idle_timeout"),
-            reuse=reuse,
-            is_function=isinstance(source, FunctionVersion),
-            on_event=on_event,
-        )
-        self._close_lock = threading.Lock()
-        self._jobs = Jobs(max_environments)
-        try:
-            self._fill()
-        except BaseException:
-            self.close(drain=False)
-            raise
-        self._is_filled = True  # from now on the thread that keeps house sees to it
-        self._ring()
-        _pools.add(self)
+    def __init__(self, house: House, share: PoolShare, most: int) -> None:
+        """`most`: as many of its submitted calls run at a time."""
+        super().__init__(house, share)
+        self._jobs = Jobs(most)
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -210,7 +125,9 @@ class WarmPool(PoolCalls):
         is_counted = False
         while True:
             waiter: Waiter[ExecutionEnvironment, Source] = Waiter(tenant)
-            grant = self._leases.ask(waiter, again=is_counted) or self._await(waiter, deadline)
+            grant = self._leases.ask(waiter, self._share, again=is_counted)
+            if grant is None:
+                grant = self._await(waiter, deadline)
             is_counted = True
             if grant.is_birth:
                 self._give_birth(grant)
@@ -246,22 +163,172 @@ class WarmPool(PoolCalls):
         their call ends. Provisioned ones of the new version are born at once.
         """
         self._check_usable(is_function=True)
-        version = source.publish() if isinstance(source, Function) else source
-        if not isinstance(version, FunctionVersion):
-            raise ConfigError(f"publish: must be a function or a version of one, got {version!r}")
-        if version.function.reuse != self._reuse:
-            raise ConfigError(f"publish: reuse {version.function.reuse!r} was {self._reuse!r}")
-        for entry in self._leases.publish(_resolver(version)):
-            self._dispose(entry)
-        self._ring()
+        version = _version_of(source, "publish")
+        before = self._share.resolve(None)[1]
+        if isinstance(before, FunctionVersion) and before.function.reuse != version.function.reuse:
+            reuse = version.function.reuse
+            raise ConfigError(f"publish: reuse {reuse!r} was {before.function.reuse!r}")
+        self._house.dispose_all(self._leases.publish(self._share, _resolver(version)))
         return version
+
+    def provision(self, count: int) -> None:
+        """Set how many environments are kept ready; `provisioned` was how many from the start.
+
+        Those that are missing are born by and by. With fewer than before, idle ones are closed.
+
+        Raises:
+            ConfigError: There are not as many places, or not that much memory.
+        """
+        self._check_usable(is_function=self._is_function)
+        count = check_count(count, "provisioned", 0)
+        self._house.dispose_all(self._leases.provision(self._share, count))
 
     def stats(self) -> dict[str, float]:
         """Return the numbers of one moment, under AWS Lambda's names where it has one.
 
         Calls is Invocations (answers and Errors), Throttles and what is under way. Duration and
-        InitDuration are sums in milliseconds.
+        InitDuration are sums in milliseconds. Those of a `WarmPool` are of all its functions.
         """
+        return self._leases.stats(self._share)
+
+
+class WarmPool(PoolFunction):
+    """Keeps environments warm and gives each of them to one call at a time.
+
+    Use it as a context manager, from any number of threads; not from a forked child. The with
+    statement waits for running calls at its end, and kills them when it ends by an exception.
+
+    An environment belongs to one function version and one tenant. A call gets an idle one of its
+    own, the last used first; else one is born, up to `max_environments`; else the one that has
+    been idle longest makes room; else the call waits for its turn.
+    """
+
+    def __init__(
+        self,
+        source: Function | FunctionVersion | Config | None = None,
+        *,
+        provisioned: int = 0,
+        max_environments: int = 8,
+        blank: int = 0,
+        memory_budget: int | str | None = None,
+        acquire_timeout: float | None = 10.0,
+        max_waiting: int = 1000,
+        idle_timeout: float = 600.0,
+        freeze_after: float | None = 1.0,
+        max_lifetime: float = 14 * 3600.0,
+        max_invocations: int | None = None,
+        shutdown_grace: float = 0.5,
+        min_available: float | None = 0.05,
+        reuse: str = "keep",
+        on_event: Callable[[PoolEvent], object] | None = None,
+    ) -> None:
+        """Make the pool, and wait until `provisioned` environments are ready.
+
+        Args:
+            source: A function, which is published, or a version; for `invoke` and `submit`. Or a
+                `Config` (None: the default one), for `acquire`.
+            provisioned: Environments kept ready, initialised; a lost one is replaced.
+            max_environments: The most at a time, births under way counted.
+            blank: Blank environments of each kind of the pool kept ready, from which a birth takes
+                only the rest (`nsbox.set_blanks`).
+            memory_budget: Bytes, or such as "4G", that the memory limits of all may sum up to.
+            acquire_timeout: Seconds a call waits for its turn; None waits as long as it takes.
+            max_waiting: Calls of each function that may wait; 0: none does.
+            idle_timeout: Seconds after which one that nobody uses is closed.
+            freeze_after: Seconds after which one that nobody uses is frozen; None: never.
+            max_lifetime: Seconds after which one gets no other call.
+            max_invocations: Calls after which one is replaced.
+            shutdown_grace: Seconds a healthy one has to end after SIGTERM; 0: none.
+            min_available: Share of the host's memory; when less is available, or the kernel tells
+                of pressure, idle ones are closed. None: do not look.
+            reuse: For a `Config`: ``"keep"`` or ``"never"``. A function has its own.
+            on_event: Called with a `PoolEvent`, from whichever thread it happens in; it is to
+                return soon, and not to close the pool. What it raises is logged.
+
+        Raises:
+            ConfigError: A value is wrong.
+            NsboxError: A provisioned environment cannot be made, or its function does not start.
+        """
+        settings = check_settings(
+            max_environments=max_environments,
+            blank=blank,
+            memory_budget=memory_budget,
+            acquire_timeout=acquire_timeout,
+            max_waiting=max_waiting,
+            idle_timeout=idle_timeout,
+            freeze_after=freeze_after,
+            max_lifetime=max_lifetime,
+            max_invocations=max_invocations,
+            shutdown_grace=shutdown_grace,
+            min_available=min_available,
+            reuse=reuse,
+            on_event=on_event,
+        )
+        provisioned = check_count(provisioned, "provisioned", 0)
+        if provisioned > max_environments:
+            raise ConfigError("provisioned: more than max_environments")
+        resolve: Resolve[Source]
+        if isinstance(source, Function | FunctionVersion):
+            if reuse != "keep":
+                raise ConfigError("reuse: give it to the Function")
+            resolve = _resolver(_version_of(source, "source"))
+        else:
+            resolve = _config_resolver(make_config(source, {}))
+        house = House(settings)
+        share = house.add(resolve, reserved=None, provisioned=provisioned, optional=source is None)
+        super().__init__(house, share, max_environments)
+        self._functions: list[PoolFunction] = [self]
+        self._close_lock = threading.Lock()
+        self._is_closed = False
+        try:
+            house.open(share)
+        except BaseException:
+            self.close(drain=False)
+            raise
+        _pools.add(self)
+
+    def function(
+        self,
+        source: Function | FunctionVersion,
+        *,
+        reserved: int | None = None,
+        provisioned: int = 0,
+    ) -> PoolFunction:
+        """Have the pool serve another function, and return what it is called by.
+
+        All have their environments in this one pool. Those without reserved places share what is
+        left: what becomes free goes to the function whose calls wait and that has the fewest.
+
+        Args:
+            source: A function, which is published, or a version.
+            reserved: So many places are this function's, and no others: as reserved concurrency of
+                AWS Lambda it is a guarantee and a limit. With 0 every call is `Throttled`.
+            provisioned: Environments of it that are kept ready.
+
+        Raises:
+            ConfigError: There are not as many places, or not that much memory.
+            PoolClosed: The pool is closed.
+            NsboxError: A provisioned environment cannot be made, or the function does not start.
+        """
+        version = _version_of(source, "function")
+        if reserved is not None:
+            reserved = check_count(reserved, "reserved", 0)
+        provisioned = check_count(provisioned, "provisioned", 0)
+        self._check_usable(is_function=self._is_function)
+        share = self._house.add(_resolver(version), reserved=reserved, provisioned=provisioned)
+        most = self._house.settings.max_environments if reserved is None else max(1, reserved)
+        function = PoolFunction(self._house, share, most)
+        try:
+            self._house.open(share)
+        except BaseException:
+            self._house.withdraw(share)
+            raise
+        with self._close_lock:
+            self._functions.append(function)
+        return function
+
+    def stats(self) -> dict[str, float]:
+        """Return the numbers of all functions of the pool; see `PoolFunction.stats`."""
         return self._leases.stats()
 
     # -- the end -------------------------------------------------------------------------------
@@ -276,21 +343,18 @@ class WarmPool(PoolCalls):
         Raises:
             CleanupError: Something of an environment could not be removed.
         """
-        if self._owner != os.getpid():
+        if self._house.owner != os.getpid():
             return
         with self._close_lock:
             if self._is_closed:
                 return
-            self._jobs.close(drain=drain)
-            failure = self._end_leases(kill=None if drain else _kill)
+            for function in self._functions:
+                function._jobs.close(drain=drain)
+            failure = self._house.end(drain=drain)
             self._is_closed = True
-            filler = self._filler
-            if filler is not None:
-                filler.join(RETURN_DEADLINE)
-            self._jobs.join()
-            if self._watch is not None:
-                self._watch.close()
-                self._watch = None
+            for function in self._functions:
+                function._jobs.join()
+            self._house.end_watch()
             _pools.discard(self)
         if failure is not None:
             raise failure
@@ -302,15 +366,11 @@ class WarmPool(PoolCalls):
         self.close(drain=kind is None)
 
 
-def _kill(fd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
-
-
-def _check_count(value: object, what: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{what}: must be a number from {least}, got {value!r}")
-    return value
+def _version_of(source: object, what: str) -> FunctionVersion:
+    version = source.publish() if isinstance(source, Function) else source
+    if not isinstance(version, FunctionVersion):
+        raise ConfigError(f"{what}: must be a function or a version of one, got {version!r}")
+    return version
 
 
 def _config_resolver(config: Config) -> Resolve[Source]:
@@ -333,7 +393,7 @@ def _resolver(version: FunctionVersion) -> Resolve[Source]:
     return resolve
 
 
-_pools: weakref.WeakSet[WarmPool] = weakref.WeakSet()
+_pools: set[WarmPool] = set()
 
 
 @atexit.register

@@ -13,15 +13,16 @@ _EXIT_DEADLINE: Final = 5.0
 
 
 class Watch:
-    """Waits on descriptors that become readable when an environment ends, and on time."""
+    """Waits on descriptors that become readable when something ends, and on time."""
 
-    def __init__(self, on_death: Callable[[int], None], on_time: Callable[[], float]) -> None:
+    def __init__(self, on_ready: Callable[[int], None], on_time: Callable[[], float]) -> None:
         """`on_time` does what is due, and returns in how many seconds it is to be called again."""
-        self._on_death = on_death
+        self._on_ready = on_ready
         self._on_time = on_time
         self._epoll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
+        self._triggers: set[int] = set()
         self._is_over = False
         self._lock = threading.Lock()  # no number is used once its descriptor is closed
         self._thread = threading.Thread(target=self._run, name="nsbox-pool", daemon=True)
@@ -30,6 +31,11 @@ class Watch:
     def add(self, fd: int) -> None:
         """Watch a descriptor until it has been readable once."""
         self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+
+    def add_trigger(self, fd: int) -> None:
+        """Watch a descriptor for exceptional conditions, as often as there are some (poll(2))."""
+        self._triggers.add(fd)
+        self._epoll.register(fd, select.EPOLLPRI)
 
     def discard(self, fd: int) -> None:
         """Watch it no more; it is closed after that."""
@@ -58,8 +64,10 @@ class Watch:
         while not self._is_over:
             # A timeout of weeks does not fit into the kernel's int.
             seconds = min(self._on_time(), 86_400.0)
-            for fd, _ in self._epoll.poll(max(seconds, 0.001)):
+            for fd, events in self._epoll.poll(max(seconds, 0.001)):
                 if fd == self._bell:
                     os.eventfd_read(fd)
+                elif events & select.EPOLLERR and fd in self._triggers:
+                    self._epoll.unregister(fd)  # the cgroup that it was of is gone
                 elif not self._is_over:
-                    self._on_death(fd)
+                    self._on_ready(fd)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How healthy environments end: SIGTERM, time to end by themselves, then the end."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from nsbox.environment import ask_to_end
+from nsbox.errors import NsboxError
+from nsbox.link import await_farewell
+
+if TYPE_CHECKING:
+    from nsbox.pool.house import PoolEntry
+
+
+class Close(Protocol):
+    """Closes a retired environment and frees its place."""
+
+    def __call__(self, entry: PoolEntry, *, wait: bool = False) -> None:
+        """With `wait`, raise CleanupError when something could not be removed."""
+
+
+class Endings:
+    """Environments on their way out. Their places are taken until they are closed."""
+
+    def __init__(self, grace: float, close: Close, await_frost: Callable[[], None]) -> None:
+        """Take what the house does.
+
+        Args:
+            grace: Seconds that one has; 0: none.
+            close: Closes one.
+            await_frost: Waits until what is just being frozen stands still.
+        """
+        self._grace = grace
+        self._close = close
+        self._await_frost = await_frost
+        self._leaving: dict[int, tuple[PoolEntry, socket.socket, float]] = {}
+
+    def begin(self, entry: PoolEntry) -> int:
+        """Ask one to end. Returns the descriptor to `end` it by when that is readable.
+
+        Or -1 when there is nothing to wait for.
+        """
+        farewell = self._ask(entry)
+        if farewell is None:
+            return -1
+        fd = farewell.fileno()
+        self._leaving[fd] = (entry, farewell, time.monotonic() + self._grace)
+        return fd
+
+    def _ask(self, entry: PoolEntry) -> socket.socket | None:
+        if entry.env is None or not self._grace:
+            return None
+        if entry.is_cold:
+            self._await_frost()
+        return ask_to_end(entry.env)
+
+    def is_leaving(self, fd: int) -> bool:
+        """Whether it is the descriptor of one."""
+        return fd in self._leaving
+
+    def end(self, fd: int) -> None:
+        """Close the one of this descriptor, and that."""
+        entry, farewell, _ = self._leaving.pop(fd)
+        farewell.close()
+        self._close(entry)
+
+    def deadlines(self) -> list[tuple[int, float]]:
+        """Return the descriptor of each, and how many seconds it has left."""
+        now = time.monotonic()
+        return [(fd, deadline - now) for fd, (_, _, deadline) in list(self._leaving.items())]
+
+    def hasten(self) -> None:
+        """Give them no more time."""
+        for fd, (entry, farewell, _) in list(self._leaving.items()):
+            self._leaving[fd] = (entry, farewell, 0.0)
+
+    def see_out(
+        self, entries: Sequence[PoolEntry], *, wait: bool = False, is_hasty: bool = False
+    ) -> Exception | None:
+        """Ask all of `entries` to end, wait until they have or their time is over, close them.
+
+        Args:
+            entries: Which.
+            wait: Return only when nothing is left of them.
+            is_hasty: Do not ask.
+
+        Returns what could not be removed, if anything.
+        """
+        failure: Exception | None = None
+        farewells = [None if is_hasty else self._ask(entry) for entry in entries]
+        deadline = time.monotonic() + self._grace
+        for entry, farewell in zip(entries, farewells, strict=True):
+            await_farewell(farewell, max(0.0, deadline - time.monotonic()))
+            try:
+                self._close(entry, wait=wait)
+            except NsboxError as error:
+                failure = failure or error
+        return failure
