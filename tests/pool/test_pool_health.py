@@ -18,12 +18,13 @@ pytestmark = pytest.mark.needs("userns")
 Make = Callable[..., nsbox.FunctionVersion]
 
 
-def test_an_end_before_the_event_is_sent_is_a_death(make: Make) -> None:
+@pytest.mark.parametrize("when", ["created", "initialised"])
+def test_an_end_before_the_event_is_sent_is_a_death(make: Make, when: str) -> None:
     """The environment was alive when it was born for the call, and is dead when that begins."""
     killed: list[str] = []
 
     def kill(event: nsbox.PoolEvent) -> None:
-        if event.kind == "initialised" and not killed:
+        if event.kind == when and not killed:
             killed.append(event.environment)
             (entry,) = pool._leases._entries
             env = entry.env
