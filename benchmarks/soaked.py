@@ -186,7 +186,7 @@ class Subject:
 
     def _on_event(self, event: Any) -> None:  # noqa: ANN401 - dynamic
         with self._events_lock:
-            self._events[event.kind if event.reason is None else event.reason.value] += 1
+            self._events[event.reason.value if event.kind == "retired" else event.kind] += 1
             if event.kind == "created":
                 is_wrong = event.environment in self._alive
                 self._alive.add(event.environment)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deaths in a pool at moments that the soak has found."""
+"""Deaths and failures in a pool at awkward moments, most of them found by the soak."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -18,12 +19,13 @@ pytestmark = pytest.mark.needs("userns")
 Make = Callable[..., nsbox.FunctionVersion]
 
 
-def test_an_end_before_the_event_is_sent_is_a_death(make: Make) -> None:
+@pytest.mark.parametrize("when", ["created", "initialised"])
+def test_an_end_before_the_event_is_sent_is_a_death(make: Make, when: str) -> None:
     """The environment was alive when it was born for the call, and is dead when that begins."""
     killed: list[str] = []
 
     def kill(event: nsbox.PoolEvent) -> None:
-        if event.kind == "initialised" and not killed:
+        if event.kind == when and not killed:
             killed.append(event.environment)
             (entry,) = pool._leases._entries
             env = entry.env
@@ -63,3 +65,22 @@ def test_caller_and_watch_may_look_at_an_end_at_once() -> None:
             raise ZeroDivisionError
         with pool.acquire() as env:
             assert env.run(["true"]).ok
+
+
+def test_a_birth_that_gets_no_thread_gives_its_place_back(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")  # as the interpreter says it
+
+    async def main() -> None:
+        async with nsbox.AsyncWarmPool(make(), max_environments=1) as pool:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuse)
+                with pytest.raises(RuntimeError, match="new thread"):
+                    await pool.invoke({})
+            assert (await pool.invoke({"echo": 1}))["echo"] == 1
+            stats = pool.stats()
+            assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (2, 2, 1)
+
+    asyncio.run(main())

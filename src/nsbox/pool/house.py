@@ -148,8 +148,7 @@ class House:
             if isinstance(error, Exception) and not isinstance(error, PoolClosed):
                 self._leases.failed(grant, error)
             self._give_back(grant, Retirement.FAILURE, answered=False if is_call else None)
-            if self._leases.is_killed and isinstance(error, NsboxError):
-                raise PoolClosed("the pool was closed during the birth") from error
+            self._tell_caller(error, "during the birth")
             raise
 
     def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
@@ -185,12 +184,15 @@ class House:
         )
 
     def _fail(self, grant: PoolGrant, error: BaseException) -> None:
-        """End a lease whose call has failed; raises PoolClosed if that is why."""
+        """End a lease whose call has failed; raises what its caller is told, if not `error`."""
         self._finish(grant, error)
+        self._tell_caller(error, "while the call ran")
+
+    def _tell_caller(self, error: BaseException, when: str) -> None:
         if self._leases.is_killed and isinstance(error, NsboxError):
-            raise PoolClosed("the pool was closed while the call ran") from error
+            raise PoolClosed(f"the pool was closed {when}") from error
         if isinstance(error, EnvironmentStateError):
-            # It was alive when it was taken. To the caller of a pool that is no state of theirs.
+            # It has died since it was born or taken: for the caller of a pool no state of theirs.
             raise EnvironmentDied(f"nothing of the call was run: {error}") from error
 
     def _doubt(self, entry: PoolEntry, error: BaseException | None) -> Retirement | None:

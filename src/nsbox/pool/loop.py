@@ -58,7 +58,11 @@ class _Birth:
         self._error: BaseException | None = None
 
     async def wait(self) -> None:
-        threading.Thread(target=self._run, name="nsbox-pool-birth", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="nsbox-pool-birth", daemon=True).start()
+        except BaseException:
+            self._calls._drop(self._grant)
+            raise
         try:
             await self._future
         except BaseException:
