@@ -4,21 +4,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
 
+from nsbox.config import Config
+from nsbox.environment import ExecutionEnvironment
 from nsbox.errors import PoolError
 from nsbox.function import Function, FunctionVersion
 from nsbox.pool.warm import WarmPool
 
 
 class AsyncWarmPool:
-    """A `WarmPool` of a function whose calls are awaited. Use it with ``async with``.
+    """A `WarmPool` whose calls are awaited. Use it with ``async with``.
 
     Attributes:
         pool: The `WarmPool` behind it, which threads may use at the same time.
     """
 
-    def __init__(self, source: Function | FunctionVersion, **settings: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        source: Function | FunctionVersion | Config | None = None,
+        **settings: Any,  # noqa: ANN401
+    ) -> None:
         """Take what `WarmPool` takes; nothing is made before it is entered."""
         self._source = source
         self._settings = settings
@@ -45,6 +54,39 @@ class AsyncWarmPool:
         """Call the function with an event; see `WarmPool.invoke` and `WarmPool.invoke_async`."""
         return await self.pool.invoke_async(event, timeout=timeout, tenant=tenant)
 
+    async def map(
+        self,
+        events: Iterable[object] | AsyncIterable[object],
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - the handler's
+        tenant: str | None = None,
+    ) -> AsyncIterator[Any]:
+        """Yield the answers to `events`, in their order; events are taken as calls can be made.
+
+        As many are under way at a time as the pool may have environments. What a call raises is
+        raised in its place; then, and when the iterator is closed, those under way are cancelled.
+        """
+        most = self.pool.max_environments
+        calls: deque[asyncio.Task[Any]] = deque()
+        try:
+            async for event in _each(events):
+                call = self.invoke(event, timeout=timeout, tenant=tenant)
+                calls.append(asyncio.ensure_future(call))
+                if len(calls) >= most:
+                    yield await calls.popleft()
+            while calls:
+                yield await calls.popleft()
+        finally:
+            for task in calls:
+                task.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    def acquire(
+        self, *, timeout: float | None = None
+    ) -> AbstractAsyncContextManager[ExecutionEnvironment]:
+        """Lease an environment for an async with statement; see `WarmPool.acquire_async`."""
+        return self.pool.acquire_async(timeout=timeout)
+
     async def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
         """Let the next call run another version; see `WarmPool.publish`."""
         return await asyncio.to_thread(self.pool.publish, source)
@@ -64,3 +106,12 @@ class AsyncWarmPool:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         await self.close(drain=kind is None)
+
+
+async def _each(events: Iterable[object] | AsyncIterable[object]) -> AsyncIterator[object]:
+    if isinstance(events, AsyncIterable):
+        async for event in events:
+            yield event
+    else:
+        for event in events:
+            yield event

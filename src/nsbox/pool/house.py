@@ -23,7 +23,7 @@ from nsbox.errors import (
     PoolTimeout,
 )
 from nsbox.function import FunctionVersion
-from nsbox.pool.entries import Entry, Grant
+from nsbox.pool.entries import Entry, Grant, Waiter
 from nsbox.pool.events import PoolEvent, Retirement
 from nsbox.pool.leases import Leases
 from nsbox.pool.watch import Watch
@@ -32,6 +32,7 @@ Source = FunctionVersion | Config
 PoolGrant = Grant[ExecutionEnvironment, Source]
 PoolEntry = Entry[ExecutionEnvironment, Source]
 PoolLeases = Leases[ExecutionEnvironment, Source]
+PoolWaiter = Waiter[ExecutionEnvironment, Source]
 
 _log: Final = logging.getLogger("nsbox.pool")
 _HARMLESS: Final = ("", "Runtime.MarshalError", "Function.ResponseSizeTooLarge")
@@ -41,8 +42,6 @@ RETURN_DEADLINE: Final = 10.0
 
 class House:
     """The environments of a pool, and the thread that keeps them."""
-
-    _acquire_timeout: float | None
 
     def __init__(
         self,
@@ -74,8 +73,19 @@ class House:
             has = "a function: use invoke" if self._is_function else "a Config: use acquire"
             raise PoolError(f"this pool is of {has}")
 
-    def _timed_out(self) -> PoolTimeout:
-        return PoolTimeout(f"no environment was free within {self._acquire_timeout} seconds")
+    def _leave_queue(self, waiter: PoolWaiter, seconds: float | None) -> PoolGrant:
+        """Return the lease of a call that has waited for `seconds` at most.
+
+        Raises:
+            PoolTimeout: It has got none.
+            PoolClosed, Throttled: It was told that it gets none.
+        """
+        grant = self._leases.withdraw(waiter)
+        if waiter.error is not None:
+            raise waiter.error
+        if grant is None:
+            raise PoolTimeout(f"no environment was free within {seconds} seconds")
+        return grant
 
     # -- environments ----------------------------------------------------------------------------
 
@@ -136,6 +146,7 @@ class House:
         self._give_back(grant, None, answered=False)
 
     def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
+        """End the lease of a call that ended so; raises PoolClosed if that is why it failed."""
         entry = grant.entry
         doubt = self._doubt(entry, error)
         self._tell("invoked", entry, error=type(error).__name__ if error else "")
@@ -145,10 +156,6 @@ class House:
             answered=error is None,
             seconds=time.monotonic() - entry.begun,
         )
-
-    def _fail(self, grant: PoolGrant, error: BaseException) -> None:
-        """End a lease whose call has failed; raises PoolClosed if that is why."""
-        self._finish(grant, error)
         if self._leases.is_killed and isinstance(error, NsboxError):
             raise PoolClosed("the pool was closed while the call ran") from error
 
@@ -288,6 +295,22 @@ class House:
             self._drop(grant)
         self._leases.await_empty(None if kill is None else RETURN_DEADLINE)
         return failure
+
+
+class Use:
+    """A lease for the body of a with statement: the call ends as that does."""
+
+    __slots__ = ("_grant", "_house")
+
+    def __init__(self, house: House, grant: PoolGrant) -> None:
+        self._house = house
+        self._grant = grant
+
+    def __enter__(self) -> ExecutionEnvironment:
+        return env_of(self._grant)
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self._house._finish(self._grant, error)
 
 
 def env_of(grant: PoolGrant) -> ExecutionEnvironment:

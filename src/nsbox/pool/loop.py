@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
+from nsbox.config import parse_seconds
 from nsbox.environment import ExecutionEnvironment
 from nsbox.pool.entries import Waiter
-from nsbox.pool.house import House, PoolGrant, Source, env_of
+from nsbox.pool.house import House, PoolGrant, Source, Use, env_of
 
 
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
@@ -87,6 +90,8 @@ class _Birth:
 class PoolCalls(House):
     """The asynchronous methods of a `WarmPool`."""
 
+    _acquire_timeout: float | None
+
     async def invoke_async(
         self,
         event: object,
@@ -98,26 +103,46 @@ class PoolCalls(House):
 
         A cancelled call leaves the queue, or its environment is killed.
         """
-        grant = await self._take_on_loop(tenant)
-        try:
-            answer = await env_of(grant).invoke_async(event, timeout=timeout)
-        except BaseException as error:
-            self._fail(grant, error)
-            raise
-        self._finish(grant, None)
-        return answer
+        grant = await self._take_on_loop(tenant, self._acquire_timeout, is_function=True)
+        with Use(self, grant) as env:
+            return await env.invoke_async(event, timeout=timeout)
 
-    async def _take_on_loop(self, tenant: str | None) -> PoolGrant:
-        self._check_usable(is_function=True)
+    @contextlib.asynccontextmanager
+    async def acquire_async(
+        self,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - of the wait, as that of `acquire`
+    ) -> AsyncIterator[ExecutionEnvironment]:
+        """Do as `acquire`, for an async with statement; what comes after it is done in a thread.
+
+        The environment's own methods wait: `await asyncio.to_thread(env.run, argv)`.
+        """
+        grant = await self._take_on_loop(None, self._patience(timeout), is_function=False)
+        try:
+            yield env_of(grant)
+        except BaseException as error:
+            await asyncio.to_thread(self._finish, grant, error)
+            raise
+        await asyncio.to_thread(self._finish, grant, None)
+
+    def _patience(self, timeout: float | None) -> float | None:
+        """Return for how many seconds a call waits for an environment."""
+        return self._acquire_timeout if timeout is None else parse_seconds(timeout, "timeout")
+
+    async def _take_on_loop(
+        self, tenant: str | None, seconds: float | None, *, is_function: bool
+    ) -> PoolGrant:
+        """Do as `WarmPool._take`, on the running loop."""
+        self._check_usable(is_function=is_function)
         loop = asyncio.get_running_loop()
-        seconds = self._acquire_timeout
         deadline = None if seconds is None else loop.time() + seconds
         is_counted = False
         while True:
             waiter = LoopWaiter(tenant, loop)
             grant = self._leases.ask(waiter, again=is_counted)
             if grant is None:
-                grant = await self._wait_on_loop(waiter, deadline)
+                await self._wait_on_loop(waiter, deadline)
+                grant = self._leave_queue(waiter, seconds)
             is_counted = True
             if grant.is_birth:
                 await _Birth(self, grant, loop).wait()
@@ -125,23 +150,15 @@ class PoolCalls(House):
             if not self._is_dead(grant):
                 return grant
 
-    async def _wait_on_loop(self, waiter: LoopWaiter, deadline: float | None) -> PoolGrant:
+    async def _wait_on_loop(self, waiter: LoopWaiter, deadline: float | None) -> None:
         loop = asyncio.get_running_loop()
         timer = None if deadline is None else loop.call_at(deadline, _finish, waiter.future)
         try:
             await waiter.future
         except BaseException:
-            grant = self._leases.withdraw(waiter)
-            if grant is not None:
-                # Closing its victim, if any, waits for nothing.
-                self._drop(grant)
+            # Closing its victim, if any, waits for nothing.
+            self._drop(self._leases.withdraw(waiter))
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-        grant = self._leases.withdraw(waiter)
-        if waiter.error is not None:
-            raise waiter.error
-        if grant is None:
-            raise self._timed_out()
-        return grant

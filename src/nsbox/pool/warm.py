@@ -14,7 +14,8 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future
 from typing import Any, Final, Self
 
@@ -26,9 +27,8 @@ from nsbox.errors import (
 )
 from nsbox.function import Function, FunctionVersion
 from nsbox.invocation import Invocation
-from nsbox.pool.entries import Waiter
 from nsbox.pool.events import PoolEvent
-from nsbox.pool.house import RETURN_DEADLINE, PoolGrant, PoolLeases, Source, env_of
+from nsbox.pool.house import RETURN_DEADLINE, PoolGrant, PoolLeases, PoolWaiter, Source, Use
 from nsbox.pool.jobs import Jobs
 from nsbox.pool.leases import Leases, Resolve
 from nsbox.pool.loop import PoolCalls
@@ -45,6 +45,13 @@ class WarmPool(PoolCalls):
     An environment belongs to one function version and one tenant. A call gets an idle one of its
     own, the last used first; else one is born, up to `max_environments`; else the one that has
     been idle longest makes room; else the call waits for its turn.
+
+    It is no `concurrent.futures.Executor`, whose `submit` takes what is to be called: here that is
+    the function. `submit` and `map` take events, and otherwise do as an executor's; so does
+    `shutdown`.
+
+    Attributes:
+        max_environments: The most at a time.
     """
 
     def __init__(
@@ -117,6 +124,7 @@ class WarmPool(PoolCalls):
             is_function=isinstance(source, FunctionVersion),
             on_event=on_event,
         )
+        self.max_environments = max_environments
         self._close_lock = threading.Lock()
         self._jobs = Jobs(max_environments)
         try:
@@ -147,26 +155,16 @@ class WarmPool(PoolCalls):
             InvokeError, SetupError, ConfigError: As `ExecutionEnvironment` and its `invoke`.
         """
         grant = self._take(tenant, self._acquire_timeout, is_function=True)
-        try:
-            answer = env_of(grant).invoke(event, timeout=timeout)
-        except BaseException as error:
-            self._fail(grant, error)
-            raise
-        self._finish(grant, None)
-        return answer
+        with Use(self, grant) as env:
+            return env.invoke(event, timeout=timeout)
 
     def invoke_bytes(
         self, payload: bytes, *, timeout: float | None = None, tenant: str | None = None
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
         grant = self._take(tenant, self._acquire_timeout, is_function=True)
-        try:
-            invocation = env_of(grant).invoke_bytes(payload, timeout=timeout)
-        except BaseException as error:
-            self._fail(grant, error)
-            raise
-        self._finish(grant, None)
-        return invocation
+        with Use(self, grant) as env:
+            return env.invoke_bytes(payload, timeout=timeout)
 
     def submit(
         self, event: object, *, timeout: float | None = None, tenant: str | None = None
@@ -175,9 +173,41 @@ class WarmPool(PoolCalls):
 
         As many run at a time as the pool may have environments. Those submitted above that wait
         in the order of their submission, without limit: `acquire_timeout` begins after that.
+        Such a one can still be cancelled; `Future.cancel` of a running one returns False, as ever,
+        and its `timeout` ends it.
         """
         self._check_usable(is_function=True)
         return self._jobs.submit(lambda: self.invoke(event, timeout=timeout, tenant=tenant))
+
+    def map(
+        self, events: Iterable[object], *, timeout: float | None = None, tenant: str | None = None
+    ) -> Iterator[Any]:
+        """Submit every event, and return an iterator of the answers in the order of the events.
+
+        As `concurrent.futures.Executor.map`: all events are taken now. What a call raises is raised
+        in its place; then, and when the iterator is closed, those that have not started are
+        cancelled.
+
+        Args:
+            events: What json.dumps takes each.
+            timeout: Seconds from now in which an answer that is asked for must be there. The
+                handler's time is the function's `timeout`.
+            tenant: As of `invoke`.
+
+        Raises:
+            TimeoutError: By the iterator: it was not.
+            As `submit`; by the iterator, as `invoke`.
+        """
+        seconds = None if timeout is None else parse_seconds(timeout, "timeout")
+        end = None if seconds is None else time.monotonic() + seconds
+        futures: deque[Future[Any]] = deque()
+        try:
+            for event in events:
+                futures.append(self.submit(event, tenant=tenant))
+        except BaseException:
+            _cancel(futures)
+            raise
+        return _answers(futures, end)
 
     @contextlib.contextmanager
     def acquire(self, *, timeout: float | None = None) -> Iterator[ExecutionEnvironment]:
@@ -192,14 +222,8 @@ class WarmPool(PoolCalls):
         Raises:
             As `invoke`.
         """
-        seconds = self._acquire_timeout if timeout is None else parse_seconds(timeout, "timeout")
-        grant = self._take(None, seconds, is_function=False)
-        try:
-            yield env_of(grant)
-        except BaseException as error:
-            self._finish(grant, error)
-            raise
-        self._finish(grant, None)
+        with Use(self, self._take(None, self._patience(timeout), is_function=False)) as env:
+            yield env
 
     # -- leases --------------------------------------------------------------------------------
 
@@ -209,8 +233,11 @@ class WarmPool(PoolCalls):
         deadline = None if seconds is None else time.monotonic() + seconds
         is_counted = False
         while True:
-            waiter = Waiter[ExecutionEnvironment, Source](tenant)
-            grant = self._leases.ask(waiter, again=is_counted) or self._await(waiter, deadline)
+            waiter = PoolWaiter(tenant)
+            grant = self._leases.ask(waiter, again=is_counted)
+            if grant is None:
+                self._wait(waiter, deadline)
+                grant = self._leave_queue(waiter, seconds)
             is_counted = True
             if grant.is_birth:
                 self._give_birth(grant)
@@ -218,24 +245,15 @@ class WarmPool(PoolCalls):
             if not self._is_dead(grant):
                 return grant
 
-    def _await(
-        self, waiter: Waiter[ExecutionEnvironment, Source], deadline: float | None
-    ) -> PoolGrant:
-        is_over = False
+    def _wait(self, waiter: PoolWaiter, deadline: float | None) -> None:
         try:
             if deadline is None:
                 waiter.wait(threading.TIMEOUT_MAX)
             else:
-                is_over = not waiter.wait(max(0.0, deadline - time.monotonic()))
+                waiter.wait(max(0.0, deadline - time.monotonic()))
         except BaseException:
             self._drop(self._leases.withdraw(waiter))
             raise
-        grant = self._leases.withdraw(waiter) if is_over else waiter.grant
-        if waiter.error is not None:
-            raise waiter.error
-        if grant is None:
-            raise self._timed_out()
-        return grant
 
     # -- keeping house -------------------------------------------------------------------------
 
@@ -295,11 +313,44 @@ class WarmPool(PoolCalls):
         if failure is not None:
             raise failure
 
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the pool as `concurrent.futures.Executor.shutdown` does: `close` with its words.
+
+        Args:
+            wait: Return when every call has ended. Otherwise that happens in a thread: from now on
+                `submit` refuses, and so does the rest when those submitted are over.
+            cancel_futures: Cancel the futures whose calls have not started.
+
+        Raises:
+            CleanupError: As `close`; not with ``wait=False``.
+        """
+        self._jobs.refuse(cancel=cancel_futures)
+        if wait:
+            self.close()
+        else:
+            threading.Thread(target=self.close, name="nsbox-pool-close", daemon=True).start()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
+
+
+def _answers(futures: deque[Future[Any]], end: float | None) -> Iterator[Any]:
+    """Yield what becomes of `futures`, in their order."""
+    try:
+        while futures:
+            # Nothing holds on to an answer that the caller has let go of.
+            left = None if end is None else end - time.monotonic()
+            yield futures.popleft().result(left)
+    finally:
+        _cancel(futures)
+
+
+def _cancel(futures: Iterable[Future[Any]]) -> None:
+    for future in futures:
+        future.cancel()
 
 
 def _kill(fd: int) -> None:
