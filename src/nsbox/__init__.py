@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from nsbox.config import IoMax as IoMax
     from nsbox.config import Limits as Limits
     from nsbox.config import Mount as Mount
+    from nsbox.credentials import CredentialCache as CredentialCache
+    from nsbox.credentials import Credentials as Credentials
     from nsbox.environment import ExecutionEnvironment as ExecutionEnvironment
     from nsbox.environment import State as State
     from nsbox.environment import run as run
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from nsbox.errors import CommandFailed as CommandFailed
     from nsbox.errors import CommandStartError as CommandStartError
     from nsbox.errors import ConfigError as ConfigError
+    from nsbox.errors import CredentialsError as CredentialsError
     from nsbox.errors import EnvironmentDied as EnvironmentDied
     from nsbox.errors import EnvironmentStateError as EnvironmentStateError
     from nsbox.errors import FunctionError as FunctionError
@@ -74,12 +77,13 @@ _HOMES = {
     "nsbox.blanks": ("set_blanks",),
     "nsbox.command": ("DEVNULL", "PIPE", "Process"),
     "nsbox.config": ("Config", "IoMax", "Limits", "Mount"),
+    "nsbox.credentials": ("CredentialCache", "Credentials"),
     "nsbox.environment": ("ExecutionEnvironment", "State", "run"),
     "nsbox.errors": (
-        "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "EnvironmentDied",
-        "EnvironmentStateError", "FunctionError", "InvokeError", "InvokeTimeout", "LauncherError",
-        "NsboxError", "PoolClosed", "PoolError", "PoolTimeout", "SetupError", "StoreError",
-        "SyscallError", "Throttled", "UnsupportedHostError",
+        "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "CredentialsError",
+        "EnvironmentDied", "EnvironmentStateError", "FunctionError", "InvokeError",
+        "InvokeTimeout", "LauncherError", "NsboxError", "PoolClosed", "PoolError", "PoolTimeout",
+        "SetupError", "StoreError", "SyscallError", "Throttled", "UnsupportedHostError",
     ),
     "nsbox.function": ("Function", "FunctionVersion", "Layer"),
     "nsbox.invocation": ("Invocation",),

@@ -32,16 +32,15 @@ from nsbox.errors import (
     EnvironmentDied,
     EnvironmentStateError,
     LauncherError,
-    SyscallError,
     UnsupportedHostError,
 )
 from nsbox.function import FunctionVersion
 from nsbox.functions import FunctionMethods, Invocations, environment_config, runtime_of
 from nsbox.guest import protocol as p
 from nsbox.launcher.client import get_launcher
-from nsbox.link import Channel, Link, RunRequest
-from nsbox.linux.descriptors import close_all
+from nsbox.link import Link, RunRequest
 from nsbox.result import Protections, Result, Usage
+from nsbox.transfer import expect_ok, send_file
 
 
 class State(enum.Enum):
@@ -283,17 +282,8 @@ class ExecutionEnvironment(FunctionMethods):
             raise ConfigError(f"data: must be bytes, got {type(data).__name__}; encode it")
         if isinstance(mode, bool) or not isinstance(mode, int) or mode & ~0o777:
             raise ConfigError(f"mode: must be permission bits such as 0o644, got {mode!r}")
-        request = p.write_request(os.fsencode(_inside(path)), mode, len(data))
-        link = self._ready_link()
-        channel = link.ask(p.WRITE, request, [])
-        with channel.socket:
-            try:
-                channel.socket.sendall(data)
-            except BrokenPipeError:
-                pass  # it has answered with an error already
-            except OSError as error:
-                raise link.died(error) from error
-            _expect_ok(link, channel, path)
+        name = os.fsencode(_inside(path))
+        send_file(self._ready_link(), p.WRITE, name, data, mode)
 
     def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """Read a regular file inside; see `write_file` for what is refused.
@@ -307,7 +297,7 @@ class ExecutionEnvironment(FunctionMethods):
         link = self._ready_link()
         channel = link.ask(p.READ, request, [])
         with channel.socket:
-            size = _expect_ok(link, channel, path)
+            size = expect_ok(link, channel, path)
             if not 0 <= size <= max_bytes:
                 link.kill()
                 raise EnvironmentDied("PID 1 sent a malformed answer")
@@ -433,18 +423,6 @@ def _inside(path: str) -> str:
     if not text.startswith("/"):
         raise ConfigError(f"path: must be absolute inside the environment, got {path!r}")
     return text
-
-
-def _expect_ok(link: Link, channel: Channel, path: str) -> int:
-    try:
-        kind, first, stage, _, fds = channel.receive_answer()
-    except OSError as error:
-        raise link.died(error) from error
-    close_all(fds)
-    if kind == p.FAILED:
-        what = {"open": "openat2", "kind": "open (regular files only)", "size": "read"}
-        raise SyscallError(what.get(p.STAGES[stage], p.STAGES[stage]), first, path)
-    return first
 
 
 def run(

@@ -21,7 +21,14 @@ from _socket import socket as _Socket
 from fcntl import ioctl
 
 from nsbox.guest import protocol as p
-from nsbox.guest.files import Failure, read_exactly, read_file, write_file
+from nsbox.guest.files import (
+    Failure,
+    place_file,
+    read_exactly,
+    read_file,
+    remove_files,
+    write_file,
+)
 from nsbox.linux import constants as c
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 
@@ -145,6 +152,10 @@ class Init:
                     write_file(channel, request)
                 elif operation == p.READ:
                     read_file(channel, request)
+                elif operation == p.PLACE:
+                    place_file(channel, request)
+                elif operation == p.REMOVE:
+                    remove_files(channel, request)
                 elif operation == p.RESET:
                     self._reset(channel, p.PID.unpack(request)[0])
                 else:

@@ -22,6 +22,11 @@ WRITE = b"W"
 """Write a file: `write_request`, then its bytes on the channel."""
 READ = b"F"
 """Read a file: `read_request`; answer OK with the size, then the bytes."""
+PLACE = b"L"
+"""Write a file below /tmp for one invocation: as WRITE, with a path relative to it. Directories on
+the way are made, and a file that is there is replaced."""
+REMOVE = b"D"
+"""Remove what was placed: `names_request`. What is no longer there is no error."""
 
 WORK = b"P"
 """Let the worker serve. Descriptors: channel, the worker's socket, stdout, stderr. Answered like a
@@ -63,7 +68,9 @@ FAILED = b"E"
 OK = b"O"
 """A file operation succeeded; numbers: size, 0, 0."""
 
-STAGES = ("exec", "cwd", "tty", "open", "kind", "size", "io", "request", "worker", "reset")
+STAGES = (
+    "exec", "cwd", "tty", "open", "kind", "size", "io", "request", "worker", "reset", "place",
+)  # fmt: skip
 
 PID = struct.Struct("!q")
 """Request of RESET: a process to keep besides the waiting worker, or 0."""
@@ -130,6 +137,16 @@ def parse_write(data: bytes) -> tuple[bytes, int, int]:
     """Return path, mode and size of a write request."""
     mode, size = _WRITE.unpack_from(data)
     return data[_WRITE.size :], mode, size
+
+
+def names_request(names: list[bytes]) -> bytes:
+    """Return the request to remove files; no name holds a NUL."""
+    return b"\0".join(names)
+
+
+def parse_names(data: bytes) -> list[bytes]:
+    """Return the names of a remove request."""
+    return data.split(b"\0")
 
 
 def read_request(path: bytes, most: int) -> bytes:

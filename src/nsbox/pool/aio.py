@@ -7,13 +7,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from nsbox.config import Config
 from nsbox.environment import ExecutionEnvironment
 from nsbox.errors import PoolError
 from nsbox.function import Function, FunctionVersion
 from nsbox.pool.warm import WarmPool
+from nsbox.request import TimedCallOptions
 
 
 class AsyncWarmPool:
@@ -44,22 +45,14 @@ class AsyncWarmPool:
             raise PoolError("enter the pool first: async with AsyncWarmPool(...) as pool")
         return self._pool
 
-    async def invoke(
-        self,
-        event: object,
-        *,
-        timeout: float | None = None,  # noqa: ASYNC109 - the handler's
-        tenant: str | None = None,
-    ) -> Any:  # noqa: ANN401 - any JSON value
+    async def invoke(self, event: object, **options: Unpack[TimedCallOptions]) -> Any:  # noqa: ANN401 - any JSON value
         """Call the function with an event; see `WarmPool.invoke` and `WarmPool.invoke_async`."""
-        return await self.pool.invoke_async(event, timeout=timeout, tenant=tenant)
+        return await self.pool.invoke_async(event, **options)
 
     async def map(
         self,
         events: Iterable[object] | AsyncIterable[object],
-        *,
-        timeout: float | None = None,  # noqa: ASYNC109 - the handler's
-        tenant: str | None = None,
+        **options: Unpack[TimedCallOptions],
     ) -> AsyncIterator[Any]:
         """Yield the answers to `events`, in their order; events are taken as calls can be made.
 
@@ -70,8 +63,7 @@ class AsyncWarmPool:
         calls: deque[asyncio.Task[Any]] = deque()
         try:
             async for event in _each(events):
-                call = self.invoke(event, timeout=timeout, tenant=tenant)
-                calls.append(asyncio.ensure_future(call))
+                calls.append(asyncio.ensure_future(self.invoke(event, **options)))
                 if len(calls) >= most:
                     yield await calls.popleft()
             while calls:

@@ -7,12 +7,14 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Unpack
 
 from nsbox.config import parse_seconds
+from nsbox.credentials import CredentialCache, Credentials, Provider, resolve_async
 from nsbox.environment import ExecutionEnvironment
 from nsbox.pool.entries import Waiter
 from nsbox.pool.house import House, PoolGrant, Source, Use, env_of
+from nsbox.request import PoolOptions
 
 
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
@@ -91,21 +93,36 @@ class PoolCalls(House):
     """The asynchronous methods of a `WarmPool`."""
 
     _acquire_timeout: float | None
+    _credentials: CredentialCache | None
 
     async def invoke_async(
         self,
         event: object,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109 - the handler's, as that of `invoke`
         tenant: str | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[PoolOptions],
     ) -> Any:  # noqa: ANN401 - any JSON value
-        """Do as `invoke` on the running asyncio loop; a thread is started for a birth only.
+        """Do as `invoke` on the running asyncio loop.
 
-        A cancelled call leaves the queue, or its environment is killed.
+        Threads are started for births, and for files and providers of credentials. A cancelled call
+        leaves the queue, or its environment is killed.
         """
+        found = await resolve_async(self._provider(credentials), self._role(role))
         grant = await self._take_on_loop(tenant, self._acquire_timeout, is_function=True)
         with Use(self, grant) as env:
-            return await env.invoke_async(event, timeout=timeout)
+            return await env.invoke_async(event, credentials=found, **options)
+
+    def _provider(
+        self, credentials: Credentials | Provider | None
+    ) -> Credentials | Provider | None:
+        """Return where a call's credentials come from."""
+        return self._credentials if credentials is None else credentials
+
+    def _role(self, role: str | None) -> str:
+        """Return the role of a call's credentials; the function's name, unless it is given."""
+        raise NotImplementedError
 
     @contextlib.asynccontextmanager
     async def acquire_async(

@@ -15,11 +15,12 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
 from nsbox.config import Config, make_config, parse_seconds
+from nsbox.credentials import Credentials, Provider, check_credentials, resolve
 from nsbox.environment import ExecutionEnvironment
 from nsbox.errors import (
     ConfigError,
@@ -32,6 +33,7 @@ from nsbox.pool.house import RETURN_DEADLINE, PoolGrant, PoolLeases, PoolWaiter,
 from nsbox.pool.jobs import Jobs
 from nsbox.pool.leases import Leases, Resolve
 from nsbox.pool.loop import PoolCalls
+from nsbox.request import CallOptions, PoolOptions, TimedCallOptions
 
 _TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
 
@@ -66,6 +68,7 @@ class WarmPool(PoolCalls):
         max_lifetime: float = 14 * 3600.0,
         max_invocations: int | None = None,
         reuse: str = "keep",
+        credentials: Provider | None = None,
         on_event: Callable[[PoolEvent], object] | None = None,
     ) -> None:
         """Make the pool, and wait until `provisioned` environments are ready.
@@ -81,6 +84,9 @@ class WarmPool(PoolCalls):
             max_lifetime: Seconds after which one gets no other call.
             max_invocations: Calls after which one is replaced.
             reuse: For a `Config`: ``"keep"`` or ``"never"``. A function has its own.
+            credentials: Called with the name of a role, in the thread of the call that needs them
+                first; returns `Credentials`, or a mapping with the names of AWS STS. They are
+                asked for anew five minutes before they expire; a `CredentialCache` has others.
             on_event: Called with a `PoolEvent`, from whichever thread it happens in; it is to
                 return soon, and not to close the pool. What it raises is logged.
 
@@ -99,8 +105,10 @@ class WarmPool(PoolCalls):
             _check_count(max_invocations, "max_invocations", 1)
         if reuse not in ("keep", "never"):
             raise ConfigError(f"reuse: must be 'keep' or 'never', got {reuse!r}")
+        self._credentials = check_credentials(credentials)
         if isinstance(source, Function):
             source = source.publish()
+        self._name = source.name if isinstance(source, FunctionVersion) else ""
         if isinstance(source, FunctionVersion):
             if reuse != "keep":
                 raise ConfigError("reuse: give it to the Function")
@@ -139,7 +147,15 @@ class WarmPool(PoolCalls):
     # -- calls ---------------------------------------------------------------------------------
 
     def invoke(
-        self, event: object, *, timeout: float | None = None, tenant: str | None = None
+        self,
+        event: object,
+        *,
+        timeout: float | None = None,
+        tenant: str | None = None,
+        env: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
     ) -> Any:  # noqa: ANN401 - any JSON value
         """Call the function with an event and return its answer; both are JSON values.
 
@@ -147,28 +163,40 @@ class WarmPool(PoolCalls):
             event: What json.dumps takes.
             timeout: Seconds for the handler, instead of the function's; waiting does not count.
             tenant: On whose behalf: no environment ever serves two.
+            env: Variables over the function's, for this call alone; as are `files`: see
+                `ExecutionEnvironment.invoke`.
+            files: Bytes by names below /tmp.
+            credentials: Those of this call, or what gives them, instead of the pool's provider.
+            role: What the provider is asked for; the function's name by default.
 
         Raises:
             PoolTimeout: No environment was free within `acquire_timeout`.
             Throttled: Too many calls wait, or environments do not start.
             PoolClosed: The pool is closed, or was meanwhile.
+            CredentialsError: There are none; the call is not counted, and nothing was run.
             InvokeError, SetupError, ConfigError: As `ExecutionEnvironment` and its `invoke`.
         """
+        found = resolve(self._provider(credentials), self._role(role))
         grant = self._take(tenant, self._acquire_timeout, is_function=True)
-        with Use(self, grant) as env:
-            return env.invoke(event, timeout=timeout)
+        with Use(self, grant) as one:
+            return one.invoke(event, timeout=timeout, env=env, files=files, credentials=found)
 
     def invoke_bytes(
-        self, payload: bytes, *, timeout: float | None = None, tenant: str | None = None
+        self,
+        payload: bytes,
+        *,
+        tenant: str | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[PoolOptions],
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
+        found = resolve(self._provider(credentials), self._role(role))
         grant = self._take(tenant, self._acquire_timeout, is_function=True)
         with Use(self, grant) as env:
-            return env.invoke_bytes(payload, timeout=timeout)
+            return env.invoke_bytes(payload, credentials=found, **options)
 
-    def submit(
-        self, event: object, *, timeout: float | None = None, tenant: str | None = None
-    ) -> Future[Any]:
+    def submit(self, event: object, **options: Unpack[TimedCallOptions]) -> Future[Any]:
         """Do as `invoke` in a thread of the pool, and return a future of the answer.
 
         As many run at a time as the pool may have environments. Those submitted above that wait
@@ -177,10 +205,14 @@ class WarmPool(PoolCalls):
         and its `timeout` ends it.
         """
         self._check_usable(is_function=True)
-        return self._jobs.submit(lambda: self.invoke(event, timeout=timeout, tenant=tenant))
+        return self._jobs.submit(lambda: self.invoke(event, **options))
 
     def map(
-        self, events: Iterable[object], *, timeout: float | None = None, tenant: str | None = None
+        self,
+        events: Iterable[object],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[CallOptions],
     ) -> Iterator[Any]:
         """Submit every event, and return an iterator of the answers in the order of the events.
 
@@ -192,7 +224,7 @@ class WarmPool(PoolCalls):
             events: What json.dumps takes each.
             timeout: Seconds from now in which an answer that is asked for must be there. The
                 handler's time is the function's `timeout`.
-            tenant: As of `invoke`.
+            options: As of `invoke`, for each call.
 
         Raises:
             TimeoutError: By the iterator: it was not.
@@ -203,7 +235,7 @@ class WarmPool(PoolCalls):
         futures: deque[Future[Any]] = deque()
         try:
             for event in events:
-                futures.append(self.submit(event, tenant=tenant))
+                futures.append(self.submit(event, **options))
         except BaseException:
             _cancel(futures)
             raise
@@ -226,6 +258,9 @@ class WarmPool(PoolCalls):
             yield env
 
     # -- leases --------------------------------------------------------------------------------
+
+    def _role(self, role: str | None) -> str:
+        return self._name if role is None else role
 
     def _take(self, tenant: str | None, seconds: float | None, *, is_function: bool) -> PoolGrant:
         """Return a lease with a living environment."""
@@ -269,6 +304,7 @@ class WarmPool(PoolCalls):
             raise ConfigError(f"publish: must be a function or a version of one, got {version!r}")
         if version.function.reuse != self._reuse:
             raise ConfigError(f"publish: reuse {version.function.reuse!r} was {self._reuse!r}")
+        self._name = version.name
         for entry in self._leases.publish(_resolver(version)):
             self._dispose(entry)
         self._ring()
