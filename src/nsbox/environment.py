@@ -40,7 +40,7 @@ from nsbox.guest import protocol as p
 from nsbox.launcher.client import get_launcher
 from nsbox.link import Link, RunRequest
 from nsbox.result import Protections, Result, Usage
-from nsbox.transfer import expect_ok, send_file
+from nsbox.transfer import begin_reset, expect_ok, finish_reset, send_file
 
 
 class State(enum.Enum):
@@ -323,6 +323,25 @@ class ExecutionEnvironment(FunctionMethods):
         if self._frozen:
             link.request("thaw")
             self._frozen = False
+
+    def reset(self) -> None:
+        """Take away everything that commands have left, so that others find nothing of theirs.
+
+        Commands that run are killed (KILLED), and every process but PID 1; /tmp, /dev/shm, the
+        tmpfs mounts of the configuration and POSIX queues are emptied; System V ipc and keys are
+        removed. docs/api.md tells what stays. What cannot be taken away ends the environment.
+
+        Raises:
+            EnvironmentStateError: It could not be reset, and was killed; or it is a function's,
+                which has its policy (``Function(reuse="reset")``); or closed, frozen or dead.
+            EnvironmentDied: It was ended from outside meanwhile.
+        """
+        if self._invocations is not None:
+            raise EnvironmentStateError(
+                f"environment {self.id} is a function's: give the Function reuse='reset'"
+            )
+        link = self._ready_link()
+        finish_reset(link, begin_reset(link, self.config))
 
     def _replace_blank(self) -> None:
         """Have another environment of this kind born, now that this one has been of use."""

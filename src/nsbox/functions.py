@@ -33,14 +33,13 @@ from nsbox.errors import (
     InvokeTimeout,
 )
 from nsbox.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
-from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
-from nsbox.invoker import Answer, Invoker, error_payload, finish_reset
+from nsbox.invoker import Answer, Invoker, error_payload
 from nsbox.link import Channel, Link
 from nsbox.request import Options, Request, encode_event
 from nsbox.result import Outcome, Protections, Result
-from nsbox.transfer import place_files, remove_files
+from nsbox.transfer import begin_reset, finish_reset, place_files, remove_files
 from nsbox.worker import Call, OnLog
 
 if TYPE_CHECKING:
@@ -216,8 +215,7 @@ class Invocations:
         """Have the files of an invocation written, when those of the last one are gone."""
         removal, self._removal = self._removal, None
         if removal is not None:
-            with removal.socket:
-                finish_reset(self._link, removal)
+            finish_reset(self._link, removal)
         if request.files:
             place_files(self._link, request.files.items())
 
@@ -281,9 +279,7 @@ class Invocations:
         if result.outcome is Outcome.OOM_KILLED:
             self._link.kill()
         elif self._function.reuse == "reset":
-            channel = self._link.ask(p.RESET, p.PID.pack(0), [])
-            with channel.socket:
-                finish_reset(self._link, channel)
+            finish_reset(self._link, begin_reset(self._link, self._version.config))
         if kind:
             raise FunctionError(kind, message, (), invocation)
         return invocation

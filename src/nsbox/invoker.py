@@ -23,13 +23,12 @@ from nsbox.errors import (
     InvokeTimeout,
 )
 from nsbox.function import FunctionVersion
-from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
 from nsbox.link import Channel, Link, RunRequest, WorkRequest
-from nsbox.linux.descriptors import close_all
 from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
+from nsbox.transfer import begin_reset, finish_reset
 from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
 
 _SIGNAL_WORDS: Final = {6: "aborted", 9: "killed", 11: "segmentation fault", 15: "terminated"}
@@ -346,33 +345,13 @@ class Invoker:
     def _begin_reset(self) -> None:
         """Have PID 1 clean up; its answer is waited for before the next event is sent."""
         if self._function.reuse == "reset":
-            kept = p.PID.pack(self._worker.process.pid)
-            self._reset = self._link.ask(p.RESET, kept, [])
+            kept = self._worker.process.pid
+            self._reset = begin_reset(self._link, self._version.config, kept)
 
     def _finish_reset(self) -> None:
         channel, self._reset = self._reset, None
         if channel is not None:
-            with channel.socket:
-                finish_reset(self._link, channel)
-
-
-def finish_reset(link: Link, channel: Channel) -> None:
-    """Wait until everything an invocation has left is gone, or the files it was given.
-
-    Raises:
-        EnvironmentStateError: It could not be removed; the environment was killed.
-    """
-    try:
-        kind, error, stage, _, fds = channel.receive_answer()
-    except OSError as failure:
-        raise link.died(failure) from failure
-    close_all(fds)
-    if kind != p.OK:
-        link.kill()
-        why = f"{p.STAGES[stage]}: {os.strerror(error)}" if kind == p.FAILED else "no answer"
-        raise EnvironmentStateError(
-            f"environment {link.env_id} could not be reset ({why}) and was killed; make a new one"
-        )
+            finish_reset(self._link, channel)
 
 
 def error_payload(kind: str, message: str) -> bytes:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of an environment: its PID 1 writes and removes them, and the host opens none."""
+"""Files of an environment: its PID 1 writes and removes them, and the host opens none; resets."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
-from nsbox.errors import SyscallError
+from nsbox.config import Config
+from nsbox.errors import EnvironmentStateError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.link import Channel, Link
 from nsbox.linux.descriptors import close_all
@@ -41,6 +43,38 @@ def place_files(link: Link, files: Iterable[tuple[str, bytes]]) -> None:
 def remove_files(link: Link, names: Iterable[str]) -> Channel:
     """Ask PID 1 to remove what was placed; its answer is on the channel."""
     return link.ask(p.REMOVE, p.names_request([name.encode() for name in names]), [])
+
+
+def begin_reset(link: Link, config: Config, kept: int = 0) -> Channel:
+    """Ask PID 1 to take away everything that was left; its answer is for `finish_reset`.
+
+    Args:
+        link: The environment's.
+        config: What it was made from: its tmpfs mounts are emptied too.
+        kept: A process that stays.
+    """
+    places = [os.fsencode(m.destination) for m in config.mounts if m.type == "tmpfs"]
+    return link.ask(p.RESET, p.reset_request(kept, places), [])
+
+
+def finish_reset(link: Link, channel: Channel) -> None:
+    """Wait until everything that was left is gone, or the files of an invocation.
+
+    Raises:
+        EnvironmentStateError: It could not be removed; the environment was killed.
+    """
+    with channel.socket:
+        try:
+            kind, error, stage, _, fds = channel.receive_answer()
+        except OSError as failure:
+            raise link.died(failure) from failure
+    close_all(fds)
+    if kind != p.OK:
+        link.kill()
+        why = f"{p.STAGES[stage]}: {os.strerror(error)}" if kind == p.FAILED else "no answer"
+        raise EnvironmentStateError(
+            f"environment {link.env_id} could not be reset ({why}) and was killed; make a new one"
+        )
 
 
 def expect_ok(link: Link, channel: Channel, path: str) -> int:

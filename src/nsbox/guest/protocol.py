@@ -32,7 +32,8 @@ WORK = b"P"
 """Let the worker serve. Descriptors: channel, the worker's socket, stdout, stderr. Answered like a
 run, without STARTED."""
 RESET = b"Z"
-"""Kill everything but PID 1 and the worker, and empty all writable places; answer OK."""
+"""Kill everything but PID 1 and the worker, and empty all writable places (`reset_request`); answer
+OK."""
 
 HERE = b"h"
 """The request is in this message."""
@@ -55,11 +56,14 @@ STREAMS = 4
 """Descriptors a run may be given: 0 to 2, and 3 for a worker's socket."""
 _WRITE = struct.Struct("!IQ")
 _READ = struct.Struct("!Q")
+_RESET = struct.Struct("!q")
 
 ANSWER = struct.Struct("!cqqq")
 """Kind and three numbers, 25 bytes."""
 STARTED = b"S"
 """The command runs; numbers: its pid inside, 0, 0. With a terminal, its master descriptor."""
+SWEPT = b"V"
+"""As EXITED, of a command that ran when a reset was asked for, and was killed for that."""
 EXITED = b"X"
 """The command is over and nothing of it is left; numbers: wait status, user, system microseconds
 of what was reaped with it."""
@@ -71,9 +75,6 @@ OK = b"O"
 STAGES = (
     "exec", "cwd", "tty", "open", "kind", "size", "io", "request", "worker", "reset", "place",
 )  # fmt: skip
-
-PID = struct.Struct("!q")
-"""Request of RESET: a process to keep besides the waiting worker, or 0."""
 
 SIGNAL = struct.Struct("!cq")
 """Host to init, on the channel of a running command."""
@@ -147,6 +148,22 @@ def names_request(names: list[bytes]) -> bytes:
 def parse_names(data: bytes) -> list[bytes]:
     """Return the names of a remove request."""
     return data.split(b"\0")
+
+
+def reset_request(kept: int, places: list[bytes]) -> bytes:
+    """Return the request to reset.
+
+    Args:
+        kept: A process to keep besides the waiting worker, or 0.
+        places: Private mounts to empty besides those that every environment has.
+    """
+    return _RESET.pack(kept) + b"\0".join(places)
+
+
+def parse_reset(data: bytes) -> tuple[int, list[bytes]]:
+    """Return the process to keep, and the places of a reset request."""
+    places = data[_RESET.size :]
+    return _RESET.unpack_from(data)[0], places.split(b"\0") if places else []
 
 
 def read_request(path: bytes, most: int) -> bytes:

@@ -149,6 +149,13 @@ class House:
         """End the lease of a call that ended so; raises PoolClosed if that is why it failed."""
         entry = grant.entry
         doubt = self._doubt(entry, error)
+        if doubt is None and self._reuse == "reset" and not self._is_function:
+            try:
+                env_of(grant).reset()
+            except (NsboxError, OSError) as failure:
+                # The call is over and has all it wanted; the next one gets another environment.
+                _log.warning("an environment is given up: %s", failure)
+                doubt = Retirement.FAILURE
         self._tell("invoked", entry, error=type(error).__name__ if error else "")
         self._give_back(
             grant,

@@ -83,7 +83,8 @@ class WarmPool(PoolCalls):
             idle_timeout: Seconds after which one that nobody uses is closed.
             max_lifetime: Seconds after which one gets no other call.
             max_invocations: Calls after which one is replaced.
-            reuse: For a `Config`: ``"keep"`` or ``"never"``. A function has its own.
+            reuse: For a `Config`: ``"keep"``, ``"reset"`` (`ExecutionEnvironment.reset` after each
+                lease) or ``"never"``. A function has its own.
             credentials: Called with the name of a role, in the thread of the call that needs them
                 first; returns `Credentials`, or a mapping with the names of AWS STS. They are
                 asked for anew five minutes before they expire; a `CredentialCache` has others.
@@ -103,8 +104,8 @@ class WarmPool(PoolCalls):
             self._acquire_timeout = parse_seconds(acquire_timeout, "acquire_timeout")
         if max_invocations is not None:
             _check_count(max_invocations, "max_invocations", 1)
-        if reuse not in ("keep", "never"):
-            raise ConfigError(f"reuse: must be 'keep' or 'never', got {reuse!r}")
+        if reuse not in ("keep", "reset", "never"):
+            raise ConfigError(f"reuse: must be 'keep', 'reset' or 'never', got {reuse!r}")
         self._credentials = check_credentials(credentials)
         if isinstance(source, Function):
             source = source.publish()
@@ -245,8 +246,8 @@ class WarmPool(PoolCalls):
     def acquire(self, *, timeout: float | None = None) -> Iterator[ExecutionEnvironment]:
         """Lease an environment of a pool of a `Config`, for the body of a with statement.
 
-        With reuse "keep" the next one finds the files in /tmp. When the body raises, the
-        environment is destroyed.
+        With reuse "keep" the next one finds the files in /tmp, with "reset" nothing: the statement
+        ends when all is gone. When the body raises, the environment is destroyed.
 
         Args:
             timeout: Seconds to wait for one, instead of `acquire_timeout`.
