@@ -45,16 +45,17 @@ def remove_files(link: Link, names: Iterable[str]) -> Channel:
     return link.ask(p.REMOVE, p.names_request([name.encode() for name in names]), [])
 
 
-def begin_reset(link: Link, config: Config, kept: int = 0) -> Channel:
+def begin_reset(link: Link, config: Config, kept: int | None = None) -> Channel:
     """Ask PID 1 to take away everything that was left; its answer is for `finish_reset`.
 
     Args:
         link: The environment's.
         config: What it was made from: its tmpfs mounts are emptied too.
-        kept: A process that stays.
+        kept: Of a handler's: the process that serves it, which stays; 0 for PID 1's own worker.
     """
     places = [os.fsencode(m.destination) for m in config.mounts if m.type == "tmpfs"]
-    return link.ask(p.RESET, p.reset_request(kept, places), [])
+    request = p.reset_request(kept or 0, places, has_commands=kept is None)
+    return link.ask(p.RESET, request, [])
 
 
 def finish_reset(link: Link, channel: Channel) -> None:

@@ -288,6 +288,16 @@ def test_tmpfs_mounts_of_functions_are_emptied_too(tmp_path: Path, kind: str) ->
         assert env.invoke({}) == first == env.invoke({})
 
 
+def test_slowing_down_the_next_event_of_a_program(tmp_path: Path) -> None:
+    code = "import os, sys; os.setpriority(os.PRIO_PROCESS, 1, 5); print(sys.stdin.read())"
+    function = nsbox.Function(command=["python3", "-I", "-S", "-c", code], reuse="reset")
+    version = function.publish(tmp_path / "store")
+    with nsbox.ExecutionEnvironment(version) as env:
+        with pytest.raises(nsbox.EnvironmentStateError, match="could not be reset"):
+            env.invoke({})
+        wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
 HANDLER = """
 import os
 def handler(event, context):

@@ -204,7 +204,7 @@ class Init:
         worker.channel = channel
         self._watch(channel.fileno(), lambda: self._on_channel(worker, channel))
 
-    def _reset(self, channel: _Socket, kept: int, places: list[bytes]) -> None:
+    def _reset(self, channel: _Socket, kept: int, has_commands: bool, places: list[bytes]) -> None:
         worker = self._worker
         if worker is not None and worker.pid not in self._commands:
             raise Failure(errno.ESRCH, "worker")
@@ -214,9 +214,7 @@ class Init:
                 self._kill_all_but((1, worker.pid, kept))
             else:
                 self._kill_all()
-            # A worker that serves runs the next event too: it is not PID 1's child anew.
-            has_server = kept or (worker is not None and worker.channel is not None)
-            if not has_server and _standing() != self._standing:
+            if has_commands and _standing() != self._standing:
                 raise PermissionError(errno.EPERM, "priority")
             self._runtime.reset(places)
         except OSError as error:

@@ -56,7 +56,7 @@ STREAMS = 4
 """Descriptors a run may be given: 0 to 2, and 3 for a worker's socket."""
 _WRITE = struct.Struct("!IQ")
 _READ = struct.Struct("!Q")
-_RESET = struct.Struct("!q")
+_RESET = struct.Struct("!q?")
 
 ANSWER = struct.Struct("!cqqq")
 """Kind and three numbers, 25 bytes."""
@@ -150,20 +150,23 @@ def parse_names(data: bytes) -> list[bytes]:
     return data.split(b"\0")
 
 
-def reset_request(kept: int, places: list[bytes]) -> bytes:
+def reset_request(kept: int, places: list[bytes], *, has_commands: bool) -> bytes:
     """Return the request to reset.
 
     Args:
         kept: A process to keep besides the waiting worker, or 0.
         places: Private mounts to empty besides those that every environment has.
+        has_commands: Whether PID 1 starts what comes next, and not a worker: then it must not
+            have been slowed down itself.
     """
-    return _RESET.pack(kept) + b"\0".join(places)
+    return _RESET.pack(kept, has_commands) + b"\0".join(places)
 
 
-def parse_reset(data: bytes) -> tuple[int, list[bytes]]:
-    """Return the process to keep, and the places of a reset request."""
+def parse_reset(data: bytes) -> tuple[int, bool, list[bytes]]:
+    """Return the process to keep, whether it has commands, and the places of a reset request."""
+    kept, has_commands = _RESET.unpack_from(data)
     places = data[_RESET.size :]
-    return _RESET.unpack_from(data)[0], places.split(b"\0") if places else []
+    return kept, has_commands, places.split(b"\0") if places else []
 
 
 def read_request(path: bytes, most: int) -> bytes:
