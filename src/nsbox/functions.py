@@ -8,7 +8,6 @@ event, with the same errors and the same record of what it was.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import json
 import os
@@ -153,10 +152,12 @@ class Invocations:
         self._take()
         try:
             if self._invoker is None:
-                self._place(request)
+                self._await_removal()
+                place_files(self._link, request.files)
                 return self._keep(self._run_command(request))
             self._init()
-            self._place(request)
+            self._await_removal()
+            place_files(self._link, request.files)
             call = self._invoker.send(request)
             frame = self._invoker.exchange(call)
             return self._keep(self._invoker.finish(call, frame))
@@ -177,8 +178,9 @@ class Invocations:
             if invoker.init_seconds is None:
                 call, frame = await calls.exchange(lambda: self._start_worker(invoker))
                 invoker.finish_start(call, frame)
+            self._await_removal()
             if request.files:
-                await asyncio.to_thread(self._place, request)
+                await asyncio.to_thread(place_files, self._link, request.files)
             call, frame = await calls.exchange(lambda: invoker.send(request))
             return self._keep(invoker.finish(call, frame))
         except BaseException as error:
@@ -206,18 +208,18 @@ class Invocations:
     def _end(self, request: Request) -> None:
         self.is_used = True
         # Whatever PID 1 is asked next comes after it; the next event waits for its answer.
-        if request.files and self._function.reuse == "keep" and not self._link.closing:
-            with contextlib.suppress(EnvironmentDied):  # and the files with it
+        is_over = self._link.closing or self._link.is_killed
+        if request.files and self._function.reuse == "keep" and not is_over:
+            try:
                 self._removal = remove_files(self._link, request.files)
+            except (EnvironmentDied, OSError):
+                self._link.kill()  # the next event is not to find them
         self._busy.release()
 
-    def _place(self, request: Request) -> None:
-        """Have the files of an invocation written, when those of the last one are gone."""
+    def _await_removal(self) -> None:
         removal, self._removal = self._removal, None
         if removal is not None:
             finish_reset(self._link, removal)
-        if request.files:
-            place_files(self._link, request.files.items())
 
     def _note_failure(self, error: BaseException) -> None:
         """Keep the record of an invocation that failed; without a verdict end its environment.

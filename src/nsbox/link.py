@@ -198,6 +198,7 @@ class Link:
         proc: How much of a /proc it has.
         end: What the launcher said of its end; None while it lives.
         closing: Whether the caller has asked for the end.
+        is_killed: Whether this end has killed it.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class Link:
         self._launcher = launcher
         self._spec = spec
         self.end: dict[str, Any] | None = None
-        self.closing = False
+        self.closing = self.is_killed = False
         self._lock = threading.Lock()
         self._pidfd = -1
         self._control, control = _pair()
@@ -348,6 +349,7 @@ class Link:
 
     def kill(self) -> None:
         """SIGKILL PID 1, and so everything in the environment."""
+        self.is_killed = True
         if self._pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from nsbox.config import Config
 from nsbox.errors import EnvironmentStateError, SyscallError
@@ -34,9 +34,9 @@ def send_file(link: Link, operation: bytes, path: bytes, data: bytes, mode: int)
         expect_ok(link, channel, path.decode(errors="surrogateescape"))
 
 
-def place_files(link: Link, files: Iterable[tuple[str, bytes]]) -> None:
+def place_files(link: Link, files: Mapping[str, bytes]) -> None:
     """Have PID 1 write files below /tmp; see `send_file`."""
-    for name, data in files:
+    for name, data in files.items():
         send_file(link, p.PLACE, name.encode(), data, 0o644)
 
 

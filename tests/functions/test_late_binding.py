@@ -159,6 +159,44 @@ def test_files_are_of_one_invocation(make_function: MakeFunction, reuse: str) ->
     assert env.state is State.READY
 
 
+def test_files_on_a_loop_are_gone_before_the_next_event(make_function: MakeFunction) -> None:
+    env = make_function(LOOK)
+    files = {f"in/{number}": b"x" * 10_000 for number in range(100)}
+
+    async def main() -> None:
+        for _ in range(5):
+            assert len((await env.invoke_async("look", files=files))["files"]) == 100
+            assert await env.invoke_async("look") == NOTHING
+
+    asyncio.run(main())
+
+
+def test_files_of_an_invocation_that_is_killed(make_function: MakeFunction) -> None:
+    env = make_function("import time\ndef handler(event, context): time.sleep(event)")
+    with pytest.raises(nsbox.InvokeTimeout):
+        env.invoke(1000, timeout=0.1, files={"a": b"1"})
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+    with pytest.raises(nsbox.EnvironmentStateError, match="dead"):
+        env.invoke(0, files={"a": b"1"})
+    other = make_function("import time\ndef handler(event, context): time.sleep(event)")
+
+    async def main() -> None:
+        task = asyncio.ensure_future(other.invoke_async(1000, timeout=900, files={"a": b"1"}))
+        await asyncio.to_thread(wait_until, lambda: placed(other), "the file is there", 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+
+
+def placed(env: nsbox.ExecutionEnvironment) -> bool:
+    try:
+        return env.read_file("/tmp/a") == b"1"
+    except nsbox.SyscallError:
+        return False
+
+
 def test_files_are_gone_for_who_looks_through_pid_1(make_function: MakeFunction) -> None:
     env = make_function(LOOK)
     env.invoke("look", files={"a": b"1"})
