@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from nsbox.config import IoMax as IoMax
     from nsbox.config import Limits as Limits
     from nsbox.config import Mount as Mount
+    from nsbox.credentials import CredentialCache as CredentialCache
+    from nsbox.credentials import Credentials as Credentials
     from nsbox.environment import ExecutionEnvironment as ExecutionEnvironment
     from nsbox.environment import State as State
     from nsbox.environment import run as run
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from nsbox.errors import CommandFailed as CommandFailed
     from nsbox.errors import CommandStartError as CommandStartError
     from nsbox.errors import ConfigError as ConfigError
+    from nsbox.errors import CredentialsError as CredentialsError
     from nsbox.errors import EnvironmentDied as EnvironmentDied
     from nsbox.errors import EnvironmentStateError as EnvironmentStateError
     from nsbox.errors import FunctionError as FunctionError
@@ -62,7 +65,7 @@ if TYPE_CHECKING:
     from nsbox.pool.aio import AsyncWarmPool as AsyncWarmPool
     from nsbox.pool.events import PoolEvent as PoolEvent
     from nsbox.pool.events import Retirement as Retirement
-    from nsbox.pool.warm import PoolFunction as PoolFunction
+    from nsbox.pool.function import PoolFunction as PoolFunction
     from nsbox.pool.warm import WarmPool as WarmPool
     from nsbox.result import Outcome as Outcome
     from nsbox.result import Protection as Protection
@@ -75,18 +78,20 @@ _HOMES = {
     "nsbox.blanks": ("set_blanks",),
     "nsbox.command": ("DEVNULL", "PIPE", "Process"),
     "nsbox.config": ("Config", "IoMax", "Limits", "Mount"),
+    "nsbox.credentials": ("CredentialCache", "Credentials"),
     "nsbox.environment": ("ExecutionEnvironment", "State", "run"),
     "nsbox.errors": (
-        "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "EnvironmentDied",
-        "EnvironmentStateError", "FunctionError", "InvokeError", "InvokeTimeout", "LauncherError",
-        "NsboxError", "PoolClosed", "PoolError", "PoolTimeout", "SetupError", "StoreError",
-        "SyscallError", "Throttled", "UnsupportedHostError",
+        "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "CredentialsError",
+        "EnvironmentDied", "EnvironmentStateError", "FunctionError", "InvokeError",
+        "InvokeTimeout", "LauncherError", "NsboxError", "PoolClosed", "PoolError", "PoolTimeout",
+        "SetupError", "StoreError", "SyscallError", "Throttled", "UnsupportedHostError",
     ),
     "nsbox.function": ("Function", "FunctionVersion", "Layer"),
     "nsbox.invocation": ("Invocation",),
     "nsbox.launcher.client": ("shutdown",),
     "nsbox.policy": ("SeccompPolicy",),
-    "nsbox.pool.warm": ("PoolFunction", "WarmPool"),
+    "nsbox.pool.function": ("PoolFunction",),
+    "nsbox.pool.warm": ("WarmPool",),
     "nsbox.pool.aio": ("AsyncWarmPool",),
     "nsbox.pool.events": ("PoolEvent", "Retirement"),
     "nsbox.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),

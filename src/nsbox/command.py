@@ -392,7 +392,9 @@ class Process:
             kind, status, user, system, fds = self._channel.receive_answer()
             close_all(fds)
             has_not_started = kind == p.FAILED and not self.pid
-            if not has_not_started and (kind != p.EXITED or not 0 <= status < 1 << 16):
+            if not has_not_started and (
+                kind not in (p.EXITED, p.SWEPT) or not 0 <= status < 1 << 16
+            ):
                 raise ConnectionError("PID 1 sent a malformed answer")
         except OSError as error:
             self._link.kill()  # broken rules end the environment
@@ -417,6 +419,9 @@ class Process:
             self._conclude(self._verdict.outcome, returncode, self._verdict.say(returncode), after)
         elif self._link.closing and returncode in (-signal.SIGTERM, -signal.SIGKILL):
             self._conclude(Outcome.KILLED, returncode, _CLOSED, after)
+        elif kind == p.SWEPT and returncode == -signal.SIGKILL:
+            evidence = "its environment was reset; nsbox killed it"
+            self._conclude(Outcome.KILLED, returncode, evidence, after)
         elif returncode >= 0:
             self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
         else:

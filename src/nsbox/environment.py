@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from nsbox import blanks, files
+from nsbox import blanks
 from nsbox.blueprint import Blueprint, born_layers, plan
 from nsbox.command import DEVNULL, PIPE, Process, Stream
 from nsbox.config import (
@@ -40,6 +40,7 @@ from nsbox.functions import FunctionMethods, Invocations, environment_config, ru
 from nsbox.launcher.client import Launcher, get_launcher
 from nsbox.link import Link, RunRequest, await_farewell
 from nsbox.result import Protections, Result, Usage
+from nsbox.transfer import begin_reset, finish_reset, read_file, write_file
 
 
 class State(enum.Enum):
@@ -277,7 +278,7 @@ class ExecutionEnvironment(FunctionMethods):
             SyscallError: As open(2) or write(2) inside; ELOOP for a link, ENOSPC when /tmp is full.
             ConfigError: `path` is not absolute, or `mode` has more than permission bits.
         """
-        files.write_file(self._ready_link, path, data, mode)
+        write_file(self._ready_link, path, data, mode)
 
     def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """Read a regular file inside; see `write_file` for what is refused.
@@ -285,7 +286,7 @@ class ExecutionEnvironment(FunctionMethods):
         Raises:
             SyscallError: As open(2) or read(2) inside; EFBIG when it has more than `max_bytes`.
         """
-        return files.read_file(self._ready_link, path, max_bytes)
+        return read_file(self._ready_link, path, max_bytes)
 
     def freeze(self) -> None:
         """Stop every process of the environment; nothing in it runs until `thaw`.
@@ -301,6 +302,25 @@ class ExecutionEnvironment(FunctionMethods):
         if self._frozen:
             link.request("thaw")
             self._frozen = False
+
+    def reset(self) -> None:
+        """Take away everything that commands have left, so that others find nothing of theirs.
+
+        Commands that run are killed (KILLED), and every process but PID 1; /tmp, /dev/shm, the
+        tmpfs mounts of the configuration and POSIX queues are emptied; System V ipc and keys are
+        removed. docs/api.md tells what stays. What cannot be taken away ends the environment.
+
+        Raises:
+            EnvironmentStateError: It could not be reset, and was killed; or it is a function's,
+                which has its policy (``Function(reuse="reset")``); or closed, frozen or dead.
+            EnvironmentDied: It was ended from outside meanwhile.
+        """
+        if self._invocations is not None:
+            raise EnvironmentStateError(
+                f"environment {self.id} is a function's: give the Function reuse='reset'"
+            )
+        link = self._ready_link()
+        finish_reset(link, begin_reset(link, self.config))
 
     def _replace_blank(self) -> None:
         """Have another environment of this kind born, now that this one has been of use."""

@@ -9,6 +9,7 @@
     ├─ SetupError                      .step .errno .hint; what was made is removed again
     ├─ LauncherError                   the launcher could not be started, or died
     ├─ StoreError                      .path: the code store, or an entry of it, is not usable
+    ├─ CredentialsError                .role: a provider gave none
     ├─ SyscallError (OSError)          .syscall .errno .filename
     ├─ EnvironmentStateError           closed, frozen, or owned by another process
     ├─ CommandStartError               .argv0 .errno .exit_code (126 or 127)
@@ -94,6 +95,18 @@ class StoreError(NsboxError):
     def __init__(self, path: str, message: str) -> None:
         super().__init__(f"code store {path!r}: {message}")
         self.path = path
+
+
+class CredentialsError(NsboxError):
+    """A credentials provider raised, or gave none that are good; nothing was run.
+
+    Attributes:
+        role: The role it was asked for.
+    """
+
+    def __init__(self, role: str, message: str) -> None:
+        super().__init__(f"no credentials for the role {role!r}: {message}")
+        self.role = role
 
 
 class SyscallError(NsboxError, OSError):

@@ -18,11 +18,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from nsbox.aio import LoopCalls
 from nsbox.blueprint import interpreter_prefixes
-from nsbox.config import Config, check_text, parse_seconds
+from nsbox.config import Config
+from nsbox.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.errors import (
     ConfigError,
     EnvironmentDied,
@@ -31,19 +32,18 @@ from nsbox.errors import (
     InvokeTimeout,
 )
 from nsbox.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
-from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
-from nsbox.invoker import Answer, Invoker, check_payload, error_payload, finish_reset
-from nsbox.link import Link
+from nsbox.invoker import Answer, Invoker, error_payload
+from nsbox.link import Channel, Link
+from nsbox.request import Options, Request, encode_event
 from nsbox.result import Outcome, Protections, Result
+from nsbox.transfer import begin_reset, finish_reset, place_files, remove_files
 from nsbox.worker import Call, OnLog
 
 if TYPE_CHECKING:
     from nsbox.environment import ExecutionEnvironment
 
-_REQUEST_ID_MAX: Final = 256
-_CLIENT_CONTEXT_MAX: Final = 32 << 10  # bytes; AWS Lambda has 3583 in base64
 _LAST_WORDS: Final = 10.0  # seconds in which an invocation sees that its environment is killed
 _SIGNALED: Final = "Runtime exited with error: signal"
 
@@ -104,6 +104,7 @@ class Invocations:
         self._holder = 0  # the thread that has it
         self.is_used = False  # an invocation is over
         self._loop: LoopCalls | None = None
+        self._removal: Channel | None = None  # of the last invocation's files
         self._last: Invocation | Answer | None = None
         self._invoker: Invoker | None = None
         if self._function.handler is not None:
@@ -113,6 +114,8 @@ class Invocations:
         """Let go of worker and sockets."""
         if self._loop is not None and not self._loop.loop.is_closed():
             self._loop.close()
+        if self._removal is not None:
+            self._removal.socket.close()
         if self._invoker is not None:
             self._invoker.close()
 
@@ -146,64 +149,47 @@ class Invocations:
             variables, module_path(has_rootfs=self._function.rootfs is not None), python
         )
 
-    def invoke(
-        self,
-        payload: bytes,
-        timeout: float | None,
-        request_id: str | None,
-        client_context: Mapping[str, Any] | None,
-        on_log: OnLog | None,
-    ) -> Invocation | Answer:
+    def invoke(self, request: Request) -> Invocation | Answer:
         """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
-        data = check_payload(payload)
-        limit = None if timeout is None else parse_seconds(timeout, "timeout")
-        context = _check_words(request_id, client_context)
         self._take()
         try:
             if self._invoker is None:
-                return self._keep(self._run_command(data, limit, request_id, on_log))
+                self._await_removal()
+                place_files(self._link, request.files)
+                return self._keep(self._run_command(request))
             self._init()
-            call = self._invoker.send(data, limit, request_id, context, on_log)
+            self._await_removal()
+            place_files(self._link, request.files)
+            call = self._invoker.send(request)
             frame = self._invoker.exchange(call)
             return self._keep(self._invoker.finish(call, frame))
         except BaseException as error:
             self._note_failure(error)
             raise
         finally:
-            self._end()
+            self._end(request)
 
-    async def invoke_async(
-        self,
-        payload: bytes,
-        timeout: float | None,  # noqa: ASYNC109 - it kills, and is not of this task alone
-        request_id: str | None,
-        client_context: Mapping[str, Any] | None,
-        on_log: OnLog | None,
-    ) -> Invocation | Answer:
+    async def invoke_async(self, request: Request) -> Invocation | Answer:
         """Serve one event on the running loop."""
         invoker = self._invoker
         if invoker is None:
-            return await asyncio.to_thread(
-                self.invoke, payload, timeout, request_id, client_context, on_log
-            )
-        data = check_payload(payload)
-        limit = None if timeout is None else parse_seconds(timeout, "timeout")
-        context = _check_words(request_id, client_context)
+            return await asyncio.to_thread(self.invoke, request)
         self._take()
         try:
             calls = self._calls_on(invoker, asyncio.get_running_loop())
             if invoker.init_seconds is None:
                 call, frame = await calls.exchange(lambda: self._start_worker(invoker))
                 invoker.finish_start(call, frame)
-            call, frame = await calls.exchange(
-                lambda: invoker.send(data, limit, request_id, context, on_log)
-            )
+            self._await_removal()
+            if request.files:
+                await asyncio.to_thread(place_files, self._link, request.files)
+            call, frame = await calls.exchange(lambda: invoker.send(request))
             return self._keep(invoker.finish(call, frame))
         except BaseException as error:
             self._note_failure(error)
             raise
         finally:
-            self._end()
+            self._end(request)
 
     def _calls_on(self, invoker: Invoker, loop: asyncio.AbstractEventLoop) -> LoopCalls:
         if self._loop is None or self._loop.loop is not loop:
@@ -221,9 +207,21 @@ class Invocations:
             )
         self._holder = threading.get_ident()
 
-    def _end(self) -> None:
+    def _end(self, request: Request) -> None:
         self.is_used = True
+        # Whatever PID 1 is asked next comes after it; the next event waits for its answer.
+        is_over = self._link.closing or self._link.is_killed
+        if request.files and self._function.reuse == "keep" and not is_over:
+            try:
+                self._removal = remove_files(self._link, request.files)
+            except (EnvironmentDied, OSError):
+                self._link.kill()  # the next event is not to find them
         self._busy.release()
+
+    def _await_removal(self) -> None:
+        removal, self._removal = self._removal, None
+        if removal is not None:
+            finish_reset(self._link, removal)
 
     def _note_failure(self, error: BaseException) -> None:
         """Keep the record of an invocation that failed; without a verdict end its environment.
@@ -254,19 +252,17 @@ class Invocations:
 
     # -- a plain program -----------------------------------------------------------------------
 
-    def _run_command(
-        self, payload: bytes, timeout: float | None, request_id: str | None, on_log: OnLog | None
-    ) -> Invocation:
-        request_id = str(uuid.uuid4()) if request_id is None else request_id
-        limit = self._function.timeout if timeout is None else timeout
+    def _run_command(self, request: Request) -> Invocation:
+        request_id = str(uuid.uuid4()) if request.request_id is None else request.request_id
+        limit = self._function.timeout if request.timeout is None else request.timeout
         begin = time.monotonic()
-        variables = {**dict(self._version.env), "AWS_REQUEST_ID": request_id}
+        variables = {**dict(self._version.env), **request.env, "AWS_REQUEST_ID": request_id}
         result = self._env.run(
-            self._function.command or (), input=payload, timeout=limit, env=variables
+            self._function.command or (), input=request.payload, timeout=limit, env=variables
         )
         duration = time.monotonic() - begin
-        if on_log is not None and result.stderr:
-            on_log("stderr", result.stderr)
+        if request.on_log is not None and result.stderr:
+            request.on_log("stderr", result.stderr)
         kind, message = self._judge(result, request_id, limit)
         answer = result.stdout
         if kind:
@@ -287,9 +283,7 @@ class Invocations:
         if result.outcome is Outcome.OOM_KILLED:
             self._link.kill()
         elif self._function.reuse == "reset":
-            channel = self._link.ask(p.RESET, p.PID.pack(0), [])
-            with channel.socket:
-                finish_reset(self._link, channel)
+            finish_reset(self._link, begin_reset(self._link, self._version.config))
         if kind:
             raise FunctionError(kind, message, (), invocation)
         return invocation
@@ -363,6 +357,10 @@ class FunctionMethods:
         event: object,
         *,
         timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
         request_id: str | None = None,
         client_context: Mapping[str, Any] | None = None,
         on_log: OnLog | None = None,
@@ -374,6 +372,13 @@ class FunctionMethods:
         Args:
             event: What json.dumps takes, up to 6 MiB of it.
             timeout: Seconds, instead of the function's.
+            env: Variables over those of the function, for this invocation alone; 4 KiB in all.
+            files: Bytes by names such as ``"in/data.csv"``, for this invocation alone: they are
+                below /tmp before its time begins. Up to 256 of them and 64 MiB.
+            credentials: `Credentials`, or a mapping with the names of AWS STS, for this invocation
+                alone: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN. Or what gives
+                them, called with `role`: a function, or a `CredentialCache` of one.
+            role: The role that credentials are asked for; the function's name by default.
             request_id: The context's aws_request_id; a new one by default.
             client_context: The context's client_context.
             on_log: Called with ``"stdout"`` or ``"stderr"`` and what the function writes.
@@ -383,53 +388,62 @@ class FunctionMethods:
             InvokeTimeout: It took too long; the environment was killed.
             EnvironmentDied: The environment was ended from outside, or its worker broke the rules.
             EnvironmentStateError: It is busy, closed or dead.
-            ConfigError: The event is no JSON value, or too large.
+            SyscallError: A file cannot be written (ENOSPC, when /tmp is full); it was killed.
+            CredentialsError: There are none for the role; nothing was run.
+            ConfigError: A value is wrong, or too large.
         """
-        payload = _encode_event(event)
-        calls = self._function_calls()
-        try:
-            answer = calls.invoke(payload, timeout, request_id, client_context, on_log)
-        finally:
-            self._end_invocation()
-        return answer.json()
+        found = resolve(credentials, self._role(role))
+        request = Request(
+            encode_event(event), found, timeout=timeout, env=env, files=files,
+            request_id=request_id, client_context=client_context, on_log=on_log,
+        )  # fmt: skip
+        return self._call(request).json()
 
     def invoke_bytes(
         self,
         payload: bytes,
         *,
-        timeout: float | None = None,
-        request_id: str | None = None,
-        client_context: Mapping[str, Any] | None = None,
-        on_log: OnLog | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[Options],
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
-        calls = self._function_calls()
-        try:
-            answer = calls.invoke(payload, timeout, request_id, client_context, on_log)
-        finally:
-            self._end_invocation()
+        found = resolve(credentials, self._role(role))
+        answer = self._call(Request(payload, found, **options))
         return answer.invocation() if isinstance(answer, Answer) else answer
 
     async def invoke_async(
         self,
         event: object,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109 - it kills, and is not of this task alone
-        request_id: str | None = None,
-        client_context: Mapping[str, Any] | None = None,
-        on_log: OnLog | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[Options],
     ) -> Any:  # noqa: ANN401 - any JSON value
-        """Do as `invoke`, on the running asyncio loop and without a thread.
+        """Do as `invoke`, on the running asyncio loop.
 
-        A cancelled invocation is killed, and the environment with it.
+        Threads serve files, and providers of credentials, alone. A cancelled invocation is killed,
+        and the environment with it.
         """
-        payload = _encode_event(event)
+        payload = encode_event(event)
+        found = await resolve_async(credentials, self._role(role))
+        request = Request(payload, found, **options)
         calls = self._function_calls()
         try:
-            answer = await calls.invoke_async(payload, timeout, request_id, client_context, on_log)
+            answer = await calls.invoke_async(request)
         finally:
             self._end_invocation()
         return answer.json()
+
+    def _call(self, request: Request) -> Invocation | Answer:
+        calls = self._function_calls()
+        try:
+            return calls.invoke(request)
+        finally:
+            self._end_invocation()
+
+    def _role(self, role: str | None) -> str:
+        return self._version.name if role is None and self._version is not None else role or ""
 
     @property
     def last(self) -> Invocation | None:
@@ -458,31 +472,3 @@ class FunctionMethods:
         is_used = self._invocations is not None and self._invocations.is_used
         if is_used and self._version is not None and self._version.function.reuse == "never":
             self.close(wait=False)
-
-
-def _check_words(request_id: object, client_context: Mapping[str, Any] | None) -> str:
-    """Check what goes with an event; return the client context in JSON, "" for none."""
-    if request_id is not None:
-        text = check_text(request_id, "request_id")
-        if not text.isprintable() or len(text) > _REQUEST_ID_MAX:
-            raise ConfigError(
-                f"request_id: must be up to {_REQUEST_ID_MAX} printable characters, got {text!r}"
-            )
-    if not client_context:
-        return ""
-    try:
-        words = json.dumps(client_context, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"client_context: no JSON value: {error}") from error
-    if len(words) > _CLIENT_CONTEXT_MAX:
-        raise ConfigError(
-            f"client_context: {len(words)} bytes of JSON, more than {_CLIENT_CONTEXT_MAX}"
-        )
-    return words
-
-
-def _encode_event(event: object) -> bytes:
-    try:
-        return json.dumps(event, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"event: no JSON value: {error}") from error

@@ -17,19 +17,18 @@ from typing import Any, Final
 
 from nsbox.command import PIPE, Process
 from nsbox.errors import (
-    ConfigError,
     EnvironmentDied,
     EnvironmentStateError,
     FunctionError,
     InvokeTimeout,
 )
 from nsbox.function import FunctionVersion
-from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
 from nsbox.link import Channel, Link, RunRequest, WorkRequest
-from nsbox.linux.descriptors import close_all
+from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
+from nsbox.transfer import begin_reset, finish_reset
 from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
 
 _SIGNAL_WORDS: Final = {6: "aborted", 9: "killed", 11: "segmentation fault", 15: "terminated"}
@@ -198,24 +197,18 @@ class Invoker:
 
     # -- an event ------------------------------------------------------------------------------
 
-    def send(
-        self,
-        payload: bytes,
-        timeout: float | None,
-        request_id: str | None,
-        client_context: str,
-        on_log: OnLog | None,
-    ) -> Call:
+    def send(self, request: Request) -> Call:
         """Send an event; what comes back is for `finish`."""
         if self._reset is not None:
             self._finish_reset()
         self._worker.check_silent()
-        limit = self._function.timeout if timeout is None else timeout
-        call = self._call(limit, request_id, on_log)
-        words = f"{call.request_id}\0{client_context}".encode()
+        limit = self._function.timeout if request.timeout is None else request.timeout
+        call = self._call(limit, request.request_id, request.on_log)
+        own = json.dumps(request.env) if request.env else ""
+        words = f"{call.request_id}\0{request.client_context}\0{own}".encode()
         head = runtime.INVOCATION.pack(limit, len(words)) + words
         try:
-            self._worker.send(call, runtime.INVOKE, head, payload)
+            self._worker.send(call, runtime.INVOKE, head, request.payload)
         except WorkerSilent as error:
             raise self.judge(call, error) from None
         return call
@@ -361,47 +354,15 @@ class Invoker:
     def _begin_reset(self) -> None:
         """Have PID 1 clean up; its answer is waited for before the next event is sent."""
         if self._function.reuse == "reset":
-            kept = p.PID.pack(self._worker.process.pid)
-            self._reset = self._link.ask(p.RESET, kept, [])
+            kept = self._worker.process.pid
+            self._reset = begin_reset(self._link, self._version.config, kept)
 
     def _finish_reset(self) -> None:
         channel, self._reset = self._reset, None
         if channel is not None:
-            with channel.socket:
-                finish_reset(self._link, channel)
-
-
-def finish_reset(link: Link, channel: Channel) -> None:
-    """Wait until everything an invocation has left is gone.
-
-    Raises:
-        EnvironmentStateError: It could not be removed; the environment was killed.
-    """
-    try:
-        kind, error, stage, _, fds = channel.receive_answer()
-    except OSError as failure:
-        raise link.died(failure) from failure
-    close_all(fds)
-    if kind != p.OK:
-        link.kill()
-        why = f"{p.STAGES[stage]}: {os.strerror(error)}" if kind == p.FAILED else "no answer"
-        raise EnvironmentStateError(
-            f"environment {link.env_id} could not be reset ({why}) and was killed; make a new one"
-        )
+            finish_reset(self._link, channel)
 
 
 def error_payload(kind: str, message: str) -> bytes:
     """Return the answer that tells of an error, in Lambda's words."""
     return json.dumps({"errorType": kind, "errorMessage": message}).encode()
-
-
-def check_payload(payload: object) -> bytes:
-    """Return an event's bytes, or raise ConfigError."""
-    if not isinstance(payload, bytes | bytearray | memoryview):
-        raise ConfigError(f"event: must be bytes of JSON, got {type(payload).__name__}")
-    data = bytes(payload)
-    if len(data) > runtime.PAYLOAD_MAX:
-        raise ConfigError(
-            f"event: {len(data)} bytes, more than {runtime.PAYLOAD_MAX}; pass large data by a file"
-        )
-    return data

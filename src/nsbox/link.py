@@ -199,6 +199,7 @@ class Link:
         end: What the launcher said of its end; None while it lives.
         closing: Whether the caller has asked for the end.
         running: Who awaits the end of a command, and so the last counters; by `id`.
+        is_killed: Whether this end has killed it.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class Link:
         self._launcher = launcher
         self._spec = spec
         self.end: dict[str, Any] | None = None
-        self.closing = False
+        self.closing = self.is_killed = False
         self.running: set[int] = set()
         self._lock = threading.Lock()
         self._pidfd = -1
@@ -366,6 +367,7 @@ class Link:
 
     def kill(self) -> None:
         """SIGKILL PID 1, and so everything in the environment."""
+        self.is_killed = True
         if self._pidfd >= 0:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)

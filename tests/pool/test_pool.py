@@ -159,7 +159,7 @@ def test_reset_and_never_of_a_function(make: Make) -> None:
 def test_wrong_settings_and_uses(commands: nsbox.WarmPool, make: Make) -> None:
     for settings in (
         {"provisioned": -1}, {"max_environments": 0}, {"provisioned": 9}, {"max_waiting": -1},
-        {"idle_timeout": 0}, {"acquire_timeout": -1}, {"max_invocations": 0}, {"reuse": "reset"},
+        {"idle_timeout": 0}, {"acquire_timeout": -1}, {"max_invocations": 0}, {"reuse": "often"},
     ):  # fmt: skip
         with pytest.raises(nsbox.ConfigError, match=next(iter(settings))):
             nsbox.WarmPool(**settings)

@@ -24,12 +24,12 @@ SOURCE = Path(nsbox.__file__).parent
 # packages; docs/architecture.md draws the same picture.
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cli", ("cli", "__main__")),
-    ("pool", ("pool",)),
+    ("pool", ("pool", "prometheus")),
     ("environment", ("environment",)),
-    ("functions", ("functions", "aio", "invoker", "worker")),
+    ("functions", ("functions", "aio", "invoker", "request", "credentials", "worker")),
     ("command", ("command", "verdict")),
     ("blueprint", ("blueprint",)),
-    ("link", ("link", "blanks", "files")),
+    ("link", ("link", "transfer", "blanks")),
     ("launcher", ("launcher",)),
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),
@@ -230,6 +230,7 @@ def test_imports_have_no_cycle() -> None:
         ("cgroupspy", ("isolation.cgroups.",)),
         ("click", ("cli",)),
         ("psutil", ("cli",)),
+        ("prometheus_client", ("prometheus",)),
         ("pickle", ()),
         ("marshal", ("launcher.template", "launcher.templates")),
         ("shelve", ()),
@@ -245,7 +246,7 @@ def test_package_has_one_home(package: str, homes: tuple[str, ...]) -> None:
 
 def test_only_declared_packages_are_imported() -> None:
     roots = set().union(*(module.external_roots for module in MODULES.values()))
-    declared = {"prctl", "pyseccomp", "cgroupspy", "psutil", "click"}
+    declared = {"prctl", "pyseccomp", "cgroupspy", "psutil", "click", "prometheus_client"}
     assert roots - sys.stdlib_module_names - declared == {"nsbox"}
 
 

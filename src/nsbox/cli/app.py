@@ -24,6 +24,7 @@ _COMMANDS: Final = {
     "doctor": ("doctor", "doctor_command", "Try everything a sandbox needs; name the remedies."),
     "plan": ("plan", "plan_command", "Print the steps and protections for given options."),
     "ps": ("ps", "ps_command", "List the live environments."),
+    "top": ("top", "top_command", "Show what the live environments do, again and again."),
     "gc": ("gc", "gc_command", "Remove the cgroups of dead owners."),
     "bench": ("bench", "bench_command", "Measure nsbox beside its peers (in a checkout)."),
 }

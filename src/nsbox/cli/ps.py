@@ -18,6 +18,7 @@ from nsbox.linux import proc
 
 _LAUNCHER: Final = "nsbox-launcher"
 _ENVIRONMENT: Final = re.compile(r"nsbox-([0-9a-f]{8})")
+_CODE: Final = re.compile(r"/sha256-([0-9a-f]{12})[0-9a-f]*/")
 _COLUMNS: Final = (
     ("ID", "id"),
     ("STATE", "state"),
@@ -42,11 +43,19 @@ def ps_command(as_json: bool) -> int:
         return 0
     rows = [[title for title, _ in _COLUMNS]]
     rows += [[_cell(entry, key) for _, key in _COLUMNS] for entry in found]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
-    for row in rows:
-        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
-        click.echo(line.rstrip())
+    for line in format_rows(rows):
+        click.echo(line)
     return 0
+
+
+def format_rows(rows: list[list[str]]) -> list[str]:
+    """Return rows of cells as lines with columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(text.ljust(width) for text, width in cells).rstrip())
+    return lines
 
 
 def live_environments() -> Iterator[dict[str, Any]]:
@@ -90,6 +99,22 @@ def _describe(
         "cpu_seconds": sum(map(_cpu_time, processes)) if cpu_usec is None else cpu_usec / 1e6,
         "age_seconds": round(_age(init.pid), 3),
     }
+
+
+def code_of(pid: int) -> str:
+    """Return the first digits of the digest of the code that an environment's PID 1 has bound.
+
+    Empty: it has none, or the host does not show it to this user (proc_pid_mountinfo(5)).
+    """
+    try:
+        mounts = proc.read_mountinfo(pid)
+    except OSError:
+        return ""
+    for mount in mounts:
+        match = _CODE.search(mount.root) if mount.mount_point == "/var/task" else None
+        if match is not None:
+            return match[1]
+    return ""
 
 
 def _age(pid: int) -> float:
@@ -161,17 +186,28 @@ def _is_frozen(init: psutil.Process, directories: dict[str, str]) -> bool:
 
 def _cell(entry: dict[str, Any], key: str) -> str:
     if key == "memory_bytes":
-        return f"{entry[key] / (1 << 20):.1f}M"
+        return megabytes(entry[key])
     if key == "cpu_seconds":
         return f"{entry[key]:.2f}s"
     if key == "age_seconds":
-        return _duration(entry[key])
+        return duration(entry[key])
     if key == "host":
-        return f"{entry['host_pid']} {entry['host_program']}"
+        return f"{entry['host_pid']} {printable(entry['host_program'])}"
     return str(entry[key])
 
 
-def _duration(seconds: float) -> str:
+def printable(name: object) -> str:
+    """Return a process's name, which it has given itself, without what a terminal would act on."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(name))
+
+
+def megabytes(size: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / (1 << 20):.1f}M"
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time for people."""
     whole = int(seconds)
     if whole < 60:
         return f"{seconds:.1f}s"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from _socket import socket as _Socket
 
 _CHUNK = 1 << 18
+_PLACE = "/tmp"  # noqa: S108 - the environment's own
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Failure(Exception):
@@ -56,16 +58,10 @@ def _open_regular(path: bytes, flags: int, mode: int = 0) -> int:
 def write_file(channel: _Socket, request: bytes) -> None:
     """Serve a write request (`protocol.write_request`); the file's bytes follow on the channel."""
     path, mode, size = p.parse_write(request)
-    left = size
     fd = _open_regular(path, os.O_WRONLY | os.O_CREAT, mode)
     try:
         os.ftruncate(fd, 0)
-        os.fchmod(fd, mode)
-        while left:
-            view = memoryview(read_exactly(channel, min(left, _CHUNK)))
-            left -= len(view)
-            while view:
-                view = view[os.write(fd, view) :]
+        _fill(fd, channel, mode, size)
     except ConnectionError:
         raise
     except OSError as error:
@@ -73,6 +69,92 @@ def write_file(channel: _Socket, request: bytes) -> None:
     finally:
         os.close(fd)
     channel.sendall(p.ANSWER.pack(p.OK, size, 0, 0))
+
+
+def _fill(fd: int, channel: _Socket, mode: int, size: int) -> None:
+    os.fchmod(fd, mode)
+    left = size
+    while left:
+        view = memoryview(read_exactly(channel, min(left, _CHUNK)))
+        left -= len(view)
+        while view:
+            view = view[os.write(fd, view) :]
+
+
+def place_file(channel: _Socket, request: bytes) -> None:
+    """Serve a place request (`protocol.PLACE`); the file's bytes follow on the channel.
+
+    Whatever has its name goes first, so that nothing planted is opened, and nobody has it open.
+    """
+    path, mode, size = p.parse_write(request)
+    try:
+        directory, name = _enter(path, make=True)
+        try:
+            try:
+                os.unlink(name, dir_fd=directory)
+            except FileNotFoundError:
+                pass
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(name, flags, mode, dir_fd=directory)
+        finally:
+            os.close(directory)
+        try:
+            _fill(fd, channel, mode, size)
+        finally:
+            os.close(fd)
+    except ConnectionError:
+        raise
+    except OSError as error:
+        raise Failure(error.errno or errno.EIO, "place") from error
+    channel.sendall(p.ANSWER.pack(p.OK, size, 0, 0))
+
+
+def remove_files(channel: _Socket, request: bytes) -> None:
+    """Serve a remove request (`protocol.REMOVE`): files, then directories that are empty then."""
+    names = p.parse_names(request)
+    ways = {name[:at] for name in names for at in range(len(name)) if name[at : at + 1] == b"/"}
+    # The deepest first.
+    for path in [*names, *sorted(ways, key=len, reverse=True)]:
+        try:
+            directory, name = _enter(path, make=False)
+        except OSError:
+            continue  # the way is gone, or leads elsewhere
+        try:
+            if path in ways:
+                os.rmdir(name, dir_fd=directory)
+            else:
+                os.unlink(name, dir_fd=directory)
+        except OSError:
+            pass  # the function has removed it, or made something else of it: that is its own
+        finally:
+            os.close(directory)
+    channel.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
+
+
+def _enter(path: bytes, *, make: bool) -> tuple[int, bytes]:
+    """Return the directory below /tmp that the last component of `path` is in, and that.
+
+    No link is followed and no other file system entered: what is bound below /tmp is the host's.
+    """
+    directory = os.open(_PLACE, _DIRECTORY)
+    try:
+        device = os.fstat(directory).st_dev
+        *way, name = path.split(b"/")
+        for part in way:
+            if make:
+                try:
+                    os.mkdir(part, 0o755, dir_fd=directory)
+                except FileExistsError:
+                    pass
+            inner = os.open(part, _DIRECTORY, dir_fd=directory)
+            os.close(directory)
+            directory = inner
+            if os.fstat(directory).st_dev != device:
+                raise OSError(errno.EXDEV, "another file system")
+    except BaseException:
+        os.close(directory)
+        raise
+    return directory, name
 
 
 def read_file(channel: _Socket, request: bytes) -> None:

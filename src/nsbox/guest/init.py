@@ -22,7 +22,14 @@ from fcntl import ioctl
 from resource import RLIMIT_NOFILE, getrlimit
 
 from nsbox.guest import protocol as p
-from nsbox.guest.files import Failure, read_exactly, read_file, write_file
+from nsbox.guest.files import (
+    Failure,
+    place_file,
+    read_exactly,
+    read_file,
+    remove_files,
+    write_file,
+)
 from nsbox.linux import constants as c
 from nsbox.linux.calls import kill_all_others
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
@@ -61,15 +68,17 @@ class _Command:
 
 
 class Runtime:
-    """What PID 1 of a function's environment can do besides; made by the template."""
+    """What PID 1 can do besides; made by the template. `fork_worker` is of functions' alone."""
 
     __slots__ = ("fork_worker", "reset")
 
     def __init__(
-        self, fork_worker: Callable[..., tuple[int, _Socket]], reset: Callable[[], None]
+        self,
+        reset: Callable[[list[bytes]], None],
+        fork_worker: Callable[..., tuple[int, _Socket]] | None = None,
     ) -> None:
-        self.fork_worker = fork_worker
         self.reset = reset
+        self.fork_worker = fork_worker
 
 
 class Init:
@@ -80,7 +89,7 @@ class Init:
         control: int,
         lifeline: int,
         signals: int,
-        runtime: Runtime | None = None,
+        runtime: Runtime,
     ) -> None:
         """Take descriptors that are the same in every clone.
 
@@ -88,12 +97,13 @@ class Init:
             control: The socket that the host asks on.
             lifeline: Reads as ended when the launcher is gone.
             signals: A signalfd of SIGCHLD.
-            runtime: In environments of functions: how to make a worker, and how to reset.
+            runtime: How to reset, and in environments of functions how to make a worker.
         """
         self._control = _Socket(fileno=control)
         self._signals = signals
         self._runtime = runtime
         self._worker: _Command | None = None
+        self._is_resetting = False
         self._intake: _Socket | None = None
         self._commands: dict[int, _Command] = {}
         self._farewell: _Socket | None = None  # where it is told that all of them have ended
@@ -108,7 +118,8 @@ class Init:
 
         `is_blank` says that nobody waits for this environment yet.
         """
-        if self._runtime is not None:
+        self._standing = _standing()
+        if self._runtime.fork_worker is not None:
             pid, self._intake = self._runtime.fork_worker(has_time=is_blank)
             self._worker = self._commands[pid] = _Command(pid, None)
         while True:
@@ -156,8 +167,12 @@ class Init:
                     write_file(channel, request)
                 elif operation == p.READ:
                     read_file(channel, request)
+                elif operation == p.PLACE:
+                    place_file(channel, request)
+                elif operation == p.REMOVE:
+                    remove_files(channel, request)
                 elif operation == p.RESET:
-                    self._reset(channel, p.PID.unpack(request)[0])
+                    self._reset(channel, *p.parse_reset(request))
                 else:
                     raise Failure(errno.EINVAL, "request")
             except Failure as failure:
@@ -202,15 +217,23 @@ class Init:
         worker.channel = channel
         self._watch(channel.fileno(), lambda: self._on_channel(worker, channel))
 
-    def _reset(self, channel: _Socket, kept: int) -> None:
-        worker, runtime = self._worker, self._runtime
-        if runtime is None or worker is None or worker.pid not in self._commands:
+    def _reset(self, channel: _Socket, kept: int, has_commands: bool, places: list[bytes]) -> None:
+        worker = self._worker
+        if worker is not None and worker.pid not in self._commands:
             raise Failure(errno.ESRCH, "worker")
+        self._is_resetting = True
         try:
-            self._kill_all_but((1, worker.pid, kept))
-            runtime.reset()
+            if worker is not None:
+                self._kill_all_but((1, worker.pid, kept))
+            else:
+                self._kill_all()
+            if has_commands and _standing() != self._standing:
+                raise PermissionError(errno.EPERM, "priority")
+            self._runtime.reset(places)
         except OSError as error:
             raise Failure(error.errno or errno.EIO, "reset") from error
+        finally:
+            self._is_resetting = False
         channel.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
 
     def _terminate(self, channel: _Socket) -> None:
@@ -286,7 +309,8 @@ class Init:
         is_alone = self._kill_leftovers()
         user, system = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
         try:
-            channel.sendall(p.ANSWER.pack(p.EXITED, status, user, system))
+            kind = p.SWEPT if self._is_resetting else p.EXITED
+            channel.sendall(p.ANSWER.pack(kind, status, user, system))
         except OSError:
             pass  # the caller let go of it
         if channel.fileno() in self._handlers:
@@ -300,11 +324,7 @@ class Init:
         Returns whether no process but this one is left.
         """
         if not self._commands:
-            # The kernel holds the process list meanwhile, so that not even a fork bomb slips
-            # through.
-            if kill_all_others():
-                self._reap_all()
-            return True
+            return self._kill_all()
         for _ in range(_KILL_PASSES):
             strays = self._strays()
             if not strays:
@@ -312,6 +332,13 @@ class Init:
             _end_all(strays)
             self._reap()
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it
+
+    def _kill_all(self) -> bool:
+        """Kill every process but this one; returns that there is none left."""
+        # The kernel holds the process list meanwhile, so that not even a fork bomb slips through.
+        if kill_all_others():
+            self._reap_all()
+        return True
 
     def _strays(self) -> list[int]:
         """Return the processes that descend from no running command.
@@ -379,6 +406,18 @@ def _parents() -> dict[int, int]:
             if fields[0] not in (b"Z", b"X"):
                 parents[int(entry)] = int(fields[1])
     return parents
+
+
+def _standing() -> tuple[object, ...]:
+    """Return what commands inherit of PID 1 that other processes of its uid can change."""
+    try:
+        return (
+            os.getpriority(os.PRIO_PROCESS, 0),
+            os.sched_getscheduler(0),
+            os.sched_getaffinity(0),
+        )
+    except OSError:
+        return ()  # refused by the filter, as setting it is
 
 
 def _leave() -> NoReturn:

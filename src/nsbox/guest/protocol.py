@@ -22,12 +22,18 @@ WRITE = b"W"
 """Write a file: `write_request`, then its bytes on the channel."""
 READ = b"F"
 """Read a file: `read_request`; answer OK with the size, then the bytes."""
+PLACE = b"L"
+"""Write a file below /tmp for one invocation: as WRITE, with a path relative to it. Directories on
+the way are made, and a file that is there is replaced."""
+REMOVE = b"D"
+"""Remove what was placed: `names_request`. What is no longer there is no error."""
 
 WORK = b"P"
 """Let the worker serve. Descriptors: channel, the worker's socket, stdout, stderr. Answered like a
 run, without STARTED."""
 RESET = b"Z"
-"""Kill everything but PID 1 and the worker, and empty all writable places; answer OK."""
+"""Kill everything but PID 1 and the worker, and empty all writable places (`reset_request`); answer
+OK."""
 TERMINATE = b"T"
 """SIGTERM to every process but PID 1; answer OK when all commands, and the worker, have ended."""
 
@@ -55,11 +61,14 @@ _STDIO_OF = [
 ]
 _WRITE = struct.Struct("!IQ")
 _READ = struct.Struct("!Q")
+_RESET = struct.Struct("!q?")
 
 ANSWER = struct.Struct("!cqqq")
 """Kind and three numbers, 25 bytes."""
 STARTED = b"S"
 """The command runs; numbers: its pid inside, 0, 0. With a terminal, its master descriptor."""
+SWEPT = b"V"
+"""As EXITED, of a command that ran when a reset was asked for, and was killed for that."""
 EXITED = b"X"
 """The command is over and nothing of it is left; numbers: wait status, user, system microseconds
 of what was reaped with it."""
@@ -68,10 +77,10 @@ FAILED = b"E"
 OK = b"O"
 """A file operation succeeded; numbers: size, 0, 0."""
 
-STAGES = ("exec", "cwd", "tty", "open", "kind", "size", "io", "request", "worker", "reset", "room")
-
-PID = struct.Struct("!q")
-"""Request of RESET: a process to keep besides the waiting worker, or 0."""
+STAGES = (
+    "exec", "cwd", "tty", "open", "kind", "size", "io", "request", "worker", "reset",
+    "room", "place",
+)  # fmt: skip
 
 SIGNAL = struct.Struct("!cq")
 """Host to init, on the channel of a running command."""
@@ -133,6 +142,35 @@ def parse_write(data: bytes) -> tuple[bytes, int, int]:
     """Return path, mode and size of a write request."""
     mode, size = _WRITE.unpack_from(data)
     return data[_WRITE.size :], mode, size
+
+
+def names_request(names: list[bytes]) -> bytes:
+    """Return the request to remove files; no name holds a NUL."""
+    return b"\0".join(names)
+
+
+def parse_names(data: bytes) -> list[bytes]:
+    """Return the names of a remove request."""
+    return data.split(b"\0")
+
+
+def reset_request(kept: int, places: list[bytes], *, has_commands: bool) -> bytes:
+    """Return the request to reset.
+
+    Args:
+        kept: A process to keep besides the waiting worker, or 0.
+        places: Private mounts to empty besides those that every environment has.
+        has_commands: Whether PID 1 starts what comes next, and not a worker: then it must not
+            have been slowed down itself.
+    """
+    return _RESET.pack(kept, has_commands) + b"\0".join(places)
+
+
+def parse_reset(data: bytes) -> tuple[int, bool, list[bytes]]:
+    """Return the process to keep, whether it has commands, and the places of a reset request."""
+    kept, has_commands = _RESET.unpack_from(data)
+    places = data[_RESET.size :]
+    return kept, has_commands, places.split(b"\0") if places else []
 
 
 def read_request(path: bytes, most: int) -> bytes:

@@ -9,7 +9,8 @@ Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
 
 1. host -> worker  ``START``    JSON: see `Worker._start`; with the function's environment variables
 2. worker -> host  ``READY``    empty: the module is imported; or ``BROKEN``, an error, and it ends
-3. host -> worker  ``INVOKE``   `INVOCATION`, request id, NUL, client context; then the event
+3. host -> worker  ``INVOKE``   `INVOCATION`, request id, NUL, client context, NUL, variables for
+                            this one in JSON; then the event
 4. worker -> host  ``ANSWER``   JSON of the answer; or ``ERROR``: errorType, errorMessage and
    stackTrace of what the handler raised; or ``ENDED``: the status of a fork that gave no answer
 """
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 HEADER = struct.Struct("!cIQ")
 """Kind, bytes that follow, and the number of the invocation."""
-INVOCATION = struct.Struct("!dH")
-"""Seconds left, and bytes of request id and client context."""
+INVOCATION = struct.Struct("!dI")
+"""Seconds left, and bytes of request id, client context and variables."""
 START, READY, BROKEN = b"S", b"Y", b"B"
 INVOKE, ANSWER, ERROR, ENDED = b"I", b"A", b"E", b"X"
 PAYLOAD_MAX = 6 << 20
@@ -148,13 +149,15 @@ class Worker:
         deadline = time.monotonic() + left
         begin = INVOCATION.size + size
         words = str(data[INVOCATION.size : begin], "utf-8")
-        name, _, client_context = words.partition("\0")
+        name, _, words = words.partition("\0")
+        client_context, _, variables = words.partition("\0")
         try:
             value = json.loads(str(data[begin:], "utf-8"))
         except (ValueError, RecursionError) as error:
             return ERROR, _failure(
                 "Runtime.UnmarshalError", f"Unable to unmarshal input: {error}", name
             )
+        before = _put_variables(json.loads(variables)) if variables else None
         try:
             context = Context(self._function, deadline, name, client_context)
             answer = self._handler(value, context)  # type: ignore[misc]
@@ -163,6 +166,9 @@ class Worker:
                 _flush()
                 _exit_as(error)
             return ERROR, json.dumps({**_describe(error), "requestId": name}).encode()
+        finally:
+            if before is not None:
+                _put_variables(before)
         try:
             text = json.dumps(answer, ensure_ascii=False, allow_nan=False)
             data = text.encode()
@@ -240,6 +246,17 @@ class Worker:
                 self._channel.sendall(data)
         except OSError:
             os._exit(0)
+
+
+def _put_variables(variables: dict[str, str | None]) -> dict[str, str | None]:
+    """Set environment variables, and remove those that are None; return what they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    return before
 
 
 def _failure(kind: str, message: str, request_id: str) -> bytes:

@@ -1,38 +1,76 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take away what an invocation may have left outside its memory: files, and System V ipc."""
+"""Take away what somebody may have left outside of processes: files, System V ipc, and keys."""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from fcntl import ioctl
 
-from nsbox.linux import sysv
+from nsbox.linux import constants as c
+from nsbox.linux import keys, sysv
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
 
 PLACES = ("/tmp", "/dev/shm", "/dev/mqueue")  # noqa: S108 - the environment's own
-"""Everything that is writable inside."""
+"""Everything that is writable inside, apart from what the configuration mounts."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o1777  # as they are mounted
+_NO_ATTRIBUTES = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 
 
-def reset() -> None:
-    """Empty all writable places.
+def reset(places: list[bytes]) -> None:
+    """Empty all writable places, `places` among them, which are mounts, and drop ipc and keys.
 
     Raises:
         OSError: Something cannot be removed.
     """
     mounts = _mounts()
-    for place in PLACES:
+    own = [os.fsdecode(place) for place in places]
+    for place in own:
+        # The directory that a mount is in may have been renamed, and another put in its place.
+        if os.stat(place).st_dev == os.stat(os.path.dirname(place)).st_dev:
+            raise OSError(errno.EXDEV, "it is mounted elsewhere now", place)
+    for place in (*PLACES, *own):
         try:
             if stat.S_IMODE(os.stat(place).st_mode) != _MODE:
                 os.chmod(place, _MODE)  # its owner could not read it, and so not empty it
             fd = os.open(place, _DIRECTORY)
         except FileNotFoundError:
+            if place in own:
+                raise
             continue
         try:
             _empty(fd, place, mounts)
+            _clean(fd)
         finally:
             os.close(fd)
     sysv.remove_all()
+    keys.forget_all()
+
+
+def _clean(fd: int) -> None:
+    """Take attributes, flags and times off a directory: words can be left in them too."""
+    os.utime(fd)
+    for name in _if_any(os.listxattr, fd) or ():
+        if name.startswith(("user.", "system.posix_acl")):
+            os.removexattr(fd, name)
+    if any(_if_any(ioctl, fd, c.FS_IOC_GETFLAGS, bytes(8)) or ()):
+        ioctl(fd, c.FS_IOC_SETFLAGS, bytes(8))
+
+
+def _if_any(look: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
+    """Return what `look` finds; None where there are none, or the filter refuses to look."""
+    try:
+        return look(*arguments)
+    except OSError as error:
+        if error.errno not in _NO_ATTRIBUTES:
+            raise
+        return None
 
 
 def _mounts() -> list[str]:

@@ -24,6 +24,7 @@ from fcntl import F_DUPFD_CLOEXEC, fcntl
 
 from nsbox.guest.init import Init, Runtime
 from nsbox.guest.protocol import failure_word
+from nsbox.guest.reset import reset
 from nsbox.isolation import namespaces, privileges
 from nsbox.launcher import inside
 from nsbox.launcher.steps import failure
@@ -57,7 +58,7 @@ class _Failure(Exception):
 class Template:
     """The loop of the template process."""
 
-    def __init__(self, channel: int, runtime: Runtime | None = None) -> None:
+    def __init__(self, channel: int, runtime: Runtime) -> None:
         """Give what clones inherit the numbers of `inside`, and everything else higher ones."""
         self._channel = _Socket(fileno=fcntl(channel, F_DUPFD_CLOEXEC, inside.FIRST_OTHER))
         # The numbers below are taken in turn, so that no descriptor lies on another's.
@@ -233,7 +234,7 @@ def _load_runtime(preload: list[str]) -> Runtime:
     """Import what functions' environments begin with: the worker, and what the operator names."""
     from importlib import import_module
 
-    from nsbox.guest import intake, reset, warm
+    from nsbox.guest import intake, warm
 
     # A clone has one thread only, and a process of many may not change its mount namespace
     # (setns(2)): what numerical libraries start threads by is told not to.
@@ -245,7 +246,7 @@ def _load_runtime(preload: list[str]) -> Runtime:
     for name in _THREAD_COUNTS:
         del os.environ[name]
     warm.warm_up()
-    return Runtime(intake.fork_worker, reset.reset)
+    return Runtime(reset, intake.fork_worker)
 
 
 def main(lifeline: int, channel: int, kind: str) -> NoReturn:
@@ -262,7 +263,7 @@ def main(lifeline: int, channel: int, kind: str) -> NoReturn:
     # A signal from inside reaches PID 1 only if it has a handler (pid_namespaces(7)).
     signal(SIGINT, SIG_DFL)
     privileges.set_name("nsbox-template")
-    runtime = None
+    runtime = Runtime(reset)
     if kind:
         try:
             runtime = _load_runtime(kind.split(",")[1:])

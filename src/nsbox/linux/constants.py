@@ -119,6 +119,15 @@ CLOSE_RANGE_MAX = 0xFFFF_FFFF
 
 # linux/keyctl.h: keyctl(2)
 KEYCTL_JOIN_SESSION_KEYRING = 1  # 2.6.10
+KEYCTL_CLEAR = 7  # 2.6.10
+KEYCTL_GET_PERSISTENT = 22  # 3.13; EOPNOTSUPP without CONFIG_PERSISTENT_KEYRINGS
+KEY_SPEC_SESSION_KEYRING = -3  # 2.6.10
+KEY_SPEC_USER_KEYRING = -4  # 2.6.10
+KEY_SPEC_USER_SESSION_KEYRING = -5  # 2.6.10
+
+# linux/fs.h: inode flags, ioctl_iflags(2); the numbers are those of x86-64 and arm64
+FS_IOC_GETFLAGS = 0x80086601  # 2.6.20; of a tmpfs since 6.0
+FS_IOC_SETFLAGS = 0x40086602
 
 # linux/prctl.h: prctl(2); only what `linux/` itself uses and the prctl module has no function for
 PR_SET_PDEATHSIG = 1  # 2.1.57; the prctl module is not loaded in the launcher

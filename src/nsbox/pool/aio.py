@@ -4,15 +4,22 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Self
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Self, Unpack
 
+from nsbox.config import Config
+from nsbox.environment import ExecutionEnvironment
 from nsbox.errors import PoolError
 from nsbox.function import Function, FunctionVersion
-from nsbox.pool.warm import PoolFunction, WarmPool
+from nsbox.pool.function import PoolFunction
+from nsbox.pool.warm import WarmPool
+from nsbox.request import TimedCallOptions
 
 
 class AsyncWarmPool:
-    """A `WarmPool` of a function whose calls are awaited. Use it with ``async with``.
+    """A `WarmPool` whose calls are awaited. Use it with ``async with``.
 
     Attributes:
         pool: The `WarmPool` behind it, which threads may use at the same time.
@@ -20,7 +27,7 @@ class AsyncWarmPool:
 
     def __init__(
         self,
-        source: Function | FunctionVersion | None = None,
+        source: Function | FunctionVersion | Config | None = None,
         **settings: Any,  # noqa: ANN401
     ) -> None:
         """Take what `WarmPool` takes; nothing is made before it is entered."""
@@ -39,15 +46,39 @@ class AsyncWarmPool:
             raise PoolError("enter the pool first: async with AsyncWarmPool(...) as pool")
         return self._pool
 
-    async def invoke(
-        self,
-        event: object,
-        *,
-        timeout: float | None = None,  # noqa: ASYNC109 - the handler's
-        tenant: str | None = None,
-    ) -> Any:  # noqa: ANN401 - any JSON value
+    async def invoke(self, event: object, **options: Unpack[TimedCallOptions]) -> Any:  # noqa: ANN401 - any JSON value
         """Call the function with an event; see `WarmPool.invoke` and `WarmPool.invoke_async`."""
-        return await self.pool.invoke_async(event, timeout=timeout, tenant=tenant)
+        return await self.pool.invoke_async(event, **options)
+
+    async def map(
+        self,
+        events: Iterable[object] | AsyncIterable[object],
+        **options: Unpack[TimedCallOptions],
+    ) -> AsyncIterator[Any]:
+        """Yield the answers to `events`, in their order; events are taken as calls can be made.
+
+        As many are under way at a time as the pool may have environments. What a call raises is
+        raised in its place; then, and when the iterator is closed, those under way are cancelled.
+        """
+        most = self.pool.max_environments
+        calls: deque[asyncio.Task[Any]] = deque()
+        try:
+            async for event in _each(events):
+                calls.append(asyncio.ensure_future(self.invoke(event, **options)))
+                if len(calls) >= most:
+                    yield await calls.popleft()
+            while calls:
+                yield await calls.popleft()
+        finally:
+            for task in calls:
+                task.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    def acquire(
+        self, *, timeout: float | None = None
+    ) -> AbstractAsyncContextManager[ExecutionEnvironment]:
+        """Lease an environment for an async with statement; see `WarmPool.acquire_async`."""
+        return self.pool.acquire_async(timeout=timeout)
 
     async def function(
         self,
@@ -79,3 +110,12 @@ class AsyncWarmPool:
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         await self.close(drain=kind is None)
+
+
+async def _each(events: Iterable[object] | AsyncIterable[object]) -> AsyncIterator[object]:
+    if isinstance(events, AsyncIterable):
+        async for event in events:
+            yield event
+    else:
+        for event in events:
+            yield event

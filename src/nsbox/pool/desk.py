@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 
+from nsbox.config import parse_seconds
+from nsbox.credentials import Credentials, Provider
 from nsbox.errors import PoolError, PoolTimeout
 from nsbox.function import FunctionVersion
-from nsbox.pool.house import House, PoolShare
+from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter
 
 
 class Desk:
@@ -22,7 +24,6 @@ class Desk:
         self._is_dead = house._is_dead
         self._give_birth = house._give_birth
         self._finish = house._finish
-        self._fail = house._fail
         self._drop = house._drop
 
     def _check_usable(self, *, is_function: bool) -> None:
@@ -34,5 +35,33 @@ class Desk:
             has = "a function: use invoke" if self._is_function else "a Config: use acquire"
             raise PoolError(f"this pool is of {has}")
 
-    def _timed_out(self) -> PoolTimeout:
-        return PoolTimeout(f"no environment was free within {self._acquire_timeout} seconds")
+    def _patience(self, timeout: float | None) -> float | None:
+        """Return for how many seconds a call waits for an environment."""
+        return self._acquire_timeout if timeout is None else parse_seconds(timeout, "timeout")
+
+    def _provider(
+        self, credentials: Credentials | Provider | None
+    ) -> Credentials | Provider | None:
+        """Return where a call's credentials come from."""
+        return self._house.settings.credentials if credentials is None else credentials
+
+    def _role(self, role: str | None) -> str:
+        """Return the role of a call's credentials; the function's name, unless it is given."""
+        if role is not None:
+            return role
+        what = self._share.resolve(None)[1]
+        return what.name if isinstance(what, FunctionVersion) else ""
+
+    def _leave_queue(self, waiter: PoolWaiter, seconds: float | None) -> PoolGrant:
+        """Return the lease of a call that has waited for `seconds` at most.
+
+        Raises:
+            PoolTimeout: It has got none.
+            PoolClosed, Throttled: It was told that it gets none.
+        """
+        grant = self._leases.withdraw(waiter)
+        if waiter.error is not None:
+            raise waiter.error
+        if grant is None:
+            raise PoolTimeout(f"no environment was free within {seconds} seconds")
+        return grant

@@ -40,7 +40,7 @@ class Entry(Generic[E, W]):
 
     __slots__ = (
         "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations", "is_cold",
-        "is_dead", "is_provisioned", "key", "memory", "phase", "reason", "share", "token", "what",
+        "is_dead", "is_filling", "is_provisioned", "key", "memory", "phase", "reason", "share", "token", "what",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +59,7 @@ class Entry(Generic[E, W]):
         self.begun = self.born = self.idle_since = now
         self.invocations = 0
         self.is_cold = self.is_dead = self.is_provisioned = False
+        self.is_filling = False  # born to be kept ready: no call has had it yet
         self.reason: Retirement | None = None
 
 

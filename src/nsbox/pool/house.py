@@ -29,7 +29,7 @@ from nsbox.function import FunctionVersion
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.linux.proc import has_pending
 from nsbox.pool.endings import Endings
-from nsbox.pool.entries import Entry, Grant
+from nsbox.pool.entries import Entry, Grant, Waiter
 from nsbox.pool.events import PoolEvent, Retirement
 from nsbox.pool.leases import Leases
 from nsbox.pool.pressure import Pressure
@@ -42,6 +42,7 @@ PoolGrant = Grant[ExecutionEnvironment, Source]
 PoolEntry = Entry[ExecutionEnvironment, Source]
 PoolLeases = Leases[ExecutionEnvironment, Source]
 PoolShare = Share[ExecutionEnvironment, Source]
+PoolWaiter = Waiter[ExecutionEnvironment, Source]
 
 _log: Final = logging.getLogger("nsbox.pool")
 _HARMLESS: Final = ("", "Runtime.MarshalError", "Function.ResponseSizeTooLarge")
@@ -172,16 +173,24 @@ class House:
         self._give_back(grant, None, answered=False)
 
     def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
+        """End the lease of a call that ended so."""
         entry = grant.entry
+        seconds = time.monotonic() - entry.begun
         doubt = self._doubt(entry, error)
+        if doubt is None and self.settings.reuse == "reset" and isinstance(entry.what, Config):
+            doubt = self._reset(grant)
         if self.settings.on_event is not None:
             self._tell("invoked", entry, error=type(error).__name__ if error else "")
-        self._give_back(
-            grant,
-            doubt,
-            answered=error is None,
-            seconds=time.monotonic() - entry.begun,
-        )
+        self._give_back(grant, doubt, answered=error is None, seconds=seconds)
+
+    def _reset(self, grant: PoolGrant) -> Retirement | None:
+        try:
+            env_of(grant).reset()
+        except (NsboxError, OSError) as failure:
+            # The call is over and has all it wanted; the next one gets another environment.
+            _log.warning("an environment is given up: %s", failure)
+            return Retirement.FAILURE
+        return None
 
     def _fail(self, grant: PoolGrant, error: BaseException) -> None:
         """End a lease whose call has failed; raises what its caller is told, if not `error`."""
@@ -452,6 +461,25 @@ def _poll_of(fd: int) -> select.poll:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return poll
+
+
+class Use:
+    """A lease for the body of a with statement, which is the call: it ends as that does."""
+
+    __slots__ = ("_grant", "_house")
+
+    def __init__(self, house: House, grant: PoolGrant) -> None:
+        self._house = house
+        self._grant = grant
+
+    def __enter__(self) -> ExecutionEnvironment:
+        return env_of(self._grant)
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is None:
+            self._house._finish(self._grant, None)
+        else:
+            self._house._fail(self._grant, error)
 
 
 def env_of(grant: PoolGrant) -> ExecutionEnvironment:

@@ -50,21 +50,31 @@ class Jobs:
                 thread.start()
         return future
 
+    def refuse(self, *, cancel: bool) -> None:
+        """Take no more; with `cancel`, cancel what is queued."""
+        for future in self._stop(drop=cancel):
+            future.cancel()
+            future.set_running_or_notify_cancel()  # tell who waits for it
+
     def close(self, *, drain: bool) -> None:
         """Take no more; wait for what is queued, or let it fail."""
+        for future in self._stop(drop=not drain):
+            if future.set_running_or_notify_cancel():
+                future.set_exception(PoolClosed("the pool was closed while the call waited"))
+        if drain:
+            with self._lock:
+                own = threading.current_thread()
+                self._changed.wait_for(lambda: not (self._threads - {own}))
+
+    def _stop(self, *, drop: bool) -> list[Future[Any]]:
         with self._lock:
             self._is_closed = True
             dropped: list[Future[Any]] = []
-            if not drain:
+            if drop:
                 dropped = [future for future, _ in self._queue]
                 self._queue.clear()
             self._changed.notify_all()
-            if drain:
-                own = threading.current_thread()
-                self._changed.wait_for(lambda: not (self._threads - {own}))
-        for future in dropped:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(PoolClosed("the pool was closed while the call waited"))
+        return dropped
 
     def join(self) -> None:
         """Wait until the threads have ended, whose calls have."""

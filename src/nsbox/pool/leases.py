@@ -160,7 +160,7 @@ class Leases(Room[E, W]):
         if victims is None:
             return None
         grant = self._reserve(share, key, what, victims, Retirement.PROVISIONED)
-        grant.entry.is_provisioned = True
+        grant.entry.is_provisioned = grant.entry.is_filling = True
         return grant
 
     def _grant(
@@ -189,6 +189,7 @@ class Leases(Room[E, W]):
             entry.token = self._tokens
             entry.phase = Phase.LEASED
             entry.begun = self._clock()
+            entry.is_filling = False
             is_cold, entry.is_cold = entry.is_cold, False
             return Grant(entry, is_cold=is_cold)
         victims = self._find_room(share, self._weigh(what), Retirement.DEMAND) if bears else None
@@ -479,11 +480,12 @@ class Leases(Room[E, W]):
             counters = Counters()
             for each in shares:
                 counters.add(each.counters)
-            phases = [entry.phase for entry in self._entries if share in (None, entry.share)]
+            entries = [entry for entry in self._entries if share in (None, entry.share)]
+            phases = [entry.phase for entry in entries if not entry.is_filling]
             return {
                 **counters.as_dict(),
                 "ConcurrentExecutions": phases.count(Phase.LEASED),
-                "Environments": len(phases),
-                "Idle": phases.count(Phase.IDLE),
+                "Environments": len(entries),
+                "Idle": [entry.phase for entry in entries].count(Phase.IDLE),
                 "Waiting": sum(len(each.waiters) for each in shares),
             }

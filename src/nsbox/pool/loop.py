@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, Unpack
 
+from nsbox.credentials import Credentials, Provider, resolve_async
 from nsbox.environment import ExecutionEnvironment
 from nsbox.pool.desk import Desk
 from nsbox.pool.entries import Waiter
-from nsbox.pool.house import PoolGrant, Source, env_of
+from nsbox.pool.house import PoolGrant, Source, Use, env_of
+from nsbox.request import PoolOptions
 
 
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
     """A call that waits on a loop."""
-
-    __slots__ = ("_loop", "future")
 
     def __init__(self, tenant: str | None, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(tenant)
@@ -98,33 +100,53 @@ class PoolCalls(Desk):
         self,
         event: object,
         *,
-        timeout: float | None = None,  # noqa: ASYNC109 - the handler's, as that of `invoke`
         tenant: str | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[PoolOptions],
     ) -> Any:  # noqa: ANN401 - any JSON value
-        """Do as `invoke` on the running asyncio loop; a thread is started for a birth only.
+        """Do as `invoke` on the running asyncio loop.
 
-        A cancelled call leaves the queue, or its environment is killed.
+        Threads are started for births, and for files and providers of credentials. A cancelled call
+        leaves the queue, or its environment is killed.
         """
-        grant = await self._take_on_loop(tenant)
-        try:
-            answer = await env_of(grant).invoke_async(event, timeout=timeout)
-        except BaseException as error:
-            self._fail(grant, error)
-            raise
-        self._finish(grant, None)
-        return answer
+        found = await resolve_async(self._provider(credentials), self._role(role))
+        grant = await self._take_on_loop(tenant, self._acquire_timeout, is_function=True)
+        with Use(self._house, grant) as env:
+            return await env.invoke_async(event, credentials=found, **options)
 
-    async def _take_on_loop(self, tenant: str | None) -> PoolGrant:
-        self._check_usable(is_function=True)
+    @contextlib.asynccontextmanager
+    async def acquire_async(
+        self,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - of the wait, as that of `acquire`
+    ) -> AsyncIterator[ExecutionEnvironment]:
+        """Do as `acquire`, for an async with statement; what comes after it is done in a thread.
+
+        The environment's own methods wait: `await asyncio.to_thread(env.run, argv)`.
+        """
+        grant = await self._take_on_loop(None, self._patience(timeout), is_function=False)
+        try:
+            yield env_of(grant)
+        except BaseException as error:
+            await asyncio.to_thread(self._finish, grant, error)
+            raise
+        await asyncio.to_thread(self._finish, grant, None)
+
+    async def _take_on_loop(
+        self, tenant: str | None, seconds: float | None, *, is_function: bool
+    ) -> PoolGrant:
+        """Do as `WarmPool._take`, on the running loop."""
+        self._check_usable(is_function=is_function)
         loop = asyncio.get_running_loop()
-        seconds = self._acquire_timeout
         deadline = None if seconds is None else loop.time() + seconds
         is_counted = False
         while True:
             waiter = LoopWaiter(tenant, loop)
             grant = self._leases.ask(waiter, self._share, again=is_counted)
             if grant is None:
-                grant = await self._wait_on_loop(waiter, deadline)
+                await self._wait_on_loop(waiter, deadline)
+                grant = self._leave_queue(waiter, seconds)
             is_counted = True
             if grant.is_birth:
                 await _Birth(self, grant, loop).wait()
@@ -132,23 +154,15 @@ class PoolCalls(Desk):
             if not self._is_dead(grant):
                 return grant
 
-    async def _wait_on_loop(self, waiter: LoopWaiter, deadline: float | None) -> PoolGrant:
+    async def _wait_on_loop(self, waiter: LoopWaiter, deadline: float | None) -> None:
         loop = asyncio.get_running_loop()
         timer = None if deadline is None else loop.call_at(deadline, _finish, waiter.future)
         try:
             await waiter.future
         except BaseException:
-            grant = self._leases.withdraw(waiter)
-            if grant is not None:
-                # Closing its victims, if any, waits for nothing.
-                self._drop(grant)
+            # Closing its victims, if any, waits for nothing.
+            self._drop(self._leases.withdraw(waiter))
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-        grant = self._leases.withdraw(waiter)
-        if waiter.error is not None:
-            raise waiter.error
-        if grant is None:
-            raise self._timed_out()
-        return grant

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from nsbox.blanks import MOST
 from nsbox.config import parse_seconds, parse_size
+from nsbox.credentials import CredentialCache, Provider, check_credentials
 from nsbox.errors import ConfigError
 from nsbox.pool.events import PoolEvent
 
@@ -28,6 +29,7 @@ class Settings:
     shutdown_grace: float
     min_available: float | None
     reuse: str
+    credentials: CredentialCache | None
     on_event: Callable[[PoolEvent], object] | None
 
 
@@ -45,11 +47,12 @@ def check_settings(
     shutdown_grace: object,
     min_available: object,
     reuse: str,
+    credentials: Provider | None,
     on_event: Callable[[PoolEvent], object] | None,
 ) -> Settings:
     """Return the settings; ConfigError names the one that is wrong."""
-    if reuse not in ("keep", "never"):
-        raise ConfigError(f"reuse: must be 'keep' or 'never', got {reuse!r}")
+    if reuse not in ("keep", "reset", "never"):
+        raise ConfigError(f"reuse: must be 'keep', 'reset' or 'never', got {reuse!r}")
     if min_available is not None and (
         isinstance(min_available, bool)
         or not isinstance(min_available, int | float)
@@ -78,6 +81,7 @@ def check_settings(
         shutdown_grace=_seconds(shutdown_grace, "shutdown_grace"),
         min_available=None if min_available is None else float(min_available),
         reuse=reuse,
+        credentials=check_credentials(credentials),
         on_event=on_event,
     )
 

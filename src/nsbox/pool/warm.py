@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`WarmPool`: environments kept warm for a function version or a `Config`, one call each at a time.
+"""`WarmPool`: environments kept warm for functions or a `Config`, one call each at a time.
 
 The pool decides who gets which environment and when one goes (`nsbox.pool.leases` has that state);
 everything else is the environment's.
@@ -11,185 +11,18 @@ import atexit
 import contextlib
 import os
 import threading
-import time
-from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import Future
-from typing import Any, Final, Self
+from collections.abc import Callable
+from typing import Self
 
-from nsbox.config import Config, make_config, parse_seconds
-from nsbox.environment import ExecutionEnvironment
-from nsbox.errors import (
-    ConfigError,
-    NsboxError,
-)
+from nsbox.config import Config, make_config
+from nsbox.credentials import Provider
+from nsbox.errors import ConfigError, NsboxError
 from nsbox.function import Function, FunctionVersion
-from nsbox.invocation import Invocation
-from nsbox.pool.entries import Waiter
 from nsbox.pool.events import PoolEvent
-from nsbox.pool.house import House, PoolGrant, PoolShare, Source, env_of
-from nsbox.pool.jobs import Jobs
-from nsbox.pool.loop import PoolCalls
+from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
+from nsbox.pool.house import House, Source
 from nsbox.pool.settings import check_count, check_settings
 from nsbox.pool.shares import Resolve
-
-_TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
-
-
-class PoolFunction(PoolCalls):
-    """One function of a pool: its calls, its version, its numbers. Made by `WarmPool.function`."""
-
-    def __init__(self, house: House, share: PoolShare, most: int) -> None:
-        """`most`: as many of its submitted calls run at a time."""
-        super().__init__(house, share)
-        self._jobs = Jobs(most)
-
-    # -- calls ---------------------------------------------------------------------------------
-
-    def invoke(
-        self, event: object, *, timeout: float | None = None, tenant: str | None = None
-    ) -> Any:  # noqa: ANN401 - any JSON value
-        """Call the function with an event and return its answer; both are JSON values.
-
-        Args:
-            event: What json.dumps takes.
-            timeout: Seconds for the handler, instead of the function's; waiting does not count.
-            tenant: On whose behalf: no environment ever serves two.
-
-        Raises:
-            PoolTimeout: No environment was free within `acquire_timeout`.
-            Throttled: Too many calls wait, or environments do not start.
-            PoolClosed: The pool is closed, or was meanwhile.
-            InvokeError, SetupError, ConfigError: As `ExecutionEnvironment` and its `invoke`.
-        """
-        grant = self._take(tenant, self._acquire_timeout, is_function=True)
-        try:
-            answer = env_of(grant).invoke(event, timeout=timeout)
-        except BaseException as error:
-            self._fail(grant, error)
-            raise
-        self._finish(grant, None)
-        return answer
-
-    def invoke_bytes(
-        self, payload: bytes, *, timeout: float | None = None, tenant: str | None = None
-    ) -> Invocation:
-        """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
-        grant = self._take(tenant, self._acquire_timeout, is_function=True)
-        try:
-            invocation = env_of(grant).invoke_bytes(payload, timeout=timeout)
-        except BaseException as error:
-            self._fail(grant, error)
-            raise
-        self._finish(grant, None)
-        return invocation
-
-    def submit(
-        self, event: object, *, timeout: float | None = None, tenant: str | None = None
-    ) -> Future[Any]:
-        """Do as `invoke` in a thread of the pool, and return a future of the answer.
-
-        As many run at a time as the pool may have environments. Those submitted above that wait
-        in the order of their submission, without limit: `acquire_timeout` begins after that.
-        """
-        self._check_usable(is_function=True)
-        return self._jobs.submit(lambda: self.invoke(event, timeout=timeout, tenant=tenant))
-
-    @contextlib.contextmanager
-    def acquire(self, *, timeout: float | None = None) -> Iterator[ExecutionEnvironment]:
-        """Lease an environment of a pool of a `Config`, for the body of a with statement.
-
-        With reuse "keep" the next one finds the files in /tmp. When the body raises, the
-        environment is destroyed.
-
-        Args:
-            timeout: Seconds to wait for one, instead of `acquire_timeout`.
-
-        Raises:
-            As `invoke`.
-        """
-        seconds = self._acquire_timeout if timeout is None else parse_seconds(timeout, "timeout")
-        grant = self._take(None, seconds, is_function=False)
-        try:
-            yield env_of(grant)
-        except BaseException as error:
-            self._finish(grant, error)
-            raise
-        self._finish(grant, None)
-
-    # -- leases --------------------------------------------------------------------------------
-
-    def _take(self, tenant: str | None, seconds: float | None, *, is_function: bool) -> PoolGrant:
-        """Return a lease with a living environment."""
-        self._check_usable(is_function=is_function)
-        deadline = None if seconds is None else time.monotonic() + seconds
-        is_counted = False
-        while True:
-            waiter: Waiter[ExecutionEnvironment, Source] = Waiter(tenant)
-            grant = self._leases.ask(waiter, self._share, again=is_counted)
-            if grant is None:
-                grant = self._await(waiter, deadline)
-            is_counted = True
-            if grant.is_birth:
-                self._give_birth(grant)
-                return grant
-            if not self._is_dead(grant):
-                return grant
-
-    def _await(
-        self, waiter: Waiter[ExecutionEnvironment, Source], deadline: float | None
-    ) -> PoolGrant:
-        is_over = False
-        try:
-            if deadline is None:
-                waiter.wait(threading.TIMEOUT_MAX)
-            else:
-                is_over = not waiter.wait(max(0.0, deadline - time.monotonic()))
-        except BaseException:
-            self._drop(self._leases.withdraw(waiter))
-            raise
-        grant = self._leases.withdraw(waiter) if is_over else waiter.grant
-        if waiter.error is not None:
-            raise waiter.error
-        if grant is None:
-            raise self._timed_out()
-        return grant
-
-    # -- keeping house -------------------------------------------------------------------------
-
-    def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
-        """Let the next call run another version, and return that.
-
-        Running calls end on the old one. Its idle environments are closed now, the others when
-        their call ends. Provisioned ones of the new version are born at once.
-        """
-        self._check_usable(is_function=True)
-        version = _version_of(source, "publish")
-        before = self._share.resolve(None)[1]
-        if isinstance(before, FunctionVersion) and before.function.reuse != version.function.reuse:
-            reuse = version.function.reuse
-            raise ConfigError(f"publish: reuse {reuse!r} was {before.function.reuse!r}")
-        self._house.dispose_all(self._leases.publish(self._share, _resolver(version)))
-        return version
-
-    def provision(self, count: int) -> None:
-        """Set how many environments are kept ready; `provisioned` was how many from the start.
-
-        Those that are missing are born by and by. With fewer than before, idle ones are closed.
-
-        Raises:
-            ConfigError: There are not as many places, or not that much memory.
-        """
-        self._check_usable(is_function=self._is_function)
-        count = check_count(count, "provisioned", 0)
-        self._house.dispose_all(self._leases.provision(self._share, count))
-
-    def stats(self) -> dict[str, float]:
-        """Return the numbers of one moment, under AWS Lambda's names where it has one.
-
-        Calls is Invocations (answers and Errors), Throttles and what is under way. Duration and
-        InitDuration are sums in milliseconds. Those of a `WarmPool` are of all its functions.
-        """
-        return self._leases.stats(self._share)
 
 
 class WarmPool(PoolFunction):
@@ -201,6 +34,13 @@ class WarmPool(PoolFunction):
     An environment belongs to one function version and one tenant. A call gets an idle one of its
     own, the last used first; else one is born, up to `max_environments`; else the one that has
     been idle longest makes room; else the call waits for its turn.
+
+    It is no `concurrent.futures.Executor`, whose `submit` takes what is to be called: here that is
+    the function. `submit` and `map` take events, and otherwise do as an executor's; so does
+    `shutdown`.
+
+    Attributes:
+        max_environments: The most at a time.
     """
 
     def __init__(
@@ -220,6 +60,7 @@ class WarmPool(PoolFunction):
         shutdown_grace: float = 0.5,
         min_available: float | None = 0.05,
         reuse: str = "keep",
+        credentials: Provider | None = None,
         on_event: Callable[[PoolEvent], object] | None = None,
     ) -> None:
         """Make the pool, and wait until `provisioned` environments are ready.
@@ -241,7 +82,11 @@ class WarmPool(PoolFunction):
             shutdown_grace: Seconds a healthy one has to end after SIGTERM; 0: none.
             min_available: Share of the host's memory; when less is available, or the kernel tells
                 of pressure, idle ones are closed. None: do not look.
-            reuse: For a `Config`: ``"keep"`` or ``"never"``. A function has its own.
+            reuse: For a `Config`: ``"keep"``, ``"reset"`` (`ExecutionEnvironment.reset` after each
+                lease) or ``"never"``. A function has its own.
+            credentials: Called with the name of a role, in the thread of the call that needs them
+                first; returns `Credentials`, or a mapping with the names of AWS STS. They are
+                asked for anew five minutes before they expire; a `CredentialCache` has others.
             on_event: Called with a `PoolEvent`, from whichever thread it happens in; it is to
                 return soon, and not to close the pool. What it raises is logged.
 
@@ -262,6 +107,7 @@ class WarmPool(PoolFunction):
             shutdown_grace=shutdown_grace,
             min_available=min_available,
             reuse=reuse,
+            credentials=credentials,
             on_event=on_event,
         )
         provisioned = check_count(provisioned, "provisioned", 0)
@@ -271,12 +117,13 @@ class WarmPool(PoolFunction):
         if isinstance(source, Function | FunctionVersion):
             if reuse != "keep":
                 raise ConfigError("reuse: give it to the Function")
-            resolve = _resolver(_version_of(source, "source"))
+            resolve = version_resolver(version_of(source, "source"))
         else:
-            resolve = _config_resolver(make_config(source, {}))
+            resolve = config_resolver(make_config(source, {}))
         house = House(settings)
         share = house.add(resolve, reserved=None, provisioned=provisioned, optional=source is None)
         super().__init__(house, share, max_environments)
+        self.max_environments = max_environments
         self._functions: list[PoolFunction] = [self]
         self._close_lock = threading.Lock()
         self._is_closed = False
@@ -310,12 +157,14 @@ class WarmPool(PoolFunction):
             PoolClosed: The pool is closed.
             NsboxError: A provisioned environment cannot be made, or the function does not start.
         """
-        version = _version_of(source, "function")
+        version = version_of(source, "function")
         if reserved is not None:
             reserved = check_count(reserved, "reserved", 0)
         provisioned = check_count(provisioned, "provisioned", 0)
         self._check_usable(is_function=self._is_function)
-        share = self._house.add(_resolver(version), reserved=reserved, provisioned=provisioned)
+        share = self._house.add(
+            version_resolver(version), reserved=reserved, provisioned=provisioned
+        )
         most = self._house.settings.max_environments if reserved is None else max(1, reserved)
         function = PoolFunction(self._house, share, most)
         try:
@@ -359,38 +208,29 @@ class WarmPool(PoolFunction):
         if failure is not None:
             raise failure
 
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the pool as `concurrent.futures.Executor.shutdown` does: `close` with its words.
+
+        Args:
+            wait: Return when every call has ended. Otherwise that happens in a thread: from now on
+                `submit` refuses, and so does the rest when those submitted are over.
+            cancel_futures: Cancel the futures whose calls have not started.
+
+        Raises:
+            CleanupError: As `close`; not with ``wait=False``.
+        """
+        for function in self._functions:
+            function._jobs.refuse(cancel=cancel_futures)
+        if wait:
+            self.close()
+        else:
+            threading.Thread(target=self.close, name="nsbox-pool-close", daemon=True).start()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
-
-
-def _version_of(source: object, what: str) -> FunctionVersion:
-    version = source.publish() if isinstance(source, Function) else source
-    if not isinstance(version, FunctionVersion):
-        raise ConfigError(f"{what}: must be a function or a version of one, got {version!r}")
-    return version
-
-
-def _config_resolver(config: Config) -> Resolve[Source]:
-    return lambda _tenant: ("", config)
-
-
-def _resolver(version: FunctionVersion) -> Resolve[Source]:
-    versions: dict[str | None, tuple[Hashable, Source]] = {None: (version.key, version)}
-
-    def resolve(tenant: str | None) -> tuple[Hashable, Source]:
-        found = versions.get(tenant)
-        if found is None:
-            if len(versions) >= _TENANTS_KEPT:
-                versions.clear()
-                versions[None] = (version.key, version)
-            own = version.for_tenant(tenant)
-            found = versions[tenant] = (own.key, own)
-        return found
-
-    return resolve
 
 
 _pools: set[WarmPool] = set()
