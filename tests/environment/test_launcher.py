@@ -7,6 +7,7 @@ import asyncio
 import functools
 import logging
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -159,6 +160,10 @@ def test_a_launcher_killed_before_its_id_maps_are_written() -> None:
     try:
         os.kill(launcher.pid, signal.SIGKILL)
         wait_until(lambda: not launcher.alive, "its death is seen")
+        # Its janitor may have a copy of its socket for a moment more.
+        poll = select.poll()
+        poll.register(launcher._channel, 0)
+        wait_until(lambda: poll.poll(0), "nobody has the other end of its socket")
         with pytest.raises(nsbox.LauncherError, match="id maps"):
             launcher._write_maps(launcher.pid)
     finally:
