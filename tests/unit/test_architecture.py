@@ -58,7 +58,8 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
 LAUNCHER_SIDE = {
     "launcher.main", "launcher.server", "launcher.birth", "launcher.identity", "launcher.janitor",
     "launcher.layouts", "launcher.templates", "launcher.template", "launcher.inside",
-    "launcher.steps", "launcher.environment", "guest.init", "guest.files", "guest.intake",
+    "launcher.steps", "launcher.environment", "guest.init", "guest.spawn",
+    "guest.files", "guest.intake",
     "guest.reset", "guest.warm",
 }  # fmt: skip
 SHARED = {

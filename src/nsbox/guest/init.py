@@ -11,14 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import select
-import stat
-import struct
 import time
 
 # The C half of `socket`, as in `linux.calls`.
 from _socket import AF_UNIX, MSG_WAITALL, SOCK_STREAM
 from _socket import socket as _Socket
-from fcntl import ioctl
 from resource import RLIMIT_NOFILE, getrlimit
 
 from nsbox.guest import protocol as p
@@ -30,6 +27,7 @@ from nsbox.guest.files import (
     remove_files,
     write_file,
 )
+from nsbox.guest.spawn import given_actions, open_terminal, spawn, stdio_actions
 from nsbox.linux import constants as c
 from nsbox.linux.calls import kill_all_others
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
@@ -38,10 +36,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from resource import struct_rusage
-    from typing import Any, NoReturn
+    from typing import NoReturn
 
-# What the interpreter ignores stays ignored over an exec; handlers do not (signal(7)).
-_IGNORED_SIGNALS = (c.SIGPIPE, c.SIGXFSZ)
 _SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal signals are merged
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
@@ -191,11 +187,11 @@ class Init:
         terminal: list[int] = []
         try:
             if flags & p.TTY:
-                actions, terminal = _open_terminal(size)
-                actions += _given_actions(stdio, fds)
+                actions, terminal = open_terminal(size)
+                actions += given_actions(stdio, fds)
             else:
-                actions = _stdio_actions(stdio, fds)
-            pid = _spawn(cwd, argv, environment, actions)
+                actions = stdio_actions(stdio, fds)
+            pid = spawn(cwd, argv, environment, actions)
         except Failure:
             close_all(terminal)
             raise
@@ -436,83 +432,3 @@ def _read_request(channel: _Socket) -> bytes:
     if size > p.LARGEST_REQUEST:
         raise Failure(errno.E2BIG, "request")
     return bytes(read_exactly(channel, size))
-
-
-# -- commands ------------------------------------------------------------------------------------
-
-
-def _stdio_actions(stdio: list[bool], fds: list[int]) -> list[Any]:
-    """Return posix_spawn file actions: the next descriptor, or /dev/null, for each of 0, 1, 2."""
-    remaining = iter(fds)
-    actions: list[Any] = []
-    for number, given in enumerate(stdio):
-        if given:
-            actions.append((os.POSIX_SPAWN_DUP2, next(remaining), number))
-        elif number < 3:
-            mode = os.O_RDONLY if number == 0 else os.O_WRONLY
-            actions.append((os.POSIX_SPAWN_OPEN, number, "/dev/null", mode, 0))
-    return actions
-
-
-def _given_actions(stdio: list[bool], fds: list[int]) -> list[Any]:
-    """Return posix_spawn file actions for the given ones of 0, 1, 2 alone."""
-    numbers = [number for number, given in enumerate(stdio) if given]
-    return [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in zip(numbers, fds, strict=True)]
-
-
-def _open_terminal(size: tuple[int, int]) -> tuple[list[Any], list[int]]:
-    try:
-        master, slave = os.openpty()
-        name = os.ttyname(slave)
-        # Before the command starts: it may ask at once (ioctl_tty(2), struct winsize).
-        ioctl(slave, c.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
-    except OSError as error:
-        raise Failure(error.errno or errno.EIO, "tty") from error
-    # The first terminal that a session leader opens becomes its controlling one (tty(4)).
-    actions: list[Any] = [
-        (os.POSIX_SPAWN_OPEN, 0, name, os.O_RDWR, 0),
-        (os.POSIX_SPAWN_DUP2, 0, 1),
-        (os.POSIX_SPAWN_DUP2, 0, 2),
-    ]
-    return actions, [master, slave]
-
-
-def _spawn(
-    cwd: bytes, argv: list[bytes], environment: dict[bytes, bytes], actions: list[Any]
-) -> int:
-    program = _find_program(argv[0], environment.get(b"PATH", b""), cwd)
-    try:
-        os.chdir(cwd)
-    except OSError as error:
-        raise Failure(error.errno or errno.EIO, "cwd") from error
-    try:
-        return os.posix_spawn(
-            program,
-            argv,
-            environment,
-            file_actions=actions,
-            setsid=True,
-            setsigmask=(),
-            setsigdef=_IGNORED_SIGNALS,
-        )
-    except OSError as error:
-        raise Failure(error.errno or errno.EIO, "exec") from error
-    finally:
-        os.chdir("/")
-
-
-def _find_program(name: bytes, path: bytes, cwd: bytes) -> bytes:
-    """Search as execvp(3) does, but in the PATH and working directory of the command."""
-    if b"/" in name:
-        return name
-    found_error = errno.ENOENT
-    for directory in path.split(b":"):
-        candidate = os.path.join(cwd, directory, name)
-        try:
-            mode = os.stat(candidate).st_mode
-        except OSError:
-            continue
-        if stat.S_ISREG(mode) and os.access(candidate, os.X_OK):
-            return candidate
-        found_error = errno.EACCES
-    raise Failure(found_error, "exec")

@@ -40,7 +40,8 @@ class Entry(Generic[E, W]):
 
     __slots__ = (
         "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations", "is_cold",
-        "is_dead", "is_filling", "is_provisioned", "key", "memory", "phase", "reason", "share", "token", "what",
+        "is_dead", "is_filling", "is_provisioned", "key", "memory", "phase", "reason", "share",
+        "token", "what",
     )  # fmt: skip
 
     def __init__(

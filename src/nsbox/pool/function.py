@@ -18,8 +18,9 @@ from nsbox.errors import ConfigError
 from nsbox.function import Function, FunctionVersion
 from nsbox.invocation import Invocation
 from nsbox.pool.entries import Waiter
-from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter, Source, Use, env_of
+from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter, Use, env_of
 from nsbox.pool.jobs import Jobs
+from nsbox.pool.judgement import Source
 from nsbox.pool.loop import PoolCalls
 from nsbox.pool.settings import check_count
 from nsbox.pool.shares import Resolve

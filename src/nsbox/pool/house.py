@@ -18,10 +18,8 @@ from nsbox import blanks
 from nsbox.config import Config
 from nsbox.environment import ExecutionEnvironment, State, death_descriptor, kind_of
 from nsbox.errors import (
-    ConfigError,
     EnvironmentDied,
     EnvironmentStateError,
-    FunctionError,
     NsboxError,
     PoolClosed,
 )
@@ -31,13 +29,13 @@ from nsbox.linux.proc import has_pending
 from nsbox.pool.endings import Endings
 from nsbox.pool.entries import Entry, Grant, Waiter
 from nsbox.pool.events import PoolEvent, Retirement
+from nsbox.pool.judgement import Source, doubt_of, memory_of, weightless
 from nsbox.pool.leases import Leases
 from nsbox.pool.pressure import Pressure
 from nsbox.pool.settings import Settings
 from nsbox.pool.shares import Resolve, Share
 from nsbox.pool.watch import Watch
 
-Source = FunctionVersion | Config
 PoolGrant = Grant[ExecutionEnvironment, Source]
 PoolEntry = Entry[ExecutionEnvironment, Source]
 PoolLeases = Leases[ExecutionEnvironment, Source]
@@ -45,7 +43,6 @@ PoolShare = Share[ExecutionEnvironment, Source]
 PoolWaiter = Waiter[ExecutionEnvironment, Source]
 
 _log: Final = logging.getLogger("nsbox.pool")
-_HARMLESS: Final = ("", "Runtime.MarshalError", "Function.ResponseSizeTooLarge")
 _WISH_SECONDS: Final = BLANK_LIFE / 3
 RETURN_DEADLINE: Final = 10.0
 """Seconds in which a killed call must have given its lease back."""
@@ -64,7 +61,7 @@ class House:
             idle_timeout=settings.idle_timeout,
             freeze_after=settings.freeze_after,
             memory_budget=settings.memory_budget,
-            weigh=_memory_of if settings.memory_budget is not None else _weightless,
+            weigh=memory_of if settings.memory_budget is not None else weightless,
         )
         self.owner = os.getpid()
         self._endings = Endings(settings.shutdown_grace, self._close, self._await_frost)
@@ -176,7 +173,7 @@ class House:
         """End the lease of a call that ended so."""
         entry = grant.entry
         seconds = time.monotonic() - entry.begun
-        doubt = self._doubt(entry, error)
+        doubt = doubt_of(entry.what, error, self.settings.reuse)
         if doubt is None and self.settings.reuse == "reset" and isinstance(entry.what, Config):
             doubt = self._reset(grant)
         if self.settings.on_event is not None:
@@ -203,25 +200,6 @@ class House:
         if isinstance(error, EnvironmentStateError):
             # It has died since it was born or taken: for the caller of a pool no state of theirs.
             raise EnvironmentDied(f"nothing of the call was run: {error}") from error
-
-    def _doubt(self, entry: PoolEntry, error: BaseException | None) -> Retirement | None:
-        """Return why the environment may not be used again after a call that ended so."""
-        if error is None or isinstance(error, ConfigError):
-            return self._reuse_of(entry)
-        if not isinstance(error, FunctionError) or error.invocation is None:
-            return Retirement.FAILURE
-        # The host's own word on how it failed; what the function says is `error.error_type`.
-        kind = error.invocation.error_type
-        is_command = isinstance(entry.what, FunctionVersion) and entry.what.function.command
-        if kind not in _HARMLESS and not (is_command and kind == "Runtime.ExitError"):
-            return Retirement.FAILURE
-        return self._reuse_of(entry)
-
-    def _reuse_of(self, entry: PoolEntry) -> Retirement | None:
-        reuse = self.settings.reuse
-        if isinstance(entry.what, FunctionVersion):
-            reuse = entry.what.function.reuse
-        return Retirement.INVOCATIONS if reuse == "never" else None
 
     def _give_back(
         self,
@@ -492,17 +470,3 @@ def env_of(grant: PoolGrant) -> ExecutionEnvironment:
 def _kill(fd: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(fd, signal.SIGKILL)
-
-
-def _weightless(_source: Source) -> int:
-    return 0
-
-
-def _memory_of(source: Source) -> int:
-    limits = source.function.limits if isinstance(source, FunctionVersion) else source.limits
-    if limits.memory_max is None:
-        raise ConfigError(
-            "memory_budget: it sums up memory limits, and there is one without; give it "
-            "limits=Limits(memory_max=...), or leave memory_budget out"
-        )
-    return int(limits.memory_max)

@@ -481,11 +481,11 @@ class Leases(Room[E, W]):
             for each in shares:
                 counters.add(each.counters)
             entries = [entry for entry in self._entries if share in (None, entry.share)]
-            phases = [entry.phase for entry in entries if not entry.is_filling]
+            running = (e for e in entries if e.phase is Phase.LEASED and not e.is_filling)
             return {
                 **counters.as_dict(),
-                "ConcurrentExecutions": phases.count(Phase.LEASED),
+                "ConcurrentExecutions": sum(1 for _ in running),
                 "Environments": len(entries),
-                "Idle": [entry.phase for entry in entries].count(Phase.IDLE),
+                "Idle": sum(entry.phase is Phase.IDLE for entry in entries),
                 "Waiting": sum(len(each.waiters) for each in shares),
             }

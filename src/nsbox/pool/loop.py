@@ -13,7 +13,8 @@ from nsbox.credentials import Credentials, Provider, resolve_async
 from nsbox.environment import ExecutionEnvironment
 from nsbox.pool.desk import Desk
 from nsbox.pool.entries import Waiter
-from nsbox.pool.house import PoolGrant, Source, Use, env_of
+from nsbox.pool.house import PoolGrant, Use, env_of
+from nsbox.pool.judgement import Source
 from nsbox.request import PoolOptions
 
 

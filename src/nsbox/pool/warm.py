@@ -20,7 +20,8 @@ from nsbox.errors import ConfigError, NsboxError
 from nsbox.function import Function, FunctionVersion
 from nsbox.pool.events import PoolEvent
 from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
-from nsbox.pool.house import House, Source
+from nsbox.pool.house import House
+from nsbox.pool.judgement import Source
 from nsbox.pool.settings import check_count, check_settings
 from nsbox.pool.shares import Resolve
 
