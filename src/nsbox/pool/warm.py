@@ -239,11 +239,12 @@ class WarmPool(PoolFunction):
             max_lifetime: Seconds after which one gets no other call.
             max_invocations: Calls after which one is replaced.
             shutdown_grace: Seconds a healthy one has to end after SIGTERM; 0: none.
-            min_available: Share of the host's memory; when less is available, or the kernel tells
-                of pressure, idle ones are closed. None: do not look.
+            min_available: Share of the memory; when less is available, or less than twice that and
+                the kernel tells of pressure, idle ones are closed. None: do not look.
             reuse: For a `Config`: ``"keep"`` or ``"never"``. A function has its own.
             on_event: Called with a `PoolEvent`, from whichever thread it happens in; it is to
-                return soon, and not to close the pool. What it raises is logged.
+                return soon, to wait for no call, and not to close the pool. What it raises is
+                logged.
 
         Raises:
             ConfigError: A value is wrong.
