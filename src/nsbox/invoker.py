@@ -27,8 +27,9 @@ from nsbox.function import FunctionVersion
 from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
-from nsbox.link import Channel, Link, RunRequest, WorkRequest
+from nsbox.link import Channel, Link
 from nsbox.linux.descriptors import close_all
+from nsbox.orders import RunRequest, WorkRequest
 from nsbox.result import Outcome, Protections, Result
 from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
 
