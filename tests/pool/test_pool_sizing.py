@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -280,6 +282,26 @@ def test_a_frozen_one_that_dies_is_seen_at_once(make: Make, events: Events) -> N
         entry.env._live_link().kill()
         pool.invoke({})
         assert pool.stats()["Births"] == 2
+
+
+def test_more_than_are_frozen_at_once(events: Events) -> None:
+    with nsbox.WarmPool(
+        max_environments=12, provisioned=12, freeze_after=0.001, on_event=events.append
+    ):
+        wait_until(lambda: len({e.environment for e in events.of("frozen")}) == 12, "all are", 30)
+
+
+def test_the_death_of_the_launcher_is_survived_by_a_pool_of_frozen_ones(
+    make: Make, events: Events
+) -> None:
+    with nsbox.WarmPool(
+        make(), provisioned=2, max_environments=2, freeze_after=0.01, on_event=events.append
+    ) as pool:
+        wait_until(lambda: len(events.of("frozen")) == 2, "they are frozen", 20)
+        os.kill(get_launcher().pid, signal.SIGKILL)
+        wait_until(lambda: len(events.of("retired")) == 2, "their end is seen", 20)
+        wait_until(lambda: len(events.of("initialised")) == 4, "the pool fills again", 20)
+        assert pool.invoke({"echo": 1})["echo"] == 1
 
 
 def test_freezing_never_gets_in_the_way_of_a_call(make: Make, events: Events) -> None:

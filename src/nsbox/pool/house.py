@@ -44,6 +44,7 @@ PoolShare = Share[ExecutionEnvironment, Source]
 
 _log: Final = logging.getLogger("nsbox.pool")
 _HARMLESS: Final = ("", "Runtime.MarshalError", "Function.ResponseSizeTooLarge")
+_FREEZES_AT_ONCE: Final = 8  # a millisecond or two each, and deaths are to be seen meanwhile
 _WISH_SECONDS: Final = BLANK_LIFE / 3
 RETURN_DEADLINE: Final = 10.0
 """Seconds in which a killed call must have given its lease back."""
@@ -293,9 +294,10 @@ class House:
             self._dispose(entry)
         for grant in due.orphans:
             self._drop(grant)
-        for entry in due.cold:
+        for entry in due.cold[:_FREEZES_AT_ONCE]:
             self._freeze(entry)
-        seconds = min(due.seconds, self._look_at_memory(), self._keep_blanks())
+        left = 0.0 if len(due.cold) > _FREEZES_AT_ONCE else math.inf
+        seconds = min(due.seconds, left, self._look_at_memory(), self._keep_blanks())
         if self._watch is not None:
             for fd in self._endings.arrivals():
                 self._watch.add(fd)

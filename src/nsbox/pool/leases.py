@@ -187,7 +187,7 @@ class Leases(Room[E, W]):
         if entry is not None:
             self._tokens += 1
             entry.token = self._tokens
-            entry.phase = Phase.LEASED
+            entry.phase, entry.serves = Phase.LEASED, True
             entry.begun = self._clock()
             is_cold, entry.is_cold = entry.is_cold, False
             return Grant(entry, is_cold=is_cold)
@@ -479,10 +479,13 @@ class Leases(Room[E, W]):
             counters = Counters()
             for each in shares:
                 counters.add(each.counters)
-            phases = [entry.phase for entry in self._entries if share in (None, entry.share)]
+            entries = [entry for entry in self._entries if share in (None, entry.share)]
+            phases = [entry.phase for entry in entries]
             return {
                 **counters.as_dict(),
-                "ConcurrentExecutions": phases.count(Phase.LEASED),
+                "ConcurrentExecutions": sum(
+                    entry.serves and entry.phase is Phase.LEASED for entry in entries
+                ),
                 "Environments": len(phases),
                 "Idle": phases.count(Phase.IDLE),
                 "Waiting": sum(len(each.waiters) for each in shares),
