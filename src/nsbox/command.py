@@ -25,8 +25,9 @@ from nsbox.errors import (
     SyscallError,
 )
 from nsbox.guest import protocol as p
-from nsbox.link import Link, RunRequest, WorkRequest
+from nsbox.link import Link
 from nsbox.linux.descriptors import close_all
+from nsbox.orders import RunRequest, WorkRequest
 from nsbox.result import Outcome, Protections, Result
 from nsbox.verdict import Verdict, judge_signal
 

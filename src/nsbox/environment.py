@@ -38,7 +38,8 @@ from nsbox.errors import (
 from nsbox.function import FunctionVersion
 from nsbox.functions import FunctionMethods, Invocations, environment_config, runtime_of
 from nsbox.launcher.client import Launcher, get_launcher
-from nsbox.link import Link, RunRequest, await_farewell
+from nsbox.link import Link, await_farewell
+from nsbox.orders import RunRequest
 from nsbox.result import Protections, Result, Usage
 from nsbox.transfer import begin_reset, finish_reset, read_file, write_file
 

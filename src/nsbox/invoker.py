@@ -25,7 +25,8 @@ from nsbox.errors import (
 from nsbox.function import FunctionVersion
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
-from nsbox.link import Channel, Link, RunRequest, WorkRequest
+from nsbox.link import Channel, Link
+from nsbox.orders import RunRequest, WorkRequest
 from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
 from nsbox.transfer import begin_reset, finish_reset

@@ -48,7 +48,10 @@ def test_reasons_are_told() -> None:
 
 def test_numbers_of_pressure() -> None:
     stall, window = pressure.STALL / 1e3, pressure.WINDOW / 1e6
-    assert f"waited for memory for {stall:g} ms of {window:g} s" in TEXT
+    text = " ".join(TEXT.split())
+    assert f"waited for memory for {stall:g} ms of {window:g} s" in text
+    assert f"looked at every {pressure.LOOK_SECONDS:g} s" in text
+    assert pressure.ALARM == 2, "twice"
 
 
 @pytest.mark.needs("userns")

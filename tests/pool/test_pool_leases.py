@@ -374,6 +374,8 @@ class Pool(RuleBasedStateMachine):
             assert count["calls"] == ended + calls
             waiting = sum(caller.function == name for caller in self.callers)
             assert stats["Waiting"] == waiting <= MAX_WAITING
+            running = sum(caller.function == name and caller.is_call for caller in self.running)
+            assert stats["ConcurrentExecutions"] == running
         for name, value in self.leases.stats().items():
             parts = [self.leases.stats(share)[name] for share in self.shares.values()]
             assert value == pytest.approx(sum(parts))

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -282,6 +284,26 @@ def test_a_frozen_one_that_dies_is_seen_at_once(make: Make, events: Events) -> N
         assert pool.stats()["Births"] == 2
 
 
+def test_more_than_are_frozen_at_once(events: Events) -> None:
+    with nsbox.WarmPool(
+        max_environments=12, provisioned=12, freeze_after=0.001, on_event=events.append
+    ):
+        wait_until(lambda: len({e.environment for e in events.of("frozen")}) == 12, "all are", 30)
+
+
+def test_the_death_of_the_launcher_is_survived_by_a_pool_of_frozen_ones(
+    make: Make, events: Events
+) -> None:
+    with nsbox.WarmPool(
+        make(), provisioned=2, max_environments=2, freeze_after=0.01, on_event=events.append
+    ) as pool:
+        wait_until(lambda: len(events.of("frozen")) == 2, "they are frozen", 20)
+        os.kill(get_launcher().pid, signal.SIGKILL)
+        wait_until(lambda: len(events.of("retired")) == 2, "their end is seen", 20)
+        wait_until(lambda: len(events.of("initialised")) == 4, "the pool fills again", 20)
+        assert pool.invoke({"echo": 1})["echo"] == 1
+
+
 def test_freezing_never_gets_in_the_way_of_a_call(make: Make, events: Events) -> None:
     """Pauses about as long as it takes until the freezer comes: each may be the faster one."""
     with nsbox.WarmPool(
@@ -297,7 +319,7 @@ def test_freezing_never_gets_in_the_way_of_a_call(make: Make, events: Events) ->
             assert list(threads.map(call, range(240))) == list(range(240))
         stats = pool.stats()
         assert (stats["Calls"], stats["Errors"], stats["Throttles"]) == (240, 0, 0)
-        assert stats["Births"] <= 3
+        assert stats["Births"] <= 3, [e for e in events if e.kind == "retired"]
     state: dict[str, bool] = {}
     for event in events:
         if event.kind in ("frozen", "thawed"):
@@ -341,19 +363,57 @@ def test_the_kernel_tells_of_pressure(
     make: Make, events: Events, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program that reads more than its memory holds waits for it: that is pressure."""
-    triggers = Pressure(0.5, stall=1)
-    has_any = bool(triggers.triggers)
-    triggers.close()
-    if not has_any:
+    probe = Pressure(0.5, stall=1)
+    has_triggers, available = bool(probe.triggers), probe.available()
+    probe.close()
+    if not has_triggers:
         pytest.skip("this kernel tells this user nothing of pressure (PSI)")
     monkeypatch.setattr(pressure.Pressure.__init__, "__kwdefaults__", {"stall": 1})
-    with nsbox.WarmPool(make(), min_available=1e-9, on_event=events.append) as pool:
-        pool.invoke({})
-        limits = nsbox.Limits(memory_max="32M")
-        with nsbox.ExecutionEnvironment(limits=limits, tmp_size="16M") as env:
-            script = "while :; do cat /usr/bin/* /usr/lib/*/*.so* > /dev/null 2>&1; done"
-            with env.popen(["sh", "-c", script], stdin=nsbox.DEVNULL):
-                wait_until(lambda: events.reasons() == [Reason.PRESSURE], "it is retired", 30)
+    alarms: list[bool] = []
+    is_alarming = Pressure.is_alarming
+
+    def note(own: Pressure) -> bool:
+        alarms.append(is_alarming(own))
+        return alarms[-1]
+
+    monkeypatch.setattr(Pressure, "is_alarming", note)
+    script = "while :; do cat /usr/bin/* /usr/lib/*/*.so* > /dev/null 2>&1; done"
+    limits = nsbox.Limits(memory_max="32M")
+    with nsbox.ExecutionEnvironment(limits=limits, tmp_size="16M") as env:
+        # More is available than there has to be; after an alarm that is too little, or enough.
+        for share, is_believed in ((0.75, True), (0.25, False)):
+            alarms.clear()
+            with nsbox.WarmPool(
+                make(), min_available=share * available, on_event=events.append
+            ) as pool:
+                pool.invoke({})
+                with env.popen(["sh", "-c", script], stdin=nsbox.DEVNULL):
+                    wait_until(lambda: alarms, "the alarm", 30)
+                    assert alarms[0] is is_believed
+                    if is_believed:
+                        until(pool, "Environments", 0)
+    assert events.reasons() == [Reason.PRESSURE, Reason.CLOSE]
+
+
+def test_the_limit_of_the_own_cgroup_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 700\ninactive_file 100\n")
+    monkeypatch.setattr(pressure, "_own_directories", lambda: [str(tmp_path)])
+    own = Pressure(0.1)
+    try:
+        assert own.available() == pytest.approx(0.2)
+        assert own.look()[0] is False
+        (tmp_path / "memory.current").write_text("1050\n")
+        assert own.look()[0] is False, "it is not yet time"
+        monkeypatch.setattr(own, "_next_look", 0.0)
+        assert own.look()[0] is True
+        (tmp_path / "memory.max").write_text("max\n")
+        assert own.available() > 0
+    finally:
+        own.close()
 
 
 # -- ends in order -------------------------------------------------------------------------------
@@ -439,6 +499,18 @@ def test_nobody_waits_for_one_that_does_not_end(make: Make, events: Events) -> N
             assert pool.stats()["Environments"] <= 2
         until(pool, "Environments", 0)
     assert events.reasons() == [Reason.INVOCATIONS] * 4
+
+
+def test_many_end_in_order_at_once(make: Make, events: Events) -> None:
+    """With hardly any time: the end and the end of the time race each other."""
+    settings = {"max_invocations": 1, "acquire_timeout": None, "on_event": events.append}
+    for grace in (1e-6, 1e-3, 5.0):
+        with nsbox.WarmPool(make(), shutdown_grace=grace, max_environments=3, **settings) as pool:  # type: ignore[arg-type]
+            with ThreadPoolExecutor(3) as threads:
+                answers = threads.map(lambda n: pool.invoke({"echo": n})["echo"], range(18))
+                assert list(answers) == list(range(18))
+            until(pool, "Environments", 0)
+    assert events.reasons() == [Reason.INVOCATIONS] * 54
 
 
 # -- blanks --------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("functions", ("functions", "aio", "invoker", "request", "credentials", "worker")),
     ("command", ("command", "verdict")),
     ("blueprint", ("blueprint",)),
-    ("link", ("link", "transfer", "blanks")),
+    ("link", ("link", "orders", "transfer", "blanks")),
     ("launcher", ("launcher",)),
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),

@@ -24,7 +24,7 @@ class Stopper:
         """Stop every process, until a pass finds none running.
 
         Raises:
-            OSError: EBUSY, it makes processes faster than they can be stopped.
+            OSError: EBUSY, it makes processes faster than they can be stopped; they are let go.
         """
         # Init goes first, so that it does not see its children stop.
         for _ in range(_PASSES):
@@ -38,6 +38,7 @@ class Stopper:
                 except ProcessLookupError:
                     continue
                 self._stopped.append(pid)
+        self.go_on()
         raise OSError(errno.EBUSY, "it makes processes faster than they can be stopped")
 
     def go_on(self) -> None:

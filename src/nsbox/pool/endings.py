@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -37,19 +39,27 @@ class Endings:
         self._grace = grace
         self._close = close
         self._await_frost = await_frost
+        self._is_hasty = False
+        self._asked: deque[tuple[PoolEntry, socket.socket, float]] = deque()
+        # What is in it is the watching thread's alone: no descriptor is closed under it.
         self._leaving: dict[int, tuple[PoolEntry, socket.socket, float]] = {}
 
-    def begin(self, entry: PoolEntry) -> int:
-        """Ask one to end. Returns the descriptor to `end` it by when that is readable.
-
-        Or -1 when there is nothing to wait for.
-        """
+    def begin(self, entry: PoolEntry) -> bool:
+        """Ask one to end; False when there is nothing to wait for. The thread does the rest."""
         farewell = self._ask(entry)
         if farewell is None:
-            return -1
-        fd = farewell.fileno()
-        self._leaving[fd] = (entry, farewell, time.monotonic() + self._grace)
-        return fd
+            return False
+        self._asked.append((entry, farewell, time.monotonic() + self._grace))
+        return True
+
+    def arrivals(self) -> list[int]:
+        """Return descriptors of those asked since the last time: `end` them when readable."""
+        arrivals = []
+        while self._asked:
+            entry, farewell, deadline = self._asked.popleft()
+            self._leaving[farewell.fileno()] = (entry, farewell, deadline)
+            arrivals.append(farewell.fileno())
+        return arrivals
 
     def _ask(self, entry: PoolEntry) -> socket.socket | None:
         if entry.env is None or not self._grace:
@@ -70,13 +80,12 @@ class Endings:
 
     def deadlines(self) -> list[tuple[int, float]]:
         """Return the descriptor of each, and how many seconds it has left."""
-        now = time.monotonic()
-        return [(fd, deadline - now) for fd, (_, _, deadline) in list(self._leaving.items())]
+        now = math.inf if self._is_hasty else time.monotonic()
+        return [(fd, deadline - now) for fd, (_, _, deadline) in self._leaving.items()]
 
     def hasten(self) -> None:
         """Give them no more time."""
-        for fd, (entry, farewell, _) in list(self._leaving.items()):
-            self._leaving[fd] = (entry, farewell, 0.0)
+        self._is_hasty = True
 
     def see_out(
         self, entries: Sequence[PoolEntry], *, wait: bool = False, is_hasty: bool = False

@@ -43,6 +43,7 @@ PoolShare = Share[ExecutionEnvironment, Source]
 PoolWaiter = Waiter[ExecutionEnvironment, Source]
 
 _log: Final = logging.getLogger("nsbox.pool")
+_FREEZES_AT_ONCE: Final = 8  # a millisecond or two each, and deaths are to be seen meanwhile
 _WISH_SECONDS: Final = BLANK_LIFE / 3
 RETURN_DEADLINE: Final = 10.0
 """Seconds in which a killed call must have given its lease back."""
@@ -221,13 +222,11 @@ class House:
 
     def _dispose(self, entry: PoolEntry) -> None:
         """See a retired environment out, in order if nothing is amiss; nobody waits for that."""
-        if entry.reason is not Retirement.FAILURE and not self._leases.is_killed:
-            farewell = self._endings.begin(entry)
-            if farewell >= 0:
-                self._get_watch().add(farewell)
-                self._ring()
-                return
-        self._close(entry)
+        is_healthy = entry.reason is not Retirement.FAILURE and not self._leases.is_killed
+        if is_healthy and self._endings.begin(entry):
+            self._ring()
+        else:
+            self._close(entry)
 
     def _close(self, entry: PoolEntry, *, wait: bool = False) -> None:
         """Close a retired environment and free its place."""
@@ -273,7 +272,8 @@ class House:
             self._endings.end(fd)
             return
         if self._pressure is not None and fd in self._pressure.triggers:
-            self.dispose_all(self._leases.relieve())
+            if self._pressure.is_alarming():
+                self.dispose_all(self._leases.relieve())
             return
         entry = self._watched.get(fd)
         # The number may be another environment's since the kernel told it. A poll object is of one
@@ -289,9 +289,13 @@ class House:
             self._dispose(entry)
         for grant in due.orphans:
             self._drop(grant)
-        for entry in due.cold:
+        for entry in due.cold[:_FREEZES_AT_ONCE]:
             self._freeze(entry)
-        seconds = min(due.seconds, self._look_at_memory(), self._keep_blanks())
+        left = 0.0 if len(due.cold) > _FREEZES_AT_ONCE else math.inf
+        seconds = min(due.seconds, left, self._look_at_memory(), self._keep_blanks())
+        if self._watch is not None:
+            for fd in self._endings.arrivals():
+                self._watch.add(fd)
         for fd, left in self._endings.deadlines():
             if left > 0:
                 seconds = min(seconds, left)
@@ -328,7 +332,7 @@ class House:
             for launcher in {launcher for launcher, _ in kinds}:
                 specs = [spec for _, spec in kinds if spec is not None]
                 blanks.wish(self, launcher, specs, self.settings.blank)
-        except NsboxError as error:
+        except (NsboxError, OSError) as error:
             # Environments that are needed will say so, too.
             _log.debug("no blank environments: %s", error)
         return _WISH_SECONDS

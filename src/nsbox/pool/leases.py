@@ -160,7 +160,7 @@ class Leases(Room[E, W]):
         if victims is None:
             return None
         grant = self._reserve(share, key, what, victims, Retirement.PROVISIONED)
-        grant.entry.is_provisioned = grant.entry.is_filling = True
+        grant.entry.is_provisioned = True
         return grant
 
     def _grant(
@@ -187,9 +187,8 @@ class Leases(Room[E, W]):
         if entry is not None:
             self._tokens += 1
             entry.token = self._tokens
-            entry.phase = Phase.LEASED
+            entry.phase, entry.serves = Phase.LEASED, True
             entry.begun = self._clock()
-            entry.is_filling = False
             is_cold, entry.is_cold = entry.is_cold, False
             return Grant(entry, is_cold=is_cold)
         victims = self._find_room(share, self._weigh(what), Retirement.DEMAND) if bears else None
@@ -481,11 +480,13 @@ class Leases(Room[E, W]):
             for each in shares:
                 counters.add(each.counters)
             entries = [entry for entry in self._entries if share in (None, entry.share)]
-            running = (e for e in entries if e.phase is Phase.LEASED and not e.is_filling)
+            phases = [entry.phase for entry in entries]
             return {
                 **counters.as_dict(),
-                "ConcurrentExecutions": sum(1 for _ in running),
-                "Environments": len(entries),
-                "Idle": sum(entry.phase is Phase.IDLE for entry in entries),
+                "ConcurrentExecutions": sum(
+                    entry.serves and entry.phase is Phase.LEASED for entry in entries
+                ),
+                "Environments": len(phases),
+                "Idle": phases.count(Phase.IDLE),
                 "Waiting": sum(len(each.waiters) for each in shares),
             }

@@ -221,6 +221,7 @@ class Room(Generic[E, W]):
         self._tokens += 1
         memory = self._weigh(what)
         entry = Entry[E, W](share, key, what, memory, self._tokens, self._clock())
+        entry.serves = reason is Retirement.DEMAND
         self._entries.add(entry)
         share.taken += 1
         share.places.taken += 1

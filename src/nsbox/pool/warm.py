@@ -81,15 +81,16 @@ class WarmPool(PoolFunction):
             max_lifetime: Seconds after which one gets no other call.
             max_invocations: Calls after which one is replaced.
             shutdown_grace: Seconds a healthy one has to end after SIGTERM; 0: none.
-            min_available: Share of the host's memory; when less is available, or the kernel tells
-                of pressure, idle ones are closed. None: do not look.
+            min_available: Share of the memory; when less is available, or less than twice that and
+                the kernel tells of pressure, idle ones are closed. None: do not look.
             reuse: For a `Config`: ``"keep"``, ``"reset"`` (`ExecutionEnvironment.reset` after each
                 lease) or ``"never"``. A function has its own.
             credentials: Called with the name of a role, in the thread of the call that needs them
                 first; returns `Credentials`, or a mapping with the names of AWS STS. They are
                 asked for anew five minutes before they expire; a `CredentialCache` has others.
             on_event: Called with a `PoolEvent`, from whichever thread it happens in; it is to
-                return soon, and not to close the pool. What it raises is logged.
+                return soon, to wait for no call, and not to close the pool. What it raises is
+                logged.
 
         Raises:
             ConfigError: A value is wrong.
