@@ -250,9 +250,8 @@ def test_a_birth_fails_or_is_whole(call: str) -> None:
 
 
 @pytest.mark.needs("strace", "landlock")
-@pytest.mark.parametrize("call", ["landlock_create_ruleset", "landlock_restrict_self"])
-def test_a_birth_without_its_further_belt_fails(call: str) -> None:
-    assert check_call(call, "EINVAL", 1) == ["SetupError"]
+def test_a_birth_without_its_further_belt_fails() -> None:
+    assert check_call("landlock_restrict_self", "EINVAL", 1) == ["SetupError"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from nsbox.isolation import landlock, namespaces, seccomp
 from nsbox.launcher import idmaps
 from nsbox.linux import calls, interfaces, proc
 from nsbox.linux import constants as c
+from nsbox.linux.landlock import restrict_self
 from nsbox.policy import SeccompPolicy
 
 _SIZE: Final = 1 << 20
@@ -246,7 +247,7 @@ def _landlock() -> str:
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
         server.bind("")  # the kernel chooses an abstract name (unix(7))
         server.listen()
-        landlock.restrict()
+        restrict_self(landlock.make_ruleset())
         try:
             client.connect(server.getsockname())
         except PermissionError as error:

@@ -8,9 +8,11 @@ sockets of the host's services (CVE-2020-15257 was one of those).
 
 from __future__ import annotations
 
-import os
-
 from nsbox.linux import landlock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nsbox.linux.program import Program
 
 _SCOPES = landlock.SCOPE_ABSTRACT_UNIX_SOCKET | landlock.SCOPE_SIGNAL
 _ABI_WITH_SCOPES = 6  # Linux 6.12
@@ -22,10 +24,12 @@ def is_available() -> bool:
     return landlock.abi() >= _ABI_WITH_SCOPES
 
 
-def restrict() -> None:
-    """Confine this process and all that it will start; needs no_new_privs."""
-    ruleset = landlock.create_ruleset(_SCOPES)
-    try:
-        landlock.restrict_self(ruleset)
-    finally:
-        os.close(ruleset)
+def make_ruleset() -> int:
+    """Return the descriptor of what `restrict` takes; one is enough for all environments."""
+    return landlock.create_ruleset(_SCOPES)
+
+
+def restrict(program: Program, ruleset: int) -> None:
+    """Prepare: confine the process and all that it will start; needs no_new_privs."""
+    program.landlock_restrict_self(ruleset)
+    program.close_range(ruleset, ruleset)

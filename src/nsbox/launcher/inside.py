@@ -27,7 +27,8 @@ LIFELINE = 3
 CONTROL = 4
 SYNC = 5
 SIGNALS = 6
-FIRST_OTHER = 7
+RULESET = 7  # of Landlock, where the kernel has scopes; closed before anything of the guest's
+FIRST_OTHER = 8
 
 MAPPED = b"m"
 
@@ -130,7 +131,7 @@ def _drop_privileges(program: Program, _spec: dict[str, Any], _birth: Inherited)
 
 def _restrict(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
     if spec["landlock"]:
-        program.call(landlock.restrict)
+        landlock.restrict(program, RULESET)
 
 
 def _load_filter(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:

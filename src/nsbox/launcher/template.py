@@ -25,7 +25,7 @@ from fcntl import F_DUPFD_CLOEXEC, fcntl
 from nsbox.guest.init import Init, Runtime
 from nsbox.guest.protocol import failure_word
 from nsbox.guest.reset import reset
-from nsbox.isolation import namespaces, privileges
+from nsbox.isolation import landlock, namespaces, privileges
 from nsbox.launcher import inside
 from nsbox.launcher.steps import failure
 from nsbox.linux import calls
@@ -65,6 +65,10 @@ class Template:
         os.dup2(0, inside.SYNC, inheritable=False)
         _renumber(_Socket(AF_UNIX, SOCK_SEQPACKET).detach(), inside.CONTROL)
         _renumber(calls.signalfd([c.SIGCHLD]), inside.SIGNALS)
+        if landlock.is_available():
+            _renumber(landlock.make_ruleset(), inside.RULESET)
+        else:
+            os.dup2(0, inside.RULESET, inheritable=False)
         self._home_network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._home_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         # What is opened from here on is one birth's, and closed after it.

@@ -14,7 +14,8 @@ SCOPE_SIGNAL = 1 << 1
 _CREATE_RULESET_VERSION = 1 << 0
 
 _create_ruleset = bind_syscall(c_char_p, c_ulong, c_ulong)
-_restrict_self = bind_syscall(c_ulong, c_ulong)
+RESTRICT_SELF = bind_syscall(c_ulong, c_ulong)
+"""For `program`, which prepares its arguments itself."""
 
 
 def abi() -> int:
@@ -39,5 +40,5 @@ def create_ruleset(scoped: int) -> int:
 
 def restrict_self(ruleset: int) -> None:
     """landlock_restrict_self(2). Needs no_new_privs; holds for the process and its children."""
-    if _restrict_self(SYSCALL["landlock_restrict_self"], ruleset, 0) < 0:
+    if RESTRICT_SELF(SYSCALL["landlock_restrict_self"], ruleset, 0) < 0:
         raise failure("landlock_restrict_self")

@@ -13,6 +13,7 @@ from __future__ import annotations
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 from nsbox.linux.binding import SYSCALL, encode, encode_optional, failure
+from nsbox.linux.landlock import RESTRICT_SELF
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,6 +95,12 @@ class Program:
         """keyctl(2) KEYCTL_JOIN_SESSION_KEYRING: a new one without a name."""
         number = SYSCALL["keyctl"]
         self._foreign("keyctl", None, number, c.KEYCTL_JOIN_SESSION_KEYRING, None)
+
+    def landlock_restrict_self(self, ruleset: int) -> None:
+        """landlock_restrict_self(2)."""
+        number = SYSCALL["landlock_restrict_self"]
+        name = "landlock_restrict_self"
+        self.entries.append((self.step, RESTRICT_SELF, (number, ruleset, 0), name, None))
 
     def set_filter(self, program: bytes) -> None:
         """seccomp(2) SECCOMP_SET_MODE_FILTER; ValueError as `calls.filter_argument`."""
