@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is soaked: three functions in pools, and the ledger of what was promised and found."""
+"""What is soaked: four functions in three pools, and the ledger of what was promised and found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from benchmarks.subject import import_nsbox
 
@@ -34,7 +34,10 @@ HOUSE: Mapping[str, Mapping[str, Any]] = {
         "acquire_timeout": 5.0,
     },
 }
-"""The pools by name: tenants and versions change in "keep", "reset" has that reuse."""
+"""The pools by name: tenants and versions change in "keep", "reset" has that reuse, "aging" has two
+functions."""
+SECOND: Final = "second"
+"""The other function of "aging", with a place of its own."""
 
 HANDLER = """
 import hashlib, json, os, time
@@ -150,6 +153,8 @@ class Subject:
         self.started = [0]  # numbers of versions, in the order of their publishing
         self.completed = 0
         self.pools: dict[str, Any] = {}
+        """Pools, or functions of one, by the names of their numbers."""
+        self._owners: list[Any] = []
         self._stats: dict[str, dict[str, float]] = {}
         self._alive: set[str] = set()
         self._events: Counter[str] = Counter()
@@ -172,16 +177,18 @@ class Subject:
         """Makes the pools."""
         for name, settings in HOUSE.items():
             times = {k: v * self._plan.patience for k, v in settings.items() if "_time" in k}
-            self.pools[name] = self.nsbox.WarmPool(
-                self._reset if name == "reset" else self._versions[0],
-                on_event=self._on_event,
-                **{**settings, **times},
+            versions = {"keep": self._versions[0], "reset": self._reset}
+            pool = self.nsbox.WarmPool(
+                versions.get(name), on_event=self._on_event, **{**settings, **times}
             )
+            self._owners.append(pool)
+            self.pools[name] = pool if name in versions else pool.function(self._versions[0])
+        self.pools[SECOND] = self._owners[-1].function(self._versions[0], reserved=1)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Closes the pools; their calls have ended."""
-        for pool in self.pools.values():
+        for pool in self._owners:
             pool.close(drain=kind is None)
 
     def _on_event(self, event: Any) -> None:  # noqa: ANN401 - dynamic
@@ -208,7 +215,10 @@ class Subject:
 
     def deadline(self, call: Call) -> float:
         """Seconds in which a call has to be over."""
-        acquire = float(HOUSE[call.pool]["acquire_timeout"]) * self._plan.patience
+        acquire = (
+            float(HOUSE["aging" if call.pool == SECOND else call.pool]["acquire_timeout"])
+            * self._plan.patience
+        )
         return call.timeout + acquire + self._plan.slack
 
     def judge(
@@ -249,7 +259,7 @@ class Subject:
             "of an environment that had to be destroyed": answer["poisoned"],
             "of an environment that was not reset": call.pool == "reset" and answer["served"] != 1,
             "of an environment past its number of calls": (
-                call.pool == "aging" and answer["served"] > INVOCATIONS
+                call.pool in ("aging", SECOND) and answer["served"] > INVOCATIONS
             ),
         }
         return [text for text, is_so in faults.items() if is_so]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.soaked import HOUSE, TENANTS, Call, Plan, Subject
+from benchmarks.soaked import HOUSE, SECOND, TENANTS, Call, Plan, Subject
 
 TASKS = 3
 """Of each thread that runs a loop."""
@@ -103,7 +103,7 @@ class Users:
 
     def _call(self, caller: str, number: int, choices: random.Random) -> Call:
         do = choices.choices(self._kinds, self._weights)[0]
-        pool = choices.choices(list(HOUSE), (4, 1, 2))[0]
+        pool = choices.choices([*HOUSE, SECOND], (4, 1, 2, 1))[0]
         timeout = 30.0
         if do == "hang":
             timeout = choices.uniform(0.05, 0.3)
