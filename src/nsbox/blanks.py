@@ -19,7 +19,7 @@ from typing import Any, Final
 from nsbox.errors import ConfigError, NsboxError
 from nsbox.launcher.client import Launcher
 from nsbox.launcher.wire import BLANK_LIFE
-from nsbox.link import Link, give_birth
+from nsbox.link import Furniture, Link, give_birth
 
 KINDS_KEPT: Final = 4
 """Kinds of environments that blanks are kept of, the latest used."""
@@ -61,8 +61,10 @@ def kept() -> int:
     return _Setting.count
 
 
-def take(launcher: Launcher, spec: Mapping[str, Any]) -> Link:
+def take(launcher: Launcher, spec: Mapping[str, Any], furniture: Furniture = ()) -> Link:
     """Return a link to an environment that nobody has used: a blank one, else one born now.
+
+    It is being furnished then (`Link.await_furnished`).
 
     Raises:
         As `nsbox.link.Link`.
@@ -75,13 +77,14 @@ def take(launcher: Launcher, spec: Mapping[str, Any]) -> Link:
             break  # another thread was faster
         if time.monotonic() - link.asked_at < _TAKEN_UNTIL:
             try:
-                link.claim()
-                link.await_birth()
+                if not furniture:
+                    link.claim()
+                link.await_birth(furniture)
             except NsboxError:
                 continue  # whatever became of it: a birth now tells the caller what is wrong
             return link
         link.close()
-    return give_birth(launcher, spec, secrets.token_hex(4))
+    return give_birth(launcher, spec, secrets.token_hex(4), furniture)
 
 
 def refill(launcher: Launcher, spec: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Self
 
 from nsbox import blanks
 from nsbox.blueprint import Blueprint, born_layers, plan
+from nsbox.channel import Channel, RunRequest
 from nsbox.command import DEVNULL, PIPE, Process, Stream
 from nsbox.config import (
     Config,
@@ -39,7 +40,7 @@ from nsbox.function import FunctionVersion
 from nsbox.functions import FunctionMethods, Invocations, environment_config, runtime_of
 from nsbox.guest import protocol as p
 from nsbox.launcher.client import get_launcher
-from nsbox.link import Channel, Link, RunRequest
+from nsbox.link import Furniture, Link
 from nsbox.linux.descriptors import close_all
 from nsbox.result import Protections, Result, Usage
 
@@ -87,17 +88,16 @@ class ExecutionEnvironment(FunctionMethods):
         self._close_lock = threading.Lock()
         self._invocations: Invocations | None = None
         self._version = version = config if isinstance(config, FunctionVersion) else None
-        furniture: list[list[str]] = []
+        furniture: Furniture = ()
         base: Config | None
         runtime = ""
         if isinstance(config, FunctionVersion):
-            config.verify()
             runtime = runtime_of(config.function)
             base, furniture = environment_config(config)
         else:
             base = config
         self.config = make_config(base, fields)
-        blueprint, link = self._give_birth(runtime)
+        blueprint, link = self._give_birth(runtime, furniture)
         self._kind = blueprint.spec if blueprint.may_be_blank else None
         self.id = link.env_id
         self.pid = link.pid
@@ -112,24 +112,25 @@ class ExecutionEnvironment(FunctionMethods):
             own = weakref.proxy(self)
             self._invocations = Invocations(own, version, link, lambda: own.protections)
             try:
-                if furniture:
-                    link.request("furnish", mounts=furniture)
+                # While the launcher binds it to its place; nothing of it is run before.
+                version.verify()
+                link.await_furnished()
             except BaseException:
                 self.close()
                 raise
 
-    def _give_birth(self, runtime: str) -> tuple[Blueprint, Link]:
+    def _give_birth(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
         self._launcher = get_launcher()
         blueprint = plan(self.config, self._launcher.hello, runtime)
         try:
-            return blueprint, blanks.take(self._launcher, blueprint.spec)
+            return blueprint, blanks.take(self._launcher, blueprint.spec, furniture)
         except LauncherError:
             if self._launcher.alive:
                 raise
         # It died under a birth, of which nothing is left: another one is started.
         self._launcher = get_launcher()
         blueprint = plan(self.config, self._launcher.hello, runtime)
-        return blueprint, blanks.take(self._launcher, blueprint.spec)
+        return blueprint, blanks.take(self._launcher, blueprint.spec, furniture)
 
     # -- what users do -------------------------------------------------------------------------
 

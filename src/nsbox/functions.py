@@ -17,6 +17,7 @@ import sysconfig
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -35,7 +36,7 @@ from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
 from nsbox.invoker import Answer, Invoker, check_payload, error_payload, finish_reset
-from nsbox.link import Link
+from nsbox.link import Furniture, Link
 from nsbox.result import Outcome, Protections, Result
 from nsbox.worker import Call, OnLog
 
@@ -316,11 +317,25 @@ class Invocations:
         return "", ""
 
 
-def environment_config(version: FunctionVersion) -> tuple[Config, list[list[str]]]:
-    """Return the `Config` an environment of `version` is born with, and what is attached after."""
-    places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
-    furniture = [[os.fspath(path), place] for path, place in places if path is not None]
-    return version.config.replace(mounts=version.function.mounts), furniture
+_configs: Final[weakref.WeakKeyDictionary[FunctionVersion, tuple[Config, Config, Furniture]]] = (
+    weakref.WeakKeyDictionary()
+)
+"""By version: its config, that of its environments, and what is attached to them."""
+
+
+def environment_config(version: FunctionVersion) -> tuple[Config, Furniture]:
+    """Return the `Config` an environment of `version` is born with, and what is attached after.
+
+    The same object each time, so that what follows from it is worked out once.
+    """
+    known = _configs.get(version)
+    # Equal versions may lie in different stores.
+    if known is None or known[0] is not version.config:
+        places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
+        furniture = [(os.fspath(path), place) for path, place in places if path is not None]
+        config = version.config.replace(mounts=version.function.mounts)
+        known = _configs[version] = (version.config, config, furniture)
+    return known[1:]
 
 
 class FunctionMethods:

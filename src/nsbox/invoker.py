@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from nsbox.channel import Channel, RunRequest
 from nsbox.command import PIPE, Process
 from nsbox.errors import (
     ConfigError,
@@ -27,7 +28,7 @@ from nsbox.function import FunctionVersion
 from nsbox.guest import protocol as p
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
-from nsbox.link import Channel, Link, RunRequest, WorkRequest
+from nsbox.link import Link
 from nsbox.linux.descriptors import close_all
 from nsbox.result import Outcome, Protections, Result
 from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
@@ -117,24 +118,11 @@ class Invoker:
             path: sys.path for the handler.
             python: The interpreter, for ``start="exec"``.
         """
-        ours, theirs = socket.socketpair()
         call = self._call(self._function.init_timeout, "", None)
-        try:
-            request: RunRequest | WorkRequest = WorkRequest(theirs.fileno())
-            argv = [f"the worker of {self._function.name}"]
-            if self._function.start == "exec":
-                with open(runtime.__file__, encoding="utf-8") as file:
-                    argv = [python, "-I", "-S", "-c", file.read(), "3"]
-                request = RunRequest(environment, "/", announced=True, extra=theirs.fileno())
-            streams = (None, PIPE, PIPE)
-            process = Process(
-                self._link, tuple(argv), request, streams, protections=self._protections
-            )
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
+        if self._function.start == "exec":
+            process, ours = self._execute(environment, python)
+        else:
+            process, ours = self._take_worker()
         self.worker = Worker(self._link, process, ours)
         told = self._describe()
         details = {
@@ -153,6 +141,33 @@ class Invoker:
         except WorkerSilent as error:
             raise self.judge(call, error) from None
         return call
+
+    def _take_worker(self) -> tuple[Process, socket.socket]:
+        """Return the worker that waits since the birth, and this end of its socket."""
+        workplace = self._link.workplace
+        if workplace is None:
+            # PID 1 was gone before it could be sent there.
+            raise self._link.died(ConnectionError("PID 1 is gone"))
+        argv = (f"the worker of {self._function.name}",)
+        process = Process(self._link, argv, workplace, protections=self._protections)
+        return process, workplace.socket
+
+    def _execute(
+        self, environment: Mapping[str, str], python: str
+    ) -> tuple[Process, socket.socket]:
+        """Return a worker in an interpreter of its own, and this end of its socket."""
+        ours, theirs = socket.socketpair()
+        try:
+            with open(runtime.__file__, encoding="utf-8") as file:
+                argv = (python, "-I", "-S", "-c", file.read(), "3")
+            request = RunRequest(environment, "/", announced=True, extra=theirs.fileno())
+            streams = (None, PIPE, PIPE)
+            return Process(self._link, argv, request, streams, protections=self._protections), ours
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
 
     def _describe(self) -> dict[str, Any]:
         name, version = self._function.name, self._version.id

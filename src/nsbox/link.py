@@ -17,18 +17,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
+from nsbox.channel import Channel, Workplace
 from nsbox.errors import EnvironmentDied, LauncherError, NsboxError, SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.isolation import audit_log, cgroups, readback
 from nsbox.launcher import wire
 from nsbox.launcher.client import Launcher
-from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 from nsbox.result import Outcome
 
 BIRTH_DEADLINE: Final = 30.0
 """Seconds a birth may take."""
-ANSWER_DEADLINE: Final = 30.0
-"""Seconds PID 1 may take to start a command, or to answer a file operation."""
 END_DEADLINE: Final = 10.0
 """Seconds a killed environment may take to be gone and removed."""
 _STEP_HINTS: Final = {
@@ -42,135 +40,26 @@ class ForgottenSpec(NsboxError):
     """The launcher no longer knows a spec by its key: ask again."""
 
 
+Furniture = Sequence[tuple[str, str]]
+"""Directories of the host, and where they are bound read-only inside."""
 Counters = dict[str, int | None]
 """What `isolation.cgroups.UsageReader` reads; empty where there is no cgroup."""
 
 
-class Channel:
-    """The host's end of one operation of PID 1. What it reads is not trusted."""
-
-    def __init__(
-        self, control: socket.socket, operation: bytes, request: bytes, fds: list[int]
-    ) -> None:
-        """Ask for `operation`; raises OSError when PID 1 is gone."""
-        self.socket, theirs = socket.socketpair()
-        self.socket.settimeout(ANSWER_DEADLINE)
-        is_short = len(request) + 2 <= p.LARGEST_MESSAGE
-        message = operation + (p.HERE + request if is_short else p.ON_CHANNEL)
-        try:
-            try:
-                send_bytes(control, message, [theirs.fileno(), *fds])
-            finally:
-                theirs.close()
-            if not is_short:
-                self._send_request(request)
-        except OSError:
-            self.socket.close()
-            raise
-
-    def _send_request(self, request: bytes) -> None:
-        # A broken pipe: it refused the request before reading all of it, and its answer says why.
-        with suppress(BrokenPipeError):
-            self.socket.sendall(p.LENGTH.pack(len(request)) + request)
-
-    def receive_answer(self) -> tuple[bytes, int, int, int, list[int]]:
-        """Return the kind, three numbers and the descriptors of the next answer.
-
-        Raises:
-            ConnectionError: PID 1 is gone, or said what it may not say.
-        """
-        data, fds = receive_bytes(self.socket, p.ANSWER.size)
-        while data and len(data) < p.ANSWER.size:
-            more = self.socket.recv(p.ANSWER.size - len(data))
-            if not more:
-                break
-            data += more
-        if len(data) != p.ANSWER.size:
-            close_all(fds)
-            raise ConnectionError("PID 1 is gone")
-        kind, first, second, third = p.ANSWER.unpack(data)
-        if kind == p.FAILED and not (0 <= second < len(p.STAGES) and 0 < first < 4096):
-            close_all(fds)
-            raise ConnectionError("PID 1 sent a malformed answer")
-        return kind, first, second, third, fds
-
-
-class RunRequest:
-    """What PID 1 is asked to run, apart from argv and streams.
-
-    Attributes:
-        env: All its environment variables.
-        cwd: Its working directory inside.
-        tty: Rows and columns of its terminal, or None.
-        is_announced: Whether the start is waited for, and not only the end.
-        extra: A descriptor that it gets as number 3, or None.
-    """
-
-    __slots__ = ("cwd", "env", "extra", "is_announced", "tty")
-    operation = p.RUN
-
-    def __init__(
-        self,
-        env: Mapping[str, str],
-        cwd: str,
-        tty: tuple[int, int] | None = None,
-        *,
-        announced: bool,
-        extra: int | None = None,
-    ) -> None:
-        self.env = env
-        self.cwd = cwd
-        self.tty = tty
-        self.extra = extra
-        self.is_announced = announced or tty is not None
-
-    def encode(self, argv: Sequence[str | bytes], stdio: list[bool]) -> bytes:
-        """Return the frame (`guest.protocol.run_request`)."""
-        words = [os.fsencode(word) for word in argv]
-        environment = [os.fsencode(f"{name}={value}") for name, value in self.env.items()]
-        flags = p.ANNOUNCE if self.is_announced else 0
-        given = [*stdio, self.extra is not None]
-        return p.run_request(words, environment, os.fsencode(self.cwd), given, flags, self.tty)
-
-    def arrange(self, given: list[int]) -> list[int]:
-        """Return the descriptors to send, for those that are given as streams."""
-        return given if self.extra is None else [*given, self.extra]
-
-
-class WorkRequest:
-    """What asks PID 1 to let its waiting worker serve; see `RunRequest`."""
-
-    __slots__ = ("cwd", "env", "is_announced", "worker")
-    operation = p.WORK
-
-    def __init__(self, worker: int) -> None:
-        """`worker` is the worker's end of its socket."""
-        self.worker = worker
-        self.is_announced = False
-        self.cwd = "/"
-        self.env: Mapping[str, str] = {}
-
-    def encode(self, _argv: Sequence[str | bytes], _stdio: list[bool]) -> bytes:
-        """Return the frame, which is empty."""
-        return b""
-
-    def arrange(self, given: list[int]) -> list[int]:
-        """Return the descriptors to send: the worker's socket, then its streams."""
-        return [self.worker, *given]
-
-
-def give_birth(launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> Link:
-    """Return the link to a new environment.
+def give_birth(
+    launcher: Launcher, spec: Mapping[str, Any], env_id: str, furniture: Furniture = ()
+) -> Link:
+    """Return the link to a new environment that is being furnished (`Link.await_birth`).
 
     Raises:
         As `Link`.
     """
     try:
         link = Link(launcher, spec, env_id)
-        link.await_birth()
+        link.await_birth(furniture)
     except ForgottenSpec:
         link = Link(launcher, spec, env_id)  # sends the spec itself this time
-        link.await_birth()
+        link.await_birth(furniture)
     return link
 
 
@@ -198,6 +87,7 @@ class Link:
         proc: How much of a /proc it has.
         end: What the launcher said of its end; None while it lives.
         closing: Whether the caller has asked for the end.
+        workplace: That of the worker; None in environments that have none.
     """
 
     def __init__(
@@ -221,6 +111,8 @@ class Link:
         self._spec = spec
         self.end: dict[str, Any] | None = None
         self.closing = False
+        self.workplace: Workplace | None = None
+        self._awaits_furniture = False
         self._lock = threading.Lock()
         self._pidfd = -1
         self._control, control = _pair()
@@ -237,12 +129,18 @@ class Link:
             finally:
                 control.close()
                 supervision.close()
+            if spec["runtime"]:
+                with suppress(ConnectionError):  # it is gone already, and the launcher says why
+                    self.workplace = Workplace(self._control)
         except BaseException:
             self.close()
             raise
 
-    def await_birth(self) -> None:
+    def await_birth(self, furniture: Furniture = ()) -> None:
         """Wait until the environment is locked in, and see that it is.
+
+        With `furniture` the launcher is told to attach it, which it does meanwhile, and that
+        somebody has taken the environment; `await_furnished` waits for its answer.
 
         Raises:
             SetupError: A step failed; nothing is left of it.
@@ -251,6 +149,10 @@ class Link:
         """
         try:
             word = self._await_ready()
+            if furniture and word and p.parse_failure(word) is None:
+                self._awaits_furniture = True
+                with suppress(OSError):  # it is gone, which is seen next
+                    wire.send(self._supervision, {"kind": "furnish", "mounts": furniture})
             born = self._hear_of_birth()
             self.pid: int = born["pid"]
             self.proc = _check_ready(word)
@@ -268,6 +170,22 @@ class Link:
         """Tell the launcher that somebody has taken this blank environment."""
         with suppress(OSError):  # it is gone, which is seen next
             wire.send(self._supervision, {"kind": "claim"})
+
+    def await_furnished(self) -> None:
+        """Wait until all of the furniture is in its place.
+
+        Raises:
+            SetupError: A source is gone, or a mount was refused.
+            EnvironmentDied: The environment is gone.
+        """
+        if self._awaits_furniture:
+            with self._lock:
+                self._awaits_furniture = False
+                try:
+                    answer = self._receive(END_DEADLINE)
+                except OSError:
+                    answer = None
+            self._check_answer("furnish", answer)
 
     def _await_ready(self) -> bytes:
         """Return the environment's own first word, b"" when it ended without one.
@@ -371,6 +289,9 @@ class Link:
                 answer = self._receive(END_DEADLINE)
             except OSError:
                 answer = None
+        self._check_answer(kind, answer)
+
+    def _check_answer(self, kind: str, answer: Mapping[str, Any] | None) -> None:
         if answer is None or answer["kind"] == "gone":
             raise EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}")
         if answer["kind"] == "failed":
@@ -432,6 +353,8 @@ class Link:
         """Close the descriptors; the launcher then kills and removes what is left."""
         self._control.close()
         self._supervision.close()
+        if self.workplace is not None:
+            self.workplace.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

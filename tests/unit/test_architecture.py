@@ -27,7 +27,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("functions", ("functions", "aio", "invoker", "worker")),
     ("command", ("command", "verdict")),
     ("blueprint", ("blueprint",)),
-    ("link", ("link", "blanks")),
+    ("link", ("link", "channel", "blanks")),
     ("launcher", ("launcher",)),
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),

@@ -41,14 +41,11 @@ _RESET_DEADLINE = 2.0  # seconds in which all that an invocation has left must b
 
 
 class _Command:
-    """A running command, or the worker: its process, and the channel it was asked for on.
-
-    A worker that waits for its function has no channel yet.
-    """
+    """A running command, or the worker: its process, and the channel it was asked for on."""
 
     __slots__ = ("channel", "pid")
 
-    def __init__(self, pid: int, channel: _Socket | None) -> None:
+    def __init__(self, pid: int, channel: _Socket) -> None:
         self.pid = pid
         self.channel = channel
 
@@ -58,9 +55,7 @@ class Runtime:
 
     __slots__ = ("fork_worker", "reset")
 
-    def __init__(
-        self, fork_worker: Callable[..., tuple[int, _Socket]], reset: Callable[[], None]
-    ) -> None:
+    def __init__(self, fork_worker: Callable[..., int], reset: Callable[[], None]) -> None:
         self.fork_worker = fork_worker
         self.reset = reset
 
@@ -87,7 +82,6 @@ class Init:
         self._signals = signals
         self._runtime = runtime
         self._worker: _Command | None = None
-        self._intake: _Socket | None = None
         self._commands: dict[int, _Command] = {}
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -101,8 +95,7 @@ class Init:
         `is_blank` says that nobody waits for this environment yet.
         """
         if self._runtime is not None:
-            pid, self._intake = self._runtime.fork_worker(has_time=is_blank)
-            self._worker = self._commands[pid] = _Command(pid, None)
+            self._start_worker(self._runtime, is_blank=is_blank)
         while True:
             for fd, _ in self._poll.poll():
                 handler = self._handlers.get(fd)
@@ -112,6 +105,20 @@ class Init:
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLIN)
+
+    def _start_worker(self, runtime: Runtime, *, is_blank: bool) -> None:
+        """Fork the worker, with what the host has sent for it together with the birth."""
+        try:
+            message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
+        except ConnectionError:
+            _leave()
+        if message[:1] != p.WORK or len(fds) != 1 + p.WORK_STREAMS:
+            _leave()
+        channel, given = _Socket(fileno=fds[0]), fds[1:]
+        pid = runtime.fork_worker(given, has_time=is_blank)
+        close_all(given)
+        worker = self._worker = self._commands[pid] = _Command(pid, channel)
+        self._watch(channel.fileno(), lambda: self._on_channel(worker, channel))
 
     def _forget(self, fd: int) -> None:
         del self._handlers[fd]
@@ -137,9 +144,6 @@ class Init:
                 if operation == p.RUN:
                     self._start(channel, request, stdio)
                     return  # the channel lives on
-                if operation == p.WORK:
-                    self._give_work(channel, stdio)
-                    return
                 channel.settimeout(_IO_DEADLINE)
                 if operation == p.WRITE:
                     write_file(channel, request)
@@ -179,15 +183,6 @@ class Init:
         close_all(terminal)
         command = self._commands[pid] = _Command(pid, channel)
         self._watch(channel.fileno(), lambda: self._on_channel(command, channel))
-
-    def _give_work(self, channel: _Socket, fds: list[int]) -> None:
-        worker, intake = self._worker, self._intake
-        if worker is None or intake is None or worker.channel is not None:
-            raise Failure(errno.EBUSY, "worker")
-        send_bytes(intake, b"w", fds)
-        intake.close()
-        worker.channel = channel
-        self._watch(channel.fileno(), lambda: self._on_channel(worker, channel))
 
     def _reset(self, channel: _Socket, kept: int) -> None:
         worker, runtime = self._worker, self._runtime
@@ -249,8 +244,6 @@ class Init:
 
     def _finish(self, command: _Command, status: int, usage: struct_rusage) -> None:
         channel = command.channel
-        if channel is None:
-            return  # a worker that was never given work: who asks for it will hear
         self._kill_leftovers()
         user, system = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
         try:

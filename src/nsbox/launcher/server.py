@@ -367,6 +367,7 @@ class Server:
                 self._blanks.pop(environment.pidfd, None)
                 return
             elif kind == "furnish":
+                self._blanks.pop(environment.pidfd, None)  # who furnishes it has taken it
                 self.layouts.furnish(environment.pid, received[0]["mounts"])
             elif kind == "thaw":
                 self._thaw(environment)
