@@ -87,7 +87,17 @@ def take(launcher: Launcher, spec: Mapping[str, Any], furniture: Furniture = ())
     return give_birth(launcher, spec, secrets.token_hex(4), furniture)
 
 
-def refill(launcher: Launcher, spec: Mapping[str, Any]) -> None:
+def prepare(launcher: Launcher, spec: Mapping[str, Any]) -> Link | None:
+    """Return what `refill` will need, made while there is time for it; None when nothing is."""
+    if len(launcher.companions.get(spec["key"], ())) >= kept():
+        return None
+    try:
+        return Link(launcher, spec, secrets.token_hex(4))
+    except NsboxError:
+        return None  # there is no room for its sockets
+
+
+def refill(launcher: Launcher, spec: Mapping[str, Any], prepared: Link | None = None) -> None:
     """Ask for the blanks of this kind that are missing. Waits for nothing, raises nothing."""
     count = kept()
     companions = launcher.companions
@@ -97,11 +107,16 @@ def refill(launcher: Launcher, spec: Mapping[str, Any]) -> None:
     # What has become too old to be taken is only in the way.
     while blanks and time.monotonic() - blanks[0].asked_at >= _TAKEN_UNTIL:
         blanks.popleft().close()
-    while len(blanks) < count:
-        try:
-            blanks.append(Link(launcher, spec, secrets.token_hex(4), blank=True))
-        except NsboxError:
-            return  # the next environment is born when it is needed, and says why it cannot be
+    try:
+        while len(blanks) < count:
+            link, prepared = prepared or Link(launcher, spec, secrets.token_hex(4)), None
+            link.ask_for_birth(blank=True)
+            blanks.append(link)
+    except NsboxError:
+        return  # the next environment is born when it is needed, and says why it cannot be
+    finally:
+        if prepared is not None:
+            prepared.close()
 
 
 def drop(launcher: Launcher) -> None:

@@ -37,11 +37,12 @@ from nsbox.errors import (
     UnsupportedHostError,
 )
 from nsbox.function import FunctionVersion
-from nsbox.functions import FunctionMethods, Invocations, environment_config, runtime_of
+from nsbox.functions import FunctionMethods, Invocations
 from nsbox.guest import protocol as p
 from nsbox.launcher.client import get_launcher
 from nsbox.link import Furniture, Link
 from nsbox.linux.descriptors import close_all
+from nsbox.outfit import outfit_of
 from nsbox.result import Protections, Result, Usage
 
 
@@ -89,14 +90,11 @@ class ExecutionEnvironment(FunctionMethods):
         self._invocations: Invocations | None = None
         self._version = version = config if isinstance(config, FunctionVersion) else None
         furniture: Furniture = ()
-        base: Config | None
         runtime = ""
         if isinstance(config, FunctionVersion):
-            runtime = runtime_of(config.function)
-            base, furniture = environment_config(config)
-        else:
-            base = config
-        self.config = make_config(base, fields)
+            outfit = outfit_of(config)
+            runtime, config, furniture = outfit.runtime, outfit.config, outfit.furniture
+        self.config = make_config(config, fields)
         blueprint, link = self._give_birth(runtime, furniture)
         self._kind = blueprint.spec if blueprint.may_be_blank else None
         self.id = link.env_id
@@ -111,7 +109,10 @@ class ExecutionEnvironment(FunctionMethods):
             # In no cycle: a closed environment would hold on to its code until a collection.
             own = weakref.proxy(self)
             self._invocations = Invocations(own, version, link, lambda: own.protections)
+            if self._kind is not None:
+                self._invocations.next_kind = (self._launcher, self._kind)
             try:
+                self._invocations.prepare()
                 # While the launcher binds it to its place; nothing of it is run before.
                 version.verify()
                 link.await_furnished()
@@ -120,14 +121,15 @@ class ExecutionEnvironment(FunctionMethods):
                 raise
 
     def _give_birth(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
-        self._launcher = get_launcher()
-        blueprint = plan(self.config, self._launcher.hello, runtime)
         try:
-            return blueprint, blanks.take(self._launcher, blueprint.spec, furniture)
+            return self._take(runtime, furniture)
         except LauncherError:
             if self._launcher.alive:
                 raise
         # It died under a birth, of which nothing is left: another one is started.
+        return self._take(runtime, furniture)
+
+    def _take(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
         self._launcher = get_launcher()
         blueprint = plan(self.config, self._launcher.hello, runtime)
         return blueprint, blanks.take(self._launcher, blueprint.spec, furniture)
@@ -338,8 +340,11 @@ class ExecutionEnvironment(FunctionMethods):
     def _replace_blank(self) -> None:
         """Have another environment of this kind born, now that this one has been of use."""
         kind, self._kind = self._kind, None
+        spare = None if self._invocations is None else self._invocations.take_spare()
         if kind is not None:
-            blanks.refill(self._launcher, kind)
+            blanks.refill(self._launcher, kind, spare)
+        elif spare is not None:
+            spare.close()
 
     def usage(self) -> Usage:
         """Return the resources used since birth, by everything in the environment."""

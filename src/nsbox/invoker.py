@@ -30,6 +30,7 @@ from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
 from nsbox.link import Link
 from nsbox.linux.descriptors import close_all
+from nsbox.outfit import outfit_of
 from nsbox.result import Outcome, Protections, Result
 from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
 
@@ -37,6 +38,10 @@ _SIGNAL_WORDS: Final = {6: "aborted", 9: "killed", 11: "segmentation fault", 15:
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
+_QUIET: Final = 0.02  # seconds in which the log of a start is not read
+_SENT_ALONG: Final = (
+    1 << 15
+)  # bytes that a socket takes before anybody reads (net.core.wmem_default)
 
 
 class Answer:
@@ -82,6 +87,7 @@ class Invoker:
         self._function = version.function
         self._protections = protections
         self._number = 0
+        self._quiet_until = 0.0
         self._reset: Channel | None = None
         self._id_prefix = str(uuid.uuid4())[:24]
         self.worker: Worker | None = None
@@ -110,44 +116,51 @@ class Invoker:
 
     # -- the start -----------------------------------------------------------------------------
 
-    def start(self, environment: Mapping[str, str], path: list[str], python: str) -> Call:
-        """Let the worker import the handler's module; its answer is for `finish_start`.
+    def prepare(self, environment: Mapping[str, str]) -> None:
+        """Tell a worker that waits since the birth all that it can know before its code is there.
 
         Args:
             environment: Environment variables besides the function's own.
-            path: sys.path for the handler.
+
+        Raises:
+            InvokeTimeout: It does not listen.
+        """
+        if self._function.start == "clone":
+            self._begin(*self._take_worker(), environment)
+
+    def start(self, environment: Mapping[str, str], python: str) -> Call:
+        """Let the worker import the handler's module; its answer is for `finish_start`.
+
+        Args:
+            environment: As for `prepare`.
             python: The interpreter, for ``start="exec"``.
         """
+        if self.worker is None:
+            self._begin(*self._execute(environment, python), environment)
         call = self._call(self._function.init_timeout, "", None)
-        if self._function.start == "exec":
-            process, ours = self._execute(environment, python)
-        else:
-            process, ours = self._take_worker()
-        self.worker = Worker(self._link, process, ours)
-        told = self._describe()
-        details = {
-            "handler": self._function.handler,
-            "path": path,
-            "cwd": self._version.config.cwd,
-            "env": {**environment, **self._variables(told), **dict(self._version.env)},
-            "function": told,
-            "forks": self._function.reuse == "reset",
-            # One that was executed knows where its own standard library is.
-            "keeps_path": self._function.start == "exec",
-            "visible": self._function.reuse != "reset",
-        }
+        self._send_start(call, runtime.LOAD, b"")
+        return call
+
+    def _begin(
+        self, process: Process, channel: socket.socket, environment: Mapping[str, str]
+    ) -> None:
+        self.worker = Worker(self._link, process, channel)
+        outfit = outfit_of(self._version)
+        text = outfit.start_text(self._version, environment, self._link.env_id)
+        call = Call(_START, self._function.init_timeout, "", 0, None)
+        self._send_start(call, runtime.START, text.encode())
+
+    def _send_start(self, call: Call, kind: bytes, data: bytes, more: bytes = b"") -> None:
         try:
-            self.worker.send(call, runtime.START, json.dumps(details).encode())
+            self._worker.send(call, kind, data, more)
         except WorkerSilent as error:
             raise self.judge(call, error) from None
-        return call
 
     def _take_worker(self) -> tuple[Process, socket.socket]:
         """Return the worker that waits since the birth, and this end of its socket."""
         workplace = self._link.workplace
         if workplace is None:
-            # PID 1 was gone before it could be sent there.
-            raise self._link.died(ConnectionError("PID 1 is gone"))
+            raise EnvironmentStateError(f"environment {self._link.env_id} has no worker")
         argv = (f"the worker of {self._function.name}",)
         process = Process(self._link, argv, workplace, protections=self._protections)
         return process, workplace.socket
@@ -169,31 +182,6 @@ class Invoker:
         finally:
             theirs.close()
 
-    def _describe(self) -> dict[str, Any]:
-        name, version = self._function.name, self._version.id
-        return {
-            "name": name,
-            "version": version,
-            "arn": f"arn:aws:lambda:local:000000000000:function:{name}:{version}",
-            "memory": str(self._memory_mb or 0),
-            "log_group": f"/aws/lambda/{name}",
-            "log_stream": f"{time.strftime('%Y/%m/%d')}/[{version}]{self._link.env_id}",
-            "tenant": self._function.tenant,
-        }
-
-    def _variables(self, told: Mapping[str, Any]) -> dict[str, str]:
-        return {
-            "AWS_LAMBDA_FUNCTION_NAME": told["name"],
-            "AWS_LAMBDA_FUNCTION_VERSION": told["version"],
-            "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": told["memory"],
-            "AWS_LAMBDA_LOG_GROUP_NAME": told["log_group"],
-            "AWS_LAMBDA_LOG_STREAM_NAME": told["log_stream"],
-            "AWS_LAMBDA_INITIALIZATION_TYPE": "on-demand",
-            "LAMBDA_TASK_ROOT": self._version.config.cwd,
-            "_HANDLER": self._function.handler or "",
-            "TZ": ":UTC",
-        }
-
     def finish_start(self, call: Call, frame: Frame) -> None:
         """Take the worker's answer to its start.
 
@@ -211,6 +199,46 @@ class Invoker:
 
     # -- an event ------------------------------------------------------------------------------
 
+    def start_with(
+        self,
+        payload: bytes,
+        timeout: float | None,
+        request_id: str | None,
+        client_context: str,
+        on_log: OnLog | None,
+    ) -> tuple[Call, Call | None]:
+        """Do as `start`, of a worker that was prepared, and send the first event along.
+
+        Returns the start, for `exchange_start`, and the event; None in its place when the event is
+        too large to be sent before it is read.
+        """
+        start = self._call(self._function.init_timeout, "", None)
+        limit = self._function.timeout if timeout is None else timeout
+        call = self._call(limit, request_id, on_log)
+        head = _event_head(call, client_context)
+        if len(head) + len(payload) > _SENT_ALONG:
+            self._number = _START
+            self._send_start(start, runtime.LOAD, b"")
+            return start, None
+        self._quiet_until = start.begin + _QUIET
+        head = runtime.MOMENT.pack(self._quiet_until) + head
+        self._send_start(start, runtime.LOAD, head, payload)
+        return start, call
+
+    def exchange_start(self, start: Call, call: Call) -> bool:
+        """Wait for the answer to `start`; return whether the worker goes on to `call`.
+
+        Raises:
+            As `exchange` and `finish_start`.
+        """
+        try:
+            frame = self._worker.exchange_start(start, self._quiet_until)
+        except (WorkerSilent, WorkerEnded) as error:
+            raise self.judge(start, error) from None
+        self.finish_start(start, frame)
+        call.restart()
+        return bool(frame[1])
+
     def send(
         self,
         payload: bytes,
@@ -225,13 +253,20 @@ class Invoker:
         self._worker.check_silent()
         limit = self._function.timeout if timeout is None else timeout
         call = self._call(limit, request_id, on_log)
-        words = f"{call.request_id}\0{client_context}".encode()
-        head = runtime.INVOCATION.pack(limit, len(words)) + words
+        self._send_event(call, client_context, payload)
+        return call
+
+    def send_again(self, call: Call, client_context: str, payload: bytes) -> None:
+        """Send an event that the worker has not gone on to."""
+        self._worker.check_silent()
+        self._send_event(call, client_context, payload)
+
+    def _send_event(self, call: Call, client_context: str, payload: bytes) -> None:
+        head = _event_head(call, client_context)
         try:
             self._worker.send(call, runtime.INVOKE, head, payload)
         except WorkerSilent as error:
             raise self.judge(call, error) from None
-        return call
 
     def _call(self, timeout: float, request_id: str | None, on_log: OnLog | None) -> Call:
         self._number += 1
@@ -375,6 +410,11 @@ class Invoker:
         if channel is not None:
             with channel.socket:
                 finish_reset(self._link, channel)
+
+
+def _event_head(call: Call, client_context: str) -> bytes:
+    words = f"{call.request_id}\0{client_context}".encode()
+    return runtime.INVOCATION.pack(call.timeout, len(words)) + words
 
 
 def finish_reset(link: Link, channel: Channel) -> None:

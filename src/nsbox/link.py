@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 from nsbox.channel import Channel, Workplace
@@ -55,11 +55,17 @@ def give_birth(
         As `Link`.
     """
     try:
-        link = Link(launcher, spec, env_id)
-        link.await_birth(furniture)
+        return _give_birth(launcher, spec, env_id, furniture)
     except ForgottenSpec:
-        link = Link(launcher, spec, env_id)  # sends the spec itself this time
-        link.await_birth(furniture)
+        return _give_birth(launcher, spec, env_id, furniture)  # the spec is sent this time
+
+
+def _give_birth(
+    launcher: Launcher, spec: Mapping[str, Any], env_id: str, furniture: Furniture
+) -> Link:
+    link = Link(launcher, spec, env_id)
+    link.ask_for_birth()
+    link.await_birth(furniture)
     return link
 
 
@@ -90,20 +96,16 @@ class Link:
         workplace: That of the worker; None in environments that have none.
     """
 
-    def __init__(
-        self, launcher: Launcher, spec: Mapping[str, Any], env_id: str, *, blank: bool = False
-    ) -> None:
-        """Ask `launcher` for a birth; `await_birth` waits for it.
+    def __init__(self, launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> None:
+        """Make its sockets. `ask_for_birth` is next, and `await_birth` waits for it.
 
         Args:
             launcher: Whom to ask.
             spec: What the environment is to be (`nsbox.blueprint`).
             env_id: Its id.
-            blank: Nobody needs it yet: the launcher ends it when nobody takes it (`claim`).
 
         Raises:
             SetupError: This process has no room for its sockets.
-            LauncherError: The launcher is gone.
         """
         self.env_id = env_id
         self.asked_at = time.monotonic()
@@ -115,26 +117,32 @@ class Link:
         self._awaits_furniture = False
         self._lock = threading.Lock()
         self._pidfd = -1
-        self._control, control = _pair()
-        try:
+        with ExitStack() as unused:
+            self._control, control = _pair()
+            unused.callback(_close_both, self._control, control)
             self._supervision, supervision = _pair()
-        except SetupError:
-            self._control.close()
-            control.close()
-            raise
-        try:
-            try:
-                fds = control.fileno(), supervision.fileno()
-                launcher.request_birth(env_id, spec, *fds, blank=blank)
-            finally:
-                control.close()
-                supervision.close()
+            unused.callback(_close_both, self._supervision, supervision)
             if spec["runtime"]:
-                with suppress(ConnectionError):  # it is gone already, and the launcher says why
-                    self.workplace = Workplace(self._control)
+                self.workplace = Workplace(self._control)
+            self._others = (control, supervision)
+            unused.pop_all()
+
+    def ask_for_birth(self, *, blank: bool = False) -> None:
+        """Ask the launcher for the environment.
+
+        With `blank` nobody needs it yet: the launcher ends it when nobody takes it (`claim`).
+
+        Raises:
+            LauncherError: The launcher is gone.
+        """
+        self.asked_at = time.monotonic()
+        fds = [other.fileno() for other in self._others]
+        try:
+            self._launcher.request_birth(self.env_id, self._spec, *fds, blank=blank)
         except BaseException:
             self.close()
             raise
+        _close_both(*self._others)
 
     def await_birth(self, furniture: Furniture = ()) -> None:
         """Wait until the environment is locked in, and see that it is.
@@ -351,8 +359,8 @@ class Link:
 
     def close(self) -> None:
         """Close the descriptors; the launcher then kills and removes what is left."""
-        self._control.close()
-        self._supervision.close()
+        _close_both(self._control, self._supervision)
+        _close_both(*self._others)
         if self.workplace is not None:
             self.workplace.close()
         if self._pidfd >= 0:
@@ -393,6 +401,11 @@ def _pair() -> tuple[socket.socket, socket.socket]:
         return wire.pair()
     except OSError as error:
         raise SetupError("birth", f"socketpair: {error}", errno=error.errno or 0) from error
+
+
+def _close_both(first: socket.socket, second: socket.socket) -> None:
+    first.close()
+    second.close()
 
 
 def _is_readable(fd: int, timeout: float) -> bool:

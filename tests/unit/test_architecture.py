@@ -24,7 +24,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cli", ("cli", "__main__")),
     ("pool", ("pool",)),
     ("environment", ("environment",)),
-    ("functions", ("functions", "aio", "invoker", "worker")),
+    ("functions", ("functions", "aio", "invoker", "worker", "outfit")),
     ("command", ("command", "verdict")),
     ("blueprint", ("blueprint",)),
     ("link", ("link", "channel", "blanks")),

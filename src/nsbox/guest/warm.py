@@ -90,6 +90,7 @@ def warm_up(place: str = _DIRECTORY) -> None:
         worker = python_runtime.Worker(theirs)
         for kind, data in (
             (python_runtime.START, json.dumps(request).encode()),
+            (python_runtime.LOAD, python_runtime.MOMENT.pack(0.0)),
             (python_runtime.INVOKE, _EVENT),
         ):
             ours.sendall(python_runtime.HEADER.pack(kind, len(data), 1) + data)
