@@ -53,9 +53,11 @@ PAYLOAD_MAX = 6 << 20
 ANSWER_MAX = PAYLOAD_MAX + 100
 """Bytes of an answer that are let through; Lambda's real limit is that much over its quota."""
 _FIRST_READ = 1 << 16
+PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
 _FIONREAD = 0x541B  # asm-generic/ioctls.h
 _MESSAGE_MAX = 1 << 18
 """Characters of an error's message; escaped, each may have 12 bytes."""
+_LIBRARY = os.path.dirname(getattr(os, "__file__", "/no library/os.py"))
 _OWN_FILE = __file__ if "__file__" in globals() else "<string>"
 
 
@@ -126,7 +128,7 @@ class Worker:
         os.environ.clear()
         os.environ.update(request["env"])
         sys.path[:] = request["path"] + (sys.path if request["keeps_path"] else [])
-        sys.path_importer_cache.clear()
+        forget_places()
         sys.dont_write_bytecode = True  # its code is read-only
         gc.enable()  # the template has switched it off
         sys.argv = [""]
@@ -370,13 +372,21 @@ def open_stream(fd: int) -> TextIO:
     return open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
+def forget_places() -> None:
+    """Have the importer look anew at all places but the standard library's, which it knows."""
+    finders = sys.path_importer_cache
+    for place in list(finders):
+        if finders[place] is None or not f"{place}/".startswith(f"{_LIBRARY}/"):
+            del finders[place]
+
+
 def _be_visible() -> None:
     """Let this process see its own files in /proc; PID 1 and a worker to fork from are hidden."""
     try:
         from nsbox.linux import calls
     except ImportError:
         return  # executed, and so never hidden
-    calls.prctl(4, 1)  # PR_SET_DUMPABLE, linux/prctl.h
+    calls.prctl(PR_SET_DUMPABLE, 1)
 
 
 def main(channel: int) -> NoReturn:

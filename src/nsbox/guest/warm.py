@@ -15,6 +15,7 @@ from _socket import AF_UNIX, SOCK_STREAM, socketpair
 from importlib.machinery import SourceFileLoader
 
 from nsbox.guest import python_runtime
+from nsbox.linux import calls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,14 +80,15 @@ def warm_up(place: str = _DIRECTORY) -> None:
         "handler": "warm.handler",
         "path": [place],
         "cwd": place,
-        "env": {f"WARM_{number}": "1" for number in range(20)},
-        "function": dict.fromkeys(_TOLD, ""),
+        "env": {f"WARM_{number}": f"{number}" * (number + 3) for number in range(20)},
+        "function": {name: f"{name} of a warm function" for name in _TOLD},
         "forks": False,
         "visible": False,
         "keeps_path": False,
     }
     try:
         python_runtime.open_stream(1).write("")
+        calls.prctl(python_runtime.PR_GET_DUMPABLE)
         worker = python_runtime.Worker(theirs)
         for kind, data in (
             (python_runtime.START, json.dumps(request).encode()),
@@ -100,7 +102,7 @@ def warm_up(place: str = _DIRECTORY) -> None:
         theirs.close()
         sys.modules.pop("warm", None)
         sys.path[:] = path
-        sys.path_importer_cache.clear()
+        python_runtime.forget_places()
         os.chdir(directory)
         os.environ.clear()
         os.environ.update(environment)
