@@ -88,6 +88,7 @@ class Invoker:
         self._protections = protections
         self._number = 0
         self._quiet_until = 0.0
+        self._is_begun = False
         self._reset: Channel | None = None
         self._id_prefix = str(uuid.uuid4())[:24]
         self.worker: Worker | None = None
@@ -126,7 +127,7 @@ class Invoker:
             InvokeTimeout: It does not listen.
         """
         if self._function.start == "clone":
-            self._begin(*self._take_worker(), environment)
+            self._tell(*self._take_worker(), environment)
 
     def start(self, environment: Mapping[str, str], python: str) -> Call:
         """Let the worker import the handler's module; its answer is for `finish_start`.
@@ -136,12 +137,13 @@ class Invoker:
             python: The interpreter, for ``start="exec"``.
         """
         if self.worker is None:
-            self._begin(*self._execute(environment, python), environment)
+            self._tell(*self._execute(environment, python), environment)
+        self._begin_once()
         call = self._call(self._function.init_timeout, "", None)
         self._send_start(call, runtime.LOAD, b"")
         return call
 
-    def _begin(
+    def _tell(
         self, process: Process, channel: socket.socket, environment: Mapping[str, str]
     ) -> None:
         self.worker = Worker(self._link, process, channel)
@@ -149,6 +151,12 @@ class Invoker:
         text = outfit.start_text(self._version, environment, self._link.env_id)
         call = Call(_START, self._function.init_timeout, "", 0, None)
         self._send_start(call, runtime.START, text.encode())
+
+    def _begin_once(self) -> None:
+        """A start that has failed is not tried again: its environment was killed."""
+        if self._is_begun:
+            raise self._link.died(ConnectionError("its worker did not start"))
+        self._is_begun = True
 
     def _send_start(self, call: Call, kind: bytes, data: bytes, more: bytes = b"") -> None:
         try:
@@ -212,6 +220,7 @@ class Invoker:
         Returns the start, for `exchange_start`, and the event; None in its place when the event is
         too large to be sent before it is read.
         """
+        self._begin_once()
         start = self._call(self._function.init_timeout, "", None)
         limit = self._function.timeout if timeout is None else timeout
         call = self._call(limit, request_id, on_log)
