@@ -57,7 +57,6 @@ PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
 _FIONREAD = 0x541B  # asm-generic/ioctls.h
 _MESSAGE_MAX = 1 << 18
 """Characters of an error's message; escaped, each may have 12 bytes."""
-_LIBRARY = os.path.dirname(getattr(os, "__file__", "/no library/os.py"))
 _OWN_FILE = __file__ if "__file__" in globals() else "<string>"
 
 
@@ -128,7 +127,6 @@ class Worker:
         os.environ.clear()
         os.environ.update(request["env"])
         sys.path[:] = request["path"] + (sys.path if request["keeps_path"] else [])
-        forget_places()
         sys.dont_write_bytecode = True  # its code is read-only
         gc.enable()  # the template has switched it off
         sys.argv = [""]
@@ -370,14 +368,6 @@ def _flush() -> None:
 def open_stream(fd: int) -> TextIO:
     """Return the standard stream for a descriptor, which stays open when it is closed."""
     return open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
-
-
-def forget_places() -> None:
-    """Have the importer look anew at all places but the standard library's, which it knows."""
-    finders = sys.path_importer_cache
-    for place in list(finders):
-        if finders[place] is None or not f"{place}/".startswith(f"{_LIBRARY}/"):
-            del finders[place]
 
 
 def _be_visible() -> None:

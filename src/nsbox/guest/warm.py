@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import FileFinder, PathFinder, SourceFileLoader
 
 from nsbox.guest import python_runtime
 from nsbox.linux import calls
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _DIRECTORY = os.path.dirname(__file__)
 _PLACE = "/tmp/nsbox-warm"  # noqa: S108 - the environment's own, and nobody else is in it yet
+_CODE = "/var/task"  # nsbox.function.TASK_ROOT
+_LIBRARY = os.path.dirname(os.__file__)
 _SOURCE = b"""
 class A:
     def f(self, *a, **k):
@@ -66,6 +68,10 @@ def warm_up_inside() -> None:
             os.rmdir(_PLACE)
     except OSError:
         pass  # its /tmp has no room, or its limits allow no file
+    PathFinder.find_spec("warm", [_CODE])
+    finder = sys.path_importer_cache.get(_CODE)
+    if isinstance(finder, FileFinder):
+        finder.invalidate_caches()  # what is there now is not the code yet
 
 
 def warm_up(place: str = _DIRECTORY) -> None:
@@ -102,7 +108,15 @@ def warm_up(place: str = _DIRECTORY) -> None:
         theirs.close()
         sys.modules.pop("warm", None)
         sys.path[:] = path
-        python_runtime.forget_places()
+        _forget_places()
         os.chdir(directory)
         os.environ.clear()
         os.environ.update(environment)
+
+
+def _forget_places() -> None:
+    """Have the importer look anew at all places but the standard library's, which it knows."""
+    finders = sys.path_importer_cache
+    for place in list(finders):
+        if finders[place] is None or not f"{place}/".startswith(f"{_LIBRARY}/"):
+            del finders[place]
