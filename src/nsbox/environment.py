@@ -121,16 +121,17 @@ class ExecutionEnvironment(FunctionMethods):
                 raise
 
     def _give_birth(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
+        self._launcher = get_launcher()
         try:
             return self._take(runtime, furniture)
         except LauncherError:
             if self._launcher.alive:
                 raise
         # It died under a birth, of which nothing is left: another one is started.
+        self._launcher = get_launcher()
         return self._take(runtime, furniture)
 
     def _take(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
-        self._launcher = get_launcher()
         blueprint = plan(self.config, self._launcher.hello, runtime)
         return blueprint, blanks.take(self._launcher, blueprint.spec, furniture)
 
