@@ -39,9 +39,8 @@ _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
 _QUIET: Final = 0.02  # seconds in which the log of a start is not read
-_SENT_ALONG: Final = (
-    1 << 15
-)  # bytes that a socket takes before anybody reads (net.core.wmem_default)
+_SENT_ALONG: Final = 1 << 15
+"""Bytes that a socket surely takes before anybody reads them (unix(7), net.core.wmem_default)."""
 
 
 class Answer:
