@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final
 from nsbox.errors import ConfigError, NsboxError
 from nsbox.launcher.client import Launcher, running_launcher
 from nsbox.launcher.wire import BLANK_LIFE
-from nsbox.link import Link, give_birth
+from nsbox.link import Furniture, Link, give_birth
 
 KINDS_KEPT: Final = 4
 """Kinds of environments that blanks are kept of, the latest used."""
@@ -107,8 +107,10 @@ def _trim() -> None:
                     blanks.popleft().close()
 
 
-def take(launcher: Launcher, spec: Mapping[str, Any]) -> Link:
+def take(launcher: Launcher, spec: Mapping[str, Any], furniture: Furniture = ()) -> Link:
     """Return a link to an environment that nobody has used: a blank one, else one born now.
+
+    It is being furnished then (`Link.await_furnished`).
 
     Raises:
         As `nsbox.link.Link`.
@@ -121,16 +123,27 @@ def take(launcher: Launcher, spec: Mapping[str, Any]) -> Link:
             break  # another thread was faster
         if time.monotonic() - link.asked_at < _TAKEN_UNTIL:
             try:
-                link.hold("claim")
-                link.await_birth()
+                if not furniture:
+                    link.hold("claim")
+                link.await_birth(furniture)
             except NsboxError:
                 continue  # whatever became of it: a birth now tells the caller what is wrong
             return link
         link.close()
-    return give_birth(launcher, spec, secrets.token_hex(4))
+    return give_birth(launcher, spec, secrets.token_hex(4), furniture)
 
 
-def refill(launcher: Launcher, spec: Mapping[str, Any]) -> None:
+def prepare(launcher: Launcher, spec: Mapping[str, Any]) -> Link | None:
+    """Return what `refill` will need, made while there is time for it; None when nothing is."""
+    if len(launcher.companions.get(spec["key"], ())) >= kept(spec["key"]):
+        return None
+    try:
+        return Link(launcher, spec, secrets.token_hex(4))
+    except NsboxError:
+        return None  # there is no room for its sockets
+
+
+def refill(launcher: Launcher, spec: Mapping[str, Any], prepared: Link | None = None) -> None:
     """Ask for the blanks of this kind that are missing. Waits for nothing, raises nothing."""
     count = kept(spec["key"])
     companions = launcher.companions
@@ -141,11 +154,16 @@ def refill(launcher: Launcher, spec: Mapping[str, Any]) -> None:
     # What has become too old to be taken is only in the way.
     while blanks and time.monotonic() - blanks[0].asked_at >= _TAKEN_UNTIL:
         blanks.popleft().close()
-    while len(blanks) < count:
-        try:
-            blanks.append(Link(launcher, spec, secrets.token_hex(4), blank=True))
-        except NsboxError:
-            return  # the next environment is born when it is needed, and says why it cannot be
+    try:
+        while len(blanks) < count:
+            link, prepared = prepared or Link(launcher, spec, secrets.token_hex(4)), None
+            link.ask_for_birth(blank=True)
+            blanks.append(link)
+    except NsboxError:
+        return  # the next environment is born when it is needed, and says why it cannot be
+    finally:
+        if prepared is not None:
+            prepared.close()
 
 
 def drop(launcher: Launcher) -> None:

@@ -16,18 +16,17 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import IO, Any, Final, Self
 
+from nsbox.channel import RunRequest, Workplace, make_pipe
 from nsbox.counters import oom_evidence, rise, usage_between
 from nsbox.errors import (
     CommandStartError,
     ConfigError,
     EnvironmentDied,
     SetupError,
-    SyscallError,
 )
 from nsbox.guest import protocol as p
-from nsbox.link import Link
+from nsbox.link import Counters, Link
 from nsbox.linux.descriptors import close_all
-from nsbox.orders import RunRequest, WorkRequest
 from nsbox.result import Outcome, Protections, Result
 from nsbox.verdict import Verdict, judge_signal
 
@@ -60,13 +59,13 @@ class Process:
         self,
         link: Link,
         argv: tuple[str, ...],
-        request: RunRequest | WorkRequest,
-        streams: tuple[Stream, Stream, Stream],
+        request: RunRequest | Workplace,
+        streams: tuple[Stream, Stream, Stream] = (None, None, None),
         *,
         protections: Callable[[], Protections],
         cpu_time: float | None = None,
     ) -> None:
-        self._request = request
+        """Start `argv` with `streams`; or, given a workplace, take its worker for the command."""
         self._protections = protections
         self._link = link
         self.argv = argv
@@ -82,20 +81,28 @@ class Process:
         self._cpu_time = cpu_time
         self._next_cpu_check = 0.0
         self._lock = threading.RLock()
-        self._before = link.counters()
-        self._started_at = time.monotonic()
-        self._start(streams)
+        self._request: RunRequest | None = None
+        if isinstance(request, Workplace):
+            self._before: Counters = {}  # all that was used since the birth is the worker's
+            self._started_at = time.monotonic()
+            self._channel = request.channel
+            self.stdout, self.stderr = request.stdout, request.stderr
+        else:
+            self._request = request
+            self._before = link.counters()
+            self._started_at = time.monotonic()
+            self._start(request, streams)
         if cpu_time is not None:
             self._next_cpu_check = self._started_at + self._cpu_wait(cpu_time)
 
-    def _start(self, streams: tuple[Stream, Stream, Stream]) -> None:
+    def _start(self, request: RunRequest, streams: tuple[Stream, Stream, Stream]) -> None:
         inside: list[int] = []
         given: list[int] = []
         try:
             stdio = []
             for number, stream in enumerate(streams):
                 if stream == PIPE:
-                    ours, theirs = self._make_pipe(number)
+                    ours, theirs = make_pipe(to_guest=number == 0)
                     inside.append(theirs)
                     given.append(theirs)
                     name = ("stdin", "stdout", "stderr")[number]
@@ -103,12 +110,11 @@ class Process:
                 elif stream is not None and stream != DEVNULL:
                     given.append(_descriptor_of(stream, ("stdin", "stdout", "stderr")[number]))
                 stdio.append(stream is not None and stream != DEVNULL)
-            request = self._request
             frame = request.encode(self.argv, stdio)
             self._link.running.add(id(self))
             self._channel = self._link.ask(request.operation, frame, request.arrange(given))
-            if self._request.is_announced:
-                self._await_start()
+            if request.is_announced:
+                self._await_start(request)
         except BaseException:
             self._link.running.discard(id(self))
             self._close_streams()
@@ -117,7 +123,7 @@ class Process:
             close_all(inside)
         self._channel.socket.settimeout(None)
 
-    def _await_start(self) -> None:
+    def _await_start(self, request: RunRequest) -> None:
         try:
             kind, first, stage, _, fds = self._channel.receive_answer()
         except OSError as error:
@@ -126,33 +132,22 @@ class Process:
         if kind == p.FAILED:
             close_all(fds)
             self._channel.socket.close()
-            raise self._start_error(first, p.STAGES[stage])
+            raise self._start_error(request, first, p.STAGES[stage])
         self.pid = first
         if fds:
             self.tty = fds[0]
             close_all(fds[1:])
 
-    def _make_pipe(self, number: int) -> tuple[int, int]:
-        try:
-            read, write = os.pipe()
-        except OSError as error:
-            raise SyscallError("pipe2", error.errno or 0) from error
-        ours, theirs = (write, read) if number == 0 else (read, write)
-        # So that the command, which has another uid, may open it again as /dev/stdout. Nobody else
-        # gets at it: a pipe has no name but in the /proc/PID/fd of who holds it (proc(5)).
-        os.fchmod(theirs, 0o666)
-        return ours, theirs
-
-    def _start_error(self, error: int, stage: str) -> Exception:
+    def _start_error(self, request: RunRequest, error: int, stage: str) -> Exception:
         name, text = self.argv[0], os.strerror(error)
         if stage == "cwd":
-            return SetupError("cwd", f"{self._request.cwd!r}: {text}", errno=error)
+            return SetupError("cwd", f"{request.cwd!r}: {text}", errno=error)
         if stage == "tty":
             return SetupError("tty", f"no terminal could be opened: {text}", errno=error)
         if stage == "room":
             text = "as many commands run at once as open_files leaves PID 1 room for; raise it"
             return CommandStartError(name, error, text)
-        path = self._request.env.get("PATH", "")
+        path = request.env.get("PATH", "")
         where = f" in PATH={path}" if error == errno.ENOENT and "/" not in name else ""
         return CommandStartError(name, error, f"{text}{where}, inside the environment")
 
@@ -392,10 +387,8 @@ class Process:
         try:
             kind, status, user, system, fds = self._channel.receive_answer()
             close_all(fds)
-            has_not_started = kind == p.FAILED and not self.pid
-            if not has_not_started and (
-                kind not in (p.EXITED, p.SWEPT) or not 0 <= status < 1 << 16
-            ):
+            unstarted = self._request if kind == p.FAILED and not self.pid else None
+            if unstarted is None and (kind not in (p.EXITED, p.SWEPT) or not 0 <= status < 1 << 16):
                 raise ConnectionError("PID 1 sent a malformed answer")
         except OSError as error:
             self._link.kill()  # broken rules end the environment
@@ -404,9 +397,9 @@ class Process:
                 return
             self._death = self._link.died(error)
             raise self._death from error
-        if has_not_started:
+        if unstarted is not None:
             self._channel.socket.close()
-            self._death = self._start_error(status, p.STAGES[user])
+            self._death = self._start_error(unstarted, status, p.STAGES[user])
             raise self._death
         after = self._link.usage()
         if after.get("cpu_user_usec") is None:

@@ -11,10 +11,11 @@ import threading
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Self
 
 from nsbox import blanks
 from nsbox.blueprint import Blueprint, born_layers, plan
+from nsbox.channel import RunRequest
 from nsbox.command import DEVNULL, PIPE, Process, Stream
 from nsbox.config import (
     Config,
@@ -36,10 +37,10 @@ from nsbox.errors import (
     UnsupportedHostError,
 )
 from nsbox.function import FunctionVersion
-from nsbox.functions import FunctionMethods, Invocations, environment_config, runtime_of
-from nsbox.launcher.client import Launcher, get_launcher
-from nsbox.link import Link, await_farewell
-from nsbox.orders import RunRequest
+from nsbox.functions import FunctionMethods, Invocations
+from nsbox.launcher.client import get_launcher
+from nsbox.link import Furniture, Link, await_farewell
+from nsbox.outfit import outfit_of
 from nsbox.result import Protections, Result, Usage
 from nsbox.transfer import begin_reset, finish_reset, read_file, write_file
 
@@ -87,17 +88,13 @@ class ExecutionEnvironment(FunctionMethods):
         self._close_lock = threading.Lock()
         self._invocations: Invocations | None = None
         self._version = version = config if isinstance(config, FunctionVersion) else None
-        furniture: list[list[str]] = []
-        base: Config | None
+        furniture: Furniture = ()
         runtime = ""
         if isinstance(config, FunctionVersion):
-            config.verify()
-            runtime = runtime_of(config.function)
-            base, furniture = environment_config(config)
-        else:
-            base = config
-        self.config = make_config(base, fields)
-        blueprint, link = self._give_birth(runtime)
+            outfit = outfit_of(config)
+            runtime, config, furniture = outfit.runtime, outfit.config, outfit.furniture
+        self.config = make_config(config, fields)
+        blueprint, link = self._give_birth(runtime, furniture)
         self._kind = blueprint.spec if blueprint.may_be_blank else None
         self.id = link.env_id
         self.pid = link.pid
@@ -111,25 +108,31 @@ class ExecutionEnvironment(FunctionMethods):
             # In no cycle: a closed environment would hold on to its code until a collection.
             own = weakref.proxy(self)
             self._invocations = Invocations(own, version, link, lambda: own.protections)
+            if self._kind is not None:
+                self._invocations.next_kind = (self._launcher, self._kind)
             try:
-                if furniture:
-                    link.request("furnish", mounts=furniture)
+                self._invocations.prepare()
+                # While the launcher binds it to its place; nothing of it is run before.
+                version.verify()
+                link.await_furnished()
             except BaseException:
                 self.close()
                 raise
 
-    def _give_birth(self, runtime: str) -> tuple[Blueprint, Link]:
+    def _give_birth(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
         self._launcher = get_launcher()
-        blueprint = plan(self.config, self._launcher.hello, runtime)
         try:
-            return blueprint, blanks.take(self._launcher, blueprint.spec)
+            return self._take(runtime, furniture)
         except LauncherError:
             if self._launcher.alive:
                 raise
         # It died under a birth, of which nothing is left: another one is started.
         self._launcher = get_launcher()
+        return self._take(runtime, furniture)
+
+    def _take(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
         blueprint = plan(self.config, self._launcher.hello, runtime)
-        return blueprint, blanks.take(self._launcher, blueprint.spec)
+        return blueprint, blanks.take(self._launcher, blueprint.spec, furniture)
 
     # -- what users do -------------------------------------------------------------------------
 
@@ -326,8 +329,11 @@ class ExecutionEnvironment(FunctionMethods):
     def _replace_blank(self) -> None:
         """Have another environment of this kind born, now that this one has been of use."""
         kind, self._kind = self._kind, None
+        spare = None if self._invocations is None else self._invocations.take_spare()
         if kind is not None:
-            blanks.refill(self._launcher, kind)
+            blanks.refill(self._launcher, kind, spare)
+        elif spare is not None:
+            spare.close()
 
     def usage(self) -> Usage:
         """Return the resources used since birth, by everything in the environment."""
@@ -425,20 +431,6 @@ class ExecutionEnvironment(FunctionMethods):
 def death_descriptor(env: ExecutionEnvironment) -> int:
     """Return a pidfd of its PID 1, for the caller to close: readable once it has ended."""
     return env._live_link().duplicate_pidfd()
-
-
-def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Mapping[str, Any] | None]:
-    """Return the launcher, and what blank environments of `source` are made from.
-
-    That is None where there are none: of what binds directories, or has the host's network.
-    """
-    launcher = get_launcher()
-    if isinstance(source, FunctionVersion):
-        config, _ = environment_config(source)
-        blueprint = plan(config, launcher.hello, runtime_of(source.function))
-    else:
-        blueprint = plan(source, launcher.hello)
-    return launcher, blueprint.spec if blueprint.may_be_blank else None
 
 
 def ask_to_end(env: ExecutionEnvironment) -> socket.socket | None:

@@ -8,34 +8,30 @@ event, with the same errors and the same record of what it was.
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
-import os
-import site
 import sys
-import sysconfig
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
+from nsbox import blanks
 from nsbox.aio import LoopCalls
-from nsbox.blueprint import interpreter_prefixes
-from nsbox.config import Config
+from nsbox.channel import Channel
 from nsbox.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.errors import (
-    ConfigError,
     EnvironmentDied,
     EnvironmentStateError,
     FunctionError,
     InvokeTimeout,
 )
-from nsbox.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
+from nsbox.function import FunctionVersion
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
 from nsbox.invoker import Answer, Invoker, error_payload
-from nsbox.link import Channel, Link
+from nsbox.launcher.client import Launcher
+from nsbox.link import Link
 from nsbox.request import Options, Request, encode_event
 from nsbox.result import Outcome, Protections, Result
 from nsbox.transfer import begin_reset, finish_reset, place_files, remove_files
@@ -46,44 +42,6 @@ if TYPE_CHECKING:
 
 _LAST_WORDS: Final = 10.0  # seconds in which an invocation sees that its environment is killed
 _SIGNALED: Final = "Runtime exited with error: signal"
-
-
-def runtime_of(function: Function) -> str:
-    """Return the kind of template whose clones can serve `function`.
-
-    Raises:
-        ConfigError: None can.
-    """
-    if function.handler is None:
-        # Without root only those templates can be furnished that were executed in the launcher's
-        # user namespace, which the one of commands is older than (ptrace_may_access, mm->user_ns).
-        is_furnished = function.code is not None or function.layers
-        return "python" if function.reuse == "reset" or is_furnished else ""
-    if function.limits.cpu_time is not None:
-        raise ConfigError(
-            "limits: cpu_time is of commands, which end; a handler has its timeout, and cpu_max "
-            "for its share of the processors: leave cpu_time out"
-        )
-    if function.rootfs is not None and function.start == "clone":
-        raise ConfigError(
-            "start: 'clone' is of the host's own interpreter, which does not fit to a rootfs; "
-            "give start='exec'"
-        )
-    return ",".join(["python", *function.preload])
-
-
-@functools.cache
-def module_path(*, has_rootfs: bool) -> list[str]:
-    """Return sys.path for a handler: its code, its layers, the standard library, site packages."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    own = [TASK_ROOT, f"{LAYER_ROOT}/python", f"{LAYER_ROOT}/python/lib/{version}/site-packages"]
-    if has_rootfs:
-        return own  # and what its own interpreter adds
-    library = sysconfig.get_path("stdlib")
-    # What the handler's interpreter has too: below /usr, or a prefix that is bound.
-    visible = ("/usr/", *(f"{prefix}/" for prefix in interpreter_prefixes()))
-    packages = [path for path in site.getsitepackages() if path.startswith(visible)]
-    return [*own, library, f"{library}/lib-dynload", *packages]
 
 
 class Invocations:
@@ -103,6 +61,9 @@ class Invocations:
         self._busy = threading.Lock()
         self._holder = 0  # the thread that has it
         self.is_used = False  # an invocation is over
+        # Whom to ask for a blank environment, and for which kind; and its sockets.
+        self.next_kind: tuple[Launcher, Mapping[str, Any]] | None = None
+        self._spare: Link | None = None
         self._loop: LoopCalls | None = None
         self._removal: Channel | None = None  # of the last invocation's files
         self._last: Invocation | Answer | None = None
@@ -125,12 +86,22 @@ class Invocations:
         if self._holder != threading.get_ident() and self._busy.acquire(timeout=_LAST_WORDS):
             self._busy.release()
 
+    def _prepare_spare(self) -> None:
+        """Do the part of a refill of the blanks that can be done while an answer is waited for."""
+        if self.next_kind is not None:
+            self._spare, self.next_kind = blanks.prepare(*self.next_kind), None
+
+    def take_spare(self) -> Link | None:
+        """Return the sockets made for the next blank, if they were, for the caller to close."""
+        spare, self._spare = self._spare, None
+        return spare
+
     # -- in turn -------------------------------------------------------------------------------
 
     def init(self, *, provisioned: bool) -> None:
         """Import the module, unless that was done; see `ExecutionEnvironment.init`."""
         self._take()
-        if self._invoker is not None and self._invoker.worker is None:
+        if self._invoker is not None and self._invoker.init_seconds is None:
             self._invoker.is_provisioned = provisioned
         try:
             self._init()
@@ -142,12 +113,14 @@ class Invocations:
             call = self._start_worker(self._invoker)
             self._invoker.finish_start(call, self._invoker.exchange(call))
 
+    def prepare(self) -> None:
+        """Tell the worker what it may know before the function's code is in its place."""
+        if self._invoker is not None:
+            self._invoker.prepare(self._env.base_environment())
+
     def _start_worker(self, invoker: Invoker) -> Call:
         python = sys.executable if self._function.rootfs is None else "python3"
-        variables = self._env.base_environment()
-        return invoker.start(
-            variables, module_path(has_rootfs=self._function.rootfs is not None), python
-        )
+        return invoker.start(self._env.base_environment(), python)
 
     def invoke(self, request: Request) -> Invocation | Answer:
         """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
@@ -157,17 +130,33 @@ class Invocations:
                 self._await_removal()
                 place_files(self._link, request.files)
                 return self._keep(self._run_command(request))
-            self._init()
-            self._await_removal()
-            place_files(self._link, request.files)
-            call = self._invoker.send(request)
-            frame = self._invoker.exchange(call)
-            return self._keep(self._invoker.finish(call, frame))
+            invoker = self._invoker
+            if invoker.init_seconds is None and invoker.worker is not None and not request.files:
+                call = self._send_first(invoker, request)
+            else:
+                self._init()
+                self._await_removal()
+                place_files(self._link, request.files)
+                call = invoker.send(request)
+                self._prepare_spare()
+            frame = invoker.exchange(call)
+            return self._keep(invoker.finish(call, frame))
         except BaseException as error:
             self._note_failure(error)
             raise
         finally:
             self._end(request)
+
+    def _send_first(self, invoker: Invoker, request: Request) -> Call:
+        """Let a prepared worker import the module and go on to the event by itself."""
+        start, call = invoker.start_with(request)
+        self._prepare_spare()
+        if call is None:
+            invoker.finish_start(start, invoker.exchange(start))
+            call = invoker.send(request)
+        elif not invoker.exchange_start(start, call):
+            invoker.send_again(call, request)
+        return call
 
     async def invoke_async(self, request: Request) -> Invocation | Answer:
         """Serve one event on the running loop."""
@@ -310,13 +299,6 @@ class Invocations:
         except (ValueError, RecursionError) as error:
             return "Runtime.MarshalError", f"The answer is no JSON: {error}"
         return "", ""
-
-
-def environment_config(version: FunctionVersion) -> tuple[Config, list[list[str]]]:
-    """Return the `Config` an environment of `version` is born with, and what is attached after."""
-    places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
-    furniture = [[os.fspath(path), place] for path, place in places if path is not None]
-    return version.config.replace(mounts=version.function.mounts), furniture
 
 
 class FunctionMethods:

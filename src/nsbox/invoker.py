@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from nsbox.channel import Channel, RunRequest
 from nsbox.command import PIPE, Process
 from nsbox.errors import (
     EnvironmentDied,
@@ -25,8 +26,8 @@ from nsbox.errors import (
 from nsbox.function import FunctionVersion
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
-from nsbox.link import Channel, Link
-from nsbox.orders import RunRequest, WorkRequest
+from nsbox.link import Link
+from nsbox.outfit import outfit_of
 from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
 from nsbox.transfer import begin_reset, finish_reset
@@ -36,6 +37,9 @@ _SIGNAL_WORDS: Final = {6: "aborted", 9: "killed", 11: "segmentation fault", 15:
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
+_QUIET: Final = 0.02  # seconds in which the log of a start is not read
+_SENT_ALONG: Final = 1 << 15
+"""Bytes that a socket surely takes before anybody reads them (unix(7), net.core.wmem_default)."""
 
 
 class Answer:
@@ -82,6 +86,8 @@ class Invoker:
         self._function = version.function
         self._protections = protections
         self._number = 0
+        self._quiet_until = 0.0
+        self._is_begun = False
         self._reset: Channel | None = None
         self._id_prefix = str(uuid.uuid4())[:24]
         self.worker: Worker | None = None
@@ -111,75 +117,85 @@ class Invoker:
 
     # -- the start -----------------------------------------------------------------------------
 
-    def start(self, environment: Mapping[str, str], path: list[str], python: str) -> Call:
-        """Let the worker import the handler's module; its answer is for `finish_start`.
+    def prepare(self, environment: Mapping[str, str]) -> None:
+        """Tell a worker that waits since the birth all that it can know before its code is there.
 
         Args:
             environment: Environment variables besides the function's own.
-            path: sys.path for the handler.
+
+        Raises:
+            InvokeTimeout: It does not listen.
+        """
+        if self._function.start == "clone":
+            self._tell(*self._take_worker(), environment)
+
+    def start(self, environment: Mapping[str, str], python: str) -> Call:
+        """Let the worker import the handler's module; its answer is for `finish_start`.
+
+        Args:
+            environment: As for `prepare`.
             python: The interpreter, for ``start="exec"``.
         """
-        ours, theirs = socket.socketpair()
+        if self.worker is None:
+            self._tell(*self._execute(environment, python), environment)
+        elif self.is_provisioned and not self._is_begun:
+            self._tell_again(environment)
+        self._begin_once()
         call = self._call(self._function.init_timeout, "", None)
+        self._send_start(call, runtime.LOAD, b"")
+        return call
+
+    def _tell(
+        self, process: Process, channel: socket.socket, environment: Mapping[str, str]
+    ) -> None:
+        self.worker = Worker(self._link, process, channel)
+        self._tell_again(environment)
+
+    def _tell_again(self, environment: Mapping[str, str]) -> None:
+        outfit = outfit_of(self._version)
+        text = outfit.start_text(
+            self._version, environment, self._link.env_id, self._initialization_type
+        )
+        call = Call(_START, self._function.init_timeout, "", 0, None)
+        self._send_start(call, runtime.START, text.encode())
+
+    def _begin_once(self) -> None:
+        """A start that has failed is not tried again: its environment was killed."""
+        if self._is_begun:
+            raise self._link.died(ConnectionError("its worker did not start"))
+        self._is_begun = True
+
+    def _send_start(self, call: Call, kind: bytes, data: bytes, more: bytes = b"") -> None:
         try:
-            request: RunRequest | WorkRequest = WorkRequest(theirs.fileno())
-            argv = [f"the worker of {self._function.name}"]
-            if self._function.start == "exec":
-                with open(runtime.__file__, encoding="utf-8") as file:
-                    argv = [python, "-I", "-S", "-c", file.read(), "3"]
-                request = RunRequest(environment, "/", announced=True, extra=theirs.fileno())
+            self._worker.send(call, kind, data, more)
+        except WorkerSilent as error:
+            raise self.judge(call, error) from None
+
+    def _take_worker(self) -> tuple[Process, socket.socket]:
+        """Return the worker that waits since the birth, and this end of its socket."""
+        workplace = self._link.workplace
+        if workplace is None:
+            raise EnvironmentStateError(f"environment {self._link.env_id} has no worker")
+        argv = (f"the worker of {self._function.name}",)
+        process = Process(self._link, argv, workplace, protections=self._protections)
+        return process, workplace.socket
+
+    def _execute(
+        self, environment: Mapping[str, str], python: str
+    ) -> tuple[Process, socket.socket]:
+        """Return a worker in an interpreter of its own, and this end of its socket."""
+        ours, theirs = socket.socketpair()
+        try:
+            with open(runtime.__file__, encoding="utf-8") as file:
+                argv = (python, "-I", "-S", "-c", file.read(), "3")
+            request = RunRequest(environment, "/", announced=True, extra=theirs.fileno())
             streams = (None, PIPE, PIPE)
-            process = Process(
-                self._link, tuple(argv), request, streams, protections=self._protections
-            )
+            return Process(self._link, argv, request, streams, protections=self._protections), ours
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        self.worker = Worker(self._link, process, ours)
-        told = self._describe()
-        details = {
-            "handler": self._function.handler,
-            "path": path,
-            "cwd": self._version.config.cwd,
-            "env": {**environment, **self._variables(told), **dict(self._version.env)},
-            "function": told,
-            "forks": self._function.reuse == "reset",
-            # One that was executed knows where its own standard library is.
-            "keeps_path": self._function.start == "exec",
-            "visible": self._function.reuse != "reset",
-        }
-        try:
-            self.worker.send(call, runtime.START, json.dumps(details).encode())
-        except WorkerSilent as error:
-            raise self.judge(call, error) from None
-        return call
-
-    def _describe(self) -> dict[str, Any]:
-        name, version = self._function.name, self._version.id
-        return {
-            "name": name,
-            "version": version,
-            "arn": f"arn:aws:lambda:local:000000000000:function:{name}:{version}",
-            "memory": str(self._memory_mb or 0),
-            "log_group": f"/aws/lambda/{name}",
-            "log_stream": f"{time.strftime('%Y/%m/%d')}/[{version}]{self._link.env_id}",
-            "tenant": self._function.tenant,
-        }
-
-    def _variables(self, told: Mapping[str, Any]) -> dict[str, str]:
-        return {
-            "AWS_LAMBDA_FUNCTION_NAME": told["name"],
-            "AWS_LAMBDA_FUNCTION_VERSION": told["version"],
-            "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": told["memory"],
-            "AWS_LAMBDA_LOG_GROUP_NAME": told["log_group"],
-            "AWS_LAMBDA_LOG_STREAM_NAME": told["log_stream"],
-            "AWS_LAMBDA_INITIALIZATION_TYPE": self._initialization_type,
-            "LAMBDA_TASK_ROOT": self._version.config.cwd,
-            "_HANDLER": self._function.handler or "",
-            "TZ": ":UTC",
-        }
 
     def finish_start(self, call: Call, frame: Frame) -> None:
         """Take the worker's answer to its start.
@@ -198,21 +214,63 @@ class Invoker:
 
     # -- an event ------------------------------------------------------------------------------
 
+    def start_with(self, request: Request) -> tuple[Call, Call | None]:
+        """Do as `start`, of a worker that was prepared, and send the first event along.
+
+        Returns the start, for `exchange_start`, and the event; None in its place when the event is
+        too large to be sent before it is read.
+        """
+        self._begin_once()
+        start = self._call(self._function.init_timeout, "", None)
+        call = self._call_of(request)
+        head = _event_head(call, request)
+        if len(head) + len(request.payload) > _SENT_ALONG:
+            self._number = _START
+            self._send_start(start, runtime.LOAD, b"")
+            return start, None
+        self._quiet_until = start.begin + _QUIET
+        head = runtime.MOMENT.pack(self._quiet_until) + head
+        self._send_start(start, runtime.LOAD, head, request.payload)
+        return start, call
+
+    def exchange_start(self, start: Call, call: Call) -> bool:
+        """Wait for the answer to `start`; return whether the worker goes on to `call`.
+
+        Raises:
+            As `exchange` and `finish_start`.
+        """
+        try:
+            frame = self._worker.exchange_start(start, self._quiet_until)
+        except (WorkerSilent, WorkerEnded) as error:
+            raise self.judge(start, error) from None
+        self.finish_start(start, frame)
+        call.restart()
+        return bool(frame[1])
+
     def send(self, request: Request) -> Call:
         """Send an event; what comes back is for `finish`."""
         if self._reset is not None:
             self._finish_reset()
         self._worker.check_silent()
-        limit = self._function.timeout if request.timeout is None else request.timeout
-        call = self._call(limit, request.request_id, request.on_log)
-        own = json.dumps(request.env) if request.env else ""
-        words = f"{call.request_id}\0{request.client_context}\0{own}".encode()
-        head = runtime.INVOCATION.pack(limit, len(words)) + words
+        call = self._call_of(request)
+        self._send_event(call, request)
+        return call
+
+    def send_again(self, call: Call, request: Request) -> None:
+        """Send an event that the worker has not gone on to."""
+        self._worker.check_silent()
+        self._send_event(call, request)
+
+    def _send_event(self, call: Call, request: Request) -> None:
+        head = _event_head(call, request)
         try:
             self._worker.send(call, runtime.INVOKE, head, request.payload)
         except WorkerSilent as error:
             raise self.judge(call, error) from None
-        return call
+
+    def _call_of(self, request: Request) -> Call:
+        limit = self._function.timeout if request.timeout is None else request.timeout
+        return self._call(limit, request.request_id, request.on_log)
 
     def _call(self, timeout: float, request_id: str | None, on_log: OnLog | None) -> Call:
         self._number += 1
@@ -362,6 +420,12 @@ class Invoker:
         channel, self._reset = self._reset, None
         if channel is not None:
             finish_reset(self._link, channel)
+
+
+def _event_head(call: Call, request: Request) -> bytes:
+    own = json.dumps(request.env) if request.env else ""
+    words = f"{call.request_id}\0{request.client_context}\0{own}".encode()
+    return runtime.INVOCATION.pack(call.timeout, len(words)) + words
 
 
 def error_payload(kind: str, message: str) -> bytes:

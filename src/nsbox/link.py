@@ -13,22 +13,20 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
+from nsbox.channel import Channel, Workplace
 from nsbox.errors import EnvironmentDied, LauncherError, NsboxError, SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.isolation import audit_log, cgroups, readback
 from nsbox.launcher import wire
 from nsbox.launcher.client import Launcher
-from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 from nsbox.result import Outcome
 
 BIRTH_DEADLINE: Final = 30.0
 """Seconds a birth may take."""
-ANSWER_DEADLINE: Final = 30.0
-"""Seconds PID 1 may take to start a command, or to answer a file operation."""
 END_DEADLINE: Final = 10.0
 """Seconds a killed environment may take to be gone and removed."""
 _STEP_HINTS: Final = {
@@ -42,71 +40,32 @@ class ForgottenSpec(NsboxError):
     """The launcher no longer knows a spec by its key: ask again."""
 
 
+Furniture = Sequence[tuple[str, str]]
+"""Directories of the host, and where they are bound read-only inside."""
 Counters = dict[str, int | None]
 """What `isolation.cgroups.UsageReader` reads; empty where there is no cgroup."""
 
 
-class Channel:
-    """The host's end of one operation of PID 1. What it reads is not trusted."""
-
-    def __init__(
-        self, control: socket.socket, operation: bytes, request: bytes, fds: list[int]
-    ) -> None:
-        """Ask for `operation`; raises OSError when PID 1 is gone."""
-        self.socket, theirs = socket.socketpair()
-        self.socket.settimeout(ANSWER_DEADLINE)
-        is_short = len(request) + 2 <= p.LARGEST_MESSAGE
-        message = operation + (p.HERE + request if is_short else p.ON_CHANNEL)
-        try:
-            try:
-                send_bytes(control, message, [theirs.fileno(), *fds])
-            finally:
-                theirs.close()
-            if not is_short:
-                self._send_request(request)
-        except OSError:
-            self.socket.close()
-            raise
-
-    def _send_request(self, request: bytes) -> None:
-        # A broken pipe: it refused the request before reading all of it, and its answer says why.
-        with suppress(BrokenPipeError):
-            self.socket.sendall(p.LENGTH.pack(len(request)) + request)
-
-    def receive_answer(self) -> tuple[bytes, int, int, int, list[int]]:
-        """Return the kind, three numbers and the descriptors of the next answer.
-
-        Raises:
-            ConnectionError: PID 1 is gone, or said what it may not say.
-        """
-        data, fds = receive_bytes(self.socket, p.ANSWER.size)
-        while data and len(data) < p.ANSWER.size:
-            more = self.socket.recv(p.ANSWER.size - len(data))
-            if not more:
-                break
-            data += more
-        if len(data) != p.ANSWER.size:
-            close_all(fds)
-            raise ConnectionError("PID 1 is gone")
-        kind, first, second, third = p.ANSWER.unpack(data)
-        if kind == p.FAILED and not (0 <= second < len(p.STAGES) and 0 < first < 4096):
-            close_all(fds)
-            raise ConnectionError("PID 1 sent a malformed answer")
-        return kind, first, second, third, fds
-
-
-def give_birth(launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> Link:
-    """Return the link to a new environment.
+def give_birth(
+    launcher: Launcher, spec: Mapping[str, Any], env_id: str, furniture: Furniture = ()
+) -> Link:
+    """Return the link to a new environment that is being furnished (`Link.await_birth`).
 
     Raises:
         As `Link`.
     """
     try:
-        link = Link(launcher, spec, env_id)
-        link.await_birth()
+        return _give_birth(launcher, spec, env_id, furniture)
     except ForgottenSpec:
-        link = Link(launcher, spec, env_id)  # sends the spec itself this time
-        link.await_birth()
+        return _give_birth(launcher, spec, env_id, furniture)  # the spec is sent this time
+
+
+def _give_birth(
+    launcher: Launcher, spec: Mapping[str, Any], env_id: str, furniture: Furniture
+) -> Link:
+    link = Link(launcher, spec, env_id)
+    link.ask_for_birth()
+    link.await_birth(furniture)
     return link
 
 
@@ -136,22 +95,19 @@ class Link:
         closing: Whether the caller has asked for the end.
         running: Who awaits the end of a command, and so the last counters; by `id`.
         is_killed: Whether this end has killed it.
+        workplace: That of the worker; None in environments that have none.
     """
 
-    def __init__(
-        self, launcher: Launcher, spec: Mapping[str, Any], env_id: str, *, blank: bool = False
-    ) -> None:
-        """Ask `launcher` for a birth; `await_birth` waits for it.
+    def __init__(self, launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> None:
+        """Make its sockets. `ask_for_birth` is next, and `await_birth` waits for it.
 
         Args:
             launcher: Whom to ask.
             spec: What the environment is to be (`nsbox.blueprint`).
             env_id: Its id.
-            blank: Nobody needs it yet: the launcher ends it when nobody takes it (`claim`).
 
         Raises:
             SetupError: This process has no room for its sockets.
-            LauncherError: The launcher is gone.
         """
         self.env_id = env_id
         self.asked_at = time.monotonic()
@@ -160,28 +116,42 @@ class Link:
         self.end: dict[str, Any] | None = None
         self.closing = self.is_killed = False
         self.running: set[int] = set()
+        self.workplace: Workplace | None = None
+        self._awaits_furniture = False
         self._lock = threading.Lock()
         self._pidfd = -1
-        self._control, control = _pair()
-        try:
+        with ExitStack() as unused:
+            self._control, control = _pair()
+            unused.callback(_close_both, self._control, control)
             self._supervision, supervision = _pair()
-        except SetupError:
-            self._control.close()
-            control.close()
-            raise
+            unused.callback(_close_both, self._supervision, supervision)
+            if spec["runtime"]:
+                self.workplace = Workplace(self._control)
+            self._others = (control, supervision)
+            unused.pop_all()
+
+    def ask_for_birth(self, *, blank: bool = False) -> None:
+        """Ask the launcher for the environment.
+
+        With `blank` nobody needs it yet: the launcher ends it when nobody takes it (`claim`).
+
+        Raises:
+            LauncherError: The launcher is gone.
+        """
+        self.asked_at = time.monotonic()
+        fds = [other.fileno() for other in self._others]
         try:
-            try:
-                fds = control.fileno(), supervision.fileno()
-                launcher.request_birth(env_id, spec, *fds, blank=blank)
-            finally:
-                control.close()
-                supervision.close()
+            self._launcher.request_birth(self.env_id, self._spec, *fds, blank=blank)
         except BaseException:
             self.close()
             raise
+        _close_both(*self._others)
 
-    def await_birth(self) -> None:
+    def await_birth(self, furniture: Furniture = ()) -> None:
         """Wait until the environment is locked in, and see that it is.
+
+        With `furniture` the launcher is told to attach it, which it does meanwhile, and that
+        somebody has taken the environment; `await_furnished` waits for its answer.
 
         Raises:
             SetupError: A step failed; nothing is left of it.
@@ -190,6 +160,10 @@ class Link:
         """
         try:
             word = self._await_ready()
+            if furniture and word and p.parse_failure(word) is None:
+                self._awaits_furniture = True
+                with suppress(OSError):  # it is gone, which is seen next
+                    wire.send(self._supervision, {"kind": "furnish", "mounts": furniture})
             born = self._hear_of_birth()
             self.pid: int = born["pid"]
             self.proc = _check_ready(word)
@@ -214,6 +188,22 @@ class Link:
         except OSError:
             return False
         return True
+
+    def await_furnished(self) -> None:
+        """Wait until all of the furniture is in its place.
+
+        Raises:
+            SetupError: A source is gone, or a mount was refused.
+            EnvironmentDied: The environment is gone.
+        """
+        if self._awaits_furniture:
+            with self._lock:
+                self._awaits_furniture = False
+                try:
+                    answer = self._receive(END_DEADLINE)
+                except OSError:
+                    answer = None
+            self._check_answer("furnish", answer)
 
     def _await_ready(self) -> bytes:
         """Return the environment's own first word, b"" when it ended without one.
@@ -336,6 +326,9 @@ class Link:
                 answer = self._receive(END_DEADLINE)
             except OSError:
                 answer = None
+        self._check_answer(kind, answer)
+
+    def _check_answer(self, kind: str, answer: Mapping[str, Any] | None) -> None:
         if answer is None or answer["kind"] == "gone":
             raise EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}")
         if answer["kind"] == "failed":
@@ -395,8 +388,10 @@ class Link:
 
     def close(self) -> None:
         """Close the descriptors; the launcher then kills and removes what is left."""
-        self._control.close()
-        self._supervision.close()
+        _close_both(self._control, self._supervision)
+        _close_both(*self._others)
+        if self.workplace is not None:
+            self.workplace.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -442,6 +437,11 @@ def _pair() -> tuple[socket.socket, socket.socket]:
         return wire.pair()
     except OSError as error:
         raise SetupError("birth", f"socketpair: {error}", errno=error.errno or 0) from error
+
+
+def _close_both(first: socket.socket, second: socket.socket) -> None:
+    first.close()
+    second.close()
 
 
 def _is_readable(fd: int, timeout: float) -> bool:

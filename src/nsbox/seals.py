@@ -82,7 +82,7 @@ def check_tree(path: str, entry: int, digest: str, manifest: Manifest) -> None:
     tree = os.open("tree", flags, dir_fd=entry)
     try:
         now = time.clock_gettime_ns(time.CLOCK_REALTIME)  # the clock that stamps files
-        seal = _take_seal(tree, manifest)
+        seal = _take_seal(".", tree, manifest)
         if _seals.get((path, digest)) == seal:
             return
         writer = TreeWriter("entry", exact=True)
@@ -95,7 +95,7 @@ def check_tree(path: str, entry: int, digest: str, manifest: Manifest) -> None:
             raise Corrupt(str(error)) from error
         if found != digest:
             raise Corrupt("its files have other content")
-        if _take_seal(tree, manifest) != seal:
+        if _take_seal(".", tree, manifest) != seal:
             raise Corrupt("it changed while it was looked at")
         if seal.newest < now - _SETTLED:
             _seals[path, digest] = seal
@@ -103,18 +103,46 @@ def check_tree(path: str, entry: int, digest: str, manifest: Manifest) -> None:
         os.close(tree)
 
 
-def _take_seal(tree: int, manifest: Manifest) -> Seal:
-    """Look at every file. A foreign owner or mode is corruption."""
+def is_as_it_was(path: str, entry: str, digest: str, manifest: Manifest, inode: int) -> bool:
+    """Whether an entry surely is what it was when it was hashed in this process.
+
+    The short way, for what is asked at each start; when it says no, `check_tree` says why.
+
+    Args:
+        path: The store.
+        entry: The path of the entry.
+        digest: Its digest.
+        manifest: Its manifest.
+        inode: The inode of the manifest's file.
+    """
+    known = _seals.get((path, digest))
+    if known is None:
+        return False
+    try:
+        if os.lstat(f"{entry}/manifest").st_ino != inode or not stat.S_ISDIR(
+            os.lstat(entry).st_mode
+        ):
+            return False
+        return _take_seal(f"{entry}/tree", None, manifest) == known
+    except (OSError, Corrupt):
+        return False
+
+
+def _take_seal(place: str, tree: int | None, manifest: Manifest) -> Seal:
+    """Look at every file of the tree `place`, seen from the directory `tree`.
+
+    A foreign owner or mode is corruption.
+    """
     uid = os.geteuid()
     seal = hashlib.sha256()
     newest = 0
-    for path, kind in ((".", DIRECTORY), *((p, node.kind) for p, node in manifest.nodes.items())):
-        status = os.stat(path, dir_fd=tree, follow_symlinks=False)
+    for path, kind in (("", DIRECTORY), *((p, node.kind) for p, node in manifest.nodes.items())):
+        status = os.stat(f"{place}/{path}" if path else place, dir_fd=tree, follow_symlinks=False)
         expected = stat.S_IFDIR if kind == DIRECTORY else stat.S_IFREG
         mode = stat.S_IFLNK | 0o777 if kind == LINK else expected | mode_of(kind)
         if status.st_mode != mode or status.st_uid != uid:
             raise Corrupt(
-                f"{path!r} has mode {status.st_mode:o} and owner {status.st_uid}, "
+                f"{path or '.'!r} has mode {status.st_mode:o} and owner {status.st_uid}, "
                 f"not {mode:o} and {uid}"
             )
         newest = max(newest, status.st_ctime_ns)

@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 
+from nsbox.channel import Channel
 from nsbox.config import Config, check_text
 from nsbox.errors import ConfigError, EnvironmentDied, EnvironmentStateError, SyscallError
 from nsbox.guest import protocol as p
-from nsbox.link import Channel, Link
+from nsbox.link import Link
 from nsbox.linux.descriptors import close_all
 
 _CALLS = {"open": "openat2", "kind": "open (regular files only)", "size": "read"}

@@ -29,7 +29,7 @@ Frame = tuple[bytes, bytes | memoryview]
 _CHUNK: Final = 1 << 16
 _END_DEADLINE: Final = 5.0  # seconds in which a worker whose socket has closed must have ended
 _MOST: Final = {
-    runtime.READY: 0,
+    runtime.READY: len(runtime.GOES_ON),
     runtime.BROKEN: runtime.ANSWER_MAX,
     runtime.ANSWER: runtime.ANSWER_MAX,
     runtime.ERROR: runtime.ANSWER_MAX,
@@ -67,6 +67,11 @@ class Call:
         self.on_log = on_log
         self.begin = time.monotonic()
         self.deadline = self.begin + timeout
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self.begin = time.monotonic()
+        self.deadline = self.begin + self.timeout
 
     def log(self, name: str, data: bytes) -> None:
         """Keep what was written, up to the limit; all of it goes to the callback."""
@@ -146,12 +151,49 @@ class Worker:
             if self._socket.fileno() not in ready:
                 return
 
+    def exchange_start(self, call: Call, moment: float) -> Frame:
+        """Wait for the answer to a start that an event was sent along with.
+
+        Nothing of the log is read before `moment`, so that a worker that goes on to the event
+        before it knows that its import has written nothing (`nsbox.guest.python_runtime`).
+
+        Raises:
+            WorkerSilent, WorkerEnded, EnvironmentDied: As `advance`.
+        """
+        own = self._socket.fileno()
+        poll = select.poll()
+        poll.register(own, select.POLLIN)
+        self.process.register(poll)
+        deadline = min(moment, call.deadline)
+        while True:
+            left = deadline - time.monotonic()
+            ready = [fd for fd, _ in poll.poll(left * 1000)] if left > 0 else []
+            if not ready and deadline == call.deadline:
+                raise WorkerSilent
+            if not ready:
+                poll, deadline = self._poll, call.deadline
+                continue
+            # The answer first: when it goes on, what is in the log now is the event's.
+            logs = [fd for fd in ready if fd in self._logs]
+            answer = self.advance(call, [own, *(fd for fd in ready if fd not in (own, *logs))])
+            if answer is not None:
+                if answer != (runtime.READY, runtime.GOES_ON):
+                    self.drain_logs(call)
+                return answer
+            for fd in logs:
+                self._read_log(call, fd)
+
     def exchange(self, call: Call) -> Frame:
         """Wait for the frame that answers `call`.
 
         Raises:
             WorkerSilent, WorkerEnded, EnvironmentDied: As `advance`.
         """
+        if self._buffer:
+            answer = self._parse(call, b"")
+            if answer is not None:
+                self.drain_logs(call)  # written before it
+                return answer
         while True:
             left = call.deadline - time.monotonic()
             ready = self._poll.poll(left * 1000) if left > 0 else []
@@ -190,7 +232,7 @@ class Worker:
             EnvironmentDied: There is something: an invocation must not answer the next one's event.
         """
         try:
-            data = self._socket.recv(1, socket.MSG_PEEK)
+            data = self._buffer or self._socket.recv(1, socket.MSG_PEEK)
         except OSError:
             return  # nothing; or it has ended, which is seen by who waits for the answer
         if data:
@@ -240,6 +282,9 @@ class Worker:
         if not data:
             self._is_ended = True
             return None
+        return self._parse(call, data)
+
+    def _parse(self, call: Call, data: bytes) -> Frame | None:
         data = self._buffer + data if self._buffer else data
         if len(data) < runtime.HEADER.size:
             self._buffer = data
@@ -247,16 +292,16 @@ class Worker:
         kind, length, number = runtime.HEADER.unpack_from(data)
         if length > _MOST.get(kind, -1):
             raise self.violation(f"its answer of kind {kind!r} has {length} bytes")
-        if number != call.number and kind not in (runtime.READY, runtime.BROKEN):
+        if number != call.number and kind != runtime.BROKEN:
             raise self.violation(f"its answer has the number {number} and not {call.number}")
         end = runtime.HEADER.size + length
         if len(data) < end:
             self._buffer = b""
             return kind, self._read_rest(call, data, end)[runtime.HEADER.size :]
-        if len(data) > end:
+        if len(data) > end and not (kind == runtime.READY and length):
             raise self.violation("it says more than its answer")
-        self._buffer = b""
-        return kind, data[runtime.HEADER.size :]
+        self._buffer = data[end:]
+        return kind, data[runtime.HEADER.size : end]
 
     def _read_rest(self, call: Call, data: bytes, end: int) -> memoryview:
         """Read the rest of a frame into one buffer of its size; the log is read meanwhile."""

@@ -50,6 +50,21 @@ def test_an_exception(make_function: MakeFunction, options: dict[str, str]) -> N
     assert env.invoke("") == "fine"
 
 
+@EVERY_WAY
+@pytest.mark.parametrize("source", ["1 / 0", "import os; os._exit(3)", "import os; os.kill(0, 9)"])
+def test_a_start_that_failed_is_not_tried_again(
+    make_function: MakeFunction, source: str, options: dict[str, str]
+) -> None:
+    env = make_function(source, **options)
+    with pytest.raises(nsbox.FunctionError) as caught:
+        env.invoke(1)
+    assert caught.value.error_type in ("ZeroDivisionError", "Runtime.ExitError")
+    with pytest.raises((nsbox.EnvironmentDied, nsbox.EnvironmentStateError)):
+        env.invoke(1)
+    assert env.state is State.DEAD
+    assert env.last is None
+
+
 @pytest.mark.parametrize(
     ("source", "kind", "message"),
     [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -384,7 +385,9 @@ def test_busy(make_function: MakeFunction) -> None:
             with pytest.raises(nsbox.EnvironmentStateError, match="busy"):
                 env.init()
         finally:
-            env.write_file("/tmp/go", b"")
+            # The answer may come, and end the environment, before PID 1 says that it has written.
+            with contextlib.suppress(nsbox.EnvironmentDied):
+                env.write_file("/tmp/go", b"")
         assert answer.result() == "gone"
 
 
@@ -466,6 +469,79 @@ def test_init_is_done_once_and_by_whoever_is_first(make_function: MakeFunction) 
     assert first.init_seconds is not None
     assert second.init_seconds is None
     assert make_function(source).invoke(1) == first.json()
+
+
+@pytest.mark.parametrize(
+    ("start", "reuse", "size"),
+    [("clone", "keep", 1), ("clone", "reset", 1), ("clone", "keep", 100_000), ("exec", "keep", 1)],
+)
+@pytest.mark.parametrize(
+    "work",
+    [
+        "pass",
+        "time.sleep(0.1)",  # the host begins to read meanwhile
+        "os.write(1, b'of the import' * 20000)",  # more than a pipe holds
+        "os.system('echo of the import >&2')",
+        "os.write(1, b'of the import'); os.close(1); os.open('/dev/null', os.O_WRONLY)",
+    ],
+)
+def test_the_log_of_the_import_is_in_no_invocation(
+    make_function: MakeFunction, work: str, start: str, reuse: str, size: int
+) -> None:
+    env = make_function(
+        f"""
+        import os, sys, time
+        print("of the import")
+        sys.stderr.write("of the import")
+        {work}
+
+        def handler(event, context):
+            print("of the event")
+            sys.stderr.write("of the event")
+            return len(event)
+        """,
+        start=start,
+        reuse=reuse,
+        timeout=60,
+        init_timeout=60,
+    )
+    told: list[tuple[str, bytes]] = []
+    event = f'"{"x" * size}"'.encode()
+    first = env.invoke_bytes(event, on_log=lambda name, data: told.append((name, data)))
+    second = env.invoke_bytes(event)
+    assert first.json() == second.json() == size
+    stdout = b"" if "close" in work else b"of the event\n"
+    assert (first.stdout, first.stderr) == (stdout, b"of the event")
+    assert (second.stdout, second.stderr) == (stdout, b"of the event")
+    assert b"".join(data for _, data in told) in (
+        first.stdout + first.stderr,
+        first.stderr + first.stdout,
+    )
+
+
+def test_an_event_that_came_with_the_start_has_its_own_time(make_function: MakeFunction) -> None:
+    env = make_function(
+        """
+        import time
+        time.sleep(0.5)
+        def handler(event, context):
+            return context.get_remaining_time_in_millis()
+        """,
+        init_timeout=60,
+    )
+    first = env.invoke_bytes(b"1", timeout=30)
+    assert (first.init_seconds or 0) >= 0.5
+    assert first.json() > 29_000 - 1000 * first.duration_seconds
+    slow = make_function(
+        """
+        import time
+        def handler(event, context):
+            time.sleep(60)
+        """
+    )
+    with pytest.raises(nsbox.InvokeTimeout, match=r"Task timed out after 0\.10 seconds") as caught:
+        slow.invoke(1, timeout=0.1)
+    assert caught.value.invocation is not None
 
 
 def test_the_report_line(make_function: MakeFunction) -> None:

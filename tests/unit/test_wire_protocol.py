@@ -19,11 +19,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nsbox import link
+from nsbox import channel
+from nsbox.channel import Channel
 from nsbox.guest import files, init
 from nsbox.guest import protocol as p
 from nsbox.launcher import wire
-from nsbox.link import Channel
 from nsbox.linux.descriptors import MOST_FDS_FROM_INSIDE, close_all, receive_bytes, send_bytes
 
 pytestmark = pytest.mark.static
@@ -38,7 +38,7 @@ def open_descriptors() -> set[str]:
 
 @pytest.fixture(autouse=True)
 def _short_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "ANSWER_DEADLINE", 0.2)
+    monkeypatch.setattr(channel, "ANSWER_DEADLINE", 0.2)
 
 
 class FakeInit:

@@ -51,14 +51,11 @@ message (one that finds no room is lost, unix(7)), and what is opened while it i
 
 
 class _Command:
-    """A running command, or the worker: its process, and the channel it was asked for on.
-
-    A worker that waits for its function has no channel yet.
-    """
+    """A running command, or the worker: its process, and the channel it was asked for on."""
 
     __slots__ = ("channel", "pid")
 
-    def __init__(self, pid: int, channel: _Socket | None) -> None:
+    def __init__(self, pid: int, channel: _Socket) -> None:
         self.pid = pid
         self.channel = channel
 
@@ -71,7 +68,7 @@ class Runtime:
     def __init__(
         self,
         reset: Callable[[list[bytes]], None],
-        fork_worker: Callable[..., tuple[int, _Socket]] | None = None,
+        fork_worker: Callable[..., int] | None = None,
     ) -> None:
         self.reset = reset
         self.fork_worker = fork_worker
@@ -100,7 +97,6 @@ class Init:
         self._runtime = runtime
         self._worker: _Command | None = None
         self._is_resetting = False
-        self._intake: _Socket | None = None
         self._commands: dict[int, _Command] = {}
         self._farewell: _Socket | None = None  # where it is told that all of them have ended
         self._poll = select.poll()
@@ -115,9 +111,9 @@ class Init:
         `is_blank` says that nobody waits for this environment yet.
         """
         self._standing = _standing()
-        if self._runtime.fork_worker is not None:
-            pid, self._intake = self._runtime.fork_worker(has_time=is_blank)
-            self._worker = self._commands[pid] = _Command(pid, None)
+        fork_worker = self._runtime.fork_worker
+        if fork_worker is not None:
+            self._start_worker(fork_worker, is_blank=is_blank)
         while True:
             for fd, _ in self._poll.poll():
                 handler = self._handlers.get(fd)
@@ -127,6 +123,20 @@ class Init:
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLIN)
+
+    def _start_worker(self, fork_worker: Callable[..., int], *, is_blank: bool) -> None:
+        """Fork the worker, with what the host has sent for it together with the birth."""
+        try:
+            message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
+        except ConnectionError:
+            _leave()
+        if message[:1] != p.WORK or len(fds) != 1 + p.WORK_STREAMS:
+            _leave()
+        channel, given = _Socket(fileno=fds[0]), fds[1:]
+        pid = fork_worker(given, has_time=is_blank)
+        close_all(given)
+        worker = self._worker = self._commands[pid] = _Command(pid, channel)
+        self._watch(channel.fileno(), lambda: self._on_channel(worker, channel))
 
     def _forget(self, fd: int) -> None:
         del self._handlers[fd]
@@ -152,9 +162,6 @@ class Init:
                 if operation == p.RUN:
                     self._start(channel, request, stdio)
                     return  # the channel lives on
-                if operation == p.WORK:
-                    self._give_work(channel, stdio)
-                    return
                 if operation == p.TERMINATE:
                     self._terminate(channel)
                     return
@@ -203,15 +210,6 @@ class Init:
         close_all(terminal)
         command = self._commands[pid] = _Command(pid, channel)
         self._watch(channel.fileno(), lambda: self._on_channel(command, channel))
-
-    def _give_work(self, channel: _Socket, fds: list[int]) -> None:
-        worker, intake = self._worker, self._intake
-        if worker is None or intake is None or worker.channel is not None:
-            raise Failure(errno.EBUSY, "worker")
-        send_bytes(intake, b"w", fds)
-        intake.close()
-        worker.channel = channel
-        self._watch(channel.fileno(), lambda: self._on_channel(worker, channel))
 
     def _reset(self, channel: _Socket, kept: int, has_commands: bool, places: list[bytes]) -> None:
         worker = self._worker
@@ -300,8 +298,6 @@ class Init:
     def _finish(self, command: _Command, status: int, usage: struct_rusage) -> bool:
         """Answer for a command that has ended; return whether no other process is left."""
         channel = command.channel
-        if channel is None:
-            return False  # a worker that was never given work: who asks for it will hear
         is_alone = self._kill_leftovers()
         user, system = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
         try:

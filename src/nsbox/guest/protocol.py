@@ -29,8 +29,10 @@ REMOVE = b"D"
 """Remove what was placed: `names_request`. What is no longer there is no error."""
 
 WORK = b"P"
-"""Let the worker serve. Descriptors: channel, the worker's socket, stdout, stderr. Answered like a
-run, without STARTED."""
+"""What the worker is to have; the first message to an environment of a function, sent with its
+birth. Descriptors: channel, the worker's socket, stdout, stderr. Answered like a run, without
+STARTED."""
+WORK_STREAMS = 3
 RESET = b"Z"
 """Kill everything but PID 1 and the worker, and empty all writable places (`reset_request`); answer
 OK."""

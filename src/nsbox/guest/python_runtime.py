@@ -7,12 +7,19 @@ inside: the host believes nothing it says about itself, and what it answers is t
 
 Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
 
-1. host -> worker  ``START``    JSON: see `Worker._start`; with the function's environment variables
-2. worker -> host  ``READY``    empty: the module is imported; or ``BROKEN``, an error, and it ends
-3. host -> worker  ``INVOKE``   `INVOCATION`, request id, NUL, client context, NUL, variables for
+1. host -> worker  ``START``    JSON: see `Worker._start`; with the function's environment
+                            variables. May be said again before the next
+2. host -> worker  ``LOAD``     its code is there. Empty, or `MOMENT` and the first event, as in 4
+3. worker -> host  ``READY``    the module is imported. Empty, or `GOES_ON`, when it goes on to the
+   event that came with ``LOAD``; or ``BROKEN``, an error, and it ends
+4. host -> worker  ``INVOKE``   `INVOCATION`, request id, NUL, client context, NUL, variables for
                             this one in JSON; then the event
-4. worker -> host  ``ANSWER``   JSON of the answer; or ``ERROR``: errorType, errorMessage and
+5. worker -> host  ``ANSWER``   JSON of the answer; or ``ERROR``: errorType, errorMessage and
    stackTrace of what the handler raised; or ``ENDED``: the status of a fork that gave no answer
+
+What the import writes to the log is told from what the first event writes: the host reads nothing
+of the log before the moment, and the worker goes on by itself only if the import was over before it
+and has written nothing. Otherwise the event is dropped, and sent again as in 4.
 """
 
 from __future__ import annotations
@@ -38,13 +45,18 @@ HEADER = struct.Struct("!cIQ")
 """Kind, bytes that follow, and the number of the invocation."""
 INVOCATION = struct.Struct("!dI")
 """Seconds left, and bytes of request id, client context and variables."""
-START, READY, BROKEN = b"S", b"Y", b"B"
+START, LOAD, READY, BROKEN = b"S", b"L", b"Y", b"B"
 INVOKE, ANSWER, ERROR, ENDED = b"I", b"A", b"E", b"X"
+MOMENT = struct.Struct("!d")
+"""Seconds of CLOCK_MONOTONIC, which is the same inside."""
+GOES_ON = b"e"
 PAYLOAD_MAX = 6 << 20
 """Bytes of an event, and of an answer (AWS Lambda's quota)."""
 ANSWER_MAX = PAYLOAD_MAX + 100
 """Bytes of an answer that are let through; Lambda's real limit is that much over its quota."""
 _FIRST_READ = 1 << 16
+PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
+_FIONREAD = 0x541B  # asm-generic/ioctls.h
 _MESSAGE_MAX = 1 << 18
 """Characters of an error's message; escaped, each may have 12 bytes."""
 _OWN_FILE = __file__ if "__file__" in globals() else "<string>"
@@ -86,9 +98,12 @@ class Worker:
     def __init__(self, channel: _Socket) -> None:
         self._channel = channel
         self._handler: Callable[[Any, Context], Any] | None = None
+        self._name = ""  # of the handler, once that is known
+        self._cwd = "/"
         self._function: dict[str, Any] = {}
         self._forks = False
         self._buffer = b""
+        self._pipes = _identity(1), _identity(2)
         self._tell = -1  # in a fork: where to say that the answer is on its way
 
     def run(self) -> NoReturn:
@@ -100,31 +115,35 @@ class Worker:
         """Wait for a frame and do what it says."""
         kind, number, data = self._receive()
         if kind == INVOKE and self._handler is not None:
-            if self._forks:
-                self._invoke_in_fork(number, data)
-            else:
-                self._invoke(number, data)
+            self._serve(number, data)
+        elif kind == LOAD and self._name and self._handler is None:
+            self._load()
+            self._begin(number, data)
         elif kind == START and self._handler is None:
             self._start(json.loads(bytes(data)))
         else:
             os._exit(1)
 
     def _start(self, request: dict[str, Any]) -> None:
-        """Import the handler's module; `request` is what `nsbox.invoker.Invoker.start` sends."""
+        """Be as the function wants it; `request` is what `nsbox.invoker.Invoker` sends."""
         os.environ.clear()
         os.environ.update(request["env"])
         sys.path[:] = request["path"] + (sys.path if request["keeps_path"] else [])
-        sys.path_importer_cache.clear()
         sys.dont_write_bytecode = True  # its code is read-only
         gc.enable()  # the template has switched it off
         sys.argv = [""]
         self._function = request["function"]
         self._forks = request["forks"]
+        self._name = request["handler"]
+        self._cwd = request["cwd"]
         if request["visible"]:
             _be_visible()
+
+    def _load(self) -> None:
+        """Import the handler's module."""
         try:
-            os.chdir(request["cwd"])
-            self._handler = _find_handler(request["handler"])
+            os.chdir(self._cwd)
+            self._handler = _find_handler(self._name)
         except _HandlerError as error:
             self._break({"errorType": error.kind, "errorMessage": str(error), "stackTrace": []})
         except SystemExit as error:
@@ -132,7 +151,24 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - module code may raise anything
             self._break(_describe(error))
         _flush()
-        self._send(READY, 0, b"")
+
+    def _begin(self, number: int, data: bytes | memoryview) -> None:
+        """Say that the module is imported, and serve the event that came along, if one did."""
+        if not data:
+            self._send(READY, number, b"")
+            return
+        is_silent = not any(map(_may_be_unread, (1, 2), self._pipes))
+        if is_silent and time.monotonic() < MOMENT.unpack_from(data)[0]:
+            self._send(READY, number, GOES_ON)
+            self._serve(number + 1, data[MOMENT.size :])
+        else:
+            self._send(READY, number, b"")
+
+    def _serve(self, number: int, data: bytes | memoryview) -> None:
+        if self._forks:
+            self._invoke_in_fork(number, data)
+        else:
+            self._invoke(number, data)
 
     def _break(self, error: dict[str, Any]) -> NoReturn:
         _flush()
@@ -259,6 +295,23 @@ def _put_variables(variables: dict[str, str | None]) -> dict[str, str | None]:
     return before
 
 
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
+
+
+def _may_be_unread(fd: int, pipe: tuple[int, int]) -> bool:
+    """Whether something may be in a pipe; also when the descriptor is of another file now."""
+    from fcntl import ioctl  # a clone of the template has it; what is executed never gets here
+
+    count = bytearray(4)
+    try:
+        ioctl(fd, _FIONREAD, count)
+        return any(count) or _identity(fd) != pipe
+    except OSError:
+        return True
+
+
 def _failure(kind: str, message: str, request_id: str) -> bytes:
     return json.dumps(
         {"errorType": kind, "errorMessage": message, "requestId": request_id, "stackTrace": []}
@@ -341,7 +394,7 @@ def _be_visible() -> None:
         from nsbox.linux import calls
     except ImportError:
         return  # executed, and so never hidden
-    calls.prctl(4, 1)  # PR_SET_DUMPABLE, linux/prctl.h
+    calls.prctl(PR_SET_DUMPABLE, 1)
 
 
 def main(channel: int) -> NoReturn:

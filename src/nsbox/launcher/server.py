@@ -356,6 +356,7 @@ class Server:
                     self._blanks[environment.pidfd] = time.monotonic() + wire.BLANK_LIFE
                 return
             elif kind == "furnish":
+                self._blanks.pop(environment.pidfd, None)  # who furnishes it has taken it
                 self.layouts.furnish(environment.pid, received[0]["mounts"])
             elif kind == "thaw":
                 self._thaw(environment)

@@ -249,7 +249,8 @@ def _load_runtime(preload: list[str]) -> Runtime:
             raise RuntimeError(f"the module {name!r} starts threads, which no clone would have")
     for name in _THREAD_COUNTS:
         del os.environ[name]
-    warm.warm_up()
+    for _ in range(20):
+        warm.warm_up()
     return Runtime(reset, intake.fork_worker)
 
 

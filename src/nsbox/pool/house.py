@@ -16,7 +16,7 @@ from typing import Final
 
 from nsbox import blanks
 from nsbox.config import Config
-from nsbox.environment import ExecutionEnvironment, State, death_descriptor, kind_of
+from nsbox.environment import ExecutionEnvironment, State, death_descriptor
 from nsbox.errors import (
     EnvironmentDied,
     EnvironmentStateError,
@@ -26,6 +26,7 @@ from nsbox.errors import (
 from nsbox.function import FunctionVersion
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.linux.proc import has_pending
+from nsbox.outfit import kind_of
 from nsbox.pool.endings import Endings
 from nsbox.pool.entries import Entry, Grant, Waiter
 from nsbox.pool.events import PoolEvent, Retirement
