@@ -15,10 +15,10 @@ from tests.support import attack, host_program, wait_until
 
 import nsbox
 from nsbox import blanks
-from nsbox.environment import kind_of
 from nsbox.launcher.client import get_launcher
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.link import Link
+from nsbox.outfit import kind_of
 
 
 @pytest.fixture(autouse=True)
