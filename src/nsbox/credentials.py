@@ -6,7 +6,6 @@ They are kept in the host program and sent to the environment of an invocation a
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 import time
@@ -162,6 +161,8 @@ class CredentialCache:
             except BaseException as error:
                 self._fail(role, answer, error)
                 raise
+        import asyncio  # as in `nsbox.functions`
+
         return await asyncio.wrap_future(answer)
 
     def _look(self, role: str) -> tuple[Credentials | None, Future[Credentials], bool]:

@@ -7,7 +7,6 @@ event, with the same errors and the same record of what it was.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 import threading
@@ -17,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from nsbox import blanks
-from nsbox.aio import LoopCalls
 from nsbox.channel import Channel
 from nsbox.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.errors import (
@@ -38,6 +36,9 @@ from nsbox.transfer import begin_reset, finish_reset, place_files, remove_files
 from nsbox.worker import Call, OnLog
 
 if TYPE_CHECKING:
+    import asyncio
+
+    from nsbox.aio import LoopCalls
     from nsbox.environment import ExecutionEnvironment
 
 _LAST_WORDS: Final = 10.0  # seconds in which an invocation sees that its environment is killed
@@ -160,6 +161,8 @@ class Invocations:
 
     async def invoke_async(self, request: Request) -> Invocation | Answer:
         """Serve one event on the running loop."""
+        import asyncio  # 25 ms at the start of every program, and most need none of it
+
         invoker = self._invoker
         if invoker is None:
             return await asyncio.to_thread(self.invoke, request)
@@ -184,6 +187,8 @@ class Invocations:
         if self._loop is None or self._loop.loop is not loop:
             if self._loop is not None and not self._loop.loop.is_closed():
                 self._loop.forget()
+            from nsbox.aio import LoopCalls
+
             self._loop = LoopCalls(invoker, loop)
         return self._loop
 
