@@ -36,6 +36,9 @@ _RESERVED: Final = re.compile(
 _CREDENTIALS: Final = re.compile(r"AWS_(ACCESS_KEY(_ID)?|SECRET_ACCESS_KEY|SESSION_TOKEN)")
 
 
+_encode: Final = json.JSONEncoder(allow_nan=False).encode  # made once: json.dumps makes one a call
+
+
 class PoolOptions(TypedDict, total=False):
     """Keywords of the pools' methods that reach the environment; see `WarmPool.invoke`."""
 
@@ -92,7 +95,7 @@ class Request:
         """
         self.payload = check_payload(payload)
         self.timeout = None if timeout is None else parse_seconds(timeout, "timeout")
-        self.request_id = _check_request_id(request_id)
+        self.request_id = None if request_id is None else _check_request_id(request_id)
         self.client_context = _encode_context(client_context) if client_context else ""
         self.on_log = on_log
         self.env: dict[str, str] = _check_env(env) if env else {}
@@ -104,7 +107,7 @@ class Request:
 def encode_event(event: object) -> bytes:
     """Return an event in JSON, or raise ConfigError."""
     try:
-        return json.dumps(event, allow_nan=False).encode()
+        return _encode(event).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"event: no JSON value: {error}") from error
 
@@ -113,7 +116,7 @@ def check_payload(payload: object) -> bytes:
     """Return an event's bytes, or raise ConfigError."""
     if not isinstance(payload, bytes | bytearray | memoryview):
         raise ConfigError(f"event: must be bytes of JSON, got {type(payload).__name__}")
-    data = bytes(payload)
+    data = payload if type(payload) is bytes else bytes(payload)
     if len(data) > runtime.PAYLOAD_MAX:
         raise ConfigError(
             f"event: {len(data)} bytes, more than {runtime.PAYLOAD_MAX}; pass large data by files="
@@ -121,9 +124,7 @@ def check_payload(payload: object) -> bytes:
     return data
 
 
-def _check_request_id(value: object) -> str | None:
-    if value is None:
-        return None
+def _check_request_id(value: object) -> str:
     text = check_text(value, "request_id")
     if not text.isprintable() or len(text) > _REQUEST_ID_MAX:
         raise ConfigError(
