@@ -87,10 +87,16 @@ def flags(place):
         os.close(fd)
 def search(ring, name):
     return syscall(250, 10, ring, b"user", name, 0)
+def tree(place):
+    # All below it but what is bound there, as an interpreter below the host's /tmp is.
+    found = []
+    for top, directories, files in os.walk(place):
+        directories[:] = [n for n in directories if not os.path.ismount(os.path.join(top, n))]
+        found += [os.path.join(top, n) for n in directories + files]
+    return sorted(set(found) - set(WAYS))
 places = [*PLACES, "/dev/mqueue"]
 answer = {
-    "tree": [sorted(os.path.join(top, n) for top, a, b in os.walk(p) for n in a + b
-                    if os.path.join(top, n) not in BOUND) for p in places],
+    "tree": [tree(place) for place in places],
     "xattrs": [attempt(os.listxattr, place) for place in places],
     "flags": [str(flags(place)) for place in PLACES],
     "old times": [place for place in places if abs(os.stat(place).st_mtime - time.time()) > 1e7
@@ -123,20 +129,18 @@ def env() -> Iterator[nsbox.ExecutionEnvironment]:
 
 
 def look(env: nsbox.ExecutionEnvironment) -> dict[str, Any]:
-    bound = [mount for mount in attack(env, FIND_BOUND) if mount]
-    found: dict[str, Any] = attack(env, LOOK, PLACES=PLACES, BOUND=bound)
+    ways = attack(env, FIND_WAYS)
+    found: dict[str, Any] = attack(env, LOOK, PLACES=PLACES, WAYS=ways)
     return found
 
 
-FIND_BOUND = """
+# The directories on the way to what is bound below /tmp.
+FIND_WAYS = """
 mounts = [line.split()[4] for line in read("/proc/self/mountinfo").splitlines()]
-inside = [mount for mount in mounts if mount.startswith("/tmp/")]
 answer = []
-for mount in inside:
-    answer += [os.path.join(top, n) for top, a, b in os.walk(mount) for n in a + b]
-    while mount != "/tmp":
+for mount in (mount for mount in mounts if mount.startswith("/tmp/")):
+    while (mount := os.path.dirname(mount)) != "/tmp":
         answer.append(mount)
-        mount = os.path.dirname(mount)
 """
 
 

@@ -201,7 +201,7 @@ def test_output_flood_costs_the_host_no_more_than_the_cap(env: nsbox.ExecutionEn
     assert result.outcome is Outcome.OUTPUT_LIMIT
     assert max(len(result.stdout), len(result.stderr)) == 16 * MIB
     grown = resident_bytes() - before
-    # Two streams; what they are read into grows by an eighth at a time, and the allocator keeps some.
+    # Two streams; what they are read into grows by an eighth at a time, and malloc keeps some.
     assert grown < 2 * 16 * MIB * 9 / 8 + 20 * MIB, grown
     assert env.run(["true"]).ok
 

@@ -13,6 +13,8 @@ from tests.support import PATIENCE, wait_until
 
 import nsbox
 
+pytestmark = pytest.mark.static
+
 WAITING = 30 * PATIENCE
 
 

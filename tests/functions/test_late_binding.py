@@ -307,9 +307,8 @@ def test_wrong_files(files: Any, words: str) -> None:
 
 @pytest.mark.parametrize("reuse", ["keep", "reset", "never"])
 def test_plain_programs_have_the_same(reuse: str, tmp_path: Any) -> None:
-    show = (
-        'printf "[\\"%s\\",\\"%s\\",\\"%s\\"]" "$A" "$AWS_SECRET_ACCESS_KEY" "$(find /tmp -type f)"'
-    )
+    files = "$(find /tmp -xdev -type f)"
+    show = f'printf "[\\"%s\\",\\"%s\\",\\"%s\\"]" "$A" "$AWS_SECRET_ACCESS_KEY" "{files}"'
     function = nsbox.Function(command=["sh", "-c", show], env={"A": "1"}, reuse=reuse)
     version = function.publish(tmp_path / "store")
     env = nsbox.ExecutionEnvironment(version)

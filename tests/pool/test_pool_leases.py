@@ -19,6 +19,8 @@ from nsbox.pool.events import Retirement
 from nsbox.pool.leases import Leases
 from nsbox.pool.shares import FAILURES_MAX, Resolve, Share
 
+pytestmark = pytest.mark.static
+
 MOST = 4
 MAX_WAITING = 3
 WEIGHTS = {"alone": 1, "light": 1, "heavy": 2}

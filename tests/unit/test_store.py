@@ -31,6 +31,8 @@ from nsbox.sources import read_source
 from nsbox.store import Entry, remove_tree
 from nsbox.trees import TREE_TIME, UNPACKED_MAX, Manifest, TreeWriter, check_path
 
+pytestmark = pytest.mark.static
+
 OTHER = "0" * 64
 
 
