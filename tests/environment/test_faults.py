@@ -179,15 +179,16 @@ def assert_complete(env: nsbox.ExecutionEnvironment) -> None:
 
 def attach_strace(launcher: int, call: str, error: str, number: int) -> subprocess.Popen[bytes]:
     """Have the kernel refuse the `number`th `call` of launcher, template, and each clone."""
-    (template,) = (pid for pid in proc.children(launcher) if name_of(pid) == "nsbox-template")
-    processes = [word for pid in (launcher, template) for word in ("-p", str(pid))]
+    # Of functions, too, when tests before have used some.
+    templates = [pid for pid in proc.children(launcher) if name_of(pid) == "nsbox-template"]
+    processes = [word for pid in (launcher, *templates) for word in ("-p", str(pid))]
     tracer = subprocess.Popen(
         ["strace", "-f", *processes, "-o", "/dev/null", "-e", f"trace={call}",
          "-e", f"inject={call}:error={error}:when={number}"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert tracer.stderr is not None
-    for _ in (launcher, template):
+    for _ in (launcher, *templates):
         line = tracer.stderr.readline()  # "strace: Process 123 attached"
         if b"attached" not in line:
             tracer.kill()
