@@ -110,6 +110,15 @@ def _nothing_leaks(_temporary: str) -> Iterator[None]:
 
 
 @pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A directory to bind, in which environments of any uid may write."""
+    path = tmp_path / "out"
+    path.mkdir()
+    path.chmod(0o777)
+    return path
+
+
+@pytest.fixture
 def env() -> Iterator[nsbox.ExecutionEnvironment]:
     """A ready default environment, closed afterwards."""
     with nsbox.ExecutionEnvironment() as environment:

@@ -20,14 +20,6 @@ CATCHES = "trap 'echo bye > /out/{name}; exit 3' TERM; echo ready; while :; do s
 IGNORES = "trap 'echo asked > /out/ignores' TERM; echo ready; while :; do sleep 0.01; done"
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    path = tmp_path / "out"
-    path.mkdir()
-    path.chmod(0o777)
-    return path
-
-
 def start(env: nsbox.ExecutionEnvironment, script: str) -> nsbox.Process:
     process = env.popen(["sh", "-c", script], stdin=nsbox.DEVNULL)
     assert process.stdout is not None

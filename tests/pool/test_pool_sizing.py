@@ -419,14 +419,6 @@ def test_the_limit_of_the_own_cgroup_counts(
 # -- ends in order -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    path = tmp_path / "out"
-    path.mkdir()
-    path.chmod(0o777)
-    return path
-
-
 def writes_to(out: Path) -> dict[str, object]:
     # Anybody may write there, and no file system needs to support idmapped mounts.
     mounts = [nsbox.Mount.bind(out, "/out", rw=True)]
