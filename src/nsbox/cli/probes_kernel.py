@@ -19,7 +19,7 @@ from nsbox.isolation import landlock, namespaces, seccomp
 from nsbox.launcher import idmaps
 from nsbox.linux import calls, interfaces, proc
 from nsbox.linux import constants as c
-from nsbox.linux.landlock import restrict_self
+from nsbox.linux.program import Program, run
 from nsbox.policy import SeccompPolicy
 
 _SIZE: Final = 1 << 20
@@ -243,11 +243,13 @@ def _seccomp() -> str:
 def _landlock() -> str:
     if not landlock.is_available():
         raise OSError(errno.ENOSYS, landlock.MISSING)
-    calls.prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    program = Program()
+    program.prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    landlock.restrict(program, landlock.make_ruleset())
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
         server.bind("")  # the kernel chooses an abstract name (unix(7))
         server.listen()
-        restrict_self(landlock.make_ruleset())
+        run(program.entries, [""])
         try:
             client.connect(server.getsockname())
         except PermissionError as error:

@@ -46,7 +46,7 @@ _RESET_DEADLINE = 2.0  # seconds in which all that an invocation has left must b
 
 
 _OTHER_FDS = 10
-"""Descriptors of PID 1 besides those it watches: 0 to 2, the worker's intake, the four of the next
+"""Descriptors of PID 1 besides those it watches, at most: 0 to 2, the four of the next
 message (one that finds no room is lost, unix(7)), and what is opened while it is served."""
 
 

@@ -130,6 +130,7 @@ _fsmount = bind_syscall(c_long, c_ulong, c_ulong)
 _openat2 = bind_syscall(c_long, c_char_p, POINTER(_OpenHow), c_ulong)
 _close_range = bind_syscall(c_ulong, c_ulong, c_ulong)
 _seccomp = bind_syscall(c_ulong, c_ulong, c_void_p)
+_landlock_restrict_self = bind_syscall(c_ulong, c_ulong)
 _keyctl = bind_syscall(c_long, c_char_p)
 _getcwd = bind_syscall(c_void_p, c_ulong)
 _clone3 = bind_syscall(POINTER(_CloneArgs), c_ulong, keep_gil=True)
@@ -147,6 +148,7 @@ FOREIGN = {
     "getcwd": _getcwd,
     "keyctl": _keyctl,
     "seccomp": _seccomp,
+    "landlock_restrict_self": _landlock_restrict_self,
 }
 """Bound functions for `program`, which prepares their arguments itself."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Landlock's system calls (landlock(7)), as far as they are used here."""
+"""Landlock rulesets (landlock(7)), as far as they are used here; `program` enters one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ SCOPE_SIGNAL = 1 << 1
 _CREATE_RULESET_VERSION = 1 << 0
 
 _create_ruleset = bind_syscall(c_char_p, c_ulong, c_ulong)
-RESTRICT_SELF = bind_syscall(c_ulong, c_ulong)
-"""For `program`, which prepares its arguments itself."""
 
 
 def abi() -> int:
@@ -36,9 +34,3 @@ def create_ruleset(scoped: int) -> int:
     if fd < 0:
         raise failure("landlock_create_ruleset")
     return fd
-
-
-def restrict_self(ruleset: int) -> None:
-    """landlock_restrict_self(2). Needs no_new_privs; holds for the process and its children."""
-    if RESTRICT_SELF(SYSCALL["landlock_restrict_self"], ruleset, 0) < 0:
-        raise failure("landlock_restrict_self")

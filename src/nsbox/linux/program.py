@@ -13,7 +13,6 @@ from __future__ import annotations
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 from nsbox.linux.binding import SYSCALL, encode, encode_optional, failure
-from nsbox.linux.landlock import RESTRICT_SELF
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -97,10 +96,9 @@ class Program:
         self._foreign("keyctl", None, number, c.KEYCTL_JOIN_SESSION_KEYRING, None)
 
     def landlock_restrict_self(self, ruleset: int) -> None:
-        """landlock_restrict_self(2)."""
+        """landlock_restrict_self(2): holds for the process and its children."""
         number = SYSCALL["landlock_restrict_self"]
-        name = "landlock_restrict_self"
-        self.entries.append((self.step, RESTRICT_SELF, (number, ruleset, 0), name, None))
+        self._foreign("landlock_restrict_self", None, number, ruleset, 0)
 
     def set_filter(self, program: bytes) -> None:
         """seccomp(2) SECCOMP_SET_MODE_FILTER; ValueError as `calls.filter_argument`."""
