@@ -188,18 +188,22 @@ def listener() -> Iterator[tuple[str, int]]:
         yield name, inet.getsockname()[1]
 
 
+_DIAL = """
+        import socket
+        def dial(family, address, kind=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as s:
+                s.settimeout(3)
+                return attempt(s.connect, address)
+"""
+
+
 def test_sockets_of_the_host_are_out_of_reach(
     env: nsbox.ExecutionEnvironment, listener: tuple[str, int]
 ) -> None:
     name, port = listener
     found = attack(
         env,
-        """
-        import socket
-        def dial(family, address, kind=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as s:
-                s.settimeout(3)
-                return attempt(s.connect, address)
+        _DIAL + """
         answer = {
             'abstract': dial(socket.AF_UNIX, chr(0) + name),
             'loopback': dial(socket.AF_INET, ('127.0.0.1', port)),
@@ -229,12 +233,8 @@ def test_abstract_sockets_of_the_host_are_out_of_reach_in_its_network(
     assert env.protections["landlock"].in_force
     found = attack(
         env,
-        """
-        import os, signal, socket
-        def dial(family, address, kind=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as s:
-                s.settimeout(3)
-                return attempt(s.connect, address)
+        _DIAL + """
+        import os, signal
         with socket.socket(socket.AF_UNIX) as own:
             own.bind('')
             own.listen()
