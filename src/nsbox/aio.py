@@ -20,6 +20,7 @@ class LoopCalls:
         self.loop = loop
         self._invoker = invoker
         self._call: Call | None = None
+        self.last: Call | None = None
         self._future: asyncio.Future[Frame] | None = None
         self._watched: set[int] = set()
 
@@ -29,7 +30,8 @@ class LoopCalls:
         Raises:
             As `Invoker.exchange`; `asyncio.CancelledError` after the environment was killed.
         """
-        call = self._call = begin()
+        self.last = None
+        call = self._call = self.last = begin()
         self._watch()
         future = self._future = self.loop.create_future()
         timer = self.loop.call_later(call.timeout, self._on_timeout)

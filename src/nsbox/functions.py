@@ -62,6 +62,7 @@ class Invocations:
         self._busy = threading.Lock()
         self._holder = 0  # the thread that has it
         self.is_used = False  # an invocation is over
+        self.is_unsent = False  # the last one, which failed, has not reached the worker
         # Whom to ask for a blank environment, and for which kind; and its sockets.
         self.next_kind: tuple[Launcher, Mapping[str, Any]] | None = None
         self._spare: Link | None = None
@@ -91,6 +92,11 @@ class Invocations:
         """Do the part of a refill of the blanks that can be done while an answer is waited for."""
         if self.next_kind is not None:
             self._spare, self.next_kind = blanks.prepare(*self.next_kind), None
+
+    @property
+    def has_end(self) -> bool:
+        """Whether there is something to do when an invocation is over."""
+        return self._spare is not None or self._function.reuse == "never"
 
     def take_spare(self) -> Link | None:
         """Return the sockets made for the next blank, if they were, for the caller to close."""
@@ -126,13 +132,19 @@ class Invocations:
     def invoke(self, request: Request) -> Invocation | Answer:
         """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
         self._take()
+        call = None
         try:
-            if self._invoker is None:
+            invoker = self._invoker
+            if invoker is None:
                 self._await_removal()
                 place_files(self._link, request.files)
-                return self._keep(self._run_command(request))
-            invoker = self._invoker
-            if invoker.init_seconds is None and invoker.worker is not None and not request.files:
+                self._last = self._run_command(request)
+                return self._last
+            if invoker.init_seconds is not None and self._removal is None and not request.files:
+                call = invoker.send(request)
+                if self.next_kind is not None:
+                    self._prepare_spare()
+            elif invoker.init_seconds is None and invoker.worker and not request.files:
                 call = self._send_first(invoker, request)
             else:
                 self._init()
@@ -140,10 +152,10 @@ class Invocations:
                 place_files(self._link, request.files)
                 call = invoker.send(request)
                 self._prepare_spare()
-            frame = invoker.exchange(call)
-            return self._keep(invoker.finish(call, frame))
+            answer = self._last = invoker.finish(call, invoker.exchange(call))
+            return answer
         except BaseException as error:
-            self._note_failure(error)
+            self._note_failure(error, call)
             raise
         finally:
             self._end(request)
@@ -167,6 +179,7 @@ class Invocations:
         if invoker is None:
             return await asyncio.to_thread(self.invoke, request)
         self._take()
+        calls = None
         try:
             calls = self._calls_on(invoker, asyncio.get_running_loop())
             if invoker.init_seconds is None:
@@ -176,9 +189,10 @@ class Invocations:
             if request.files:
                 await asyncio.to_thread(place_files, self._link, request.files)
             call, frame = await calls.exchange(lambda: invoker.send(request))
-            return self._keep(invoker.finish(call, frame))
+            answer = self._last = invoker.finish(call, frame)
+            return answer
         except BaseException as error:
-            self._note_failure(error)
+            self._note_failure(error, None if calls is None else calls.last)
             raise
         finally:
             self._end(request)
@@ -203,21 +217,24 @@ class Invocations:
 
     def _end(self, request: Request) -> None:
         self.is_used = True
+        if request.files and self._function.reuse == "keep":
+            self._remove(request.files)
+        self._busy.release()
+
+    def _remove(self, files: Mapping[str, bytes]) -> None:
         # Whatever PID 1 is asked next comes after it; the next event waits for its answer.
-        is_over = self._link.closing or self._link.is_killed
-        if request.files and self._function.reuse == "keep" and not is_over:
+        if not self._link.closing and not self._link.is_killed:
             try:
-                self._removal = remove_files(self._link, request.files)
+                self._removal = remove_files(self._link, files)
             except (EnvironmentDied, OSError):
                 self._link.kill()  # the next event is not to find them
-        self._busy.release()
 
     def _await_removal(self) -> None:
         removal, self._removal = self._removal, None
         if removal is not None:
             finish_reset(self._link, removal)
 
-    def _note_failure(self, error: BaseException) -> None:
+    def _note_failure(self, error: BaseException, call: Call | None) -> None:
         """Keep the record of an invocation that failed; without a verdict end its environment.
 
         Its answer may be on the way still, so that the environment serves no other.
@@ -225,6 +242,7 @@ class Invocations:
         Raises:
             EnvironmentDied: Another thread has closed it, and with it what was waited on.
         """
+        self.is_unsent = call is not None and call.is_unsent
         if isinstance(error, FunctionError | InvokeTimeout):
             self._last = error.invocation
             return
@@ -233,10 +251,6 @@ class Invocations:
                 f"environment {self._env.id}: {self._link.describe_end()}"
             ) from error
         self._link.kill()
-
-    def _keep(self, answer: Invocation | Answer) -> Invocation | Answer:
-        self._last = answer
-        return answer
 
     def last(self) -> Invocation | None:
         """Return the record of the last invocation, None before the first."""
@@ -311,6 +325,7 @@ class FunctionMethods:
 
     id: str
     _frozen: bool
+    _kind: Mapping[str, Any] | None
     _environment: Mapping[str, str]
     _version: FunctionVersion | None
     _invocations: Invocations | None
@@ -379,7 +394,7 @@ class FunctionMethods:
             CredentialsError: There are none for the role; nothing was run.
             ConfigError: A value is wrong, or too large.
         """
-        found = resolve(credentials, self._role(role))
+        found = None if credentials is None else resolve(credentials, self._role(role))
         request = Request(
             encode_event(event), found, timeout=timeout, env=env, files=files,
             request_id=request_id, client_context=client_context, on_log=on_log,
@@ -419,7 +434,8 @@ class FunctionMethods:
         try:
             answer = await calls.invoke_async(request)
         finally:
-            self._end_invocation()
+            if calls.has_end or self._kind is not None:
+                self._end_invocation()
         return answer.json()
 
     def _call(self, request: Request) -> Invocation | Answer:
@@ -427,7 +443,8 @@ class FunctionMethods:
         try:
             return calls.invoke(request)
         finally:
-            self._end_invocation()
+            if calls.has_end or self._kind is not None:
+                self._end_invocation()
 
     def _role(self, role: str | None) -> str:
         return self._version.name if role is None and self._version is not None else role or ""
@@ -440,6 +457,11 @@ class FunctionMethods:
     def base_environment(self) -> dict[str, str]:
         """Return the environment variables that every command begins with."""
         return dict(self._environment)
+
+    @property
+    def heard_nothing(self) -> bool:
+        """Whether nothing of the last invocation, which failed, has reached the function."""
+        return self._invocations is not None and self._invocations.is_unsent
 
     def _function_calls(self) -> Invocations:
         # An end that nobody has noticed yet is seen at once by who waits for the answer.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -31,13 +32,14 @@ from nsbox.outfit import outfit_of
 from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
 from nsbox.transfer import begin_reset, finish_reset
-from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
+from nsbox.worker import Call, Frame, Worker, WorkerEnded, WorkerSilent
 
 _SIGNAL_WORDS: Final = {6: "aborted", 9: "killed", 11: "segmentation fault", 15: "terminated"}
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
 _QUIET: Final = 0.02  # seconds in which the log of a start is not read
+_NUMBERS: Final = struct.Struct("!16Q")
 _SENT_ALONG: Final = 1 << 15
 """Bytes that a socket surely takes before anybody reads them (unix(7), net.core.wmem_default)."""
 
@@ -60,7 +62,7 @@ class Answer:
             FunctionError: It is no JSON, which takes a worker that was tampered with.
         """
         try:
-            return json.loads(str(self.data, "utf-8"))
+            return runtime.decode(str(self.data, "utf-8"))
         except (ValueError, RecursionError) as error:
             what = f"The answer is no JSON: {error}"
             raise FunctionError("Runtime.MarshalError", what, (), self.invocation()) from error
@@ -85,7 +87,10 @@ class Invoker:
         self._version = version
         self._function = version.function
         self._protections = protections
-        self._number = 0
+        self._count = 0  # of events
+        self._numbers: list[int] = []
+        self._room = int(self._function.limits.output_max)
+        self._resets = self._function.reuse == "reset"
         self._quiet_until = 0.0
         self._is_begun = False
         self._reset: Channel | None = None
@@ -141,7 +146,7 @@ class Invoker:
         elif self.is_provisioned and not self._is_begun:
             self._tell_again(environment)
         self._begin_once()
-        call = self._call(self._function.init_timeout, "", None)
+        call = self._start_call()
         self._send_start(call, runtime.LOAD, b"")
         return call
 
@@ -156,8 +161,7 @@ class Invoker:
         text = outfit.start_text(
             self._version, environment, self._link.env_id, self._initialization_type
         )
-        call = Call(_START, self._function.init_timeout, "", 0, None)
-        self._send_start(call, runtime.START, text.encode())
+        self._send_start(self._start_call(), runtime.START, text.encode())
 
     def _begin_once(self) -> None:
         """A start that has failed is not tried again: its environment was killed."""
@@ -165,9 +169,13 @@ class Invoker:
             raise self._link.died(ConnectionError("its worker did not start"))
         self._is_begun = True
 
+    def _start_call(self) -> Call:
+        return Call(_START, self._function.init_timeout, "", self._room, None)
+
     def _send_start(self, call: Call, kind: bytes, data: bytes, more: bytes = b"") -> None:
+        header = runtime.HEADER.pack(kind, len(data) + len(more), call.number)
         try:
-            self._worker.send(call, kind, data, more)
+            self._worker.send(call, header + data, more)
         except WorkerSilent as error:
             raise self.judge(call, error) from None
 
@@ -221,15 +229,15 @@ class Invoker:
         too large to be sent before it is read.
         """
         self._begin_once()
-        start = self._call(self._function.init_timeout, "", None)
-        call = self._call_of(request)
-        head = _event_head(call, request)
-        if len(head) + len(request.payload) > _SENT_ALONG:
-            self._number = _START
+        start = self._start_call()
+        words = _words(request, self._request_id(request, 1))
+        if len(words) + len(request.payload) > _SENT_ALONG:
             self._send_start(start, runtime.LOAD, b"")
             return start, None
+        call = self._call_of(request, _FIRST)
         self._quiet_until = start.begin + _QUIET
-        head = runtime.MOMENT.pack(self._quiet_until) + head
+        head = runtime.MOMENT.pack(self._quiet_until)
+        head += runtime.INVOCATION.pack(call.timeout, len(words)) + words
         self._send_start(start, runtime.LOAD, head, request.payload)
         return start, call
 
@@ -248,36 +256,47 @@ class Invoker:
         return bool(frame[1])
 
     def send(self, request: Request) -> Call:
-        """Send an event; what comes back is for `finish`."""
+        """Send an event; what comes back is for `finish`.
+
+        Nobody looks whether the worker has said something before: it cannot have known the number.
+        """
         if self._reset is not None:
             self._finish_reset()
-        self._worker.check_silent()
-        call = self._call_of(request)
+        if not self._numbers:
+            self._numbers += _NUMBERS.unpack(os.urandom(_NUMBERS.size))
+        call = self._call_of(request, self._numbers.pop())
         self._send_event(call, request)
         return call
 
     def send_again(self, call: Call, request: Request) -> None:
         """Send an event that the worker has not gone on to."""
-        self._worker.check_silent()
+        self._worker.check_silent()  # it has seen this number
         self._send_event(call, request)
 
     def _send_event(self, call: Call, request: Request) -> None:
-        head = _event_head(call, request)
+        words, payload = _words(request, call.request_id), request.payload
+        size = runtime.INVOCATION.size + len(words) + len(payload)
+        first = runtime.EVENT.pack(runtime.INVOKE, size, call.number, call.timeout, len(words))
         try:
-            self._worker.send(call, runtime.INVOKE, head, request.payload)
+            self._worker.send(call, first + words, payload)
         except WorkerSilent as error:
             raise self.judge(call, error) from None
 
-    def _call_of(self, request: Request) -> Call:
-        limit = self._function.timeout if request.timeout is None else request.timeout
-        return self._call(limit, request.request_id, request.on_log)
+    def _call_of(self, request: Request, number: int) -> Call:
+        self._count += 1
+        return Call(
+            number,
+            self._function.timeout if request.timeout is None else request.timeout,
+            self._request_id(request, self._count),
+            self._room,
+            request.on_log,
+            is_first=self._count == 1,
+        )
 
-    def _call(self, timeout: float, request_id: str | None, on_log: OnLog | None) -> Call:
-        self._number += 1
-        if request_id is None:
-            request_id = f"{self._id_prefix}{self._number:012x}"
-        room = int(self._function.limits.output_max)
-        return Call(self._number, timeout, request_id, room, on_log)
+    def _request_id(self, request: Request, count: int) -> str:
+        """Return the request id of the event with that count."""
+        given = request.request_id
+        return f"{self._id_prefix}{count:012x}" if given is None else given
 
     def exchange(self, call: Call) -> Frame:
         """Wait for the answer.
@@ -299,12 +318,14 @@ class Invoker:
         kind, data = frame
         if kind == runtime.ANSWER:
             answer = Answer(self, call, data)
-            self._begin_reset()
+            if self._resets:
+                self._begin_reset()
             return answer
         if kind == runtime.ERROR:
             payload = bytes(data)
             invocation = self.describe(call, payload, "error")
-            self._begin_reset()
+            if self._resets:
+                self._begin_reset()
             raise self._function_error(payload, invocation)
         self._link.kill()
         status = bytes(data)
@@ -321,16 +342,13 @@ class Invoker:
         end: float | None = None,
     ) -> Invocation:
         """Return the record of a call that is over, at the moment `end` or now."""
-        logs = call.logs
         return Invocation(
             request_id=call.request_id,
             payload=payload,
-            stdout=b"".join(logs["stdout"]) if logs else b"",
-            stderr=b"".join(logs["stderr"]) if logs else b"",
+            stdout=call.logged("stdout"),
+            stderr=call.logged("stderr"),
             duration_seconds=(time.monotonic() if end is None else end) - call.begin,
-            init_seconds=None
-            if self.is_provisioned or call.number != _FIRST
-            else self.init_seconds,
+            init_seconds=self.init_seconds if call.is_first and not self.is_provisioned else None,
             initialization_type=self._initialization_type,
             memory_limit_mb=self._memory_mb,
             memory_peak_mb=self._memory_peak_mb(),
@@ -390,7 +408,7 @@ class Invoker:
 
     def _ended(self, call: Call, kind: str, what: str) -> FunctionError:
         if call.number == _START:
-            log = b"".join(call.logs.get("stderr", ()))[-_LOG_SHOWN:]
+            log = call.logged("stderr")[-_LOG_SHOWN:]
             text = log.decode(errors="replace").strip()
             return FunctionError(kind, f"{what}. {text}" if text else what)
         message = f"RequestId: {call.request_id} Error: {what}"
@@ -412,9 +430,8 @@ class Invoker:
 
     def _begin_reset(self) -> None:
         """Have PID 1 clean up; its answer is waited for before the next event is sent."""
-        if self._function.reuse == "reset":
-            kept = self._worker.process.pid
-            self._reset = begin_reset(self._link, self._version.config, kept)
+        kept = self._worker.process.pid
+        self._reset = begin_reset(self._link, self._version.config, kept)
 
     def _finish_reset(self) -> None:
         channel, self._reset = self._reset, None
@@ -422,10 +439,9 @@ class Invoker:
             finish_reset(self._link, channel)
 
 
-def _event_head(call: Call, request: Request) -> bytes:
+def _words(request: Request, request_id: str) -> bytes:
     own = json.dumps(request.env) if request.env else ""
-    words = f"{call.request_id}\0{request.client_context}\0{own}".encode()
-    return runtime.INVOCATION.pack(call.timeout, len(words)) + words
+    return f"{request_id}\0{request.client_context}\0{own}".encode()
 
 
 def error_payload(kind: str, message: str) -> bytes:

@@ -36,7 +36,7 @@ _RESERVED: Final = re.compile(
 _CREDENTIALS: Final = re.compile(r"AWS_(ACCESS_KEY(_ID)?|SECRET_ACCESS_KEY|SESSION_TOKEN)")
 
 
-_encode: Final = json.JSONEncoder(allow_nan=False).encode  # made once: json.dumps makes one a call
+_encode: Final = runtime.encoder_of(ensure_ascii=True)
 
 
 class PoolOptions(TypedDict, total=False):
@@ -93,7 +93,8 @@ class Request:
         Raises:
             ConfigError: A value is wrong.
         """
-        self.payload = check_payload(payload)
+        is_plain = type(payload) is bytes and len(payload) <= runtime.PAYLOAD_MAX
+        self.payload = payload if is_plain else check_payload(payload)
         self.timeout = None if timeout is None else parse_seconds(timeout, "timeout")
         self.request_id = None if request_id is None else _check_request_id(request_id)
         self.client_context = _encode_context(client_context) if client_context else ""

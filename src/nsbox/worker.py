@@ -18,6 +18,7 @@ from nsbox.command import Process
 from nsbox.errors import EnvironmentDied
 from nsbox.guest import python_runtime as runtime
 from nsbox.link import Link
+from nsbox.linux.sending import send_at_once
 from nsbox.result import Result
 
 OnLog = Callable[[str, bytes], object]
@@ -50,21 +51,37 @@ class WorkerSilent(Exception):
 
 
 class Call:
-    """An event on its way, or the start of a worker, and what has come back of it so far."""
+    """An event on its way, or the start of a worker, and what has come back of it so far.
+
+    Attributes:
+        number: What its answer must have. No worker can know that of an event before it has it.
+        is_first: Whether it is the environment's first event.
+        is_unsent: Whether nothing of it has reached the worker, nor ever will.
+    """
 
     __slots__ = (
-        "begin", "deadline", "logs", "number", "on_log", "request_id", "room", "rooms", "timeout",
+        "begin", "deadline", "is_first", "is_unsent", "logs", "number", "on_log", "request_id",
+        "room", "rooms", "timeout",
     )  # fmt: skip
 
     def __init__(
-        self, number: int, timeout: float, request_id: str, room: int, on_log: OnLog | None
+        self,
+        number: int,
+        timeout: float,
+        request_id: str,
+        room: int,
+        on_log: OnLog | None,
+        *,
+        is_first: bool = False,
     ) -> None:
         self.number = number
         self.timeout = timeout
         self.request_id = request_id
         self.room = room
-        self.logs: dict[str, list[bytes]] = {}
+        self.logs: dict[str, list[bytes]] | None = None
         self.on_log = on_log
+        self.is_first = is_first
+        self.is_unsent = False
         self.begin = time.monotonic()
         self.deadline = self.begin + timeout
 
@@ -75,7 +92,7 @@ class Call:
 
     def log(self, name: str, data: bytes) -> None:
         """Keep what was written, up to the limit; all of it goes to the callback."""
-        if not self.logs:
+        if self.logs is None:
             self.logs = {"stdout": [], "stderr": []}
             self.rooms = {"stdout": self.room, "stderr": self.room}
         room = self.rooms[name]
@@ -84,6 +101,10 @@ class Call:
             self.rooms[name] = room - len(data)
         if self.on_log is not None:
             self.on_log(name, data)
+
+    def logged(self, name: str) -> bytes:
+        """Return what was kept of ``"stdout"`` or ``"stderr"``."""
+        return b"".join(self.logs[name]) if self.logs is not None else b""
 
 
 class Worker:
@@ -97,8 +118,9 @@ class Worker:
         self._buffer = b""
         self._is_ended = False
         channel.setblocking(False)
+        self._fd = channel.fileno()
         self._poll = select.poll()
-        self._poll.register(channel.fileno(), select.POLLIN)
+        self._poll.register(self._fd, select.POLLIN)
         process.register(self._poll)
         self._logs: dict[int, str] = {}
         for name, stream in (("stdout", process.stdout), ("stderr", process.stderr)):
@@ -114,32 +136,32 @@ class Worker:
 
     def descriptors(self) -> list[int]:
         """Return what becomes readable when there is something to `advance` with."""
-        own = [] if self._is_ended else [self._socket.fileno()]
+        own = [] if self._is_ended else [self._fd]
         return [*own, *self.process.descriptors(), *self._logs]
 
-    def send(self, call: Call, kind: bytes, head: bytes, body: bytes = b"") -> None:
-        """Send a frame of `head` and `body`.
+    def send(self, call: Call, first: bytes, body: bytes = b"") -> None:
+        """Send a frame: its header and what else is in `first`, and `body`.
 
         Raises:
             WorkerSilent: It does not read it.
         """
-        size = len(head) + len(body)
-        first = runtime.HEADER.pack(kind, size, call.number) + head
-        left_to_send = len(first) + len(body)
-        parts: list[bytes | memoryview] = [first, body]
+        done, size = 0, len(first) + len(body)
+        if size <= _CHUNK:
+            first, body = first + body, b""
+            done = send_at_once(self._socket, first)
+            if done == size:
+                return
         while True:
             try:
-                sent = self._socket.sendmsg(parts)
+                rest = memoryview(body)[max(0, done - len(first)) :]
+                done += self._socket.sendmsg([first[done:], rest])
             except BlockingIOError:
-                sent = 0
+                pass
             except OSError:
+                call.is_unsent = not done
                 return  # it has ended, which is seen by who waits for the answer
-            left_to_send -= sent
-            if not left_to_send:
+            if done == size:
                 return
-            done = len(first) + len(body) - left_to_send
-            at = max(0, done - len(first))
-            parts = [first[done:], memoryview(body)[at:]]
             # It does not read as fast as that: wait for room, or for its end.
             poll = select.poll()
             poll.register(self._socket.fileno(), select.POLLOUT)
@@ -160,7 +182,7 @@ class Worker:
         Raises:
             WorkerSilent, WorkerEnded, EnvironmentDied: As `advance`.
         """
-        own = self._socket.fileno()
+        own = self._fd
         poll = select.poll()
         poll.register(own, select.POLLIN)
         self.process.register(poll)
@@ -199,7 +221,12 @@ class Worker:
             ready = self._poll.poll(left * 1000) if left > 0 else []
             if not ready:
                 raise WorkerSilent
-            answer = self.advance(call, [fd for fd, _ in ready])
+            if len(ready) == 1 and ready[0][0] == self._fd:
+                answer = self._read_frame(call)
+                if answer is None and self._is_ended:
+                    raise self._ended(call)
+            else:
+                answer = self.advance(call, [fd for fd, _ in ready])
             if answer is not None:
                 return answer
 
@@ -213,9 +240,8 @@ class Worker:
         """
         answer = None
         is_over = False
-        own = self._socket.fileno()
         for fd in ready:
-            if fd == own:
+            if fd == self._fd:
                 answer = self._read_frame(call)
             elif fd in self._logs:
                 self._read_log(call, fd)
@@ -282,6 +308,11 @@ class Worker:
         if not data:
             self._is_ended = True
             return None
+        if not self._buffer and len(data) >= runtime.HEADER.size:
+            kind, length, number = runtime.HEADER.unpack_from(data)
+            is_whole = length == len(data) - runtime.HEADER.size
+            if is_whole and kind == runtime.ANSWER and number == call.number:
+                return kind, data[runtime.HEADER.size :]
         return self._parse(call, data)
 
     def _parse(self, call: Call, data: bytes) -> Frame | None:
@@ -292,7 +323,7 @@ class Worker:
         kind, length, number = runtime.HEADER.unpack_from(data)
         if length > _MOST.get(kind, -1):
             raise self.violation(f"its answer of kind {kind!r} has {length} bytes")
-        if number != call.number and kind != runtime.BROKEN:
+        if number != call.number:
             raise self.violation(f"its answer has the number {number} and not {call.number}")
         end = runtime.HEADER.size + length
         if len(data) < end:

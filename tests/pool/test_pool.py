@@ -118,12 +118,12 @@ def test_a_tenants_version_stays_its_own(make: Make) -> None:
 
 
 def test_a_lease_is_ended_once(commands: nsbox.WarmPool) -> None:
-    grant = commands._take(None, 1, is_function=False)
+    grant = commands._take(None, 1)
     assert grant.entry.phase is Phase.LEASED
     commands._finish(grant, None)
     with pytest.raises(nsbox.EnvironmentStateError, match="this lease is over"):
         commands._finish(grant, None)
-    again = commands._take(None, 1, is_function=False)
+    again = commands._take(None, 1)
     assert again.entry is grant.entry
     with pytest.raises(nsbox.EnvironmentStateError, match="this lease is over"):
         commands._finish(grant, None)

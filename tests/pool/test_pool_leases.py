@@ -210,7 +210,7 @@ class Pool(RuleBasedStateMachine):
     def end(self, caller: Caller, doubt: Retirement | None, answered: bool) -> None:
         assert caller.grant is not None
         told = answered if caller.is_call else None
-        reason = self.leases.give_back(caller.grant, doubt, answered=told, seconds=0.1)
+        reason = self.leases.give_back(caller.grant, doubt, answered=told)
         if caller.is_call:
             self.counts[caller.function]["answers" if answered else "errors"] += 1
         if doubt is not None:

@@ -17,6 +17,8 @@ Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
 5. worker -> host  ``ANSWER``   JSON of the answer; or ``ERROR``: errorType, errorMessage and
    stackTrace of what the handler raised; or ``ENDED``: the status of a fork that gave no answer
 
+The number of an event that comes in 4 is random: nobody answers before it was asked.
+
 What the import writes to the log is told from what the first event writes: the host reads nothing
 of the log before the moment, and the worker goes on by itself only if the import was over before it
 and has written nothing. Otherwise the event is dropped, and sent again as in 4.
@@ -45,6 +47,8 @@ HEADER = struct.Struct("!cIQ")
 """Kind, bytes that follow, and the number of the invocation."""
 INVOCATION = struct.Struct("!dI")
 """Seconds left, and bytes of request id, client context and variables."""
+EVENT = struct.Struct("!cIQdI")
+"""`HEADER` and `INVOCATION` in one."""
 START, LOAD, READY, BROKEN = b"S", b"L", b"Y", b"B"
 INVOKE, ANSWER, ERROR, ENDED = b"I", b"A", b"E", b"X"
 MOMENT = struct.Struct("!d")
@@ -60,6 +64,43 @@ _FIONREAD = 0x541B  # asm-generic/ioctls.h
 _MESSAGE_MAX = 1 << 18
 """Characters of an error's message; escaped, each may have 12 bytes."""
 _OWN_FILE = __file__ if "__file__" in globals() else "<string>"
+
+
+def encoder_of(*, ensure_ascii: bool) -> Callable[[object], str]:
+    """Return what json.dumps does without NaN: that makes an encoder anew for each value."""
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, allow_nan=False)
+    encode = encoder.encode
+    try:
+        # Not documented. Without its record of what it is in, many threads may share it.
+        from _json import encode_basestring, encode_basestring_ascii, make_encoder
+
+        escape = encode_basestring_ascii if ensure_ascii else encode_basestring
+        quick = make_encoder(None, encoder.default, escape, None, ": ", ", ", False, False, False)
+        if "".join(quick({"a": [1, "b"]}, 0)) != '{"a": [1, "b"]}':
+            return encode
+    except (ImportError, TypeError, ValueError):
+        return encode
+
+    def encode_quickly(value: object) -> str:
+        try:
+            return "".join(quick(value, 0))
+        except (TypeError, ValueError, RecursionError):
+            return encode(value)  # which tells what is wrong, a circle too
+
+    return encode_quickly
+
+
+def decode(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    """Return what json.loads does."""
+    try:
+        value, end = _scan(text)
+    except ValueError:
+        end = -1
+    return value if end == len(text) else json.loads(text)
+
+
+_scan = json.JSONDecoder().raw_decode
+_encode = encoder_of(ensure_ascii=False)
 
 
 class Context:
@@ -117,7 +158,7 @@ class Worker:
         if kind == INVOKE and self._handler is not None:
             self._serve(number, data)
         elif kind == LOAD and self._name and self._handler is None:
-            self._load()
+            self._load(number)
             self._begin(number, data)
         elif kind == START and self._handler is None:
             self._start(json.loads(bytes(data)))
@@ -139,17 +180,18 @@ class Worker:
         if request["visible"]:
             _be_visible()
 
-    def _load(self) -> None:
+    def _load(self, number: int) -> None:
         """Import the handler's module."""
         try:
             os.chdir(self._cwd)
             self._handler = _find_handler(self._name)
         except _HandlerError as error:
-            self._break({"errorType": error.kind, "errorMessage": str(error), "stackTrace": []})
+            told = {"errorType": error.kind, "errorMessage": str(error), "stackTrace": []}
+            self._break(number, told)
         except SystemExit as error:
             _exit_as(error)
         except BaseException as error:  # noqa: BLE001 - module code may raise anything
-            self._break(_describe(error))
+            self._break(number, _describe(error))
         _flush()
 
     def _begin(self, number: int, data: bytes | memoryview) -> None:
@@ -170,9 +212,9 @@ class Worker:
         else:
             self._invoke(number, data)
 
-    def _break(self, error: dict[str, Any]) -> NoReturn:
+    def _break(self, number: int, error: dict[str, Any]) -> NoReturn:
         _flush()
-        self._send(BROKEN, 0, json.dumps({**error, "requestId": ""}).encode())
+        self._send(BROKEN, number, json.dumps({**error, "requestId": ""}).encode())
         os._exit(1)
 
     def _invoke(self, number: int, data: bytes | memoryview) -> None:
@@ -188,7 +230,7 @@ class Worker:
         name, _, words = words.partition("\0")
         client_context, _, variables = words.partition("\0")
         try:
-            value = json.loads(str(data[begin:], "utf-8"))
+            value = decode(str(data[begin:], "utf-8"))
         except (ValueError, RecursionError) as error:
             return ERROR, _failure(
                 "Runtime.UnmarshalError", f"Unable to unmarshal input: {error}", name
@@ -206,8 +248,7 @@ class Worker:
             if before is not None:
                 _put_variables(before)
         try:
-            text = json.dumps(answer, ensure_ascii=False, allow_nan=False)
-            data = text.encode()
+            data = _encode(answer).encode()
         except (TypeError, ValueError, RecursionError) as error:
             return ERROR, _failure(
                 "Runtime.MarshalError", f"Unable to marshal response: {error}", name

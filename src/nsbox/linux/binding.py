@@ -71,9 +71,11 @@ _libc = CDLL(None, use_errno=True)
 _libc_with_gil = PyDLL(None, use_errno=True)
 
 
-def bind(name: str, *argtypes: _CType) -> Callable[..., int]:
+def bind(name: str, *argtypes: _CType, keep_gil: bool = False) -> Callable[..., int]:
     """Return a function of the C library that gives -1 and sets errno on failure."""
-    function = _libc[name]  # [] makes a new object each time, so the types are its own
+    function = (_libc_with_gil if keep_gil else _libc)[
+        name
+    ]  # [] makes a new object each time, so the types are its own
     function.argtypes = argtypes
     function.restype = c_int
     return function

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from nsbox.config import parse_seconds
-from nsbox.credentials import Credentials, Provider
+from nsbox.credentials import Credentials, Provider, resolve
 from nsbox.errors import PoolError, PoolTimeout
 from nsbox.function import FunctionVersion
 from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter
@@ -24,6 +24,7 @@ class Desk:
         self._is_dead = house._is_dead
         self._give_birth = house._give_birth
         self._finish = house._finish
+        self._fail = house._fail
         self._drop = house._drop
 
     def _check_usable(self, *, is_function: bool) -> None:
@@ -38,6 +39,20 @@ class Desk:
     def _patience(self, timeout: float | None) -> float | None:
         """Return for how many seconds a call waits for an environment."""
         return self._acquire_timeout if timeout is None else parse_seconds(timeout, "timeout")
+
+    def _looks_dead(self, grant: PoolGrant) -> bool:
+        """Whether an environment that was idle cannot be used; then its lease is over.
+
+        The death of a function's is seen when its event is sent; that of others only by looking.
+        """
+        return (grant.is_cold or not self._is_function) and self._is_dead(grant)
+
+    def _credentials(
+        self, credentials: Credentials | Provider | None, role: str | None
+    ) -> Credentials | None:
+        """Return those of a call, if it is to have some."""
+        given = self._provider(credentials)
+        return None if given is None else resolve(given, self._role(role))
 
     def _provider(
         self, credentials: Credentials | Provider | None

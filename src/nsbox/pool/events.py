@@ -60,7 +60,7 @@ class Counters:
         self._provisioned = self._spillover = 0
         self._seconds = self.init_seconds = 0.0
 
-    def end(self, answered: bool, seconds: float, is_provisioned: bool, *, spills: bool) -> None:
+    def end(self, answered: bool, seconds: float, is_provisioned: bool, spills: bool) -> None:
         """Count a call that had an environment, or a place for one.
 
         `spills`: one that no provisioned environment has served is told as such.

@@ -12,13 +12,13 @@ from concurrent.futures import Future
 from typing import Any, Final, Unpack
 
 from nsbox.config import Config, parse_seconds
-from nsbox.credentials import Credentials, Provider, resolve
+from nsbox.credentials import Credentials, Provider
 from nsbox.environment import ExecutionEnvironment
 from nsbox.errors import ConfigError
 from nsbox.function import Function, FunctionVersion
 from nsbox.invocation import Invocation
 from nsbox.pool.entries import Waiter
-from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter, Use, env_of
+from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter, env_of
 from nsbox.pool.jobs import Jobs
 from nsbox.pool.judgement import Source
 from nsbox.pool.loop import PoolCalls
@@ -69,10 +69,21 @@ class PoolFunction(PoolCalls):
             CredentialsError: There are none; the call is not counted, and nothing was run.
             InvokeError, SetupError, ConfigError: As `ExecutionEnvironment` and its `invoke`.
         """
-        found = resolve(self._provider(credentials), self._role(role))
-        grant = self._take(tenant, self._acquire_timeout, is_function=True)
-        with Use(self._house, grant) as one:
-            return one.invoke(event, timeout=timeout, env=env, files=files, credentials=found)
+        found = self._credentials(credentials, role)
+        begin = time.monotonic()
+        grant = self._take_function(tenant, begin)
+        while True:
+            try:
+                answer = env_of(grant).invoke(
+                    event, timeout=timeout, env=env, files=files, credentials=found
+                )
+            except BaseException as error:
+                if not self._fail(grant, error):
+                    raise
+            else:
+                self._finish(grant, None)
+                return answer
+            grant = self._take(tenant, self._acquire_timeout, begin, again=True)
 
     def invoke_bytes(
         self,
@@ -84,10 +95,19 @@ class PoolFunction(PoolCalls):
         **options: Unpack[PoolOptions],
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
-        found = resolve(self._provider(credentials), self._role(role))
-        grant = self._take(tenant, self._acquire_timeout, is_function=True)
-        with Use(self._house, grant) as env:
-            return env.invoke_bytes(payload, credentials=found, **options)
+        found = self._credentials(credentials, role)
+        begin = time.monotonic()
+        grant = self._take_function(tenant, begin)
+        while True:
+            try:
+                answer = env_of(grant).invoke_bytes(payload, credentials=found, **options)
+            except BaseException as error:
+                if not self._fail(grant, error):
+                    raise
+            else:
+                self._finish(grant, None)
+                return answer
+            grant = self._take(tenant, self._acquire_timeout, begin, again=True)
 
     def submit(self, event: object, **options: Unpack[TimedCallOptions]) -> Future[Any]:
         """Do as `invoke` in a thread of the pool, and return a future of the answer.
@@ -147,7 +167,8 @@ class PoolFunction(PoolCalls):
         Raises:
             As `invoke`.
         """
-        grant = self._take(None, self._patience(timeout), is_function=False)
+        self._check_usable(is_function=False)
+        grant = self._take(None, self._patience(timeout))
         try:
             yield env_of(grant)
         except BaseException as error:
@@ -157,22 +178,46 @@ class PoolFunction(PoolCalls):
 
     # -- leases --------------------------------------------------------------------------------
 
-    def _take(self, tenant: str | None, seconds: float | None, *, is_function: bool) -> PoolGrant:
-        """Return a lease with a living environment."""
-        self._check_usable(is_function=is_function)
-        deadline = None if seconds is None else time.monotonic() + seconds
-        is_counted = False
+    def _take_function(self, tenant: str | None, begin: float) -> PoolGrant:
+        """Return a lease for a call of a function; what has died is seen when it is used."""
+        self._check_usable(is_function=True)
+        grant = self._leases.take_idle(self._share, tenant)
+        if grant is None:
+            return self._take(tenant, self._acquire_timeout, begin)
+        if self._looks_dead(grant):
+            return self._take(tenant, self._acquire_timeout, begin, again=True)
+        return grant
+
+    def _take(
+        self,
+        tenant: str | None,
+        seconds: float | None,
+        begin: float | None = None,
+        *,
+        again: bool = False,
+    ) -> PoolGrant:
+        """Return a lease with a living environment.
+
+        Args:
+            tenant: Whose it is to be.
+            seconds: How long to wait for one since `begin`; None: as long as it takes.
+            begin: When the call began; now by default.
+            again: It has been counted.
+        """
+        deadline = None
+        if seconds is not None:
+            deadline = (time.monotonic() if begin is None else begin) + seconds
         while True:
             waiter: PoolWaiter = Waiter(tenant)
-            grant = self._leases.ask(waiter, self._share, again=is_counted)
+            grant = self._leases.ask(waiter, self._share, again=again)
             if grant is None:
                 self._wait(waiter, deadline)
                 grant = self._leave_queue(waiter, seconds)
-            is_counted = True
+            again = True
             if grant.is_birth:
                 self._give_birth(grant)
                 return grant
-            if not self._is_dead(grant):
+            if not self._looks_dead(grant):
                 return grant
 
     def _wait(self, waiter: PoolWaiter, deadline: float | None) -> None:

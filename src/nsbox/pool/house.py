@@ -20,6 +20,7 @@ from nsbox.environment import ExecutionEnvironment, State, death_descriptor
 from nsbox.errors import (
     EnvironmentDied,
     EnvironmentStateError,
+    InvokeError,
     NsboxError,
     PoolClosed,
 )
@@ -147,7 +148,8 @@ class House:
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, PoolClosed):
                 self._leases.failed(grant, error)
-            self._give_back(grant, Retirement.FAILURE, answered=False if is_call else None)
+            answered = False if is_call else None
+            self._give_back(grant, Retirement.FAILURE, answered=answered, has_run=False)
             self._tell_caller(error, "during the birth")
             raise
 
@@ -169,18 +171,17 @@ class House:
             return
         for victim in grant.victims:
             self._close(victim)
-        self._give_back(grant, None, answered=False)
+        self._give_back(grant, None, answered=False, has_run=False)
 
     def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
         """End the lease of a call that ended so."""
         entry = grant.entry
-        seconds = time.monotonic() - entry.begun
         doubt = doubt_of(entry.what, error, self.settings.reuse)
         if doubt is None and self.settings.reuse == "reset" and isinstance(entry.what, Config):
             doubt = self._reset(grant)
         if self.settings.on_event is not None:
             self._tell("invoked", entry, error=type(error).__name__ if error else "")
-        self._give_back(grant, doubt, answered=error is None, seconds=seconds)
+        self._give_back(grant, doubt, answered=error is None)
 
     def _reset(self, grant: PoolGrant) -> Retirement | None:
         try:
@@ -191,10 +192,22 @@ class House:
             return Retirement.FAILURE
         return None
 
-    def _fail(self, grant: PoolGrant, error: BaseException) -> None:
-        """End a lease whose call has failed; raises what its caller is told, if not `error`."""
+    def _fail(self, grant: PoolGrant, error: BaseException) -> bool:
+        """End the lease of a function's call that has failed so.
+
+        Returns whether the call is to be made again: its environment, which was alive when it
+        became idle, has died since then, and has surely got nothing of it. Raises what its caller
+        is told, if that is not `error`.
+        """
+        is_unheard = isinstance(error, EnvironmentStateError) or (
+            isinstance(error, InvokeError) and env_of(grant).heard_nothing
+        )
+        if is_unheard and not grant.is_birth and not self._leases.is_killed:
+            self._give_back(grant, Retirement.FAILURE)
+            return True
         self._finish(grant, error)
         self._tell_caller(error, "while the call ran")
+        return False
 
     def _tell_caller(self, error: BaseException, when: str) -> None:
         if self._leases.is_killed and isinstance(error, NsboxError):
@@ -209,9 +222,9 @@ class House:
         doubt: Retirement | None,
         *,
         answered: bool | None = None,
-        seconds: float = 0.0,
+        has_run: bool = True,
     ) -> None:
-        retired = self._leases.give_back(grant, doubt, answered=answered, seconds=seconds)
+        retired = self._leases.give_back(grant, doubt, answered=answered, has_run=has_run)
         if doubt is not None:
             self._close(grant.entry)
         elif retired is not None:
@@ -444,25 +457,6 @@ def _poll_of(fd: int) -> select.poll:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return poll
-
-
-class Use:
-    """A lease for the body of a with statement, which is the call: it ends as that does."""
-
-    __slots__ = ("_grant", "_house")
-
-    def __init__(self, house: House, grant: PoolGrant) -> None:
-        self._house = house
-        self._grant = grant
-
-    def __enter__(self) -> ExecutionEnvironment:
-        return env_of(self._grant)
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if error is None:
-            self._house._finish(self._grant, None)
-        else:
-            self._house._fail(self._grant, error)
 
 
 def env_of(grant: PoolGrant) -> ExecutionEnvironment:

@@ -22,14 +22,15 @@ def doubt_of(what: Source, error: BaseException | None, reuse: str) -> Retiremen
         error: What the call has raised.
         reuse: The policy of a `Config`; a function has its own.
     """
-    if isinstance(what, FunctionVersion):
-        reuse = what.function.reuse
+    function = what.function if isinstance(what, FunctionVersion) else None
+    if function is not None:
+        reuse = function.reuse
     if error is not None and not isinstance(error, ConfigError):
         if not isinstance(error, FunctionError) or error.invocation is None:
             return Retirement.FAILURE
         # The host's own word on how it failed; what the function says is `error.error_type`.
         kind = error.invocation.error_type
-        is_command = isinstance(what, FunctionVersion) and what.function.command
+        is_command = function is not None and function.command
         if kind not in _HARMLESS and not (is_command and kind == "Runtime.ExitError"):
             return Retirement.FAILURE
     return Retirement.INVOCATIONS if reuse == "never" else None

@@ -18,13 +18,15 @@ import math
 import threading
 import time
 from collections.abc import Callable, Hashable
-from typing import Generic, NamedTuple
+from typing import Final, Generic, NamedTuple
 
 from nsbox.errors import EnvironmentStateError, PoolClosed, Throttled
 from nsbox.pool.entries import E, Entry, Grant, Phase, W, Waiter
-from nsbox.pool.events import Counters, Retirement
+from nsbox.pool.events import Retirement
 from nsbox.pool.room import Room, coldness
 from nsbox.pool.shares import Places, Share
+
+_HELD: Final = (Phase.LEASED, Phase.BIRTH)
 
 
 class Due(NamedTuple, Generic[E, W]):
@@ -70,6 +72,26 @@ class Leases(Room[E, W]):
         self._orphans: list[Grant[E, W]] = []
 
     # -- taking --------------------------------------------------------------------------------
+
+    def take_idle(self, share: Share[E, W], tenant: str | None) -> Grant[E, W] | None:
+        """Return a lease of the idle environment that was used last; None: `ask` for one."""
+        with self._lock:
+            entry = None
+            if not (self._is_closed or share.is_optional or share.places.waiters):
+                entry = share.take_idle(share.resolve(tenant)[0])
+            if entry is None:
+                return None
+            share.counters.calls += 1
+            return self._lease(entry)
+
+    def _lease(self, entry: Entry[E, W]) -> Grant[E, W]:
+        """Return a lease of an idle one, which has been taken out."""
+        self._tokens += 1
+        entry.token = self._tokens
+        entry.phase, entry.serves = Phase.LEASED, True
+        entry.begun = self._clock()
+        is_cold, entry.is_cold = entry.is_cold, False
+        return Grant(entry, is_cold=is_cold)
 
     def ask(
         self, waiter: Waiter[E, W], share: Share[E, W], *, again: bool = False
@@ -185,12 +207,7 @@ class Leases(Room[E, W]):
         """
         entry = share.take_idle(key, only_ready=only_ready)
         if entry is not None:
-            self._tokens += 1
-            entry.token = self._tokens
-            entry.phase, entry.serves = Phase.LEASED, True
-            entry.begun = self._clock()
-            is_cold, entry.is_cold = entry.is_cold, False
-            return Grant(entry, is_cold=is_cold)
+            return self._lease(entry)
         victims = self._find_room(share, self._weigh(what), Retirement.DEMAND) if bears else None
         if victims is None or (victims and not ousts):
             return None
@@ -254,7 +271,7 @@ class Leases(Room[E, W]):
             PoolClosed: It is of no use any more; `give_back` it.
         """
         with self._lock:
-            entry = self._held(grant, Phase.BIRTH)
+            entry = self._held(grant, (Phase.BIRTH,))
             entry.env, entry.fd, entry.phase = env, fd, Phase.LEASED
             entry.born = self._clock()
             entry.share.counters.births += 1
@@ -264,7 +281,7 @@ class Leases(Room[E, W]):
     def started(self, grant: Grant[E, W], init_seconds: float) -> None:
         """Note that the environment has started, its function's module included."""
         with self._lock:
-            entry = self._held(grant, Phase.LEASED)
+            entry = self._held(grant, (Phase.LEASED,))
             entry.begun = self._clock()
             entry.share.counters.init_seconds += init_seconds
             entry.share.breaker.reset()
@@ -281,30 +298,30 @@ class Leases(Room[E, W]):
         doubt: Retirement | None,
         *,
         answered: bool | None = None,
-        seconds: float = 0.0,
+        has_run: bool = True,
     ) -> Retirement | None:
         """End a lease. Returns why its holder has to close the environment, and say `removed`.
 
         Args:
             grant: The lease.
             doubt: Why it may not be used again, if so.
-            answered: How the call ended; None when there was none.
-            seconds: How long it took.
+            answered: How the call ended; None when there was none, or it is made again.
+            has_run: Its function was asked, so that it has a duration.
 
         Raises:
             EnvironmentStateError: It is not, or no longer, the lease of that environment.
         """
         with self._lock:
-            entry = self._held(grant, None)
+            entry = self._held(grant, _HELD)
             entry.token = 0
-            share = entry.share
+            share, now = entry.share, self._clock()
             if answered is not None:
-                spills = share.provisioned > 0
-                share.counters.end(answered, seconds, entry.is_provisioned, spills=spills)
+                seconds = now - entry.begun if has_run else 0.0
+                share.counters.end(answered, seconds, entry.is_provisioned, share.provisioned > 0)
                 entry.invocations += 1
-            reason = doubt or self._reason_to_go(entry)
+            reason = doubt or self._reason_to_go(entry, now)
             if reason is None:
-                entry.idle_since = self._clock()
+                entry.idle_since = now
                 share.put_idle(entry)
                 if share.places.waiters:
                     self._hand_out(share.places)
@@ -316,22 +333,21 @@ class Leases(Room[E, W]):
             entry.phase, entry.reason = Phase.RETIRED, reason
             return reason
 
-    def _held(self, grant: Grant[E, W], phase: Phase | None) -> Entry[E, W]:
+    def _held(self, grant: Grant[E, W], phases: tuple[Phase, ...]) -> Entry[E, W]:
         entry = grant.entry
-        held = (Phase.BIRTH, Phase.LEASED) if phase is None else (phase,)
-        if entry.token != grant.token or entry.phase not in held:
+        if entry.token != grant.token or entry.phase not in phases:
             raise EnvironmentStateError(
                 "this lease is over: the environment has been given back, or to another call"
             )
         return entry
 
-    def _reason_to_go(self, entry: Entry[E, W]) -> Retirement | None:
+    def _reason_to_go(self, entry: Entry[E, W], now: float) -> Retirement | None:
         if entry.env is None or entry.is_dead:
             return Retirement.FAILURE
         share = entry.share
         if entry.generation != share.generation:
             return Retirement.VERSION
-        if self._clock() - entry.born >= self._max_lifetime:
+        if now - entry.born >= self._max_lifetime:
             return Retirement.LIFETIME
         if self._max_invocations is not None and entry.invocations >= self._max_invocations:
             return Retirement.INVOCATIONS
@@ -471,22 +487,3 @@ class Leases(Room[E, W]):
     def is_killed(self) -> bool:
         """Whether it was closed and running calls were ended."""
         return self._is_killed
-
-    def stats(self, share: Share[E, W] | None = None) -> dict[str, float]:
-        """Return the numbers of one moment, of one function or of all."""
-        with self._lock:
-            shares = self._shares if share is None else [share]
-            counters = Counters()
-            for each in shares:
-                counters.add(each.counters)
-            entries = [entry for entry in self._entries if share in (None, entry.share)]
-            phases = [entry.phase for entry in entries]
-            return {
-                **counters.as_dict(),
-                "ConcurrentExecutions": sum(
-                    entry.serves and entry.phase is Phase.LEASED for entry in entries
-                ),
-                "Environments": len(phases),
-                "Idle": phases.count(Phase.IDLE),
-                "Waiting": sum(len(each.waiters) for each in shares),
-            }

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Unpack
 
@@ -13,7 +14,7 @@ from nsbox.credentials import Credentials, Provider, resolve_async
 from nsbox.environment import ExecutionEnvironment
 from nsbox.pool.desk import Desk
 from nsbox.pool.entries import Waiter
-from nsbox.pool.house import PoolGrant, Use, env_of
+from nsbox.pool.house import PoolGrant, env_of
 from nsbox.pool.judgement import Source
 from nsbox.request import PoolOptions
 
@@ -112,9 +113,24 @@ class PoolCalls(Desk):
         leaves the queue, or its environment is killed.
         """
         found = await resolve_async(self._provider(credentials), self._role(role))
-        grant = await self._take_on_loop(tenant, self._acquire_timeout, is_function=True)
-        with Use(self._house, grant) as env:
-            return await env.invoke_async(event, credentials=found, **options)
+        self._check_usable(is_function=True)
+        begin = time.monotonic()
+        grant = self._leases.take_idle(self._share, tenant)
+        is_again = grant is not None
+        while True:
+            if grant is None or self._looks_dead(grant):
+                grant = await self._take_on_loop(
+                    tenant, self._acquire_timeout, begin, again=is_again
+                )
+            try:
+                answer = await env_of(grant).invoke_async(event, credentials=found, **options)
+            except BaseException as error:
+                if not self._fail(grant, error):
+                    raise
+            else:
+                self._finish(grant, None)
+                return answer
+            grant, is_again = None, True
 
     @contextlib.asynccontextmanager
     async def acquire_async(
@@ -126,7 +142,8 @@ class PoolCalls(Desk):
 
         The environment's own methods wait: `await asyncio.to_thread(env.run, argv)`.
         """
-        grant = await self._take_on_loop(None, self._patience(timeout), is_function=False)
+        self._check_usable(is_function=False)
+        grant = await self._take_on_loop(None, self._patience(timeout), time.monotonic())
         try:
             yield env_of(grant)
         except BaseException as error:
@@ -135,24 +152,23 @@ class PoolCalls(Desk):
         await asyncio.to_thread(self._finish, grant, None)
 
     async def _take_on_loop(
-        self, tenant: str | None, seconds: float | None, *, is_function: bool
+        self, tenant: str | None, seconds: float | None, begin: float, *, again: bool = False
     ) -> PoolGrant:
         """Do as `WarmPool._take`, on the running loop."""
-        self._check_usable(is_function=is_function)
         loop = asyncio.get_running_loop()
-        deadline = None if seconds is None else loop.time() + seconds
-        is_counted = False
+        left = None if seconds is None else max(0.0, begin + seconds - time.monotonic())
+        deadline = None if left is None else loop.time() + left
         while True:
             waiter = LoopWaiter(tenant, loop)
-            grant = self._leases.ask(waiter, self._share, again=is_counted)
+            grant = self._leases.ask(waiter, self._share, again=again)
             if grant is None:
                 await self._wait_on_loop(waiter, deadline)
                 grant = self._leave_queue(waiter, seconds)
-            is_counted = True
+            again = True
             if grant.is_birth:
                 await _Birth(self, grant, loop).wait()
                 return grant
-            if not self._is_dead(grant):
+            if not self._looks_dead(grant):
                 return grant
 
     async def _wait_on_loop(self, waiter: LoopWaiter, deadline: float | None) -> None:

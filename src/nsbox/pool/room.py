@@ -16,7 +16,7 @@ from typing import Generic
 
 from nsbox.errors import ConfigError, PoolClosed
 from nsbox.pool.entries import E, Entry, Grant, Phase, W
-from nsbox.pool.events import Retirement
+from nsbox.pool.events import Counters, Retirement
 from nsbox.pool.shares import Places, Resolve, Share
 
 
@@ -167,6 +167,25 @@ class Room(Generic[E, W]):
                 entry.is_provisioned = False
             idle = [entry for entry in surplus if entry.phase is Phase.IDLE]
             return self._retire_idle(idle, Retirement.PROVISIONED)
+
+    def stats(self, share: Share[E, W] | None = None) -> dict[str, float]:
+        """Return the numbers of one moment, of one function or of all."""
+        with self._lock:
+            shares = self._shares if share is None else [share]
+            counters = Counters()
+            for each in shares:
+                counters.add(each.counters)
+            entries = [entry for entry in self._entries if share in (None, entry.share)]
+            phases = [entry.phase for entry in entries]
+            return {
+                **counters.as_dict(),
+                "ConcurrentExecutions": sum(
+                    entry.serves and entry.phase is Phase.LEASED for entry in entries
+                ),
+                "Environments": len(phases),
+                "Idle": phases.count(Phase.IDLE),
+                "Waiting": sum(len(each.waiters) for each in shares),
+            }
 
     # -- room ----------------------------------------------------------------------------------
 

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quick ways to and from JSON say what `json` says, of whatever they are given."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsbox.guest import python_runtime as runtime
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+TEXTS = st.text(alphabet=' \n\t\ufeff{}[]",:0123456789.eE+-truefalsn', max_size=12)
+
+
+def outcome(function: Any, value: object) -> tuple[object, ...]:
+    """What a function returns, or raises, in words that can be compared."""
+    try:
+        return ("returned", repr(function(value)))
+    except (TypeError, ValueError, RecursionError) as error:
+        return (type(error), str(error))
+
+
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+@given(value=VALUES)
+def test_encoding_is_that_of_json(value: object, ensure_ascii: bool) -> None:
+    def plainly(value: object) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
+
+    quick = runtime.encoder_of(ensure_ascii=ensure_ascii)
+    assert outcome(quick, value) == outcome(plainly, value)
+
+
+def test_what_is_no_json_is_told_as_json_tells_it() -> None:
+    circle: list[Any] = []
+    circle.append({"in": circle})
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+
+    class Pair(tuple[int, int]):
+        pass
+
+    quick = runtime.encoder_of(ensure_ascii=True)
+    for value in (circle, deep, {1, 2}, {(1, 2): 3}, b"bytes", math.nan, [math.inf], object):
+        kind, words = outcome(quick, value)
+        assert (kind, words) == outcome(lambda v: json.dumps(v, allow_nan=False), value)
+        assert kind != "returned"
+    for odd in ({1: 2, None: 3, False: 4, 0.5: 5}, Pair((1, 2)), "\ud800", (), {}, "", 10**400):
+        assert quick(odd) == json.dumps(odd)
+
+
+@given(text=VALUES.map(json.dumps) | TEXTS | TEXTS.map(lambda text: f" [{text}] "))
+def test_decoding_is_that_of_json(text: str) -> None:
+    assert outcome(runtime.decode, text) == outcome(json.loads, text)
