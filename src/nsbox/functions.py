@@ -383,7 +383,8 @@ class FunctionMethods:
             role: The role that credentials are asked for; the function's name by default.
             request_id: The context's aws_request_id; a new one by default.
             client_context: The context's client_context.
-            on_log: Called with ``"stdout"`` or ``"stderr"`` and what the function writes.
+            on_log: Called with ``"stdout"`` or ``"stderr"`` and what the function writes; first,
+                in the first invocation, with what its module has written in its import.
 
         Raises:
             FunctionError: The handler raised, answered no JSON or too much, or its process ended.

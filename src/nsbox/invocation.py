@@ -18,6 +18,9 @@ class Invocation:
     """The answer, JSON as the function gave it; of a failed one, errorType and errorMessage."""
     stdout: bytes = field(default=b"", repr=False)
     stderr: bytes = field(default=b"", repr=False)
+    init_stdout: bytes = field(default=b"", repr=False)
+    """What the module wrote while it was imported, in the first invocation of an environment."""
+    init_stderr: bytes = field(default=b"", repr=False)
     duration_seconds: float
     """From the event's being sent to the answer's arrival."""
     init_seconds: float | None = None

@@ -32,7 +32,7 @@ from nsbox.outfit import outfit_of
 from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
 from nsbox.transfer import begin_reset, finish_reset
-from nsbox.worker import Call, Frame, Worker, WorkerEnded, WorkerSilent
+from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
 
 _SIGNAL_WORDS: Final = {6: "aborted", 9: "killed", 11: "segmentation fault", 15: "terminated"}
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
@@ -93,6 +93,7 @@ class Invoker:
         self._resets = self._function.reuse == "reset"
         self._quiet_until = 0.0
         self._is_begun = False
+        self._start: Call | None = None  # until the first event has it
         self._reset: Channel | None = None
         self._id_prefix = str(uuid.uuid4())[:24]
         self.worker: Worker | None = None
@@ -169,8 +170,8 @@ class Invoker:
             raise self._link.died(ConnectionError("its worker did not start"))
         self._is_begun = True
 
-    def _start_call(self) -> Call:
-        return Call(_START, self._function.init_timeout, "", self._room, None)
+    def _start_call(self, on_log: OnLog | None = None) -> Call:
+        return Call(_START, self._function.init_timeout, "", self._room, on_log)
 
     def _send_start(self, call: Call, kind: bytes, data: bytes, more: bytes = b"") -> None:
         header = runtime.HEADER.pack(kind, len(data) + len(more), call.number)
@@ -214,6 +215,7 @@ class Invoker:
         kind, data = frame
         if kind == runtime.READY:
             self.init_seconds = time.monotonic() - call.begin
+            self._start = call
             return
         self._link.kill()
         if kind != runtime.BROKEN:
@@ -229,7 +231,7 @@ class Invoker:
         too large to be sent before it is read.
         """
         self._begin_once()
-        start = self._start_call()
+        start = self._start_call(request.on_log)
         words = _words(request, self._request_id(request, 1))
         if len(words) + len(request.payload) > _SENT_ALONG:
             self._send_start(start, runtime.LOAD, b"")
@@ -274,6 +276,9 @@ class Invoker:
         self._send_event(call, request)
 
     def _send_event(self, call: Call, request: Request) -> None:
+        if self._start is not None:
+            start, self._start = self._start, None
+            start.belongs_to(call)
         words, payload = _words(request, call.request_id), request.payload
         size = runtime.INVOCATION.size + len(words) + len(payload)
         first = runtime.EVENT.pack(runtime.INVOKE, size, call.number, call.timeout, len(words))
@@ -347,6 +352,8 @@ class Invoker:
             payload=payload,
             stdout=call.logged("stdout"),
             stderr=call.logged("stderr"),
+            init_stdout=call.start.logged("stdout") if call.start is not None else b"",
+            init_stderr=call.start.logged("stderr") if call.start is not None else b"",
             duration_seconds=(time.monotonic() if end is None else end) - call.begin,
             init_seconds=self.init_seconds if call.is_first and not self.is_provisioned else None,
             initialization_type=self._initialization_type,

@@ -56,12 +56,13 @@ class Call:
     Attributes:
         number: What its answer must have. No worker can know that of an event before it has it.
         is_first: Whether it is the environment's first event.
+        start: Of the first event: the start of its worker, which may have written something.
         is_unsent: Whether nothing of it has reached the worker, nor ever will.
     """
 
     __slots__ = (
         "begin", "deadline", "is_first", "is_unsent", "logs", "number", "on_log", "request_id",
-        "room", "rooms", "timeout",
+        "room", "rooms", "start", "timeout",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +82,7 @@ class Call:
         self.logs: dict[str, list[bytes]] | None = None
         self.on_log = on_log
         self.is_first = is_first
+        self.start: Call | None = None
         self.is_unsent = False
         self.begin = time.monotonic()
         self.deadline = self.begin + timeout
@@ -101,6 +103,14 @@ class Call:
             self.rooms[name] = room - len(data)
         if self.on_log is not None:
             self.on_log(name, data)
+
+    def belongs_to(self, event: Call) -> None:
+        """Give the first event this start of its worker, and its callback what was written then."""
+        event.start = self
+        if self.on_log is None and event.on_log is not None and self.logs is not None:
+            for name, parts in self.logs.items():
+                for data in parts:
+                    event.on_log(name, data)
 
     def logged(self, name: str) -> bytes:
         """Return what was kept of ``"stdout"`` or ``"stderr"``."""

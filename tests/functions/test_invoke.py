@@ -317,9 +317,10 @@ def test_each_invocation_has_its_own_log(
         )
         assert invocation.stderr == b"err %d" % number
         for name in ("stdout", "stderr"):
-            assert b"".join(data for stream, data in seen if stream == name) == getattr(
-                invocation, name
-            )
+            heard = b"".join(data for stream, data in seen if stream == name)
+            of_import = b"at import\n" if (number, name) == (1, "stdout") else b""
+            assert getattr(invocation, f"init_{name}") == of_import
+            assert heard == of_import + getattr(invocation, name)
 
 
 @pytest.mark.parametrize("reuse", ["keep", "reset"])
@@ -485,7 +486,7 @@ def test_init_is_done_once_and_by_whoever_is_first(make_function: MakeFunction) 
         "os.write(1, b'of the import'); os.close(1); os.open('/dev/null', os.O_WRONLY)",
     ],
 )
-def test_the_log_of_the_import_is_in_no_invocation(
+def test_the_log_of_the_import_is_told_from_that_of_the_first_event(
     make_function: MakeFunction, work: str, start: str, reuse: str, size: int
 ) -> None:
     env = make_function(
@@ -513,10 +514,55 @@ def test_the_log_of_the_import_is_in_no_invocation(
     stdout = b"" if "close" in work else b"of the event\n"
     assert (first.stdout, first.stderr) == (stdout, b"of the event")
     assert (second.stdout, second.stderr) == (stdout, b"of the event")
-    assert b"".join(data for _, data in told) in (
-        first.stdout + first.stderr,
-        first.stderr + first.stdout,
+    for written in (first.init_stdout, first.init_stderr):
+        assert written.startswith(b"of the import")
+        assert b"event" not in written
+    assert second.init_stdout == second.init_stderr == b""
+    for name, init, own in (
+        ("stdout", first.init_stdout, first.stdout),
+        ("stderr", first.init_stderr, first.stderr),
+    ):
+        assert b"".join(data for stream, data in told if stream == name) == init + own
+
+
+@pytest.mark.parametrize("is_first_large", [False, True])
+def test_what_an_import_wrote_long_before_is_told_with_the_first_event(
+    make_function: MakeFunction, is_first_large: bool
+) -> None:
+    env = make_function(
+        """
+        import os
+        print("of the import")
+        os.write(2, b"x" * 100_000)
+
+        def handler(event, context):
+            print("of the event")
+        """,
+        limits=nsbox.Limits(output_max=70_000),
+        timeout=60,
+        init_timeout=60,
     )
+    env.init()
+    told: list[tuple[str, bytes]] = []
+    event = b"1" if not is_first_large else b'"' + b"x" * 100_000 + b'"'
+    first = env.invoke_bytes(event, on_log=lambda name, data: told.append((name, data)))
+    assert first.init_stdout == b"of the import\n"
+    assert first.init_stderr == b"x" * 70_000
+    assert b"".join(d for name, d in told if name == "stdout") == b"of the import\nof the event\n"
+    assert env.invoke_bytes(event).init_stdout == b""
+
+
+def test_a_callback_hears_an_import_that_fails(make_function: MakeFunction) -> None:
+    env = make_function(
+        """
+        print("before", flush=True)
+        raise ValueError("in the import")
+        """
+    )
+    told: list[bytes] = []
+    with pytest.raises(nsbox.FunctionError, match="in the import"):
+        env.invoke(1, on_log=lambda _, data: told.append(data))
+    assert b"".join(told).startswith(b"before")
 
 
 def test_an_event_that_came_with_the_start_has_its_own_time(make_function: MakeFunction) -> None:
