@@ -8,6 +8,7 @@ event, with the same errors and the same record of what it was.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -66,6 +67,8 @@ class Invocations:
         # Whom to ask for a blank environment, and for which kind; and its sockets.
         self.next_kind: tuple[Launcher, Mapping[str, Any]] | None = None
         self._spare: Link | None = None
+        # Whether there is something to do when an invocation is over.
+        self.has_end = self._function.reuse == "never"
         self._loop: LoopCalls | None = None
         self._removal: Channel | None = None  # of the last invocation's files
         self._last: Invocation | Answer | None = None
@@ -92,15 +95,12 @@ class Invocations:
         """Do the part of a refill of the blanks that can be done while an answer is waited for."""
         if self.next_kind is not None:
             self._spare, self.next_kind = blanks.prepare(*self.next_kind), None
-
-    @property
-    def has_end(self) -> bool:
-        """Whether there is something to do when an invocation is over."""
-        return self._spare is not None or self._function.reuse == "never"
+            self.has_end = True
 
     def take_spare(self) -> Link | None:
         """Return the sockets made for the next blank, if they were, for the caller to close."""
         spare, self._spare = self._spare, None
+        self.has_end = self._function.reuse == "never"
         return spare
 
     # -- in turn -------------------------------------------------------------------------------
@@ -131,7 +131,9 @@ class Invocations:
 
     def invoke(self, request: Request) -> Invocation | Answer:
         """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
-        self._take()
+        if not self._busy.acquire(blocking=False):
+            raise self._refusal()
+        self._holder = threading.get_ident()
         call = None
         try:
             invoker = self._invoker
@@ -209,11 +211,14 @@ class Invocations:
     def _take(self) -> None:
         """Begin an invocation: there is at most one at a time, by construction."""
         if not self._busy.acquire(blocking=False):
-            raise EnvironmentStateError(
-                f"environment {self._env.id} is busy with another invocation; "
-                "an environment serves one at a time"
-            )
+            raise self._refusal()
         self._holder = threading.get_ident()
+
+    def _refusal(self) -> EnvironmentStateError:
+        return EnvironmentStateError(
+            f"environment {self._env.id} is busy with another invocation; "
+            "an environment serves one at a time"
+        )
 
     def _end(self, request: Request) -> None:
         self.is_used = True
@@ -324,6 +329,8 @@ class FunctionMethods:
     """The methods of an `ExecutionEnvironment` that are for function versions alone."""
 
     id: str
+    _owner: int
+    _link: Link | None
     _frozen: bool
     _kind: Mapping[str, Any] | None
     _environment: Mapping[str, str]
@@ -444,7 +451,7 @@ class FunctionMethods:
         try:
             return calls.invoke(request)
         finally:
-            if calls.has_end or self._kind is not None:
+            if self._kind is not None or calls.has_end:
                 self._end_invocation()
 
     def _role(self, role: str | None) -> str:
@@ -466,6 +473,10 @@ class FunctionMethods:
 
     def _function_calls(self) -> Invocations:
         # An end that nobody has noticed yet is seen at once by who waits for the answer.
+        calls, link = self._invocations, self._link
+        is_usable = link is not None and link.end is None and self._owner == os.getpid()
+        if calls is not None and is_usable and not self._frozen:
+            return calls
         link = self._known_link()
         if self._invocations is None:
             raise EnvironmentStateError(

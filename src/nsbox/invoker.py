@@ -39,6 +39,7 @@ _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
 _QUIET: Final = 0.02  # seconds in which the log of a start is not read
+_HEAD_SIZE: Final = runtime.INVOCATION.size
 _NUMBERS: Final = struct.Struct("!16Q")
 _SENT_ALONG: Final = 1 << 15
 """Bytes that a socket surely takes before anybody reads them (unix(7), net.core.wmem_default)."""
@@ -90,6 +91,7 @@ class Invoker:
         self._count = 0  # of events
         self._numbers: list[int] = []
         self._room = int(self._function.limits.output_max)
+        self._timeout = self._function.timeout
         self._resets = self._function.reuse == "reset"
         self._quiet_until = 0.0
         self._is_begun = False
@@ -232,11 +234,12 @@ class Invoker:
         """
         self._begin_once()
         start = self._start_call(request.on_log)
-        words = _words(request, self._request_id(request, 1))
+        call = self._call_of(request, _FIRST)
+        words = _words(request, call.request_id)
         if len(words) + len(request.payload) > _SENT_ALONG:
+            self._count = 0  # it is made anew
             self._send_start(start, runtime.LOAD, b"")
             return start, None
-        call = self._call_of(request, _FIRST)
         self._quiet_until = start.begin + _QUIET
         head = runtime.MOMENT.pack(self._quiet_until)
         head += runtime.INVOCATION.pack(call.timeout, len(words)) + words
@@ -279,29 +282,23 @@ class Invoker:
         if self._start is not None:
             start, self._start = self._start, None
             start.belongs_to(call)
+        worker = self.worker or self._worker
         words, payload = _words(request, call.request_id), request.payload
-        size = runtime.INVOCATION.size + len(words) + len(payload)
+        size = _HEAD_SIZE + len(words) + len(payload)
         first = runtime.EVENT.pack(runtime.INVOKE, size, call.number, call.timeout, len(words))
         try:
-            self._worker.send(call, first + words, payload)
+            worker.send(call, first + words, payload)
         except WorkerSilent as error:
             raise self.judge(call, error) from None
 
     def _call_of(self, request: Request, number: int) -> Call:
-        self._count += 1
-        return Call(
-            number,
-            self._function.timeout if request.timeout is None else request.timeout,
-            self._request_id(request, self._count),
-            self._room,
-            request.on_log,
-            is_first=self._count == 1,
-        )
-
-    def _request_id(self, request: Request, count: int) -> str:
-        """Return the request id of the event with that count."""
-        given = request.request_id
-        return f"{self._id_prefix}{count:012x}" if given is None else given
+        count = self._count = self._count + 1
+        timeout, request_id = request.timeout, request.request_id
+        if timeout is None:
+            timeout = self._timeout
+        if request_id is None:
+            request_id = f"{self._id_prefix}{count:012x}"
+        return Call(number, timeout, request_id, self._room, request.on_log, is_first=count == 1)
 
     def exchange(self, call: Call) -> Frame:
         """Wait for the answer.
@@ -309,8 +306,9 @@ class Invoker:
         Raises:
             InvokeTimeout, FunctionError, EnvironmentDied: As `judge`.
         """
+        worker = self.worker or self._worker
         try:
-            return self._worker.exchange(call)
+            return worker.exchange(call)
         except (WorkerSilent, WorkerEnded) as error:
             raise self.judge(call, error) from None
 
@@ -447,8 +445,9 @@ class Invoker:
 
 
 def _words(request: Request, request_id: str) -> bytes:
-    own = json.dumps(request.env) if request.env else ""
-    return f"{request_id}\0{request.client_context}\0{own}".encode()
+    if not request.env:
+        return f"{request_id}\0{request.client_context}\0".encode()
+    return f"{request_id}\0{request.client_context}\0{json.dumps(request.env)}".encode()
 
 
 def error_payload(kind: str, message: str) -> bytes:

@@ -27,6 +27,7 @@ OnLog = Callable[[str, bytes], object]
 Frame = tuple[bytes, bytes | memoryview]
 """Kind and body."""
 
+_HEADER_SIZE: Final = runtime.HEADER.size
 _CHUNK: Final = 1 << 16
 _END_DEADLINE: Final = 5.0  # seconds in which a worker whose socket has closed must have ended
 _MOST: Final = {
@@ -318,11 +319,11 @@ class Worker:
         if not data:
             self._is_ended = True
             return None
-        if not self._buffer and len(data) >= runtime.HEADER.size:
+        size = len(data)
+        if size >= _HEADER_SIZE and not self._buffer:
             kind, length, number = runtime.HEADER.unpack_from(data)
-            is_whole = length == len(data) - runtime.HEADER.size
-            if is_whole and kind == runtime.ANSWER and number == call.number:
-                return kind, data[runtime.HEADER.size :]
+            if number == call.number and length == size - _HEADER_SIZE and kind == runtime.ANSWER:
+                return kind, data[_HEADER_SIZE:]
         return self._parse(call, data)
 
     def _parse(self, call: Call, data: bytes) -> Frame | None:

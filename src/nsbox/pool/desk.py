@@ -21,10 +21,12 @@ class Desk:
         self._leases = house._leases
         self._acquire_timeout = house.settings.acquire_timeout
         self._is_function = isinstance(share.resolve(None)[1], FunctionVersion)
+        self._has_provider = house.settings.credentials is not None
         self._is_dead = house._is_dead
         self._give_birth = house._give_birth
         self._finish = house._finish
         self._fail = house._fail
+        self._keep_idle = house._leases.keep_idle
         self._drop = house._drop
 
     def _check_usable(self, *, is_function: bool) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import deque
@@ -69,7 +70,9 @@ class PoolFunction(PoolCalls):
             CredentialsError: There are none; the call is not counted, and nothing was run.
             InvokeError, SetupError, ConfigError: As `ExecutionEnvironment` and its `invoke`.
         """
-        found = self._credentials(credentials, role)
+        found = None
+        if self._has_provider or credentials is not None:
+            found = self._credentials(credentials, role)
         begin = time.monotonic()
         grant = self._take_function(tenant, begin)
         while True:
@@ -81,7 +84,8 @@ class PoolFunction(PoolCalls):
                 if not self._fail(grant, error):
                     raise
             else:
-                self._finish(grant, None)
+                if not self._keep_idle(grant):
+                    self._finish(grant, None)
                 return answer
             grant = self._take(tenant, self._acquire_timeout, begin, again=True)
 
@@ -105,7 +109,8 @@ class PoolFunction(PoolCalls):
                 if not self._fail(grant, error):
                     raise
             else:
-                self._finish(grant, None)
+                if not self._keep_idle(grant):
+                    self._finish(grant, None)
                 return answer
             grant = self._take(tenant, self._acquire_timeout, begin, again=True)
 
@@ -180,11 +185,12 @@ class PoolFunction(PoolCalls):
 
     def _take_function(self, tenant: str | None, begin: float) -> PoolGrant:
         """Return a lease for a call of a function; what has died is seen when it is used."""
-        self._check_usable(is_function=True)
+        if not self._is_function or self._house.owner != os.getpid():
+            self._check_usable(is_function=True)
         grant = self._leases.take_idle(self._share, tenant)
         if grant is None:
             return self._take(tenant, self._acquire_timeout, begin)
-        if self._looks_dead(grant):
+        if grant.is_cold and self._is_dead(grant):
             return self._take(tenant, self._acquire_timeout, begin, again=True)
         return grant
 

@@ -32,15 +32,15 @@ from nsbox.pool.endings import Endings
 from nsbox.pool.entries import Entry, Grant, Waiter
 from nsbox.pool.events import PoolEvent, Retirement
 from nsbox.pool.judgement import Source, doubt_of, memory_of, weightless
-from nsbox.pool.leases import Leases
 from nsbox.pool.pressure import Pressure
+from nsbox.pool.quick import QuickLeases
 from nsbox.pool.settings import Settings
 from nsbox.pool.shares import Resolve, Share
 from nsbox.pool.watch import Watch
 
 PoolGrant = Grant[ExecutionEnvironment, Source]
 PoolEntry = Entry[ExecutionEnvironment, Source]
-PoolLeases = Leases[ExecutionEnvironment, Source]
+PoolLeases = QuickLeases[ExecutionEnvironment, Source]
 PoolShare = Share[ExecutionEnvironment, Source]
 PoolWaiter = Waiter[ExecutionEnvironment, Source]
 
@@ -56,7 +56,7 @@ class House:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._leases: PoolLeases = Leases(
+        self._leases: PoolLeases = QuickLeases(
             most=settings.max_environments,
             max_waiting=settings.max_waiting,
             max_lifetime=settings.max_lifetime,
@@ -155,6 +155,13 @@ class House:
 
     def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
         fd = death_descriptor(env)
+        what, settings = grant.entry.what, self.settings
+        grant.entry.is_plain = (
+            isinstance(what, FunctionVersion)
+            and what.function.reuse != "never"
+            and settings.on_event is None
+            and settings.max_invocations is None
+        )
         grant.entry.death = _poll_of(fd)
         self._watched[fd] = grant.entry
         try:

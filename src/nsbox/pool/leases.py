@@ -73,26 +73,6 @@ class Leases(Room[E, W]):
 
     # -- taking --------------------------------------------------------------------------------
 
-    def take_idle(self, share: Share[E, W], tenant: str | None) -> Grant[E, W] | None:
-        """Return a lease of the idle environment that was used last; None: `ask` for one."""
-        with self._lock:
-            entry = None
-            if not (self._is_closed or share.is_optional or share.places.waiters):
-                entry = share.take_idle(share.resolve(tenant)[0])
-            if entry is None:
-                return None
-            share.counters.calls += 1
-            return self._lease(entry)
-
-    def _lease(self, entry: Entry[E, W]) -> Grant[E, W]:
-        """Return a lease of an idle one, which has been taken out."""
-        self._tokens += 1
-        entry.token = self._tokens
-        entry.phase, entry.serves = Phase.LEASED, True
-        entry.begun = self._clock()
-        is_cold, entry.is_cold = entry.is_cold, False
-        return Grant(entry, is_cold=is_cold)
-
     def ask(
         self, waiter: Waiter[E, W], share: Share[E, W], *, again: bool = False
     ) -> Grant[E, W] | None:
@@ -207,7 +187,12 @@ class Leases(Room[E, W]):
         """
         entry = share.take_idle(key, only_ready=only_ready)
         if entry is not None:
-            return self._lease(entry)
+            self._tokens += 1
+            entry.token = self._tokens
+            entry.phase, entry.serves = Phase.LEASED, True
+            entry.begun = self._clock()
+            is_cold, entry.is_cold = entry.is_cold, False
+            return Grant(entry, is_cold=is_cold)
         victims = self._find_room(share, self._weigh(what), Retirement.DEMAND) if bears else None
         if victims is None or (victims and not ousts):
             return None

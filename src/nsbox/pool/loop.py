@@ -128,7 +128,8 @@ class PoolCalls(Desk):
                 if not self._fail(grant, error):
                     raise
             else:
-                self._finish(grant, None)
+                if not self._keep_idle(grant):
+                    self._finish(grant, None)
                 return answer
             grant, is_again = None, True
 
