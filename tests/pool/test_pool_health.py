@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from tests.support import PATIENCE, wait_until
@@ -67,20 +68,100 @@ def test_caller_and_watch_may_look_at_an_end_at_once() -> None:
             assert env.run(["true"]).ok
 
 
-def test_a_birth_that_gets_no_thread_gives_its_place_back(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(_thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")  # as the interpreter says it
+@pytest.fixture
+def no_thread(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """Have threads of that name not start, as when a process may have no more."""
 
+    def refuse(name: str) -> list[str]:
+        refused: list[str] = []
+        start = threading.Thread.start
+
+        def start_or_not(thread: threading.Thread) -> None:
+            if thread.name == name and len(refused) < 2:
+                refused.append(name)
+                raise RuntimeError("can't start new thread")  # as the interpreter says it
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", start_or_not)
+        return refused
+
+    return refuse
+
+
+def test_a_pool_that_gets_no_thread_to_fill_it_tries_again(
+    make: Make, no_thread: Callable[[str], list[str]]
+) -> None:
+    with nsbox.WarmPool(make(), provisioned=1, max_environments=1) as pool:
+        refused = no_thread("nsbox-pool-fill")
+        (entry,) = pool._leases._entries
+        assert entry.env is not None
+        os.kill(entry.env.pid, signal.SIGKILL)
+
+        def is_filled() -> bool:
+            entries = list(pool._leases._entries)
+            return len(refused) == 2 and any(e.env is not None and e is not entry for e in entries)
+
+        wait_until(is_filled, "another one is there")
+        assert pool.invoke({"echo": 1})["echo"] == 1
+        stats = pool.stats()
+        assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (1, 1, 0)
+
+
+def test_a_call_that_gets_no_thread_is_no_call(
+    make: Make, no_thread: Callable[[str], list[str]]
+) -> None:
+    with nsbox.WarmPool(make(), max_environments=2) as pool:
+        no_thread("nsbox-pool-call")
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="new thread"):
+                pool.submit({})
+        future = pool.submit({"echo": 1})
+        assert future.result(30 * PATIENCE)["echo"] == 1
+        assert pool.stats()["Calls"] == 1
+
+
+def test_a_pool_goes_on_when_its_thread_meets_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with nsbox.WarmPool(provisioned=1, max_environments=1) as pool:
+        on_ready, watch = pool._house._on_ready, pool._house._watch
+        assert watch is not None
+        sweep = pool._leases.sweep
+        errors: list[str] = []
+
+        def fail_once(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: object) -> Any:
+                if name not in errors:
+                    errors.append(name)
+                    raise ZeroDivisionError(name)
+                return function(*arguments)
+
+            return call
+
+        monkeypatch.setattr(pool._leases, "sweep", fail_once("sweep", sweep))
+        watch.ring()
+        wait_until(lambda: errors == ["sweep"], "it has met one")
+        monkeypatch.setattr(watch, "_on_ready", fail_once("ready", on_ready))
+        (entry,) = pool._leases._entries
+        assert entry.env is not None
+        os.kill(entry.env.pid, signal.SIGKILL)
+        wait_until(lambda: errors == ["sweep", "ready"], "it has met the second")
+        with pool.acquire() as env:
+            assert env.run(["true"]).ok
+        assert [r.levelname for r in caplog.records if r.exc_info] == ["ERROR", "ERROR"]
+
+
+def test_a_birth_that_gets_no_thread_gives_its_place_back(
+    make: Make, no_thread: Callable[[str], list[str]]
+) -> None:
     async def main() -> None:
         async with nsbox.AsyncWarmPool(make(), max_environments=1) as pool:
-            with monkeypatch.context() as patch:
-                patch.setattr(threading.Thread, "start", refuse)
+            no_thread("nsbox-pool-birth")
+            for _ in range(2):
                 with pytest.raises(RuntimeError, match="new thread"):
                     await pool.invoke({})
             assert (await pool.invoke({"echo": 1}))["echo"] == 1
             stats = pool.stats()
-            assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (2, 2, 1)
+            assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (3, 3, 2)
 
     asyncio.run(main())

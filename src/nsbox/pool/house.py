@@ -47,6 +47,7 @@ PoolWaiter = Waiter[ExecutionEnvironment, Source]
 _log: Final = logging.getLogger("nsbox.pool")
 _FREEZES_AT_ONCE: Final = 8  # a millisecond or two each, and deaths are to be seen meanwhile
 _WISH_SECONDS: Final = BLANK_LIFE / 3
+_FILL_AGAIN: Final = 0.2  # seconds until a thread to fill the pool is asked for again
 RETURN_DEADLINE: Final = 10.0
 """Seconds in which a killed call must have given its lease back."""
 
@@ -330,8 +331,21 @@ class House:
                 self._filler = threading.Thread(
                     target=self._refill, args=(place,), name="nsbox-pool-fill", daemon=True
                 )
-                self._filler.start()
+                try:
+                    self._filler.start()
+                except RuntimeError as error:  # "can't start new thread"
+                    self._filler = None
+                    self._give_up(place, error)
+                    seconds = _FILL_AGAIN
         return seconds
+
+    def _give_up(self, place: PoolGrant, error: RuntimeError) -> None:
+        """Give back a place to be filled, as when the start had failed."""
+        _log.warning("an environment to be kept ready does not start: %s", str(error))
+        for victim in place.victims:
+            self._close(victim)
+        self._leases.failed(place, error)
+        self._give_back(place, Retirement.FAILURE, has_run=False)
 
     def _look_at_memory(self) -> float:
         """Close idle ones when memory is short; return in how many seconds to look again."""

@@ -36,6 +36,7 @@ class Jobs:
 
         Raises:
             PoolClosed: `close` was called.
+            RuntimeError: There is no thread yet, and this process can have none.
         """
         future: Future[Any] = Future()
         with self._lock:
@@ -47,7 +48,13 @@ class Jobs:
             elif len(self._threads) < self._most:
                 thread = threading.Thread(target=self._run, name="nsbox-pool-call", daemon=True)
                 self._threads.add(thread)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    self._threads.discard(thread)
+                    if not self._threads:
+                        self._queue.pop()
+                        raise
         return future
 
     def refuse(self, *, cancel: bool) -> None:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import threading
 from collections.abc import Callable
 from typing import Final
 
+_log: Final = logging.getLogger("nsbox.pool")
 _EXIT_DEADLINE: Final = 5.0
+_AFTER_ERROR: Final = 1.0  # seconds until it looks again
 
 
 class Watch:
@@ -62,12 +65,22 @@ class Watch:
 
     def _run(self) -> None:
         while not self._is_over:
-            # A timeout of weeks does not fit into the kernel's int.
-            seconds = min(self._on_time(), 86_400.0)
+            try:
+                # A timeout of weeks does not fit into the kernel's int.
+                seconds = min(self._on_time(), 86_400.0)
+            except Exception:  # noqa: BLE001 - a pool must not lose the thread that sees deaths
+                _log.exception("a pool could not do what was due")
+                seconds = _AFTER_ERROR
             for fd, events in self._epoll.poll(max(seconds, 0.001)):
                 if fd == self._bell:
                     os.eventfd_read(fd)
                 elif events & select.EPOLLERR and fd in self._triggers:
                     self._epoll.unregister(fd)  # the cgroup that it was of is gone
                 elif not self._is_over:
-                    self._on_ready(fd)
+                    self._end(fd)
+
+    def _end(self, fd: int) -> None:
+        try:
+            self._on_ready(fd)
+        except Exception:  # noqa: BLE001 - as above
+            _log.exception("a pool could not see to an environment that has ended")
