@@ -160,7 +160,6 @@ class House:
             isinstance(what, FunctionVersion)
             and what.function.reuse != "never"
             and settings.on_event is None
-            and settings.max_invocations is None
         )
         grant.entry.death = _poll_of(fd)
         self._watched[fd] = grant.entry
