@@ -25,6 +25,7 @@ from nsbox.errors import (
     PoolClosed,
 )
 from nsbox.function import FunctionVersion
+from nsbox.functions import heard_nothing
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.linux.proc import has_pending
 from nsbox.outfit import kind_of
@@ -206,7 +207,7 @@ class House:
         is told, if that is not `error`.
         """
         is_unheard = isinstance(error, EnvironmentStateError) or (
-            isinstance(error, InvokeError) and env_of(grant).heard_nothing
+            isinstance(error, InvokeError) and heard_nothing(env_of(grant))
         )
         if is_unheard and not grant.is_birth and not self._leases.is_killed:
             self._give_back(grant, Retirement.FAILURE)
