@@ -156,12 +156,11 @@ class House:
 
     def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
         fd = death_descriptor(env)
-        what, settings = grant.entry.what, self.settings
-        grant.entry.is_plain = (
-            isinstance(what, FunctionVersion)
-            and what.function.reuse != "never"
-            and settings.on_event is None
-        )
+        what = grant.entry.what
+        if isinstance(what, FunctionVersion):
+            is_told = self.settings.on_event is not None
+            grant.entry.is_plain = what.function.reuse != "never" and not is_told
+            grant.entry.is_silent = what.function.handler is None
         grant.entry.death = _poll_of(fd)
         self._watched[fd] = grant.entry
         try:
