@@ -77,6 +77,7 @@ class House:
         self._pressure: Pressure | None = None
         self._next_wish = 0.0
         self._filler: threading.Thread | None = None
+        self._is_filling = False
         self._is_closed = False
 
     # -- functions -------------------------------------------------------------------------------
@@ -322,13 +323,15 @@ class House:
             else:
                 self._on_ready(fd)
         filler = self._filler
-        if not self._is_closed and not (filler and filler.is_alive()):
+        is_filling = self._is_filling and filler is not None and filler.is_alive()
+        if not self._is_closed and not is_filling:
             place = self._leases.reserve()
             if place is not None:
                 # A birth may take long, and deaths are to be seen meanwhile.
                 self._filler = threading.Thread(
                     target=self._refill, args=(place,), name="nsbox-pool-fill", daemon=True
                 )
+                self._is_filling = True
                 self._filler.start()
         return seconds
 
@@ -408,7 +411,7 @@ class House:
         except (NsboxError, OSError) as error:
             # It is tried again; calls that need one meanwhile are told why there is none.
             _log.warning("an environment to be kept ready does not start: %s", error)
-        self._filler = None
+        self._is_filling = False  # another may begin while this thread ends
         self._ring()
 
     def _tell(
