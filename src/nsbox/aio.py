@@ -23,6 +23,7 @@ class LoopCalls:
         self.last: Call | None = None
         self._future: asyncio.Future[Frame] | None = None
         self._watched: set[int] = set()
+        self._watches_all = False
 
     async def exchange(self, begin: Callable[[], Call]) -> tuple[Call, Frame]:
         """Send what `begin` sends; return it with the answer.
@@ -32,7 +33,8 @@ class LoopCalls:
         """
         self.last = None
         call = self._call = self.last = begin()
-        self._watch()
+        if not self._watches_all:
+            self._watch()
         future = self._future = self.loop.create_future()
         timer = self.loop.call_later(call.timeout, self._on_timeout)
         try:
@@ -54,12 +56,14 @@ class LoopCalls:
             if fd not in self._watched:
                 self._watched.add(fd)
                 self.loop.add_reader(fd, self._on_readable, fd)
+        self._watches_all = True
 
     def forget(self) -> None:
         """Watch nothing any more."""
         for fd in list(self._watched):
             self.loop.remove_reader(fd)
         self._watched.clear()
+        self._watches_all = False
 
     def close(self) -> None:
         """Watch nothing any more, and tell who waits on this thread: its environment is closed."""
@@ -73,6 +77,7 @@ class LoopCalls:
             # Nobody waits: it stays where it is, for the next call to see.
             self.loop.remove_reader(fd)
             self._watched.discard(fd)
+            self._watches_all = False
             return
         worker = self._invoker.worker
         if worker is None:

@@ -466,11 +466,6 @@ class FunctionMethods:
         """Return the environment variables that every command begins with."""
         return dict(self._environment)
 
-    @property
-    def heard_nothing(self) -> bool:
-        """Whether nothing of the last invocation, which failed, has reached the function."""
-        return self._invocations is not None and self._invocations.is_unsent
-
     def _function_calls(self) -> Invocations:
         # An end that nobody has noticed yet is seen at once by who waits for the answer.
         calls, link = self._invocations, self._link
@@ -493,3 +488,8 @@ class FunctionMethods:
         is_used = self._invocations is not None and self._invocations.is_used
         if is_used and self._version is not None and self._version.function.reuse == "never":
             self.close(wait=False)
+
+
+def heard_nothing(env: FunctionMethods) -> bool:
+    """Whether nothing of its last invocation, which has failed, has reached the function."""
+    return env._invocations is not None and env._invocations.is_unsent

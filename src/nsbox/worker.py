@@ -277,8 +277,9 @@ class Worker:
 
     def drain_logs(self, call: Call) -> None:
         """Take what has been written to the log by now."""
-        for fd in list(self._logs):
-            self._read_log(call, fd)
+        for fd, _ in self._poll.poll(0):
+            if fd in self._logs:
+                self._read_log(call, fd)
 
     def violation(self, what: str) -> EnvironmentDied:
         """Kill the environment and return what to raise: its worker broke the rules."""

@@ -85,6 +85,12 @@ def hears(entry: PoolEntry, events: int) -> bool:
     return any(event & events for _, event in poll.poll(0))
 
 
+def is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def is_sent(entry: PoolEntry) -> bool:
     """Whether there is something that the worker has not read."""
     unread = bytearray(4)
@@ -104,11 +110,15 @@ def kill_at_lease(
         if grant is not None and not killed:
             entry = grant.entry
             killed.append(entry)
-            assert entry.env is not None
-            init = psutil.Process(entry.env.pid)
-            (worker,) = init.children()
-            (init if victim == "init" else worker).kill()
-            wait_until(lambda: hears(entry, select.POLLHUP), "its socket is closed")
+            env = entry.env
+            assert env is not None
+            init = psutil.Process(env.pid)
+            (init if victim == "init" else init.children()[0]).kill()
+            # Not by asking the environment, which would note its end.
+            if victim == "init":
+                wait_until(lambda: is_readable(entry.fd), "it is gone")
+            else:
+                wait_until(lambda: hears(entry, select.POLLHUP), "its socket is closed")
         return grant
 
     monkeypatch.setattr(pool._leases, "take_idle", take_and_kill)
@@ -144,6 +154,17 @@ def test_a_death_before_the_event_is_sent_is_nobodys_error(
         assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (1, 1, 0)
         assert ("retired", nsbox.Retirement.FAILURE) in told
         assert [reason for kind, reason in told if kind == "invoked"] == [""]
+
+
+def test_a_death_before_a_program_is_started_is_nobodys_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    function = nsbox.Function(command=["/bin/cat"], timeout=30 * PATIENCE)
+    with nsbox.WarmPool(function, provisioned=2, max_environments=2, freeze_after=None) as pool:
+        killed = kill_at_lease(pool, monkeypatch, "init")
+        assert pool.invoke({"echo": 1}) == {"echo": 1}
+        assert killed
+        assert pool.stats()["Errors"] == 0
 
 
 def test_what_a_worker_has_got_is_not_sent_again(publish: Publish) -> None:

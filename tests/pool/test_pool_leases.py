@@ -10,13 +10,14 @@ from collections.abc import Hashable
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nsbox import errors
 from nsbox.pool.entries import Entry, Grant, Phase, Waiter
 from nsbox.pool.events import Retirement
 from nsbox.pool.leases import Leases
+from nsbox.pool.quick import QuickLeases
 from nsbox.pool.shares import FAILURES_MAX, Resolve, Share
 
 pytestmark = pytest.mark.static
@@ -28,6 +29,7 @@ WEIGHTS = {"alone": 1, "light": 1, "heavy": 2}
 much that three of it are too many."""
 BUDGET = 6
 IDLE_TIMEOUT = 60
+LIFETIME = 100
 FREEZE_AFTER = 5
 TENANTS = st.sampled_from([None, "a", "b"])
 FUNCTIONS = st.sampled_from(sorted(WEIGHTS))
@@ -65,17 +67,24 @@ def resolver(function: str, version: int) -> Resolve[What]:
 
 
 class Pool(RuleBasedStateMachine):
+    max_invocations: int | None = 5
+    is_quick = False
+    """Whether calls go the short way where they can."""
+    freeze_after: float | None = FREEZE_AFTER
+    least_calls = 0
+    """Before it may be closed."""
+
     def __init__(self) -> None:
         super().__init__()
         self.versions = dict.fromkeys(WEIGHTS, 0)
         self.now = 0.0
-        self.leases: Leases[Env, What] = Leases(
+        self.leases: QuickLeases[Env, What] = QuickLeases(
             most=MOST,
             max_waiting=MAX_WAITING,
-            max_lifetime=100,
-            max_invocations=5,
+            max_lifetime=LIFETIME,
+            max_invocations=self.max_invocations,
             idle_timeout=IDLE_TIMEOUT,
-            freeze_after=FREEZE_AFTER,
+            freeze_after=self.freeze_after,
             memory_budget=BUDGET,
             weigh=lambda what: WEIGHTS[what[0]],
             clock=lambda: self.now,
@@ -109,8 +118,12 @@ class Pool(RuleBasedStateMachine):
     def call(self, function: str, tenant: str | None) -> None:
         caller = Caller(function, tenant)
         count = self.counts[function]
+        grant = None
         try:
-            grant = self.leases.ask(caller.waiter, self.shares[function])
+            if self.is_quick:
+                grant = self.leases.take_idle(self.shares[function], tenant)
+            if grant is None:
+                grant = self.leases.ask(caller.waiter, self.shares[function])
         except errors.PoolClosed:
             assert self.is_closed
             return
@@ -191,6 +204,7 @@ class Pool(RuleBasedStateMachine):
             env = Env(caller.grant.entry.key)
             self.living.add(env)
             self.leases.born(caller.grant, env, -1)
+            caller.grant.entry.is_plain = True
             self.leases.started(caller.grant, 0.5)
             self.enter(caller)
             return
@@ -210,7 +224,24 @@ class Pool(RuleBasedStateMachine):
     def end(self, caller: Caller, doubt: Retirement | None, answered: bool) -> None:
         assert caller.grant is not None
         told = answered if caller.is_call else None
-        reason = self.leases.give_back(caller.grant, doubt, answered=told)
+        reason = None
+        is_kept = False
+        if self.is_quick and doubt is None and told is True:
+            entry = caller.grant.entry
+            share = entry.share
+            is_special = (
+                entry in self.dead,
+                self.is_closed,
+                self.now - entry.born >= LIFETIME,
+                entry.generation != share.generation,
+                bool(share.places.waiters),
+                share.places.taken > share.places.most,
+            )
+            is_kept = self.leases.keep_idle(caller.grant)
+            assert not (is_kept and any(is_special)), is_special
+            event(f"kept {is_kept}, special {is_special}")
+        if not is_kept:
+            reason = self.leases.give_back(caller.grant, doubt, answered=told)
         if caller.is_call:
             self.counts[caller.function]["answers" if answered else "errors"] += 1
         if doubt is not None:
@@ -219,6 +250,7 @@ class Pool(RuleBasedStateMachine):
             assert reason is Retirement.FAILURE
         with pytest.raises(errors.EnvironmentStateError):
             self.leases.give_back(caller.grant, None, answered=True)
+        assert not self.leases.keep_idle(caller.grant)
         if reason is not None:
             self.removing.append(caller.grant.entry)
         self.collect()
@@ -314,7 +346,7 @@ class Pool(RuleBasedStateMachine):
         resolve = resolver(function, self.versions[function])
         self.removing += self.leases.publish(self.shares[function], resolve)
 
-    @precondition(lambda self: not self.is_closed)
+    @precondition(lambda self: not self.is_closed and self.total("calls") >= self.least_calls)
     @rule(drain=st.booleans())
     def close(self, drain: bool) -> None:
         if not drain and self.births:
@@ -424,8 +456,17 @@ class Pool(RuleBasedStateMachine):
         assert self.leases.await_empty(0)
 
 
+class QuickPool(Pool):
+    max_invocations = None
+    is_quick = True
+    freeze_after = None  # nobody sweeps here when a call is to have it done
+    least_calls = 10
+
+
 TestPool = Pool.TestCase
 TestPool.settings = settings(max_examples=150, stateful_step_count=40)
+TestQuickPool = QuickPool.TestCase
+TestQuickPool.settings = settings(max_examples=100, stateful_step_count=40)
 
 
 # -- whose turn it is ----------------------------------------------------------------------------
@@ -540,3 +581,47 @@ def test_births_stop_after_failures_and_are_tried_one_by_one() -> None:
     now += 2
     floor.begin(ask())
     ask()
+
+
+# -- the short way -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing", "dead", "closed", "version", "waiting", "old", "surplus", "counted", "odd"]
+)
+def test_the_short_way_back_is_for_what_may_stay(what: str) -> None:
+    now = 0.0
+    leases: QuickLeases[Env, What] = QuickLeases(
+        most=2,
+        max_waiting=9,
+        max_lifetime=LIFETIME,
+        max_invocations=5 if what == "counted" else None,
+        idle_timeout=IDLE_TIMEOUT,
+        clock=lambda: now,
+    )
+    share, _ = leases.add(resolver("light", 0), reserved=None, provisioned=0)
+    for _ in range(2):
+        born = leases.ask(Waiter(None), share)
+        assert born is not None
+        leases.born(born, Env(born.entry.key), -1)
+        born.entry.is_plain = what != "odd"
+    (one, _) = leases._entries
+    leases.give_back(Grant(one), None, answered=True)
+    grant = leases.take_idle(share, None)
+    assert grant is not None
+    assert leases.take_idle(share, None) is None
+    if what == "dead":
+        assert not leases.died(grant.entry)
+    elif what == "closed":
+        leases.begin_close(None)
+    elif what == "version":
+        leases.publish(share, resolver("light", 1))
+    elif what == "waiting":
+        assert leases.ask(Waiter(None), share) is None
+    elif what == "old":
+        now = float(LIFETIME)
+    elif what == "surplus":
+        leases.add(resolver("alone", 0), reserved=1, provisioned=0)
+    assert leases.keep_idle(grant) is (what == "nothing")
+    assert (grant.entry.phase is Phase.IDLE) is (what == "nothing")
+    assert (leases.take_idle(share, None) is not None) is (what == "nothing")

@@ -73,9 +73,8 @@ _libc_with_gil = PyDLL(None, use_errno=True)
 
 def bind(name: str, *argtypes: _CType, keep_gil: bool = False) -> Callable[..., int]:
     """Return a function of the C library that gives -1 and sets errno on failure."""
-    function = (_libc_with_gil if keep_gil else _libc)[
-        name
-    ]  # [] makes a new object each time, so the types are its own
+    library = _libc_with_gil if keep_gil else _libc
+    function = library[name]  # [] makes a new object each time, so the types are its own
     function.argtypes = argtypes
     function.restype = c_int
     return function

@@ -45,9 +45,9 @@ class Desk:
     def _looks_dead(self, grant: PoolGrant) -> bool:
         """Whether an environment that was idle cannot be used; then its lease is over.
 
-        The death of a function's is seen when its event is sent; that of others only by looking.
+        The death of one with a worker is seen when that is sent an event.
         """
-        return (grant.is_cold or not self._is_function) and self._is_dead(grant)
+        return (grant.is_cold or grant.entry.is_silent) and self._is_dead(grant)
 
     def _credentials(
         self, credentials: Credentials | Provider | None, role: str | None

@@ -40,8 +40,8 @@ class Entry(Generic[E, W]):
 
     __slots__ = (
         "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations", "is_cold",
-        "is_dead", "is_plain", "is_provisioned", "key", "memory", "phase", "reason", "serves",
-        "share", "token", "what",
+        "is_dead", "is_plain", "is_provisioned", "is_silent", "key", "memory", "phase", "reason",
+        "serves", "share", "token", "what",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +60,7 @@ class Entry(Generic[E, W]):
         self.begun = self.born = self.idle_since = now
         self.invocations = 0
         self.is_cold = self.is_dead = self.is_provisioned = False
+        self.is_silent = True  # its death is only seen by looking, not by who sends an event
         self.is_plain = False  # an answer leaves nothing to do or to tell, whichever it is
         self.serves = False  # its lease is a call's
         self.reason: Retirement | None = None

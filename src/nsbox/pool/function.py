@@ -190,7 +190,7 @@ class PoolFunction(PoolCalls):
         grant = self._leases.take_idle(self._share, tenant)
         if grant is None:
             return self._take(tenant, self._acquire_timeout, begin)
-        if grant.is_cold and self._is_dead(grant):
+        if self._looks_dead(grant):
             return self._take(tenant, self._acquire_timeout, begin, again=True)
         return grant
 

@@ -25,6 +25,7 @@ from nsbox.errors import (
     PoolClosed,
 )
 from nsbox.function import FunctionVersion
+from nsbox.functions import heard_nothing
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.linux.proc import has_pending
 from nsbox.outfit import kind_of
@@ -77,6 +78,7 @@ class House:
         self._pressure: Pressure | None = None
         self._next_wish = 0.0
         self._filler: threading.Thread | None = None
+        self._is_filling = False
         self._is_closed = False
 
     # -- functions -------------------------------------------------------------------------------
@@ -156,13 +158,11 @@ class House:
 
     def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
         fd = death_descriptor(env)
-        what, settings = grant.entry.what, self.settings
-        grant.entry.is_plain = (
-            isinstance(what, FunctionVersion)
-            and what.function.reuse != "never"
-            and settings.on_event is None
-            and settings.max_invocations is None
-        )
+        what = grant.entry.what
+        if isinstance(what, FunctionVersion):
+            is_told = self.settings.on_event is not None
+            grant.entry.is_plain = what.function.reuse != "never" and not is_told
+            grant.entry.is_silent = what.function.handler is None
         grant.entry.death = _poll_of(fd)
         self._watched[fd] = grant.entry
         try:
@@ -208,7 +208,7 @@ class House:
         is told, if that is not `error`.
         """
         is_unheard = isinstance(error, EnvironmentStateError) or (
-            isinstance(error, InvokeError) and env_of(grant).heard_nothing
+            isinstance(error, InvokeError) and heard_nothing(env_of(grant))
         )
         if is_unheard and not grant.is_birth and not self._leases.is_killed:
             self._give_back(grant, Retirement.FAILURE)
@@ -324,17 +324,19 @@ class House:
             else:
                 self._on_ready(fd)
         filler = self._filler
-        if not self._is_closed and not (filler and filler.is_alive()):
+        is_filling = self._is_filling and filler is not None and filler.is_alive()
+        if not self._is_closed and not is_filling:
             place = self._leases.reserve()
             if place is not None:
                 # A birth may take long, and deaths are to be seen meanwhile.
                 self._filler = threading.Thread(
                     target=self._refill, args=(place,), name="nsbox-pool-fill", daemon=True
                 )
+                self._is_filling = True
                 try:
                     self._filler.start()
                 except RuntimeError as error:  # "can't start new thread"
-                    self._filler = None
+                    self._filler, self._is_filling = None, False
                     self._give_up(place, error)
                     seconds = _FILL_AGAIN
         return seconds
@@ -423,7 +425,7 @@ class House:
         except (NsboxError, OSError) as error:
             # It is tried again; calls that need one meanwhile are told why there is none.
             _log.warning("an environment to be kept ready does not start: %s", error)
-        self._filler = None
+        self._is_filling = False  # another may begin while this thread ends
         self._ring()
 
     def _tell(

@@ -56,6 +56,7 @@ class QuickLeases(Leases[E, W]):
                 or now - entry.born >= self._max_lifetime
                 or places.waiters
                 or places.taken > places.most
+                or self._max_invocations is not None
                 or self._is_closed
                 or self.wants_sweep
             ):
