@@ -25,6 +25,7 @@ from benchmarks.harness import (
     measure_interleaved,
 )
 from benchmarks.peers import (
+    BareServer,
     FloorServer,
     UnavailableError,
     bubblewrap_argv,
@@ -34,7 +35,7 @@ from benchmarks.peers import (
     run_subprocess,
 )
 from benchmarks.subject import Blanks, import_nsbox, rate
-from benchmarks.suite import Suite, rate_names
+from benchmarks.suite import STARTERS, Suite, rate_names
 
 COMMAND = ["/bin/true"]
 FEWEST_ROUNDS = 30
@@ -42,6 +43,7 @@ QUICK_ROUNDS = 8
 PEERS = {
     "floor": ["floor", *rate_names("floor")],
     "bwrap": ["bwrap", *rate_names("bwrap")],
+    "bare": [*rate_names("bare-steps"), *rate_names("bare")],
     "crun": ["crun"],
     "subprocess": ["subprocess"],
     "nsbox": [
@@ -58,6 +60,9 @@ TARGETS = (
     Target("nsbox-cold", "bwrap", 1.0),
     Target("nsbox-existing", "subprocess", 2.5),
     Target("nsbox-rate-8", "floor-rate-8", 0.5, PER_SECOND),
+    Target("bare-steps-rate-8", "floor-rate-8", unit=PER_SECOND),
+    Target("bare-rate-8", "floor-rate-8", unit=PER_SECOND),
+    Target("nsbox-rate-8", "bare-rate-8", unit=PER_SECOND),
     Target("nsbox-rate-2", "floor-rate-2", unit=PER_SECOND),
     Target("nsbox-rate-8", "bwrap-rate-8", unit=PER_SECOND),
     Target("nsbox-run", "floor"),
@@ -73,6 +78,7 @@ class CommandSuite(Suite):
         add = {
             "floor": self._add_floor,
             "bwrap": self._add_bubblewrap,
+            "bare": self._add_bare,
             "crun": self._add_crun,
             "subprocess": lambda: self._add("subprocess", lambda: run_subprocess(COMMAND)),
             "nsbox": self._add_nsbox,
@@ -102,6 +108,13 @@ class CommandSuite(Suite):
         program = self._compiled()
         server = self._stack.enter_context(FloorServer(program, argv, spawn=True, prefix=prefix))
         self._add("crun", server.one)
+
+    def _add_bare(self) -> None:
+        import_nsbox()
+        for name, kind in (("bare-steps", "steps"), ("bare", "whole")):
+            server = BareServer(kind, STARTERS[-1])
+            self._stack.callback(server.close)
+            self._add_rates(name, server.rate)
 
     def _add_nsbox(self) -> None:
         nsbox = import_nsbox()

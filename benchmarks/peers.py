@@ -6,10 +6,13 @@ Every peer that cannot run here says why, by name, in an `UnavailableError`.
 
 from __future__ import annotations
 
+import importlib
 import json
+import marshal
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +20,9 @@ from types import TracebackType
 
 INNER_ID = 1000
 FIRST_HOST_ID = 0x70000000
+BARE_HOST_ID = 0x71000000
+"""Above all that nsbox gives to environments (`nsbox.isolation.namespaces`)."""
+BARE_IDS = 1 << 20
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "LC_ALL": "C.UTF-8"}  # noqa: S108 - inside
 ROOT_LINKS = ("bin", "sbin", "lib", "lib64")
 
@@ -123,6 +129,67 @@ class FloorServer:
     ) -> None:
         """Ends the server."""
         self.close()
+
+
+class BareServer:
+    """Processes of `bare.py`: environments with a PID 1 in CPython and nothing around them."""
+
+    def __init__(self, kind: str, starters: int) -> None:
+        """Starts so many processes and waits until each has made a few environments.
+
+        Of the kind ``"steps"``, without cgroup and output, or ``"whole"``, with them.
+
+        Raises:
+            UnavailableError: This is not root; or one ended.
+        """
+        if os.geteuid() != 0:
+            raise UnavailableError("needs root, for cgroups and host ids of its own")
+        client = importlib.import_module("nsbox.launcher.client")
+        config = importlib.import_module("nsbox.config").make_config(None, {})
+        hello = client.get_launcher().hello
+        spec = importlib.import_module("nsbox.blueprint").plan(config, hello).spec
+        program, paths = str(Path(__file__).with_name("bare.py")), client.import_paths()
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-I", "-S", program, kind, str(first_id), *paths],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for first_id in range(BARE_HOST_ID, BARE_HOST_ID + starters * BARE_IDS, BARE_IDS)
+        ]
+        try:
+            for process in self._processes:
+                self._tell(process, marshal.dumps(spec).hex())
+            self._await(self._processes)
+        except BaseException:
+            self.close()
+            raise
+
+    def rate(self, count: int, starters: int) -> float:
+        """`count` environments by so many of the processes together; environments a second."""
+        busy = self._processes[:starters]
+        begin = time.perf_counter_ns()
+        for process in busy:
+            self._tell(process, str(count // starters))
+        self._await(busy)
+        return count // starters * starters * 1e9 / (time.perf_counter_ns() - begin)
+
+    def _tell(self, process: subprocess.Popen[str], line: str) -> None:
+        if process.stdin is not None:
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+
+    def _await(self, processes: Sequence[subprocess.Popen[str]]) -> None:
+        for process in processes:
+            if process.stdout is not None and not process.stdout.readline():
+                raise UnavailableError(f"bare.py ended with status {process.wait()}")
+
+    def close(self) -> None:
+        """Ends them: at the end of their stdin they remove their cgroups and end."""
+        for process in self._processes:
+            with process:
+                pass
 
 
 def bubblewrap_argv(command: list[str]) -> list[str]:

@@ -370,7 +370,7 @@ def test_exceptions_are_drawn_in_the_docstring() -> None:
 
 def loaded_by(module: str) -> set[str]:
     code = (
-        f"import sys; sys.path[:0] = {client._import_paths()!r}\n"
+        f"import sys; sys.path[:0] = {client.import_paths()!r}\n"
         f"import {module}\n"
         "print('\\n'.join(sys.modules))"
     )

@@ -217,8 +217,12 @@ def _is_readable(fd: int, timeout: float) -> bool:
     return bool(poll.poll(timeout * 1000))
 
 
-def _import_paths() -> list[str]:
-    """Return the directories that hold nsbox and the extension modules the launcher imports."""
+def import_paths() -> list[str]:
+    """Return the directories that hold nsbox and the extension modules the launcher imports.
+
+    Raises:
+        LauncherError: A package is not installed.
+    """
     paths = [os.path.dirname(os.path.dirname(os.path.abspath(nsbox.__file__)))]
     for name, remedy in (("_prctl", "python-prctl"), ("cgroupspy", "cgroupspy")):
         found = importlib.util.find_spec(name)
@@ -235,7 +239,7 @@ def _spawn(channel: int, done: int) -> int:
     id_range = os.environ.get("NSBOX_ID_RANGE", "")
     if id_range:
         _check_id_range(id_range)
-    words = [str(os.getpid()), id_range, *_import_paths()]
+    words = [str(os.getpid()), id_range, *import_paths()]
     return process.start("launcher", words, [channel, done])
 
 
