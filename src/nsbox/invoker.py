@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import struct
 import time
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from nsbox.channel import Channel, RunRequest
 from nsbox.command import PIPE, Process
+from nsbox.counters import oom_evidence, rise
 from nsbox.errors import (
     EnvironmentDied,
     EnvironmentStateError,
@@ -334,7 +336,7 @@ class Invoker:
         status = bytes(data)
         if kind != runtime.ENDED or not status.isdigit() or int(status) >= 1 << 16:
             raise self._violation("it answers what was not asked")
-        raise self._exit_error(call, os.waitstatus_to_exitcode(int(status)))
+        raise self._fork_error(call, os.waitstatus_to_exitcode(int(status)))
 
     def describe(
         self,
@@ -397,9 +399,22 @@ class Invoker:
 
     def _end_error(self, call: Call, result: Result) -> FunctionError:
         if result.outcome is Outcome.OOM_KILLED:
-            what = f"Runtime exited with error: signal: killed ({result.evidence})"
-            return self._ended(call, "Runtime.OutOfMemory", what)
+            return self._out_of_memory(call, result.evidence)
         return self._exit_error(call, result.returncode)
+
+    def _fork_error(self, call: Call, returncode: int) -> FunctionError:
+        """Return what to raise for the end of a fork, of which its worker tells."""
+        if returncode == -signal.SIGKILL:
+            # v1's OOM killer takes one process. Its worker may be quicker than the launcher.
+            self._link.await_end()
+            after = (self._link.end or {}).get("usage") or {}
+            if rise({}, after, "oom_kills"):
+                return self._out_of_memory(call, oom_evidence({}, after))
+        return self._exit_error(call, returncode)
+
+    def _out_of_memory(self, call: Call, evidence: str) -> FunctionError:
+        what = f"Runtime exited with error: signal: killed ({evidence})"
+        return self._ended(call, "Runtime.OutOfMemory", what)
 
     def _exit_error(self, call: Call, returncode: int) -> FunctionError:
         if returncode == 0:

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 
 import pytest
 from tests.functions.conftest import MakeFunction
@@ -11,6 +14,7 @@ from tests.support import PATIENCE, wait_until
 
 import nsbox
 from nsbox import State
+from nsbox.launcher.client import running_launcher
 
 EVERY_WAY = pytest.mark.parametrize(
     "options", [{}, {"reuse": "reset"}, {"start": "exec"}], ids=["keep", "reset", "exec"]
@@ -142,6 +146,37 @@ def test_out_of_memory(make_function: MakeFunction, options: dict[str, str]) -> 
     with pytest.raises(nsbox.FunctionError) as caught:
         env.invoke(1)
     assert caught.value.error_type in ("Runtime.OutOfMemory", "MemoryError")
+    assert caught.value.error_type == "Runtime.OutOfMemory"
+    wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
+@pytest.mark.needs("cgroup.memory")
+def test_out_of_memory_that_the_worker_tells_before_the_launcher(
+    make_function: MakeFunction,
+) -> None:
+    """v1 kills the fork alone, and its worker says so while the launcher still sleeps."""
+    env = make_function(
+        """
+        def handler(event, context):
+            kept = []
+            while event:
+                kept.append(bytearray(1 << 20))
+        """,
+        limits=nsbox.Limits(memory_max=48 << 20),
+        timeout=60,
+        reuse="reset",
+    )
+    env.invoke(0)
+    launcher = running_launcher()
+    assert launcher is not None
+    wakes = threading.Timer(0.5, os.kill, (launcher.pid, signal.SIGCONT))
+    os.kill(launcher.pid, signal.SIGSTOP)
+    try:
+        wakes.start()
+        with pytest.raises(nsbox.FunctionError) as caught:
+            env.invoke(1)
+    finally:
+        wakes.join()
     assert caught.value.error_type == "Runtime.OutOfMemory"
     wait_until(lambda: env.state is State.DEAD, "it is killed")
 
