@@ -173,13 +173,13 @@ class House:
             raise
         self._leases.born(grant, env, fd)
 
-    def _drop(self, grant: PoolGrant | None) -> None:
-        """End a lease that nobody uses any more; its call counts as an error. Waits for nothing."""
+    def _drop(self, grant: PoolGrant | None, *, answered: bool | None = False) -> None:
+        """End a lease that nobody uses any more; its call, if any, is an error. Does not wait."""
         if grant is None:
             return
         for victim in grant.victims:
             self._close(victim)
-        self._give_back(grant, None, answered=False, has_run=False)
+        self._give_back(grant, None, answered=answered, has_run=False)
 
     def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
         """End the lease of a call that ended so."""
@@ -344,10 +344,8 @@ class House:
     def _give_up(self, place: PoolGrant, error: RuntimeError) -> None:
         """Give back a place to be filled, as when the start had failed."""
         _log.warning("an environment to be kept ready does not start: %s", str(error))
-        for victim in place.victims:
-            self._close(victim)
         self._leases.failed(place, error)
-        self._give_back(place, Retirement.FAILURE, has_run=False)
+        self._drop(place, answered=None)
 
     def _look_at_memory(self) -> float:
         """Close idle ones when memory is short; return in how many seconds to look again."""
