@@ -111,13 +111,32 @@ def parent_of(pid: int) -> int:
         return 0
 
 
-def children_of(launcher: int, *, janitor: bool) -> list[int]:
-    """Return the janitor, or the other children of a launcher: PID 1s, ready or on their way."""
-    try:
-        children = psutil.Process(launcher).children()
-    except psutil.Error:
-        return []
-    return [child.pid for child in children if (name_of(child.pid) == "nsbox-janitor") == janitor]
+def children_of(launcher: int) -> list[int]:
+    """Return the children of a launcher but its janitor: PID 1s, ready or on their way."""
+    return [pid for pid in everyone_of(launcher) if name_of(pid) != "nsbox-janitor"]
+
+
+def janitors_of(launcher: int) -> list[int]:
+    """Return the janitor of a launcher; nobody where it has no cgroups.
+
+    It is waited for: a clone has its parent's name until it gives itself one, which it may do
+    after the launcher's first answers when the processors are busy.
+    """
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = [pid for pid in everyone_of(launcher) if name_of(pid) == "nsbox-janitor"]
+        return bool(found)
+
+    if live_cgroups():
+        wait_until(look, "the launcher has a janitor")
+    return found
+
+
+def everyone_of(launcher: int) -> list[int]:
+    # Not psutil's children(): it compares times of the wall clock, which may be set meanwhile.
+    everything = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    return [pid for pid in everything if parent_of(pid) == launcher]
 
 
 def kill(pid: int) -> None:
@@ -140,7 +159,7 @@ def strike(host: subprocess.Popen[bytes], victim: str, delay: float) -> None:
     found: list[int] = []
 
     def look() -> bool:
-        children = children_of(launcher, janitor=False)
+        children = children_of(launcher)
         is_wanted = victim == "template"
         found[:] = [pid for pid in children if (name_of(pid) == "nsbox-template") == is_wanted]
         return bool(found)
@@ -218,7 +237,7 @@ def kill_all_at_once(mark: str, state: str) -> list[str]:
         assert host.stdout is not None
         host.stdout.readline()
         launcher = launcher_of(host.pid)
-        doomed = [host.pid, launcher, *children_of(launcher, janitor=True)]
+        doomed = [host.pid, launcher, *janitors_of(launcher)]
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in doomed:
                 os.kill(pid, number)
@@ -261,7 +280,7 @@ def run_for_a_while() -> None:
 def own_janitor_stands_still(env: nsbox.ExecutionEnvironment) -> Iterator[None]:
     """It sweeps a moment after its launcher's start, which may be now."""
     del env  # it has made the launcher start
-    janitors = children_of(get_launcher().pid, janitor=True)
+    janitors = janitors_of(get_launcher().pid)
     for pid in janitors:
         os.kill(pid, signal.SIGSTOP)
     yield
