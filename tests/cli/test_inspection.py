@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.terminals import ENVIRONMENT, NSBOX, nsbox_run
+from tests.support import PATIENCE, host_program
 
 import nsbox
 from nsbox import features
@@ -139,6 +140,36 @@ def test_ps_is_not_fooled_by_a_name(env: nsbox.ExecutionEnvironment) -> None:
         assert process.stdout is not None
         assert process.stdout.read(1) == b"\n"
         assert b"0badf00d" not in nsbox_run("ps").stdout
+
+
+# Runs as a program of its own, since the limit is the interpreter's.
+SHALLOW_PS = """
+import json, sys
+from nsbox.cli.ps import live_environments
+sys.setrecursionlimit(100)
+print(json.dumps(list(live_environments())))
+"""
+
+
+def test_ps_follows_a_guest_that_nests_its_processes_deeply(
+    env: nsbox.ExecutionEnvironment,
+) -> None:
+    depth = 150
+    code = f"""
+import os, time
+for _ in range({depth - 1}):
+    if os.fork():
+        break
+else:
+    print(flush=True)
+time.sleep(60)
+"""
+    with env.popen([sys.executable, "-I", "-S", "-c", code]) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"\n"
+        out, _ = host_program(SHALLOW_PS, stdout=subprocess.PIPE).communicate(timeout=60 * PATIENCE)
+    entries = {entry["id"]: entry for entry in json.loads(out)}
+    assert entries[env.id]["processes"] == 1 + depth
 
 
 @pytest.mark.needs("root")

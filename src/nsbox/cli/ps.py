@@ -62,27 +62,52 @@ def live_environments() -> Iterator[dict[str, Any]]:
     """Yield what is known about each live environment; ends of them meanwhile are left out."""
     mounts = [mount for mount in proc.read_mountinfo() if mount.fstype in ("cgroup", "cgroup2")]
     own, everyone = os.getuid(), os.geteuid() == 0
-    for launcher in psutil.process_iter():
+    # One look at the process table for all: psutil's children() reads it each time it is asked.
+    processes = {process.pid: process for process in psutil.process_iter(["name", "ppid"])}
+    children: dict[int, list[psutil.Process]] = {}
+    for process in processes.values():
+        children.setdefault(process.info["ppid"], []).append(process)
+    for launcher in processes.values():
         try:
-            if launcher.name() != _LAUNCHER or not (everyone or launcher.uids().real == own):
+            if launcher.info["name"] != _LAUNCHER or not (everyone or launcher.uids().real == own):
                 continue
             # A process can give itself any name, but not another parent: a guest that calls
             # itself nsbox-... is a child of its PID 1, not of a launcher.
-            for child in launcher.children():
-                match = _ENVIRONMENT.fullmatch(child.name())
+            for child in children.get(launcher.pid, ()):
+                match = _ENVIRONMENT.fullmatch(child.info["name"] or "")
                 if match is not None:
-                    yield _describe(match[1], child, launcher, mounts)
+                    members = _with_descendants(child, children)
+                    host = processes.get(launcher.info["ppid"])
+                    yield _describe(match[1], members, launcher, host, mounts)
         except psutil.NoSuchProcess:
             continue
         except psutil.AccessDenied:
             continue  # /proc is mounted with hidepid=
 
 
+def _with_descendants(
+    process: psutil.Process, children: dict[int, list[psutil.Process]]
+) -> list[psutil.Process]:
+    """Return a process and all below it. How deep they are nested is the guest's choice."""
+    found = {process.pid: process}
+    waiting = [process.pid]
+    while waiting:
+        for child in children.get(waiting.pop(), ()):
+            # Pids reused while the table was read could make a ring.
+            if child.pid not in found:
+                found[child.pid] = child
+                waiting.append(child.pid)
+    return list(found.values())
+
+
 def _describe(
-    env_id: str, init: psutil.Process, launcher: psutil.Process, mounts: list[proc.MountInfo]
+    env_id: str,
+    processes: list[psutil.Process],
+    launcher: psutil.Process,
+    host: psutil.Process | None,
+    mounts: list[proc.MountInfo],
 ) -> dict[str, Any]:
-    host = launcher.parent()
-    processes = [init, *init.children(recursive=True)]
+    init = processes[0]
     directories = _cgroup_directories(init.pid, env_id, mounts)
     usage = _read_usage(directories)
     memory, cpu_usec = usage.get("memory_current"), usage.get("cpu_usec")
@@ -91,7 +116,7 @@ def _describe(
         "pid": init.pid,
         "launcher_pid": launcher.pid,
         "host_pid": None if host is None else host.pid,
-        "host_program": None if host is None else host.name(),
+        "host_program": None if host is None else host.info["name"],
         "uid": launcher.uids().real,
         "state": "frozen" if _is_frozen(init, directories) else "running",
         "processes": len(processes),
