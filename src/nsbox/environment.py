@@ -440,9 +440,12 @@ def ask_to_end(env: ExecutionEnvironment) -> socket.socket | None:
     """
     try:
         env.thaw()
-        return env._live_link().ask_to_end()
+        farewell = env._live_link().ask_to_end()
     except NsboxError:
         return None  # it is gone, or does not thaw, or is another process's
+    if env._invocations is not None:
+        env._invocations.end_events()
+    return farewell
 
 
 def run(

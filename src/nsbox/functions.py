@@ -7,12 +7,9 @@ event, with the same errors and the same record of what it was.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
-import time
-import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
@@ -26,14 +23,14 @@ from nsbox.errors import (
     InvokeTimeout,
 )
 from nsbox.function import FunctionVersion
-from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
-from nsbox.invoker import Answer, Invoker, error_payload
+from nsbox.invoker import Answer, Invoker
 from nsbox.launcher.client import Launcher
 from nsbox.link import Link
+from nsbox.program import run_program
 from nsbox.request import Options, Request, encode_event
-from nsbox.result import Outcome, Protections, Result
-from nsbox.transfer import begin_reset, finish_reset, place_files, remove_files
+from nsbox.result import Protections
+from nsbox.transfer import finish_reset, place_files, remove_files
 from nsbox.worker import Call, OnLog
 
 if TYPE_CHECKING:
@@ -43,7 +40,6 @@ if TYPE_CHECKING:
     from nsbox.environment import ExecutionEnvironment
 
 _LAST_WORDS: Final = 10.0  # seconds in which an invocation sees that its environment is killed
-_SIGNALED: Final = "Runtime exited with error: signal"
 
 
 class Invocations:
@@ -84,6 +80,15 @@ class Invocations:
             self._removal.socket.close()
         if self._invoker is not None:
             self._invoker.close()
+
+    def end_events(self) -> None:
+        """Wake the worker, so that it runs its handler of SIGTERM; one that works will by itself.
+
+        A signal that comes just before a system call that waits does not interrupt it.
+        """
+        if self._invoker is not None and self._busy.acquire(blocking=False):
+            self._invoker.end_events()
+            self._busy.release()
 
     def await_idle(self) -> None:
         """Wait until no other thread is in an invocation of this killed environment."""
@@ -140,7 +145,7 @@ class Invocations:
             if invoker is None:
                 self._await_removal()
                 place_files(self._link, request.files)
-                self._last = self._run_command(request)
+                self._last = run_program(self._env, self._link, self._version, request)
                 return self._last
             if invoker.init_seconds is not None and self._removal is None and not request.files:
                 call = invoker.send(request)
@@ -262,67 +267,6 @@ class Invocations:
         if isinstance(self._last, Answer):
             self._last = self._last.invocation()
         return self._last
-
-    # -- a plain program -----------------------------------------------------------------------
-
-    def _run_command(self, request: Request) -> Invocation:
-        request_id = str(uuid.uuid4()) if request.request_id is None else request.request_id
-        limit = self._function.timeout if request.timeout is None else request.timeout
-        begin = time.monotonic()
-        variables = {**dict(self._version.env), **request.env, "AWS_REQUEST_ID": request_id}
-        result = self._env.run(
-            self._function.command or (), input=request.payload, timeout=limit, env=variables
-        )
-        duration = time.monotonic() - begin
-        if request.on_log is not None and result.stderr:
-            request.on_log("stderr", result.stderr)
-        kind, message = self._judge(result, request_id, limit)
-        answer = result.stdout
-        if kind:
-            answer = error_payload(kind, message)
-        memory = self._function.limits.memory_max
-        invocation = Invocation(
-            request_id=request_id,
-            payload=answer,
-            stderr=result.stderr,
-            duration_seconds=duration,
-            memory_limit_mb=int(memory) >> 20 if memory is not None else None,
-            status="timeout" if result.outcome is Outcome.TIMED_OUT else "error" if kind else "",
-            error_type=kind,
-        )
-        if result.outcome is Outcome.TIMED_OUT:
-            self._link.kill()
-            raise InvokeTimeout(message, invocation)
-        if result.outcome is Outcome.OOM_KILLED:
-            self._link.kill()
-        elif self._function.reuse == "reset":
-            finish_reset(self._link, begin_reset(self._link, self._version.config))
-        if kind:
-            raise FunctionError(kind, message, (), invocation)
-        return invocation
-
-    def _judge(self, result: Result, request_id: str, limit: float) -> tuple[str, str]:
-        """Return the type and message of a program's failure; two empty words for an answer."""
-        if result.outcome is Outcome.TIMED_OUT:
-            return "Sandbox.Timedout", f"Task timed out after {limit:.2f} seconds"
-        prefix = f"RequestId: {request_id} Error: "
-        if result.outcome is Outcome.OOM_KILLED:
-            return "Runtime.OutOfMemory", f"{prefix}{_SIGNALED}: killed ({result.evidence})"
-        if result.outcome is Outcome.OUTPUT_LIMIT or len(result.stdout) > runtime.ANSWER_MAX:
-            return "Function.ResponseSizeTooLarge", (
-                "Response payload size exceeded maximum allowed payload size "
-                f"({runtime.ANSWER_MAX} bytes)."
-            )
-        if result.returncode < 0:
-            return "Runtime.ExitError", f"{prefix}{_SIGNALED} {-result.returncode}"
-        if result.returncode:
-            status = f"exit status {result.returncode}"
-            return "Runtime.ExitError", f"{prefix}Runtime exited with error: {status}"
-        try:
-            json.loads(result.stdout)
-        except (ValueError, RecursionError) as error:
-            return "Runtime.MarshalError", f"The answer is no JSON: {error}"
-        return "", ""
 
 
 class FunctionMethods:

@@ -113,6 +113,11 @@ class Invoker:
         if self.worker is not None:
             self.worker.close()
 
+    def end_events(self) -> None:
+        """Wake a worker that waits for an event which will not come."""
+        if self.worker is not None:
+            self.worker.end_events()
+
     def kill(self) -> None:
         """Kill the whole environment."""
         self._link.kill()

@@ -12,6 +12,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from nsbox.command import Process
@@ -29,7 +30,7 @@ Frame = tuple[bytes, bytes | memoryview]
 
 _HEADER_SIZE: Final = runtime.HEADER.size
 _CHUNK: Final = 1 << 16
-_END_DEADLINE: Final = 5.0  # seconds in which a worker whose socket has closed must have ended
+_END_DEADLINE: Final = 2.0  # seconds in which a worker whose socket has closed must have ended
 _MOST: Final = {
     runtime.READY: len(runtime.GOES_ON),
     runtime.BROKEN: runtime.ANSWER_MAX,
@@ -144,6 +145,11 @@ class Worker:
         """Let go of it, and wait for nothing: its environment is being closed."""
         self._socket.close()
         self.process.abandon()
+
+    def end_events(self) -> None:
+        """Tell it that there are no more events, which wakes it."""
+        with suppress(OSError):  # it is gone
+            self._socket.shutdown(socket.SHUT_WR)
 
     def descriptors(self) -> list[int]:
         """Return what becomes readable when there is something to `advance` with."""

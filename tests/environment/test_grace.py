@@ -88,34 +88,70 @@ def test_nothing_is_waited_for_where_nothing_runs_or_is_left() -> None:
         env.close(grace=-1)
 
 
-def test_a_handler_of_the_functions_runs(out: Path, tmp_path: Path) -> None:
-    code = tmp_path / "code"
-    code.mkdir()
-    (code / "app.py").write_text(
-        "import signal, sys\n"
-        "def bye(*_):\n"
-        "    open('/out/bye', 'w').write('bye')\n"
-        "    sys.exit(0)\n"
-        "signal.signal(signal.SIGTERM, bye)\n"
-        "def handler(event, context):\n"
-        "    return event\n"
-    )
-    for reuse in ("keep", "reset"):
-        version = nsbox.Function(
-            "app.handler",
-            code=code,
-            reuse=reuse,
-            **writes_to(out),
-            init_timeout=30 * PATIENCE,
-        ).publish()
-        env = nsbox.ExecutionEnvironment(version)
-        assert env.invoke(1, timeout=30 * PATIENCE) == 1
-        env.close(grace=LONG)
-        assert (out / "bye").read_text() == "bye"
-        (out / "bye").unlink()
-        # Never started: nothing of it has a handler yet.
-        nsbox.ExecutionEnvironment(version).close(grace=LONG)
-        assert not (out / "bye").exists()
+HANDLES = """
+import signal, sys
+def bye(*_):
+    open("/out/bye", "w").write("bye")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, bye)
+def handler(event, context):
+    return event
+"""
+# The kernel gives the signal to the other thread, and the one that waits for an event sleeps on:
+# as when the signal comes in the moment before it goes to sleep.
+HANDLES_LATER = (
+    """
+import threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+"""
+    + HANDLES
+    + """
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+"""
+)
+
+
+def publish(
+    out: Path, directory: Path, source: str, reuse: str, **fields: Any
+) -> nsbox.FunctionVersion:
+    directory.mkdir(exist_ok=True)
+    (directory / "app.py").write_text(source)
+    return nsbox.Function(
+        "app.handler",
+        code=directory,
+        reuse=reuse,
+        **writes_to(out),
+        init_timeout=30 * PATIENCE,
+        timeout=30 * PATIENCE,
+        **fields,
+    ).publish()
+
+
+@pytest.mark.parametrize(
+    ("source", "reuse", "start"),
+    [
+        (HANDLES, "keep", "clone"),
+        (HANDLES, "reset", "clone"),
+        (HANDLES_LATER, "keep", "clone"),
+        (HANDLES_LATER, "keep", "exec"),
+    ],
+)
+def test_a_handler_of_the_functions_runs(
+    out: Path, tmp_path: Path, source: str, reuse: str, start: str
+) -> None:
+    version = publish(out, tmp_path / "code", source, reuse, start=start)
+    env = nsbox.ExecutionEnvironment(version)
+    assert env.invoke(1) == 1
+    begin = time.monotonic()
+    env.close(grace=LONG)
+    assert time.monotonic() - begin < LONG
+    assert (out / "bye").read_text() == "bye"
+
+
+def test_a_function_that_was_never_started_has_no_handler_yet(out: Path, tmp_path: Path) -> None:
+    version = publish(out, tmp_path / "code", HANDLES, "keep")
+    nsbox.ExecutionEnvironment(version).close(grace=LONG)
+    assert not (out / "bye").exists()
 
 
 def test_closed_again_meanwhile(out: Path) -> None:

@@ -26,7 +26,10 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("cli", ("cli", "__main__")),
     ("pool", ("pool", "prometheus")),
     ("environment", ("environment",)),
-    ("functions", ("functions", "aio", "invoker", "request", "credentials", "worker", "outfit")),
+    (
+        "functions",
+        ("functions", "aio", "program", "invoker", "request", "credentials", "worker", "outfit"),
+    ),
     ("command", ("command", "verdict")),
     ("blueprint", ("blueprint",)),
     ("link", ("link", "channel", "transfer", "blanks")),

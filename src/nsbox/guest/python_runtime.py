@@ -292,7 +292,7 @@ class Worker:
         while len(data) < HEADER.size:
             more = self._channel.recv(_FIRST_READ)
             if not more:
-                os._exit(0)  # the host has let go of it
+                _await_end()
             data = data + more if data else more
         kind, size, number = HEADER.unpack_from(data)
         end = HEADER.size + size
@@ -306,7 +306,7 @@ class Worker:
         while filled < size:
             count = self._channel.recv_into(view[filled:])
             if not count:
-                os._exit(0)
+                _await_end()
             filled += count
         self._buffer = b""
         return kind, number, view
@@ -407,6 +407,19 @@ def _describe(error: BaseException) -> dict[str, Any]:
     }
 
 
+def _await_end() -> NoReturn:
+    """End when the host has let go of this worker; first let a handler of SIGTERM run.
+
+    Python runs those between two of its instructions: one whose signal came just before the wait
+    for an event is still to run. It, or the end of its time, ends a worker that has such a one.
+    """
+    from _signal import SIG_DFL, SIGTERM, getsignal
+
+    while getsignal(SIGTERM) != SIG_DFL:
+        time.sleep(0.05)
+    os._exit(0)
+
+
 def _exit_as(error: SystemExit) -> NoReturn:
     code = error.code
     if code is not None and not isinstance(code, int):
@@ -444,6 +457,8 @@ def main(channel: int) -> NoReturn:
     sys.stdout, sys.stderr = open_stream(1), open_stream(2)
     try:
         Worker(_Socket(fileno=channel)).run()
+    except SystemExit as error:  # a handler of a signal is left so
+        _exit_as(error)
     except BaseException as error:  # noqa: BLE001 - the log is told, as an interpreter would
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
