@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.cli.terminals import NSBOX, Terminal
+from tests.support import processes_with, wait_until
 
 RUN = (*NSBOX, "run", "-q", "--")
 LOOP = "while :; do sleep 0.02; done"
@@ -154,8 +155,9 @@ def test_in_the_background_it_runs_until_it_is_fetched(bash: Terminal) -> None:
 def test_shell_is_interactive_with_job_control() -> None:
     with Terminal([*NSBOX, "shell", "-q"], env={"SHELL": "/bin/bash"}) as terminal:
         terminal.expect(b"$ ")
-        terminal.enter(b"sleep 50\n")
-        time.sleep(0.3)
+        mark = f"50.{os.getpid()}"
+        terminal.enter(f"sleep {mark}\n".encode())
+        wait_until(lambda: processes_with(mark), "it is in the foreground")
         terminal.enter(b"\x1a")
         terminal.expect(b"Stopped")
         terminal.enter(b"kill -KILL %1; sleep 0.2; exit 9\n")

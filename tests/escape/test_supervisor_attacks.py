@@ -12,7 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.support import IS_ROOT, NUMBERS, PATIENCE, attack, wait_until, x86_64_only
+from tests.support import (
+    IS_ROOT,
+    NUMBERS,
+    PATIENCE,
+    attack,
+    processes_with,
+    wait_until,
+    x86_64_only,
+)
 
 import nsbox
 from nsbox import Outcome
@@ -246,13 +254,19 @@ def test_killing_init_from_outside_is_told_apart(
     make_env: Callable[..., nsbox.ExecutionEnvironment],
 ) -> None:
     env = make_env()
-    timer = threading.Timer(0.1, os.kill, (env.pid, signal.SIGKILL))
-    timer.start()
+    mark = f"60.{os.getpid()}"
+
+    def kill_while_it_runs() -> None:
+        wait_until(lambda: processes_with(mark), "the command runs")
+        os.kill(env.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_while_it_runs)
+    killer.start()
     started = time.monotonic()
     with pytest.raises(nsbox.EnvironmentDied) as caught:
-        env.run(["sleep", "30"])
-    timer.join()
-    assert time.monotonic() - started < 5 * PATIENCE
+        env.run(["sleep", mark])
+    killer.join()
+    assert time.monotonic() - started < 30 * PATIENCE
     assert "SIGKILL" in str(caught.value)
     wait_until(lambda: env.state is nsbox.State.DEAD, "the death is noticed")
     with pytest.raises(nsbox.EnvironmentStateError):

@@ -353,7 +353,7 @@ def test_provisioned_ones_stay_however_idle(make: Make) -> None:
     with nsbox.WarmPool(make(), provisioned=1, idle_timeout=0.02) as pool:
         (first,) = pool._leases._entries
         with ThreadPoolExecutor(2) as threads:
-            list(threads.map(lambda _: pool.invoke({"sleep": 0.1}), range(2)))
+            list(threads.map(lambda _: pool.invoke({"sleep": 0.2 * PATIENCE}), range(2)))
         wait_until(lambda: pool.stats()["Environments"] == 1, "the other one is closed")
         assert pool._leases._entries == {first}
         assert pool.stats()["ProvisionedConcurrencySpilloverInvocations"] == 1
