@@ -74,10 +74,7 @@ def _judge(result: Result, request_id: str, limit: float) -> tuple[str, str]:
     if result.outcome is Outcome.OOM_KILLED:
         return "Runtime.OutOfMemory", f"{prefix}{_SIGNALED}: killed ({result.evidence})"
     if result.outcome is Outcome.OUTPUT_LIMIT or len(result.stdout) > runtime.ANSWER_MAX:
-        return "Function.ResponseSizeTooLarge", (
-            "Response payload size exceeded maximum allowed payload size "
-            f"({runtime.ANSWER_MAX} bytes)."
-        )
+        return "Function.ResponseSizeTooLarge", runtime.TOO_LARGE
     if result.returncode < 0:
         return "Runtime.ExitError", f"{prefix}{_SIGNALED} {-result.returncode}"
     if result.returncode:

@@ -135,8 +135,7 @@ def janitors_of(launcher: int) -> list[int]:
 
 def everyone_of(launcher: int) -> list[int]:
     # Not psutil's children(): it compares times of the wall clock, which may be set meanwhile.
-    everything = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
-    return [pid for pid in everything if parent_of(pid) == launcher]
+    return [pid for pid in psutil.pids() if parent_of(pid) == launcher]
 
 
 def kill(pid: int) -> None:

@@ -114,7 +114,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 def publish(
     out: Path, directory: Path, source: str, reuse: str, **fields: Any
 ) -> nsbox.FunctionVersion:
-    directory.mkdir(exist_ok=True)
+    directory.mkdir()
     (directory / "app.py").write_text(source)
     return nsbox.Function(
         "app.handler",

@@ -129,20 +129,22 @@ def test_an_exit(
     wait_until(lambda: env.state is State.DEAD, "it is killed")
 
 
+def make_greedy(make_function: MakeFunction, **options: str) -> nsbox.ExecutionEnvironment:
+    """Make one whose function takes all the memory there is, if its event is true."""
+    source = """
+        def handler(event, context):
+            kept = []
+            while event:
+                kept.append(bytearray(1 << 20))
+    """
+    limits = nsbox.Limits(memory_max=48 << 20)
+    return make_function(source, limits=limits, timeout=60, **options)
+
+
 @pytest.mark.needs("cgroup.memory")
 @EVERY_WAY
 def test_out_of_memory(make_function: MakeFunction, options: dict[str, str]) -> None:
-    env = make_function(
-        """
-        def handler(event, context):
-            kept = []
-            while True:
-                kept.append(bytearray(1 << 20))
-        """,
-        limits=nsbox.Limits(memory_max=48 << 20),
-        timeout=60,
-        **options,
-    )
+    env = make_greedy(make_function, **options)
     with pytest.raises(nsbox.FunctionError) as caught:
         env.invoke(1)
     assert caught.value.error_type in ("Runtime.OutOfMemory", "MemoryError")
@@ -155,17 +157,7 @@ def test_out_of_memory_that_the_worker_tells_before_the_launcher(
     make_function: MakeFunction,
 ) -> None:
     """v1 kills the fork alone, and its worker says so while the launcher still sleeps."""
-    env = make_function(
-        """
-        def handler(event, context):
-            kept = []
-            while event:
-                kept.append(bytearray(1 << 20))
-        """,
-        limits=nsbox.Limits(memory_max=48 << 20),
-        timeout=60,
-        reuse="reset",
-    )
+    env = make_greedy(make_function, reuse="reset")
     env.invoke(0)
     launcher = running_launcher()
     assert launcher is not None

@@ -58,6 +58,7 @@ PAYLOAD_MAX = 6 << 20
 """Bytes of an event, and of an answer (AWS Lambda's quota)."""
 ANSWER_MAX = PAYLOAD_MAX + 100
 """Bytes of an answer that are let through; Lambda's real limit is that much over its quota."""
+TOO_LARGE = f"Response payload size exceeded maximum allowed payload size ({ANSWER_MAX} bytes)."
 _FIRST_READ = 1 << 16
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
 _FIONREAD = 0x541B  # asm-generic/ioctls.h
@@ -254,10 +255,7 @@ class Worker:
                 "Runtime.MarshalError", f"Unable to marshal response: {error}", name
             )
         if len(data) > ANSWER_MAX:
-            message = (
-                f"Response payload size exceeded maximum allowed payload size ({ANSWER_MAX} bytes)."
-            )
-            return ERROR, _failure("Function.ResponseSizeTooLarge", message, name)
+            return ERROR, _failure("Function.ResponseSizeTooLarge", TOO_LARGE, name)
         return ANSWER, data
 
     def _invoke_in_fork(self, number: int, data: bytes | memoryview) -> None:
