@@ -68,8 +68,9 @@ class Function:
     """Code to be invoked, and the environment it is to have.
 
     Args:
-        handler: ``"module.function"`` or ``"package.module.function"``: Python code that is called
-            with an event and a context. Either this or `command` is given.
+        handler: ``"module.function"``, ``"package.module.function"`` or, as on AWS Lambda,
+            ``"directory/module.function"``: Python code that is called with an event and a
+            context. Either this or `command` is given.
         command: A program, and its arguments. Each invocation starts it, with the event on stdin
             and the answer on stdout.
         code: A directory or a zip file; its content is /var/task. None: with a handler the
@@ -212,7 +213,7 @@ class Function:
         if self.code is not None:
             code = store.add(partial(read_source, path=self.code), f"code {self.code!r}")
         elif self.handler is not None:
-            module = self.handler.partition(".")[0]
+            module = self.handler.replace("/", ".").partition(".")[0]
             code = store.add(partial(read_module, name=module), f"module {module!r}")
         layers = [
             store.add(partial(read_source, path=layer.source), f"layer {layer.source!r}")
@@ -355,11 +356,16 @@ class FunctionVersion:
 
 
 def _check_handler(value: object) -> str:
-    parts = check_text(value, "handler").split(".")
-    names = all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
-    if len(parts) < 2 or not names:
-        raise ConfigError(f"handler: {value!r} is none; give 'module.function', e.g. 'app.handler'")
-    return ".".join(parts)
+    text = check_text(value, "handler")
+    module, _, name = text.rpartition(".")
+    # The runtime imports by name, as AWS Lambda's does: a module's need be no identifier.
+    has_module = all(module.replace("/", ".").split(".")) and not re.search(r"\s", module)
+    if not (has_module and name.isidentifier()) or keyword.iskeyword(name):
+        raise ConfigError(
+            f"handler: {value!r} is none; give 'module.function', e.g. 'app.handler', or "
+            "'directory/module.function' of a directory in the code"
+        )
+    return text
 
 
 def _check_source(value: object, what: str) -> str:

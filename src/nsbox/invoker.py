@@ -7,6 +7,7 @@ After anything doubtful the environment is killed, and what is raised says why.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ from nsbox.errors import (
     InvokeTimeout,
 )
 from nsbox.function import FunctionVersion
+from nsbox.guest import log_setup
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
 from nsbox.link import Link
@@ -45,6 +47,15 @@ _HEAD_SIZE: Final = runtime.INVOCATION.size
 _NUMBERS: Final = struct.Struct("!16Q")
 _SENT_ALONG: Final = 1 << 15
 """Bytes that a socket surely takes before anybody reads them (unix(7), net.core.wmem_default)."""
+
+# No file of nsbox is inside: both modules are made of their source, the first one before the other.
+_EXECUTED: Final = """import sys
+from types import ModuleType
+for name, source in {!r}:
+    module = sys.modules[name] = ModuleType(name)
+    exec(compile(source, {!r}, "exec"), vars(module))
+module.main({})
+"""
 
 
 class Answer:
@@ -73,6 +84,19 @@ class Answer:
     def invocation(self) -> Invocation:
         """Return the record of the call."""
         return self._invoker.describe(self._call, bytes(self.data), end=self._end)
+
+
+@functools.cache
+def _executed_worker(channel: int) -> str:
+    """Return the program that is a worker with its socket at the descriptor `channel`."""
+    sources = []
+    for name, path in (
+        (log_setup.__name__, log_setup.__file__),
+        (runtime.__name__, runtime.__file__),
+    ):
+        with open(path, encoding="utf-8") as file:
+            sources.append((name, file.read()))
+    return _EXECUTED.format(sources, runtime.EXECUTED_FILE, channel)
 
 
 class Invoker:
@@ -204,8 +228,7 @@ class Invoker:
         """Return a worker in an interpreter of its own, and this end of its socket."""
         ours, theirs = socket.socketpair()
         try:
-            with open(runtime.__file__, encoding="utf-8") as file:
-                argv = (python, "-I", "-S", "-c", file.read(), "3")
+            argv = (python, "-I", "-S", "-c", _executed_worker(3))
             request = RunRequest(environment, "/", announced=True, extra=theirs.fileno())
             streams = (None, PIPE, PIPE)
             return Process(self._link, argv, request, streams, protections=self._protections), ours

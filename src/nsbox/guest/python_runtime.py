@@ -2,8 +2,9 @@
 """The worker: imports a function's module and calls its handler, once for each event.
 
 It runs in two ways: in a clone of the template, which has imported this module, or executed as
-``python3 -I -S -c SOURCE`` (``start="exec"``), which is why it imports nothing of nsbox. It is
-inside: the host believes nothing it says about itself, and what it answers is the function's.
+``python3 -I -S -c PROGRAM`` (``start="exec"``, `nsbox.invoker`), where there is no nsbox: it
+imports nothing of it but `log_setup`, whose source goes along. It is inside: the host believes
+nothing it says about itself, and what it answers is the function's.
 
 Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
 
@@ -37,6 +38,8 @@ import time
 from _socket import socket as _Socket
 from importlib import import_module
 
+from nsbox.guest.log_setup import LogSetup
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,7 +67,9 @@ PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
 _FIONREAD = 0x541B  # asm-generic/ioctls.h
 _MESSAGE_MAX = 1 << 18
 """Characters of an error's message; escaped, each may have 12 bytes."""
-_OWN_FILE = __file__ if "__file__" in globals() else "<string>"
+EXECUTED_FILE = "<nsbox>"
+"""Stands for this file in tracebacks where it is executed."""
+_OWN_FILE = __file__ if "__file__" in globals() else EXECUTED_FILE
 
 
 def encoder_of(*, ensure_ascii: bool) -> Callable[[object], str]:
@@ -139,6 +144,7 @@ class Worker:
 
     def __init__(self, channel: _Socket) -> None:
         self._channel = channel
+        self.request_id = ""  # of the latest invocation
         self._handler: Callable[[Any, Context], Any] | None = None
         self._name = ""  # of the handler, once that is known
         self._cwd = "/"
@@ -229,6 +235,7 @@ class Worker:
         begin = INVOCATION.size + size
         words = str(data[INVOCATION.size : begin], "utf-8")
         name, _, words = words.partition("\0")
+        self.request_id = name
         client_context, _, variables = words.partition("\0")
         try:
             value = decode(str(data[begin:], "utf-8"))
@@ -366,9 +373,16 @@ class _HandlerError(Exception):
 
 
 def _find_handler(handler: str) -> Callable[[Any, Context], Any]:
+    """Return what AWS Lambda's runtime finds: "src/app.handler" is `handler` of `src.app`."""
     module_name, _, name = handler.rpartition(".")
+    dotted = module_name.replace("/", ".")
+    if dotted.partition(".")[0] in sys.builtin_module_names:
+        raise _HandlerError(
+            "Runtime.BuiltInModuleConflict",
+            f"Cannot use built-in module {module_name} as a handler module",
+        )
     try:
-        module = import_module(module_name)
+        module = import_module(dotted)
     except ImportError as error:
         raise _HandlerError(
             "Runtime.ImportModuleError", f"Unable to import module '{module_name}': {error}"
@@ -454,7 +468,9 @@ def main(channel: int) -> NoReturn:
     # New ones: those of a clone were made for other files.
     sys.stdout, sys.stderr = open_stream(1), open_stream(2)
     try:
-        Worker(_Socket(fileno=channel)).run()
+        worker = Worker(_Socket(fileno=channel))
+        LogSetup(lambda: worker.request_id)
+        worker.run()
     except SystemExit as error:  # a handler of a signal is left so
         _exit_as(error)
     except BaseException as error:  # noqa: BLE001 - the log is told, as an interpreter would
@@ -462,7 +478,3 @@ def main(channel: int) -> NoReturn:
     finally:
         _flush()
         os._exit(1)
-
-
-if __name__ == "__main__" and _OWN_FILE == "<string>":
-    main(int(sys.argv[1]))
