@@ -27,7 +27,7 @@ sys.path[:0] = PATHS
 
 from _socket import socketpair  # noqa: E402 - the C half, as in nsbox's template
 
-from nsbox.isolation import filesystem, landlock, namespaces, userland  # noqa: E402
+from nsbox.isolation import etc, filesystem, landlock, namespaces, userland  # noqa: E402
 from nsbox.launcher import inside  # noqa: E402
 from nsbox.linux import calls  # noqa: E402
 from nsbox.linux import constants as c  # noqa: E402
@@ -67,7 +67,7 @@ class Starter:
         calls.unshare(c.CLONE_NEWNS)
         calls.mount(None, "/", None, c.MS_REC | c.MS_SLAVE)
         self._home = self._own(os.open("/proc/self/ns/mnt", os.O_RDONLY), 0)
-        self._layout = self._own(userland.hold(spec["layout"]), 1)
+        self._layout = self._own(userland.hold(spec["layout"], etc.HostFiles()), 1)
         calls.setns(self._layout, c.CLONE_NEWNS)
         self._extent = filesystem.probe_proc()
         calls.setns(self._home, c.CLONE_NEWNS)

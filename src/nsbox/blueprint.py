@@ -77,6 +77,7 @@ def make_layout(config: Config, *, idmap: bool) -> dict[str, Any]:
     mounts = [_describe_mount(mount, idmap=idmap) for mount in wanted]
     return {
         "rootfs": config.rootfs,
+        "userland": config.userland,
         "mounts": sorted(mounts, key=lambda entry: str(entry["destination"]).count("/")),
         "user_id": config.user_id,
         "hostname": config.hostname,

@@ -395,7 +395,11 @@ class Config:
     mounts: Sequence[Mount] = ()
     """File trees added to the userland; kept as a tuple."""
     rootfs: str | None = None
-    """Directory that is the userland, read-only; None is the host's /usr and what it needs."""
+    """Directory that is the userland, read-only; None is the host's (`userland`)."""
+    userland: str = "full"
+    """Without `rootfs`: ``"full"`` is the host's /usr with the configuration of its programs, all
+    that any user of the host may read in /etc but accounts, keys, and what is about the host and
+    its services. ``"minimal"`` is /usr with a few files of /etc that most programs need."""
     tmp_size: int | str = 64 << 20
     """Bytes of the private /tmp, and of /dev/shm; both are charged to `Limits.memory_max`."""
     env: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
@@ -431,6 +435,8 @@ class Config:
             if not os.access(path, os.R_OK | os.X_OK):
                 raise ConfigError(f"rootfs {path!r}: not readable by this user")
             put("rootfs", os.path.realpath(path))
+        if self.userland not in ("full", "minimal"):
+            raise ConfigError(f"userland: must be 'full' or 'minimal', got {self.userland!r}")
         put("tmp_size", parse_size(self.tmp_size, "tmp_size"))
         put("env", tuple(sorted(check_environment(self.env).items())))
         if not isinstance(self.limits, Limits):

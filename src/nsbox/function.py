@@ -78,8 +78,8 @@ class Function:
             imported for that; with a command no code.
         layers: Up to five directories or zip files, merged in order to /opt; later ones win.
         env: Environment variables, 32 KiB in all.
-        limits: As of a `Config`, and so are `network`, `seccomp`, `mounts`, `tmp_size`, `rootfs`
-            and `allow_missing`.
+        limits: As of a `Config`, and so are `network`, `seccomp`, `mounts`, `tmp_size`, `rootfs`,
+            `userland` and `allow_missing`.
         timeout: Seconds an invocation may take, up to 900.
         init_timeout: Seconds that importing the handler's module may take, up to 900.
         preload: Modules, trusted by whoever names them, that environments have imported
@@ -113,6 +113,7 @@ class Function:
     tmp_size: int
     reuse: str
     rootfs: str | None
+    userland: str
     allow_missing: frozenset[str]
 
     def __init__(
@@ -136,6 +137,7 @@ class Function:
         tmp_size: int | str = 64 << 20,
         reuse: str = "keep",
         rootfs: str | os.PathLike[str] | None = None,
+        userland: str = "full",
         allow_missing: Collection[str] = frozenset(),
     ) -> None:
         put = partial(object.__setattr__, self)
@@ -152,6 +154,7 @@ class Function:
         config = Config(
             mounts=tuple(mounts),
             rootfs=None if rootfs is None else os.fspath(rootfs),
+            userland=userland,
             tmp_size=tmp_size,
             limits=Limits() if limits is None else limits,
             network=network,
@@ -167,6 +170,7 @@ class Function:
         for key in (
             "mounts",
             "rootfs",
+            "userland",
             "tmp_size",
             "limits",
             "network",
@@ -273,6 +277,7 @@ class Function:
         return Config(
             mounts=(*self.mounts, *binds),
             rootfs=self.rootfs,
+            userland=self.userland,
             tmp_size=self.tmp_size,
             limits=self.limits,
             network=self.network,

@@ -39,6 +39,12 @@ _SECTION: Final = (
     click.option("--cwd", metavar="DIR", help="Working directory inside; default /tmp."),
     click.option("--network", type=click.Choice(["none", "host"]), help="Default none."),
     click.option("--rootfs", metavar="DIR", help="A directory instead of the host's userland."),
+    click.option(
+        "--userland",
+        type=click.Choice(["full", "minimal"]),
+        help="The host's /usr with its programs' configuration in /etc, or with little of it; "
+        "default full.",
+    ),
     click.option("--hostname", metavar="NAME", help="Host name inside; default sandbox."),
     click.option(
         "--seccomp",
@@ -113,7 +119,7 @@ def make_fields(options: dict[str, Any]) -> dict[str, Any]:
         "allow_missing": frozenset(options["allow_missing"]),
         "seccomp": _make_policy(options),
     }
-    for name in ("tmp_size", "network", "rootfs", "hostname", "cwd"):
+    for name in ("tmp_size", "network", "rootfs", "userland", "hostname", "cwd"):
         if options.get(name) is not None:
             fields[name] = options[name]
     return fields

@@ -2,7 +2,7 @@
 """Build the file tree of a layout once, as a small mount namespace that births start from.
 
 A *layout* is what many environments share: userland, interpreter prefixes, read-only binds,
-synthetic /etc, device nodes. `build` runs in a short-lived helper of the launcher, in a mount
+/etc, device nodes. `build` runs in a short-lived helper of the launcher, in a mount
 namespace of its own, and leaves there::
 
     /            tmpfs, read-only
@@ -23,6 +23,7 @@ import os
 import stat
 
 from nsbox.errors import SyscallError
+from nsbox.isolation.etc import HostFiles
 from nsbox.isolation.filesystem import EMPTY, NEW_ROOT, attach
 from nsbox.linux import calls
 from nsbox.linux import constants as c
@@ -35,8 +36,8 @@ _BASE = "/tmp"  # noqa: S108 - only a place to hang the tree, in a private mount
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _NEVER_SHARED = frozenset({"dev", "proc", "sys", "tmp", "run", "lost+found", ".dockerenv"})
 
-# What programs of the host's /usr look for in /etc and that says nothing about the host's users,
-# network or secrets. Files are copied, directories bound.
+# The minimal userland: what programs of the host's /usr look for in /etc most, and that says
+# nothing about the host's users, network or secrets. Files are copied, directories bound.
 _ETC_FILES = (
     "bash.bashrc", "debian_version", "gai.conf", "host.conf", "inputrc", "ld.so.cache",
     "ld.so.conf", "locale.alias", "localtime", "magic", "mime.types", "networks", "os-release",
@@ -82,8 +83,15 @@ def sources(layout: dict[str, Any]) -> list[str]:
     return [layout["rootfs"] or "/usr", *shared]
 
 
-def hold(layout: dict[str, Any]) -> int:
+def is_full(layout: dict[str, Any]) -> bool:
+    """Return whether a layout has the host's /etc, and so needs its `HostFiles`."""
+    return not layout["rootfs"] and bool(layout["userland"] == "full")
+
+
+def hold(layout: dict[str, Any], host_files: HostFiles | None) -> int:
     """Build a layout in a helper process and return a descriptor of its mount namespace.
+
+    `host_files` are given for a full one (`is_full`).
 
     Raises:
         OSError: As the step of `build` that failed.
@@ -96,7 +104,7 @@ def hold(layout: dict[str, Any]) -> int:
             os.close(release_write)
             try:
                 calls.unshare(c.CLONE_NEWNS)
-                build(layout)
+                build(layout, host_files)
                 os.write(report_write, b"{}")
                 os.read(release, 1)
             except OSError as error:
@@ -118,21 +126,22 @@ def hold(layout: dict[str, Any]) -> int:
         os.waitpid(pid, 0)
 
 
-def build(layout: dict[str, Any]) -> None:
+def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
     """Make the tree and pivot into it. Runs once in a process that then only holds it."""
     calls.mount(None, "/", None, c.MS_REC | c.MS_PRIVATE)
-    binds = _open_binds(layout)  # before anything covers a source below _BASE
+    # Before anything covers a source below _BASE.
+    binds = _open_binds(layout, _shared_paths(layout, host_files))
     devices = [(name, clone_tree(f"/dev/{name}", device=True)) for name in _DEVICES]
     resolv = _read("/etc/resolv.conf") if layout["network"] == "host" else b""
     proc = calls.open_tree(
         c.AT_FDCWD, "/proc", c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | c.AT_RECURSIVE
     )
-    etc = [] if layout["rootfs"] else _host_etc()
+    etc = [] if layout["rootfs"] or host_files else _minimal_etc()
     if layout["rootfs"]:
         os.chdir(layout["rootfs"])  # it may lie below _BASE, too: from here on it is "."
 
     flags = c.MS_NOSUID | c.MS_NODEV
-    calls.mount("tmpfs", _BASE, "tmpfs", flags, "mode=755,size=4096,nr_inodes=16")
+    calls.mount("tmpfs", _BASE, "tmpfs", flags, "mode=755,size=4m,nr_inodes=0")
     root = _BASE + NEW_ROOT
     for path in (root, f"{_BASE}/proc", _BASE + EMPTY):
         os.mkdir(path, 0o755)
@@ -146,7 +155,10 @@ def build(layout: dict[str, Any]) -> None:
         _place_host_userland(root)
         for name, content in etc:
             _write(f"{root}/etc/{name}", content)
-    _place_synthetic_etc(root, layout, resolv)
+    if host_files:
+        _place_full_etc(root, layout, resolv, host_files)
+    else:
+        _place_synthetic_etc(root, layout, resolv)
     for destination, is_directory, fd in binds:
         _make_mount_point(root, destination, is_directory=is_directory)
         attach(fd, root + destination)
@@ -164,12 +176,26 @@ def build(layout: dict[str, Any]) -> None:
     os.chdir("/")
 
 
-def _open_binds(layout: dict[str, Any]) -> list[tuple[str, bool, int]]:
-    """Return (destination, whether it is a directory, detached tree), parents first."""
-    binds = []
-    if not layout["rootfs"]:
+def _shared_paths(layout: dict[str, Any], host_files: HostFiles | None) -> list[str]:
+    """Return the host's directories that are at the same place inside, besides /usr and /etc."""
+    if layout["rootfs"]:
+        return []
+    if host_files is None:
         paths = [f"/etc/{name}" for name in _ETC_DIRECTORIES]
-        binds = [(path, True, clone_tree(path)) for path in paths if os.path.isdir(path)]
+        return [path for path in paths if os.path.isdir(path)]
+    taken = [mount["destination"] + "/" for mount in layout["mounts"]]
+    return [
+        path
+        for path in host_files.state
+        if not any(
+            (path + "/").startswith(other) or other.startswith(path + "/") for other in taken
+        )
+    ]
+
+
+def _open_binds(layout: dict[str, Any], shared: list[str]) -> list[tuple[str, bool, int]]:
+    """Return (destination, whether it is a directory, detached tree), parents first."""
+    binds = [(path, True, clone_tree(path)) for path in shared]
     for mount in layout["mounts"]:
         if mount["shared"]:
             fd = clone_tree(mount["source"], writable=mount["writable"])
@@ -237,7 +263,7 @@ def _place_entry(root: str, parent: str, name: str) -> None:
         attach(clone_tree(source), target)
 
 
-def _host_etc() -> list[tuple[str, bytes]]:
+def _minimal_etc() -> list[tuple[str, bytes]]:
     found = []
     for name in _ETC_FILES:
         path = f"/etc/{name}"
@@ -250,7 +276,23 @@ def _host_etc() -> list[tuple[str, bytes]]:
     return found
 
 
-def _place_synthetic_etc(root: str, layout: dict[str, Any], resolv: bytes) -> None:
+def _place_full_etc(
+    root: str, layout: dict[str, Any], resolv: bytes, host_files: HostFiles
+) -> None:
+    top = f"{_BASE}/top"
+    for name, content in _synthetic_etc(layout, resolv).items():
+        _write(f"{top}/{name}", content)
+    for mount in layout["mounts"]:
+        # Here, since the mounted /etc takes no mount point any more.
+        inner = mount["destination"].removeprefix("/etc/")
+        if inner != mount["destination"]:
+            if os.path.isfile(f"{top}/{inner}"):
+                os.unlink(f"{top}/{inner}")
+            _make_mount_point(top, inner, is_directory=mount["is_directory"])
+    host_files.place_etc(_BASE, f"{root}/etc", top)
+
+
+def _synthetic_etc(layout: dict[str, Any], resolv: bytes) -> dict[str, bytes]:
     user, hostname = layout["user_id"], layout["hostname"]
     files = {
         "passwd": "root:x:0:0:root:/:/usr/sbin/nologin\n"
@@ -263,7 +305,11 @@ def _place_synthetic_etc(root: str, layout: dict[str, Any], resolv: bytes) -> No
         "services: files\nprotocols: files\n",
     }
     contents = {name: text.encode() for name, text in files.items()}
-    contents["resolv.conf"] = resolv
+    return contents | {"resolv.conf": resolv}
+
+
+def _place_synthetic_etc(root: str, layout: dict[str, Any], resolv: bytes) -> None:
+    contents = _synthetic_etc(layout, resolv)
     if os.path.islink(f"{root}/etc"):
         # Followed here it would lead to the host's files.
         raise SyscallError("open (a symbolic link in the rootfs)", errno.ELOOP, "/etc")

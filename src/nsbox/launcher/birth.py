@@ -115,9 +115,14 @@ def _layout_text(spec: dict[str, Any]) -> str:
     layout = spec["layout"]
     shared = [mount["destination"] for mount in layout["mounts"] if mount["shared"]]
     parts = [layout["rootfs"] or "/usr", *shared]
+    etc = (
+        "/etc without what is secret or the host's own"
+        if userland.is_full(layout)
+        else "small /etc"
+    )
     return (
         "make once, or find, the mount namespace with the read-only userland: "
-        f"{', '.join(parts)}, synthetic /etc, minimal /dev"
+        f"{', '.join(parts)}, {etc}, minimal /dev"
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 
-from nsbox.isolation import filesystem, userland
+from nsbox.isolation import etc, filesystem, userland
 from nsbox.isolation.namespaces import come_home
 from nsbox.linux import calls
 from nsbox.linux import constants as c
@@ -27,10 +27,11 @@ class KnownSpec:
         key: The host's name for it.
         layout_key: The same for all specs with the same layout.
         sources: Host paths of the layout.
+        is_full: Whether the layout has the host's /etc.
         own_binds: Mounts that each environment has attached for itself.
     """
 
-    __slots__ = ("key", "layout_key", "own_binds", "sources", "spec")
+    __slots__ = ("is_full", "key", "layout_key", "own_binds", "sources", "spec")
 
     def __init__(self, key: str, spec: dict[str, Any]) -> None:
         layout = spec["layout"]
@@ -38,6 +39,7 @@ class KnownSpec:
         self.spec = spec
         self.layout_key = json.dumps(layout, sort_keys=True)
         self.sources = userland.sources(layout)
+        self.is_full = userland.is_full(layout)
         self.own_binds = [
             mount for mount in layout["mounts"] if not mount["shared"] and mount["type"] == "bind"
         ]
@@ -68,8 +70,13 @@ class Layouts:
     def __init__(self, home_mounts: int) -> None:
         """`home_mounts` is the launcher's own mount namespace, to come back to."""
         self._home_mounts = home_mounts
-        self._held: dict[str, tuple[int, list[tuple[int, int]]]] = {}
+        self._held: dict[str, tuple[int, list[tuple[int, int]], list[int]]] = {}
         self._proc_extent = ""
+        self._host_files: etc.HostFiles | None = None
+
+    def look_ahead(self) -> None:
+        """Read /etc through for the first layout, while nobody waits for this process."""
+        self._host_files = etc.HostFiles()
 
     def find(self, wanted: KnownSpec) -> int:
         """Return the mount namespace of a layout, built anew when a source was replaced.
@@ -78,12 +85,15 @@ class Layouts:
             OSError: A source is gone, or a mount was refused.
         """
         stamps = [(status.st_dev, status.st_ino) for status in map(os.stat, wanted.sources)]
+        etc_stamps = etc.stamps() if wanted.is_full else []
         known = self._held.pop(wanted.layout_key, None)
-        if known is not None and known[1] != stamps:
+        if known is not None and known[1:] != (stamps, etc_stamps):
             os.close(known[0])
             known = None
         if known is None:
-            known = (userland.hold(wanted.spec["layout"]), stamps)
+            host_files, self._host_files = self._host_files, None
+            host_files = (host_files or etc.HostFiles()) if wanted.is_full else None
+            known = (userland.hold(wanted.spec["layout"], host_files), stamps, etc_stamps)
             if len(self._held) >= LAYOUTS_KEPT:
                 oldest = next(iter(self._held))
                 os.close(self._held.pop(oldest)[0])

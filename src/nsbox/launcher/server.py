@@ -124,6 +124,7 @@ class Server:
         """Serve until the host is gone."""
         self._watch(self._channel.fileno(), self._on_request)
         self._watch(self._host, self._leave)
+        self.layouts.look_ahead()  # the host decides meanwhile what to ask for
         while True:
             # One event at a time: its handler may close descriptors that others are about, and
             # the kernel serves those that are ready in turn (epoll(7)), so that none starves.
