@@ -24,7 +24,8 @@
     ├─ CleanupError                    .leaked: what is still there
     └─ CommandFailed                   .result; only from Result.check()
 
-What the command does is a `Result`; what nsbox fails to do is an exception.
+What the command does is a `Result`; what nsbox fails to do is an exception. All of them can be
+pickled and copied, with their attributes, so that they cross a process pool.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from nsbox.invocation import Invocation
     from nsbox.result import Outcome, Result
@@ -42,6 +44,21 @@ if TYPE_CHECKING:
 
 class NsboxError(Exception):
     """Base of every nsbox exception."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # BaseException's would call the class with `args`, which is the message: what most classes
+        # here take is something else.
+        kind, args, *state = tuple(super().__reduce__())
+        return (_remake, (kind, args), *state)
+
+
+def _remake(kind: type[NsboxError], args: tuple[object, ...]) -> NsboxError:
+    """Return an exception with these `args`, whose attributes are set by who unpickles it."""
+    error = kind.__new__(kind, *args)
+    # Of an OSError one of both sets errno, strerror and filename: which one is for CPython to know.
+    base = OSError if issubclass(kind, OSError) else Exception
+    base.__init__(error, *args)
+    return error
 
 
 class ConfigError(NsboxError, ValueError):

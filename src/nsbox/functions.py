@@ -120,9 +120,9 @@ class Invocations:
         finally:
             self._busy.release()
 
-    def _init(self) -> None:
+    def _init(self, on_log: OnLog | None = None) -> None:
         if self._invoker is not None and self._invoker.init_seconds is None:
-            call = self._start_worker(self._invoker)
+            call = self._start_worker(self._invoker, on_log)
             self._invoker.finish_start(call, self._invoker.exchange(call))
 
     def prepare(self) -> None:
@@ -130,9 +130,9 @@ class Invocations:
         if self._invoker is not None:
             self._invoker.prepare(self._env.base_environment())
 
-    def _start_worker(self, invoker: Invoker) -> Call:
+    def _start_worker(self, invoker: Invoker, on_log: OnLog | None) -> Call:
         python = sys.executable if self._function.rootfs is None else "python3"
-        return invoker.start(self._env.base_environment(), python)
+        return invoker.start(self._env.base_environment(), python, on_log)
 
     def invoke(self, request: Request) -> Invocation | Answer:
         """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
@@ -154,7 +154,7 @@ class Invocations:
             elif invoker.init_seconds is None and invoker.worker and not request.files:
                 call = self._send_first(invoker, request)
             else:
-                self._init()
+                self._init(request.on_log)
                 self._await_removal()
                 place_files(self._link, request.files)
                 call = invoker.send(request)
@@ -190,7 +190,9 @@ class Invocations:
         try:
             calls = self._calls_on(invoker, asyncio.get_running_loop())
             if invoker.init_seconds is None:
-                call, frame = await calls.exchange(lambda: self._start_worker(invoker))
+                call, frame = await calls.exchange(
+                    lambda: self._start_worker(invoker, request.on_log)
+                )
                 invoker.finish_start(call, frame)
             self._await_removal()
             if request.files:

@@ -7,7 +7,6 @@ After anything doubtful the environment is killed, and what is raised says why.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -28,8 +27,9 @@ from nsbox.errors import (
     InvokeTimeout,
 )
 from nsbox.function import FunctionVersion
-from nsbox.guest import log_setup
 from nsbox.guest import python_runtime as runtime
+from nsbox.guest.executed import executed_worker
+from nsbox.guest.json_text import decode
 from nsbox.invocation import Invocation
 from nsbox.link import Link
 from nsbox.outfit import outfit_of
@@ -47,15 +47,6 @@ _HEAD_SIZE: Final = runtime.INVOCATION.size
 _NUMBERS: Final = struct.Struct("!16Q")
 _SENT_ALONG: Final = 1 << 15
 """Bytes that a socket surely takes before anybody reads them (unix(7), net.core.wmem_default)."""
-
-# No file of nsbox is inside: both modules are made of their source, the first one before the other.
-_EXECUTED: Final = """import sys
-from types import ModuleType
-for name, source in {!r}:
-    module = sys.modules[name] = ModuleType(name)
-    exec(compile(source, {!r}, "exec"), vars(module))
-module.main({})
-"""
 
 
 class Answer:
@@ -76,7 +67,7 @@ class Answer:
             FunctionError: It is no JSON, which takes a worker that was tampered with.
         """
         try:
-            return runtime.decode(str(self.data, "utf-8"))
+            return decode(str(self.data, "utf-8"))
         except (ValueError, RecursionError) as error:
             what = f"The answer is no JSON: {error}"
             raise FunctionError("Runtime.MarshalError", what, (), self.invocation()) from error
@@ -84,19 +75,6 @@ class Answer:
     def invocation(self) -> Invocation:
         """Return the record of the call."""
         return self._invoker.describe(self._call, bytes(self.data), end=self._end)
-
-
-@functools.cache
-def _executed_worker(channel: int) -> str:
-    """Return the program that is a worker with its socket at the descriptor `channel`."""
-    sources = []
-    for name, path in (
-        (log_setup.__name__, log_setup.__file__),
-        (runtime.__name__, runtime.__file__),
-    ):
-        with open(path, encoding="utf-8") as file:
-            sources.append((name, file.read()))
-    return _EXECUTED.format(sources, runtime.EXECUTED_FILE, channel)
 
 
 class Invoker:
@@ -168,19 +146,22 @@ class Invoker:
         if self._function.start == "clone":
             self._tell(*self._take_worker(), environment)
 
-    def start(self, environment: Mapping[str, str], python: str) -> Call:
+    def start(
+        self, environment: Mapping[str, str], python: str, on_log: OnLog | None = None
+    ) -> Call:
         """Let the worker import the handler's module; its answer is for `finish_start`.
 
         Args:
             environment: As for `prepare`.
             python: The interpreter, for ``start="exec"``.
+            on_log: Hears what the import writes.
         """
         if self.worker is None:
             self._tell(*self._execute(environment, python), environment)
         elif self.is_provisioned and not self._is_begun:
             self._tell_again(environment)
         self._begin_once()
-        call = self._start_call()
+        call = self._start_call(on_log)
         self._send_start(call, runtime.LOAD, b"")
         return call
 
@@ -228,7 +209,7 @@ class Invoker:
         """Return a worker in an interpreter of its own, and this end of its socket."""
         ours, theirs = socket.socketpair()
         try:
-            argv = (python, "-I", "-S", "-c", _executed_worker(3))
+            argv = (python, "-I", "-S", "-c", executed_worker(3))
             request = RunRequest(environment, "/", announced=True, extra=theirs.fileno())
             streams = (None, PIPE, PIPE)
             return Process(self._link, argv, request, streams, protections=self._protections), ours

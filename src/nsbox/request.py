@@ -13,6 +13,7 @@ from nsbox.config import check_environment, check_text, parse_seconds
 from nsbox.credentials import Credentials, Provider
 from nsbox.errors import ConfigError
 from nsbox.guest import python_runtime as runtime
+from nsbox.guest.json_text import encoder_of
 from nsbox.worker import OnLog
 
 ENV_MAX: Final = 4096
@@ -36,7 +37,7 @@ _RESERVED: Final = re.compile(
 _CREDENTIALS: Final = re.compile(r"AWS_(ACCESS_KEY(_ID)?|SECRET_ACCESS_KEY|SESSION_TOKEN)")
 
 
-_encode: Final = runtime.encoder_of(ensure_ascii=True)
+_encode: Final = encoder_of(ensure_ascii=True)
 
 
 class PoolOptions(TypedDict, total=False):

@@ -26,7 +26,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from nsbox.errors import ConfigError, StoreError
 from nsbox.linux import calls
@@ -57,9 +57,6 @@ class _Lease:
         self.inode = os.fstat(fd).st_ino
         weakref.finalize(self, os.close, fd)
 
-    def __reduce__(self) -> str:
-        raise TypeError("what is in use by one process cannot be copied or pickled: publish again")
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -72,6 +69,13 @@ class Entry:
     store: Store = field(repr=False, compare=False)
     lease: _Lease = field(repr=False, compare=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process needs a lock of its own: it takes the entry from the store again.
+        return _take_again, (self.store.path, self.digest)
+
+    def __deepcopy__(self, _memo: object) -> Entry:
+        return self
+
     @property
     def size(self) -> int:
         """Bytes of all files."""
@@ -80,6 +84,10 @@ class Entry:
     def verify(self) -> None:
         """Raise StoreError unless the tree still is what it was; costs a stat of each file."""
         self.store.verify(self)
+
+
+def _take_again(path: str, digest: str) -> Entry:
+    return Store(path).get(digest)
 
 
 class Store:

@@ -54,6 +54,168 @@ def test_an_exception(make_function: MakeFunction, options: dict[str, str]) -> N
     assert env.invoke("") == "fine"
 
 
+CAUSES = """
+def inner(key):
+    return {}[key]
+def handler(event, context):
+    if event == "hidden":
+        try:
+            inner("a")
+        except KeyError:
+            raise ValueError("no a") from None
+    if event == "notes":
+        error = ValueError("no a")
+        error.add_note("look there")
+        raise error
+    if event == "group":
+        errors = []
+        for key in "ab":
+            try:
+                inner(key)
+            except KeyError as error:
+                errors.append(error)
+        raise ExceptionGroup("all of them", errors)
+    try:
+        inner("a")
+    except KeyError as error:
+        if event == "cause":
+            raise ValueError("no a") from error
+        raise ValueError("no a")
+"""
+
+
+@EVERY_WAY
+def test_causes_are_in_stack_trace_and_log(
+    make_function: MakeFunction, options: dict[str, str]
+) -> None:
+    env = make_function(CAUSES, **options)
+
+    def fail(event: str) -> tuple[str, str, str]:
+        with pytest.raises(nsbox.FunctionError) as caught:
+            env.invoke(event)
+        error = caught.value
+        assert error.invocation is not None
+        assert "python_runtime" not in "".join(error.stack_trace), "the function's frames alone"
+        log = error.invocation.stderr.decode()
+        assert log.startswith(f"[ERROR] {error.error_type}: {error.message}\n")
+        return "".join(error.stack_trace), log, error.error_type
+
+    head = "Traceback (most recent call last):\n"
+    words = {
+        "cause": "The above exception was the direct cause of the following exception:",
+        "context": "During handling of the above exception, another exception occurred:",
+    }
+    for event, between in words.items():
+        trace, log, _ = fail(event)
+        first, middle, second = trace.partition(f"\n{between}\n\n")
+        assert middle
+        assert first.startswith(head)
+        assert first.endswith("KeyError: 'a'\n")
+        assert "line 3, in inner" in first
+        assert second.startswith(head)
+        assert second.endswith("ValueError: no a\n")
+        assert log == f"[ERROR] ValueError: no a\n{trace}"
+    trace, log, _ = fail("hidden")
+    assert "KeyError" not in trace + log
+    assert trace.startswith('  File "/var/task/app.py", line 9, in handler\n')
+    assert log == f"[ERROR] ValueError: no a\n{head}{trace}"
+    trace, log, _ = fail("notes")
+    assert trace.endswith("ValueError: no a\nlook there\n")
+    assert log.endswith(trace)
+    trace, log, kind = fail("group")
+    assert kind == "ExceptionGroup"
+    assert trace.startswith("  + Exception Group Traceback (most recent call last):\n")
+    assert trace.count("KeyError") == 2
+    assert trace.count("line 3, in inner") == 2
+    assert log.endswith(trace)
+
+
+@EVERY_WAY
+def test_causes_of_an_import(make_function: MakeFunction, options: dict[str, str]) -> None:
+    env = make_function(
+        """
+        try:
+            {}["a"]
+        except KeyError as error:
+            raise ValueError("no a") from error
+        """,
+        **options,
+    )
+    heard: list[bytes] = []
+    with pytest.raises(nsbox.FunctionError) as caught:
+        env.invoke(1, on_log=lambda _name, data: heard.append(data))
+    trace = "".join(caught.value.stack_trace)
+    assert "KeyError: 'a'\n\nThe above exception was the direct cause" in trace
+    assert b"".join(heard).decode() == f"[ERROR] ValueError: no a\n{trace}"
+
+
+LONG_WORDS = r"""
+import sys
+def turn(n):
+    return back(n - 1)
+def back(n):
+    return turn(n - 1) if n else {}["a"]
+class Meta(type):
+    __name__ = 7
+class Odd(Exception, metaclass=Meta):
+    pass
+def handler(event, context):
+    if event == "name":
+        raise type("E" * 10_000_000, (Exception,), {})("a")
+    if event == "message":
+        raise ValueError("\U0001f600" * 10_000_000)
+    if event == "trace":
+        sys.setrecursionlimit(200_000)
+        try:
+            turn(40_001)
+        except KeyError as error:
+            raise ValueError("deep") from error
+    if event == "answer":
+        return type("E" * 10_000_000, (), {})()
+    if event == "bytes":
+        raise ValueError("\udcff/\ud800")
+    if event == "meta":
+        raise Odd("a")
+    return "fine"
+"""
+
+
+@EVERY_WAY
+def test_long_and_strange_errors_are_cut(
+    make_function: MakeFunction, options: dict[str, str]
+) -> None:
+    env = make_function(LONG_WORDS, **options, timeout=60 * PATIENCE)
+    for event, kind, message in (
+        ("name", "EEE", "a"),
+        ("message", "ValueError", "\U0001f600" * 3),
+        ("trace", "ValueError", "deep"),
+        ("answer", "Runtime.MarshalError", "Unable to marshal response: Object of type EE"),
+        ("bytes", "ValueError", r"\udcff/\ud800"),
+        ("meta", "Odd", "a"),
+    ):
+        with pytest.raises(nsbox.FunctionError) as caught:
+            env.invoke(event)
+        error = caught.value
+        assert error.error_type.startswith(kind)
+        assert error.message.startswith(message)
+        if event == "trace":
+            trace = "".join(error.stack_trace)
+            assert len(trace) < 1 << 17
+            assert "  [...]\n" in trace
+            assert trace.startswith("Traceback (most recent call last):\n")
+            assert trace.endswith("ValueError: deep\n")
+        assert env.state is State.READY
+        assert env.invoke("") == "fine"
+
+
+@pytest.mark.parametrize("start", ["clone", "exec"])
+def test_a_long_error_of_an_import_is_cut(make_function: MakeFunction, start: str) -> None:
+    env = make_function("raise ImportError('x' * 10_000_000)", start=start)
+    with pytest.raises(nsbox.FunctionError, match="Unable to import module 'app': xxx") as caught:
+        env.invoke(1)
+    assert caught.value.error_type == "Runtime.ImportModuleError"
+
+
 @EVERY_WAY
 @pytest.mark.parametrize("source", ["1 / 0", "import os; os._exit(3)", "import os; os.kill(0, 9)"])
 def test_a_start_that_failed_is_not_tried_again(

@@ -67,7 +67,7 @@ LAUNCHER_SIDE = {
 }  # fmt: skip
 SHARED = {
     "launcher", "launcher.wire", "launcher.process", "guest", "guest.protocol",
-    "guest.python_runtime", "guest.log_setup",
+    "guest.python_runtime", "guest.log_setup", "guest.failures", "guest.json_text",
 }  # fmt: skip
 
 MAX_LINES = 500

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import gc
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -597,9 +596,3 @@ def test_changed_code_is_not_run_and_is_made_again(code: Path, store: Store) -> 
     assert again == version
     assert file.read_bytes() == content
     again.verify()
-
-
-def test_version_is_no_thing_to_copy(code: Path, store: Store) -> None:
-    version = Function("app.handler", code=code).publish()
-    with pytest.raises(TypeError, match="cannot be copied or pickled: publish again"):
-        pickle.dumps(version)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsbox.guest import python_runtime as runtime
+from nsbox.guest import json_text
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -35,7 +35,7 @@ def test_encoding_is_that_of_json(value: object, ensure_ascii: bool) -> None:
     def plainly(value: object) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
 
-    quick = runtime.encoder_of(ensure_ascii=ensure_ascii)
+    quick = json_text.encoder_of(ensure_ascii=ensure_ascii)
     assert outcome(quick, value) == outcome(plainly, value)
 
 
@@ -49,7 +49,7 @@ def test_what_is_no_json_is_told_as_json_tells_it() -> None:
     class Pair(tuple[int, int]):
         pass
 
-    quick = runtime.encoder_of(ensure_ascii=True)
+    quick = json_text.encoder_of(ensure_ascii=True)
     for value in (circle, deep, {1, 2}, {(1, 2): 3}, b"bytes", math.nan, [math.inf], object):
         kind, words = outcome(quick, value)
         assert (kind, words) == outcome(lambda v: json.dumps(v, allow_nan=False), value)
@@ -60,4 +60,4 @@ def test_what_is_no_json_is_told_as_json_tells_it() -> None:
 
 @given(text=VALUES.map(json.dumps) | TEXTS | TEXTS.map(lambda text: f" [{text}] "))
 def test_decoding_is_that_of_json(text: str) -> None:
-    assert outcome(runtime.decode, text) == outcome(json.loads, text)
+    assert outcome(json_text.decode, text) == outcome(json.loads, text)

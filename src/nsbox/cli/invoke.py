@@ -145,7 +145,7 @@ class _Runner:
             status = _TIMEOUT if isinstance(error, InvokeTimeout) else _FUNCTION_ERROR
             invocation = error.invocation
             answer = _describe(error)
-            if isinstance(error, FunctionError):
+            if isinstance(error, FunctionError) and not _is_logged(error):
                 _tell(error)
         click.echo(answer)
         if self._report and invocation is not None:
@@ -195,12 +195,16 @@ def _describe(error: FunctionError | InvokeTimeout) -> str:
     return json.dumps(told)
 
 
+def _is_logged(error: FunctionError) -> bool:
+    """Whether the function's worker has written it to the log: not what was seen from outside."""
+    if error.invocation is not None:
+        return not error.invocation.error_type
+    return error.error_type not in ("Runtime.ExitError", "Runtime.OutOfMemory")
+
+
 def _tell(error: FunctionError) -> None:
     """Write an error to the log as AWS Lambda's runtime does."""
-    text = f"[ERROR] {error.error_type}: {error.message}\n"
-    if error.stack_trace:
-        text += "Traceback (most recent call last):\n" + "".join(error.stack_trace)
-    click.echo(text, nl=False, err=True)
+    click.echo(f"[ERROR] {error.error_type}: {error.message}", err=True)
 
 
 def _with_memory(invocation: Invocation, environment: ExecutionEnvironment) -> Invocation:

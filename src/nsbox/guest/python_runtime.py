@@ -3,7 +3,7 @@
 
 It runs in two ways: in a clone of the template, which has imported this module, or executed as
 ``python3 -I -S -c PROGRAM`` (``start="exec"``, `nsbox.invoker`), where there is no nsbox: it
-imports nothing of it but `log_setup`, whose source goes along. It is inside: the host believes
+imports nothing of it but the modules whose sources go along. It is inside: the host believes
 nothing it says about itself, and what it answers is the function's.
 
 Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
@@ -38,12 +38,13 @@ import time
 from _socket import socket as _Socket
 from importlib import import_module
 
+from nsbox.guest.failures import flush, tell_failure, tell_raised
+from nsbox.guest.json_text import decode, encoder_of
 from nsbox.guest.log_setup import LogSetup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
     from typing import Any, NoReturn, TextIO
 
 HEADER = struct.Struct("!cIQ")
@@ -65,47 +66,11 @@ TOO_LARGE = f"Response payload size exceeded maximum allowed payload size ({ANSW
 _FIRST_READ = 1 << 16
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
 _FIONREAD = 0x541B  # asm-generic/ioctls.h
-_MESSAGE_MAX = 1 << 18
-"""Characters of an error's message; escaped, each may have 12 bytes."""
 EXECUTED_FILE = "<nsbox>"
 """Stands for this file in tracebacks where it is executed."""
 _OWN_FILE = __file__ if "__file__" in globals() else EXECUTED_FILE
 
 
-def encoder_of(*, ensure_ascii: bool) -> Callable[[object], str]:
-    """Return what json.dumps does without NaN: that makes an encoder anew for each value."""
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, allow_nan=False)
-    encode = encoder.encode
-    try:
-        # Not documented. Without its record of what it is in, many threads may share it.
-        from _json import encode_basestring, encode_basestring_ascii, make_encoder
-
-        escape = encode_basestring_ascii if ensure_ascii else encode_basestring
-        quick = make_encoder(None, encoder.default, escape, None, ": ", ", ", False, False, False)
-        if "".join(quick({"a": [1, "b"]}, 0)) != '{"a": [1, "b"]}':
-            return encode
-    except (ImportError, TypeError, ValueError):
-        return encode
-
-    def encode_quickly(value: object) -> str:
-        try:
-            return "".join(quick(value, 0))
-        except (TypeError, ValueError, RecursionError):
-            return encode(value)  # which tells what is wrong, a circle too
-
-    return encode_quickly
-
-
-def decode(text: str) -> Any:  # noqa: ANN401 - any JSON value
-    """Return what json.loads does."""
-    try:
-        value, end = _scan(text)
-    except ValueError:
-        end = -1
-    return value if end == len(text) else json.loads(text)
-
-
-_scan = json.JSONDecoder().raw_decode
 _encode = encoder_of(ensure_ascii=False)
 
 
@@ -193,13 +158,12 @@ class Worker:
             os.chdir(self._cwd)
             self._handler = _find_handler(self._name)
         except _HandlerError as error:
-            told = {"errorType": error.kind, "errorMessage": str(error), "stackTrace": []}
-            self._break(number, told)
+            self._break(number, tell_failure(error.kind, str(error), ""))
         except SystemExit as error:
             _exit_as(error)
         except BaseException as error:  # noqa: BLE001 - module code may raise anything
-            self._break(number, _describe(error))
-        _flush()
+            self._break(number, tell_raised(error, _OWN_FILE, ""))
+        flush()
 
     def _begin(self, number: int, data: bytes | memoryview) -> None:
         """Say that the module is imported, and serve the event that came along, if one did."""
@@ -219,14 +183,13 @@ class Worker:
         else:
             self._invoke(number, data)
 
-    def _break(self, number: int, error: dict[str, Any]) -> NoReturn:
-        _flush()
-        self._send(BROKEN, number, json.dumps({**error, "requestId": ""}).encode())
+    def _break(self, number: int, error: bytes) -> NoReturn:
+        self._send(BROKEN, number, error)
         os._exit(1)
 
     def _invoke(self, number: int, data: bytes | memoryview) -> None:
         kind, answer = self._call(data)
-        _flush()
+        flush()
         self._send(kind, number, answer)
 
     def _call(self, data: bytes | memoryview) -> tuple[bytes, bytes]:
@@ -240,29 +203,27 @@ class Worker:
         try:
             value = decode(str(data[begin:], "utf-8"))
         except (ValueError, RecursionError) as error:
-            return ERROR, _failure(
-                "Runtime.UnmarshalError", f"Unable to unmarshal input: {error}", name
-            )
+            what = f"Unable to unmarshal input: {error}"
+            return ERROR, tell_failure("Runtime.UnmarshalError", what, name)
         before = _put_variables(json.loads(variables)) if variables else None
         try:
             context = Context(self._function, deadline, name, client_context)
             answer = self._handler(value, context)  # type: ignore[misc]
         except BaseException as error:  # noqa: BLE001 - handlers may raise anything
             if isinstance(error, SystemExit):
-                _flush()
+                flush()
                 _exit_as(error)
-            return ERROR, json.dumps({**_describe(error), "requestId": name}).encode()
+            return ERROR, tell_raised(error, _OWN_FILE, name)
         finally:
             if before is not None:
                 _put_variables(before)
         try:
             data = _encode(answer).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            return ERROR, _failure(
-                "Runtime.MarshalError", f"Unable to marshal response: {error}", name
-            )
+            what = f"Unable to marshal response: {error}"
+            return ERROR, tell_failure("Runtime.MarshalError", what, name)
         if len(data) > ANSWER_MAX:
-            return ERROR, _failure("Function.ResponseSizeTooLarge", TOO_LARGE, name)
+            return ERROR, tell_failure("Function.ResponseSizeTooLarge", TOO_LARGE, name)
         return ANSWER, data
 
     def _invoke_in_fork(self, number: int, data: bytes | memoryview) -> None:
@@ -358,12 +319,6 @@ def _may_be_unread(fd: int, pipe: tuple[int, int]) -> bool:
         return True
 
 
-def _failure(kind: str, message: str, request_id: str) -> bytes:
-    return json.dumps(
-        {"errorType": kind, "errorMessage": message, "requestId": request_id, "stackTrace": []}
-    ).encode()
-
-
 class _HandlerError(Exception):
     """There is no such handler; `kind` is the type AWS Lambda gives it."""
 
@@ -401,24 +356,6 @@ def _find_handler(handler: str) -> Callable[[Any, Context], Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _describe(error: BaseException) -> dict[str, Any]:
-    """Return an exception as AWS Lambda's runtime does, without frames that are not the user's."""
-    import traceback  # large, and needed only here
-
-    frames: TracebackType | None = error.__traceback__
-    while frames is not None and frames.tb_frame.f_code.co_filename == _OWN_FILE:
-        frames = frames.tb_next
-    try:
-        message = str(error)
-    except Exception as failure:  # noqa: BLE001 - its own words may raise anything
-        message = f"<no words: {type(failure).__name__}>"
-    return {
-        "errorType": type(error).__name__,
-        "errorMessage": message[:_MESSAGE_MAX],
-        "stackTrace": traceback.format_list(traceback.extract_tb(frames)),
-    }
-
-
 def _await_end() -> NoReturn:
     """End when the host has let go of this worker; first let a handler of SIGTERM run.
 
@@ -437,16 +374,8 @@ def _exit_as(error: SystemExit) -> NoReturn:
     if code is not None and not isinstance(code, int):
         sys.stderr.write(f"{code}\n")
         code = 1
-    _flush()
+    flush()
     os._exit((code or 0) & 0xFF)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (AttributeError, OSError, ValueError):
-            continue  # the function has closed or replaced it
 
 
 def open_stream(fd: int) -> TextIO:
@@ -476,5 +405,5 @@ def main(channel: int) -> NoReturn:
     except BaseException as error:  # noqa: BLE001 - the log is told, as an interpreter would
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
-        _flush()
+        flush()
         os._exit(1)
