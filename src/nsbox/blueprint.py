@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import resource
+import shlex
 import stat
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,13 +69,13 @@ def base_environment(config: Config) -> dict[str, str]:
 
 def make_layout(config: Config, *, idmap: bool) -> dict[str, Any]:
     """Return the part of the spec that many environments share (`isolation.userland`)."""
-    wanted = list(config.mounts)
+    mounts = [_describe_mount(mount, idmap=idmap) for mount in config.mounts]
     if config.rootfs is None:
-        taken = {mount.destination for mount in wanted}
+        taken = {mount.destination for mount in config.mounts}
         for prefix in interpreter_prefixes():
             if prefix not in taken:
-                wanted.append(Mount(source=os.path.realpath(prefix), destination=prefix))
-    mounts = [_describe_mount(mount, idmap=idmap) for mount in wanted]
+                mount = Mount(source=os.path.realpath(prefix), destination=prefix)
+                mounts.append(_describe_mount(mount, idmap=idmap and _is_private(prefix)))
     return {
         "rootfs": config.rootfs,
         "userland": config.userland,
@@ -87,7 +88,7 @@ def make_layout(config: Config, *, idmap: bool) -> dict[str, Any]:
 
 def _describe_mount(mount: Mount, *, idmap: bool) -> dict[str, Any]:
     is_bind = mount.type == "bind"
-    idmapped = idmap and is_bind and mount.writable
+    idmapped = idmap and is_bind and _takes_on_owner(mount)
     # What lies below /tmp, and what is mapped to the environment's own id, is mounted anew for
     # each environment; the rest once for all that share the layout.
     below_tmp = mount.destination.startswith("/tmp/")  # noqa: S108
@@ -101,6 +102,32 @@ def _describe_mount(mount: Mount, *, idmap: bool) -> dict[str, Any]:
         "size": mount.size,
         "shared": is_bind and not idmapped and not below_tmp,
     }
+
+
+def _is_private(path: str) -> bool:
+    try:
+        return not namespaces.is_public(os.stat(path))
+    except OSError:
+        return False  # told at the birth
+
+
+def _takes_on_owner(mount: Mount) -> bool:
+    """Return whether the environment has the rights of the source's owner in a bind made by root.
+
+    Raises:
+        ConfigError: What it makes there would be root's.
+    """
+    try:
+        status = os.stat(mount.source)
+    except OSError:
+        return False  # told at the birth
+    if mount.writable and status.st_uid == 0:
+        raise ConfigError(
+            f"mount source {mount.source!r}: belongs to root, as would what a command makes there; "
+            "give it to an ordinary user first "
+            f"(chown -R nobody {shlex.quote(mount.source)}), or bind it read-only"
+        )
+    return namespaces.takes_on_owner(status)
 
 
 def _device_number(device: str) -> str:
@@ -158,6 +185,9 @@ class Blueprint:
         self._hello = hello
         # Not what holds on to directories of the caller's, or to what the host's network is now.
         self.may_be_blank = not config.mounts and not config.rootfs and config.network == "none"
+        self._policy = config.seccomp
+        if any(mount.type == "bind" and mount.writable for mount in config.mounts):
+            self._policy = config.seccomp.without_set_id_bits()
         self._cgroups: Mapping[str, Mapping[str, Any]] = hello["cgroups"]
         self.layers: list[Protection] = []
         self._rlimits: dict[str, int] = {}
@@ -182,7 +212,7 @@ class Blueprint:
             "rlimits": self._rlimits,
             "runtime": runtime,
             "landlock": hello["landlock"],
-            "seccomp_name": f"policy {config.seccomp.name!r}",
+            "seccomp_name": f"policy {self._policy.name!r}",
         }
         self.environment = base_environment(config)
         self.program = self._compile_filter()
@@ -199,15 +229,19 @@ class Blueprint:
         self.layers.append(Protection(name, in_force=False, detail=detail, wanted=False))
 
     def _compile_filter(self) -> bytes:
-        policy = self._config.seccomp
+        policy, shares = self._policy, self._policy is not self._config.seccomp
         try:
             program = seccomp.filter_for(policy)
         except UnsupportedHostError as error:
             if "seccomp" not in self._config.allow_missing:
                 raise
             self._add("seccomp", False, error.reason)
+            if shares:
+                self._add("set_id_bits", False, "no filter: files in writable binds can have them")
             return b""
         self._add("seccomp", True, f"policy {policy.name!r}")
+        if shares:
+            self._add("set_id_bits", True, "no file gets them: there are writable binds")
         return program
 
     def _choose_namespaces(self) -> list[str]:

@@ -312,8 +312,11 @@ class Mount:
     def bind(cls, source: str | os.PathLike[str], destination: str, *, rw: bool = False) -> Mount:
         """Bind `source` (a directory or file of the host) at `destination`, read-only by default.
 
-        As root with `rw`, the owner of `source` is mapped to the environment's user by an
-        idmapped mount (mount_setattr(2)), so that the command can write what the owner could.
+        As root the owner of `source` is mapped to the environment's user by an idmapped mount
+        (mount_setattr(2)), so that the command can do what the owner could. Not root: with `rw` a
+        source of root's is refused at the birth, without it only a private one (0600, 0700) is
+        mapped. Where anything is bound with `rw` no file gets set-id bits (`set_id_bits` of
+        `protections`); what has them already must not be in it.
 
         Raises:
             ConfigError: `source` does not exist, or `destination` is no clean absolute path.

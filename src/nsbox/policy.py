@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from nsbox import policy_oci, profiles
 from nsbox.errors import ConfigError
-from nsbox.profiles import ALLOW, DANGEROUS_NAMES, ENOSYS, EPERM, INT, LOG, TIER_OF, Rule
+from nsbox.profiles import ALLOW, DANGEROUS_NAMES, ENOSYS, EPERM, INT, LOG, TIER_OF, Rule, Test
 
 Entries = dict[str, tuple[Rule, ...]]
 
@@ -175,6 +175,26 @@ class SeccompPolicy:
                 entries.pop(call, None)
         return self._changed("-", names, entries, self.dangerous)
 
+    def without_set_id_bits(self) -> SeccompPolicy:
+        """Return a policy under which no file gets the set-user-ID or set-group-ID bit.
+
+        A mode with one of them is EPERM, whatever else is allowed. openat2(2) is ENOSYS and
+        io_uring is refused, since no filter sees their modes. Used where there are writable binds.
+        """
+        entries = dict(self.rules)
+        for call, harmless in profiles.SET_ID_RULES.items():
+            rules: list[Rule] = []
+            for action, tests in entries.get(call, ((self.default_action, ()),)):
+                if action in _ALLOWING:
+                    rules += [(action, both) for more in harmless for both in _both(tests, more)]
+                else:
+                    rules.append((action, tests))
+            is_whole = rules and not rules[-1][1]
+            entries[call] = tuple(rules) if is_whole else (*rules, (EPERM, ()))
+        for call, action in profiles.UNSEEN_MODES.items():
+            entries[call] = ((action, ()),)
+        return self._changed("without ", ["set-id bits"], entries, self.dangerous)
+
     def _changed(
         self, sign: str, names: Sequence[str], entries: Entries, dangerous: frozenset[str]
     ) -> SeccompPolicy:
@@ -309,6 +329,17 @@ def _standard(call: str, special: Mapping[str, profiles.ArgumentRule]) -> tuple[
 
 def _sorted(entries: Entries) -> tuple[tuple[str, tuple[Rule, ...]], ...]:
     return tuple(sorted(entries.items()))
+
+
+def _both(one: tuple[Test, ...], other: tuple[Test, ...]) -> list[tuple[Test, ...]]:
+    """Return tests that hold when both do, one for each argument (libseccomp), or none if never."""
+    merged = {index: (mask, value) for index, mask, value in one}
+    for index, mask, value in other:
+        old_mask, old_value = merged.get(index, (0, 0))
+        if (value ^ old_value) & mask & old_mask:
+            return []
+        merged[index] = (old_mask | mask, old_value | value)
+    return [tuple((index, mask, value) for index, (mask, value) in sorted(merged.items()))]
 
 
 def _is_allowed(entries: Entries, call: str) -> bool:

@@ -352,6 +352,20 @@ DOCKER_ARGUMENT_RULES: dict[str, ArgumentRule] = {
     "ioctl": ARGUMENT_RULES["ioctl"],
 }
 
+_SET_IDS = 0o6000  # linux/stat.h: S_ISUID, S_ISGID
+_CREATING = 0o20000100  # asm-generic/fcntl.h: O_TMPFILE, O_CREAT; open(2) reads no mode without
+
+SET_ID_RULES: dict[str, tuple[tuple[Test, ...], ...]] = {
+    **{name: (((1, _SET_IDS, 0),),) for name in ("chmod", "fchmod", "creat", "mknod")},
+    **{name: (((2, _SET_IDS, 0),),) for name in ("fchmodat", "fchmodat2", "mknodat")},
+    "open": (((1, _CREATING, 0),), ((2, _SET_IDS, 0),)),
+    "openat": (((2, _CREATING, 0),), ((3, _SET_IDS, 0),)),
+}
+"""When a call can give no file a set-id bit: one of the alternatives holds. mkdir(2) ignores the
+bits, and bind(2) takes those of the socket, which only fchmod changes."""
+UNSEEN_MODES = {"openat2": ENOSYS, "io_uring_setup": EPERM}
+"""Calls whose mode no filter sees: in memory. C libraries and programs fall back from ENOSYS."""
+
 _FOREIGN = """
     _llseek _newselect arm_fadvise64_64 arm_sync_file_range breakpoint cacheflush chown32
     clock_adjtime64 clock_getres_time64 clock_gettime64 clock_nanosleep_time64 clock_settime64

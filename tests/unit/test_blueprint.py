@@ -303,7 +303,6 @@ def layout_mount(mount: Mount, *, idmap: bool = True) -> dict[str, Any]:
     ("mount", "idmap", "shared", "idmapped"),
     [
         (Mount.bind("/usr", "/data"), True, True, False),
-        (Mount.bind("/usr", "/data", rw=True), True, False, True),
         # Without idmapped mounts a writable bind is the same for all environments.
         (Mount.bind("/usr", "/data", rw=True), False, True, False),
         # Each environment has a /tmp of its own, and so what is in it.
@@ -320,8 +319,17 @@ def test_only_what_no_environment_can_change_is_shared(
     assert (entry["shared"], entry["idmapped"]) == (shared, idmapped)
 
 
-def test_idmaps_are_for_root_and_can_be_done_without() -> None:
-    mounts = (Mount.bind("/usr", "/data", rw=True),)
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A directory that does not belong to root."""
+    if os.geteuid() == 0:
+        os.chown(tmp_path, 12345, 12345)
+    return tmp_path
+
+
+@pytest.mark.parametrize("rw", [True, False])
+def test_idmaps_are_for_root_and_can_be_done_without(source: Path, rw: bool) -> None:
+    mounts = (Mount.bind(source, "/data", rw=rw),)
 
     def is_idmapped(made: b.Blueprint) -> bool:
         return any(entry["idmapped"] for entry in made.spec["layout"]["mounts"])
@@ -329,6 +337,30 @@ def test_idmaps_are_for_root_and_can_be_done_without() -> None:
     assert is_idmapped(decide(mounts=mounts))
     assert not is_idmapped(decide(mounts=mounts, allow_missing={"idmapped_mounts"}))
     assert not is_idmapped(decide(host(privileged=False), mounts=mounts))
+
+
+def test_idmaps_of_what_belongs_to_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is made there, and what is public stays shared and is seen as by others."""
+    with pytest.raises(ConfigError, match=r"'/usr': belongs to root.*chown -R nobody /usr"):
+        decide(mounts=(Mount.bind("/usr", "/data", rw=True),))
+    allowed = {"idmapped_mounts"}
+    assert decide(mounts=(Mount.bind("/usr", "/data", rw=True),), allow_missing=allowed)
+    assert not layout_mount(Mount.bind("/usr", "/data"))["idmapped"]
+    tmp_path.chmod(0o700)
+    assert layout_mount(Mount.bind(tmp_path, "/data"))["idmapped"]
+    # An interpreter's own directory is shared, unless only its owner may use it.
+    set_prefixes(monkeypatch, tmp_path, "/usr")
+    assert b.make_layout(Config(), idmap=True)["mounts"][0]["idmapped"]
+    tmp_path.chmod(0o755)
+    assert not b.make_layout(Config(), idmap=True)["mounts"][0]["idmapped"]
+
+
+def test_set_id_bits_are_told_of_where_something_is_writable(source: Path) -> None:
+    made = decide(mounts=(Mount.bind(source, "/data", rw=True),))
+    assert layers(made)["set_id_bits"].in_force
+    assert made.spec["seccomp_name"] == "policy 'default without set-id bits'"
+    for mount in (Mount.bind(source, "/data"), Mount.tmpfs("/data")):
+        assert "set_id_bits" not in layers(decide(mounts=(mount,)))
 
 
 def test_files_and_directories_are_told_apart() -> None:

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from nsbox import profiles
 from nsbox.errors import ConfigError
 from nsbox.policy import SeccompPolicy
-from nsbox.profiles import ALLOW, DANGEROUS_NAMES, ENOSYS, EPERM, ERRNO, INT, KILL_PROCESS, TIER_OF
+from nsbox.profiles import (
+    ALLOW,
+    DANGEROUS_NAMES,
+    ENOSYS,
+    EPERM,
+    ERRNO,
+    INT,
+    KILL_PROCESS,
+    LOG,
+    TIER_OF,
+)
 
 pytestmark = pytest.mark.static
 
@@ -83,6 +93,36 @@ def test_argument_rules_of_strict() -> None:
     personality = policy.allow("personality")
     assert personality.decide("personality", (INT,)) == ALLOW
     assert personality.decide("personality", (0x40000,)) == EPERM
+
+
+def test_without_set_id_bits() -> None:
+    oci = SeccompPolicy.from_oci(
+        {
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [
+                {"names": sorted(DANGEROUS_NAMES | {"clone"}), "action": "SCMP_ACT_ERRNO"},
+                {
+                    "names": ["open"],
+                    "action": "SCMP_ACT_LOG",
+                    "args": [{"index": 1, "value": 65, "op": "SCMP_CMP_EQ"}],
+                },
+            ],
+        }
+    )
+    for base in (*map(SeccompPolicy.named, profiles.TIERS), oci):
+        policy = base.without_set_id_bits()
+        for mode in (0o4755, 0o2755, 0o6000, 0o755, 0o1777):
+            decided = {policy.decide(call, (0, mode, 0, 0)) for call in ("chmod", "fchmod")}
+            decided |= {policy.decide("fchmodat", (0, 0, mode, 0))}
+            decided |= {policy.decide("openat", (0, 0, flags, mode)) for flags in (64, 0x410000)}
+            assert decided == {EPERM if mode & 0o6000 else ALLOW}, oct(mode)
+            assert policy.decide("open", (0, 65, mode)) != (LOG if mode & 0o6000 else EPERM)
+        # Without O_CREAT and O_TMPFILE the argument is whatever was in the register.
+        assert policy.decide("openat", (0, 0, 0x10000, INT)) == ALLOW
+        assert policy.decide("openat2") == ENOSYS
+        assert policy.decide("io_uring_setup") == EPERM
+        changed = {call for call in TIER_OF if policy.decide(call) != base.decide(call)}
+        assert changed <= {"openat2", "io_uring_setup"}
 
 
 def test_unknown_names_are_refused_with_what_was_meant() -> None:

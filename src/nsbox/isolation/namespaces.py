@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 # The C half of `socket`, as in `linux.calls`: the template imports this module.
 from _socket import AF_UNIX, SOCK_DGRAM
@@ -106,41 +107,71 @@ def write_id_maps(pid: int, inside: int, outside: int) -> None:
     """Map the one id `inside` of the user namespace of `pid` to `outside`, for users and groups."""
     line = b"%d %d 1" % (inside, outside)
     for name in ("uid_map", "gid_map"):
-        # Not open(): its layers would touch 60 more pages, each to be copied after the clone.
-        fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, line)
-        finally:
-            os.close(fd)
+        _write_map(pid, name, line)
 
 
-def mapping_namespace(inside: tuple[int, int], outside: int) -> int:
+def _write_map(pid: int, name: str, lines: bytes) -> None:
+    # Not open(): its layers would touch 60 more pages, each to be copied after the clone.
+    fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, lines)
+    finally:
+        os.close(fd)
+
+
+def is_public(source: os.stat_result) -> bool:
+    """Return whether everybody on the host may read `source`, of a directory its names."""
+    needed = 0o005 if stat.S_ISDIR(source.st_mode) else 0o004
+    return source.st_mode & needed == needed
+
+
+def takes_on_owner(source: os.stat_result) -> bool:
+    """Return whether root's environments have the rights of `source`'s owner in a bind of it.
+
+    Of any owner but root. A public directory of root's, such as /etc, has private files in it that
+    are not meant; what is private itself is bound to be read by the environment.
+    """
+    return source.st_uid != 0 or not is_public(source)
+
+
+def mapping_namespace(owner: tuple[int, int], outside: int) -> int:
     """Return a user namespace for an idmapped mount (mount_setattr(2)).
 
-    What belongs to the ids `inside` (user, group) on disk will belong to `outside` in the mount,
-    and what `outside` creates will be owned by `inside`. Needs real root.
+    What belongs to the ids `owner` (user, group) on disk belongs to `outside` in the mount, and
+    what `outside` creates there is owned by them; all others keep theirs. Group 0 is never taken
+    on: what `outside` creates has its own group then. Needs real root.
     """
-    ready, ready_write = os.pipe()
-    done, done_write = os.pipe()
-    pid = os.fork()
+    user, group = owner
+    maps = {
+        "uid_map": _swap("uid_map", user, outside),
+        "gid_map": _swap("gid_map", group or outside, outside),
+    }
+    pid, pidfd = calls.clone3(c.CLONE_NEWUSER)
     if pid == 0:
-        try:
-            os.close(done_write)
-            calls.unshare(c.CLONE_NEWUSER)
-            os.write(ready_write, b"r")
-            os.read(done, 1)
-        finally:
-            os._exit(0)
-    os.close(ready_write)
-    os.close(done)
+        os._exit(0)  # its namespace can be had until it is waited for
     try:
-        if os.read(ready, 1) != b"r":
-            raise OSError(errno.EPERM, "no user namespace could be made for an idmapped mount")
-        for name, host_id in zip(("uid_map", "gid_map"), inside, strict=True):
-            with open(f"/proc/{pid}/{name}", "w") as file:
-                file.write(f"{host_id} {outside} 1")
+        for name, lines in maps.items():
+            _write_map(pid, name, lines)
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
-        os.close(ready)
-        os.close(done_write)
+        os.close(pidfd)
         os.waitpid(pid, 0)
+
+
+def _swap(name: str, one: int, other: int) -> bytes:
+    """Return an id map of this process's ids to themselves, but `one` and `other` to each other."""
+    if name not in _own_ids:
+        with open(f"/proc/self/{name}") as file:
+            rows = [line.split() for line in file]
+        _own_ids[name] = [(int(first), int(first) + int(count)) for first, _, count in rows]
+    lines = {(one, other, 1), (other, one, 1)}
+    for first, end in _own_ids[name]:
+        cuts = [id_ for id_ in sorted({one, other}) if first <= id_ < end]
+        starts = [first, *(id_ + 1 for id_ in cuts)]
+        for start, stop in zip(starts, [*cuts, end], strict=True):
+            if start < stop:
+                lines.add((start, start, stop - start))
+    return b"\n".join(b"%d %d %d" % line for line in lines)
+
+
+_own_ids: dict[str, list[tuple[int, int]]] = {}  # of this process; its maps never change

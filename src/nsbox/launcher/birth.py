@@ -7,6 +7,7 @@ and the clone makes the environment's own steps (`inside`). `STEPS` has them all
 
 from __future__ import annotations
 
+import errno
 import os
 
 from nsbox.isolation import namespaces, userland
@@ -88,18 +89,36 @@ class Birth:
             self.network = self.server.networks.take()
 
     def _open_trees(self) -> None:
-        for mount in self.known.own_binds:
-            fd = userland.clone_tree(mount["source"], writable=mount["writable"])
-            self.trees[mount["destination"]] = fd
-            if mount["idmapped"]:
-                owner = os.stat(mount["source"])
-                mapping = namespaces.mapping_namespace((owner.st_uid, owner.st_gid), self.host_id)
-                try:
-                    calls.mount_setattr(
-                        fd, "", c.AT_EMPTY_PATH, attr_set=c.MOUNT_ATTR_IDMAP, userns_fd=mapping
-                    )
-                finally:
-                    os.close(mapping)
+        mappings: dict[tuple[int, int], int] = {}
+        try:
+            for mount in self.known.own_binds:
+                fd = userland.clone_tree(mount["source"], writable=mount["writable"])
+                self.trees[mount["destination"]] = fd
+                if mount["idmapped"]:
+                    self._map_owner(fd, mount, mappings)
+        finally:
+            close_all(list(mappings.values()))
+
+    def _map_owner(
+        self, fd: int, mount: dict[str, Any], mappings: dict[tuple[int, int], int]
+    ) -> None:
+        """Have the owner of a tree be this environment's user in it."""
+        status = os.fstat(fd)
+        owner = (status.st_uid, status.st_gid)
+        if mount["writable"] and not status.st_uid:
+            raise OSError(errno.EPERM, f"{mount['source']} belongs to root")
+        if not namespaces.takes_on_owner(status):
+            return  # it has changed since the host has looked
+        if owner not in mappings:
+            mappings[owner] = namespaces.mapping_namespace(owner, self.host_id)
+        try:
+            calls.mount_setattr(
+                fd, "", c.AT_EMPTY_PATH, attr_set=c.MOUNT_ATTR_IDMAP, userns_fd=mappings[owner]
+            )
+        except OSError as error:
+            # What may only be read is then read with the rights of others.
+            if mount["writable"] or error.errno not in (errno.EINVAL, errno.EPERM):
+                raise
 
 
 def _template_side(_birth: Birth) -> None:
