@@ -42,6 +42,8 @@ _SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal si
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
 _DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end
+_THREADS = 17  # field of /proc/PID/stat behind the name (proc(5), num_threads)
+_OUTSIDE = -1  # what stands for a parent outside of the namespace
 _RESET_DEADLINE = 2.0  # seconds in which all that an invocation has left must be dead
 
 
@@ -248,13 +250,23 @@ class Init:
             self._farewell = None
 
     def _kill_all_but(self, kept: tuple[int, ...]) -> None:
+        """Kill every process but those of `kept`, none of which makes others meanwhile.
+
+        /proc is listed number by number: a process that has a child with a lower number and ends
+        at once is in no list, nor is its child. So two lists in a row must be empty, and no number
+        may have been given out from before the first until after the second.
+        """
         deadline = time.monotonic() + _RESET_DEADLINE
         while time.monotonic() < deadline:
-            others = [pid for pid in _parents() if pid not in kept]
-            if not others:
+            newest = _newest()
+            others = [pid for pid in _pids() if pid not in kept and _parent_of(pid)]
+            if others:
+                _end_all(others)
+                self._reap()
+            elif not any(pid not in kept and _parent_of(pid) for pid in _pids()) and (
+                _newest() == newest
+            ):
                 return
-            _end_all(others)
-            self._reap()
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it
 
     def _on_channel(self, command: _Command, channel: _Socket) -> None:
@@ -385,19 +397,35 @@ def _end_all(pids: list[int]) -> None:
             os.close(fd)
 
 
+def _pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
 def _parents() -> dict[int, int]:
     """Return the parent of each process of the namespace that has not ended."""
-    parents: dict[int, int] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:
-                continue
-            if fields[0] not in (b"Z", b"X"):
-                parents[int(entry)] = int(fields[1])
-    return parents
+    parents = {pid: _parent_of(pid) for pid in _pids()}
+    return {pid: parent for pid, parent in parents.items() if parent}
+
+
+def _parent_of(pid: int) -> int:
+    """Return the parent of a process, 0 when it has ended.
+
+    A process whose first thread has ended is in state Z while its other threads run: the kernel
+    tells of its end, and drops it, after the last of them (proc(5), wait(2)).
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    has_ended = fields[0] in (b"Z", b"X") and int(fields[_THREADS]) <= 1
+    return 0 if has_ended else int(fields[1]) or _OUTSIDE
+
+
+def _newest() -> bytes:
+    """Return the number that the namespace has given out last (proc(5), loadavg)."""
+    with open("/proc/loadavg", "rb") as file:
+        return file.read().split()[-1]
 
 
 def _standing() -> tuple[object, ...]:
