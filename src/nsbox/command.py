@@ -8,7 +8,6 @@ import io
 import os
 import select
 import signal
-import stat
 import threading
 import time
 from collections.abc import Callable
@@ -23,11 +22,13 @@ from nsbox.errors import (
     ConfigError,
     EnvironmentDied,
     SetupError,
+    SyscallError,
 )
 from nsbox.guest import protocol as p
 from nsbox.link import Counters, Link
 from nsbox.linux.descriptors import close_all
 from nsbox.result import Outcome, Protections, Result
+from nsbox.streams import NAMES, Relays, descriptor_of, gives_more
 from nsbox.verdict import Verdict, judge_signal
 
 PIPE: Final = -1
@@ -82,6 +83,7 @@ class Process:
         self._next_cpu_check = 0.0
         self._lock = threading.RLock()
         self._request: RunRequest | None = None
+        self._relays = Relays()
         if isinstance(request, Workplace):
             self._before: Counters = {}  # all that was used since the birth is the worker's
             self._started_at = time.monotonic()
@@ -105,14 +107,17 @@ class Process:
                     ours, theirs = make_pipe(to_guest=number == 0)
                     inside.append(theirs)
                     given.append(theirs)
-                    name = ("stdin", "stdout", "stderr")[number]
-                    setattr(self, name, io.FileIO(ours, "w" if number == 0 else "r"))
+                    setattr(self, NAMES[number], io.FileIO(ours, "w" if number == 0 else "r"))
                 elif stream is not None and stream != DEVNULL:
-                    given.append(_descriptor_of(stream, ("stdin", "stdout", "stderr")[number]))
+                    fd = descriptor_of(stream, NAMES[number])
+                    if gives_more(fd, NAMES[number], is_own=self._link.has_callers_id):
+                        fd = self._relays.add(fd, NAMES[number])
+                    given.append(fd)
                 stdio.append(stream is not None and stream != DEVNULL)
             frame = request.encode(self.argv, stdio)
             self._link.running.add(id(self))
             self._channel = self._link.ask(request.operation, frame, request.arrange(given))
+            self._relays.start()
             if request.is_announced:
                 self._await_start(request)
         except BaseException:
@@ -330,12 +335,21 @@ class Process:
             finally:
                 if self._result is not None or self._death is not None:
                     self._link.running.discard(id(self))
+                    self._end_relays()
             self._check_cpu_time()
             if self._killed_at is not None and self._result is None:
                 late = time.monotonic() - self._killed_at - KILL_DEADLINE
                 if late > 0:
                     self._link.kill()  # PID 1 does not do its duty
             return self._result
+
+    def _end_relays(self) -> None:
+        try:
+            self._relays.finish()
+        except SyscallError as error:
+            if self._death is None:
+                self._death = error
+                raise
 
     def _check_cpu_time(self) -> None:
         if self._cpu_time is None or self._result is not None or self._killed_at is not None:
@@ -461,31 +475,10 @@ class Process:
         return replace(result, outcome=self._verdict.outcome, evidence=evidence)
 
     def _close_streams(self) -> None:
+        self._relays.finish(drains=False)
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream is not None:
                 stream.close()
         if self.tty >= 0:
             os.close(self.tty)
             self.tty = -1
-
-
-def _descriptor_of(stream: object, what: str) -> int:
-    """Return the descriptor of a stream that the caller gave; ConfigError when it is none."""
-    try:
-        fd = stream if isinstance(stream, int) else stream.fileno()  # type: ignore[attr-defined]
-        if isinstance(stream, bool) or not isinstance(fd, int):
-            raise TypeError
-    except (AttributeError, TypeError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"{what}: must be an open file, a descriptor, PIPE or DEVNULL, got {stream!r}"
-        ) from error
-    try:
-        mode = os.fstat(fd).st_mode
-    except OSError as error:
-        raise ConfigError(f"{what}: descriptor {fd}: {error.strerror}") from error
-    if stat.S_ISDIR(mode):
-        # openat(2) from a directory of the host leads out of the pivoted root.
-        raise ConfigError(
-            f"{what}: descriptor {fd} is a directory, which would lead out of the sandbox"
-        )
-    return fd

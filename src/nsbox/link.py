@@ -93,6 +93,7 @@ class Link:
         proc: How much of a /proc it has.
         end: What the launcher said of its end; None while it lives.
         closing: Whether the caller has asked for the end.
+        has_callers_id: Whether its user is the caller outside, with all of the caller's rights.
         running: Who awaits the end of a command, and so the last counters; by `id`.
         is_killed: Whether this end has killed it.
         workplace: That of the worker; None in environments that have none.
@@ -116,6 +117,7 @@ class Link:
         self.end: dict[str, Any] | None = None
         self.closing = self.is_killed = False
         self.running: set[int] = set()
+        self.has_callers_id = launcher.hello["ids"] == "own"
         self.workplace: Workplace | None = None
         self._awaits_furniture = False
         self._lock = threading.Lock()

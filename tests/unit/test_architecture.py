@@ -30,7 +30,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "functions",
         ("functions", "aio", "program", "invoker", "request", "credentials", "worker", "outfit"),
     ),
-    ("command", ("command", "verdict")),
+    ("command", ("command", "streams", "verdict")),
     ("blueprint", ("blueprint",)),
     ("link", ("link", "channel", "transfer", "blanks")),
     ("launcher", ("launcher",)),

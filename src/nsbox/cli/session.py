@@ -3,7 +3,7 @@
 
 A terminal of the host is never handed in: whoever holds one can type into it (TIOCSTI, ioctl_tty
 (2)) once its session ends. Either the command gets a terminal of the environment's own, or pipes.
-Files and pipes of the host are handed in as they are.
+What is no terminal `nsbox.streams` hands in, or relays.
 """
 
 from __future__ import annotations
