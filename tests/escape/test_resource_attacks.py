@@ -151,7 +151,24 @@ def test_inode_flood(make_env: Callable[..., nsbox.ExecutionEnvironment], direct
         directory=directory,
     )
     assert code == "ENOSPC"
-    assert count <= 256
+    assert count <= 1024
+
+
+def test_many_files_and_links_fit(make_env: Callable[..., nsbox.ExecutionEnvironment]) -> None:
+    """Each name of a hard link counts as a file does, in the default size and in a small one."""
+    code = """
+        answer = []
+        os.mkdir('/tmp/d'); open('/tmp/d/0', 'w').close()
+        for number in range(1, limit):
+            code = attempt(os.link, '/tmp/d/0', f'/tmp/d/{number}')
+            if code:
+                answer.append([number, code])
+                break
+    """
+    assert attack(make_env(), code, limit=20000) == []
+    ((count, error),) = attack(make_env(tmp_size="1M"), code, limit=20000)
+    assert error == "ENOSPC"
+    assert 900 < count <= 1024
 
 
 @pytest.mark.needs("cgroup.pids")

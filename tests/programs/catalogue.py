@@ -54,6 +54,177 @@ class Program:
 
 
 PROGRAMS: tuple[Program, ...] = (
+    # What has its configuration in /etc, or more of itself in /var/lib.
+    Program(
+        name="javac",
+        packages="default-jdk-headless",
+        command="""
+cat > A.java <<'END'
+import java.util.stream.*;
+public class A {
+    public static void main(String[] arguments) throws Exception {
+        System.out.println(IntStream.rangeClosed(1, 6).sum());
+        System.out.println(javax.net.ssl.SSLContext.getDefault().getProtocol());
+    }
+}
+END
+javac A.java; java -cp . A
+""",
+        expected="21\nDefault",
+        programs="javac java",
+        small=True,
+    ),
+    Program(
+        name="maven",
+        packages="maven",
+        command="""
+cat > pom.xml <<'END'
+<project><modelVersion>4.0.0</modelVersion><groupId>a</groupId><artifactId>a</artifactId>
+<version>1</version><packaging>pom</packaging></project>
+END
+mvn -B -o validate | grep -c 'BUILD SUCCESS'
+""",
+        expected=r"(\x1b\[0m)*1",
+        programs="mvn",
+    ),
+    Program(
+        name="ghc",
+        packages="ghc",
+        command="""
+cat > a.hs <<'END'
+import qualified Data.Map as M
+main = print (M.toList (M.fromListWith (+) [(x `mod` 3, x) | x <- [1 .. 10 :: Int]]))
+END
+ghc -v0 -O a.hs; ./a
+""",
+        expected=r"\[\(0,18\),\(1,22\),\(2,15\)\]",
+        tmp_size="512M",
+    ),
+    Program(
+        name="Rscript",
+        packages="r-base-core",
+        command="Rscript -e 'cat(sum(1:10), round(coef(lm(dist ~ speed, cars)), 2))'",
+        expected="55 -17.58 3.93",
+    ),
+    Program(
+        name="mono",
+        packages="mono-mcs mono-runtime",
+        command="""
+echo 'class A { static void Main() { System.Console.WriteLine(6 * 7); } }' > a.cs
+mcs a.cs; mono a.exe
+""",
+        expected="42",
+        programs="mcs mono",
+    ),
+    Program(
+        name="fpc",
+        packages="fpc",
+        command="""
+printf "program a; uses sysutils; begin writeln(UpperCase('pear'), 6 * 7) end.\\n" > a.pas
+fpc -v0 a.pas > log 2>&1 || { cat log; exit 1; }
+./a
+""",
+        expected="PEAR42",
+    ),
+    Program(
+        name="php",
+        packages="php-cli",
+        command="""
+cat > a.php <<'END'
+<?php
+$more = count(explode(",", php_ini_scanned_files()));
+echo json_encode([strtoupper("pear"), php_ini_loaded_file() !== false, $more > 3]);
+END
+php a.php
+""",
+        expected=r'\["PEAR",true,true\]',
+        small=True,
+    ),
+    Program(
+        name="pdflatex",
+        packages="texlive-latex-base",
+        command="""
+printf '%s\\n' '\\documentclass{article}' '\\usepackage{amsmath}' '\\begin{document}' \
+    'Pears: $\\sum_{i=1}^n i$.' '\\end{document}' > a.tex
+pdflatex -interaction=batchmode -halt-on-error a.tex > log 2>&1 || { cat log; exit 1; }
+head -c 5 a.pdf
+""",
+        expected="%PDF-",
+    ),
+    Program(
+        name="libreoffice",
+        packages="libreoffice-writer-nogui",
+        command="""
+echo pears > a.txt
+soffice --headless --convert-to pdf a.txt > log 2>&1 || { cat log; exit 1; }
+head -c 5 a.pdf
+""",
+        expected="%PDF-",
+        programs="soffice",
+    ),
+    Program(
+        name="imagemagick",
+        packages="imagemagick",
+        command="""
+convert -size 64x64 gradient:red-blue a.png
+identify -format '%m %wx%h\\n' a.png
+identify -list policy | grep -c Policy:
+""",
+        expected="PNG 64x64\n[1-9][0-9]*",
+        programs="convert identify",
+    ),
+    Program(
+        name="ocamlfind",
+        packages="ocaml-nox ocaml-findlib",
+        command="""
+echo 'let () = print_endline (String.concat "," (Str.split (Str.regexp " ") "pear fig"))' > a.ml
+ocamlfind ocamlopt -package str -linkpkg a.ml -o a; ./a
+""",
+        expected="pear,fig",
+    ),
+    Program(
+        name="cobc",
+        packages="gnucobol",
+        command="""
+printf '%s\\n' 'identification division.' 'program-id. a.' 'procedure division.' \
+    'display "PEAR".' 'stop run.' > a.cob
+cobc -x -free a.cob; ./a
+""",
+        expected="PEAR",
+    ),
+    Program(
+        name="ldc2",
+        packages="ldc",
+        command="echo 'import std.stdio; void main() { writeln(6 * 7); }' > a.d; ldc2 a.d; ./a",
+        expected="42",
+    ),
+    Program(
+        name="emacs",
+        packages="emacs-nox",
+        command="""
+emacs --batch --eval '(progn (require (quote json)) (princ (json-encode (list 1 2 (* 6 7)))))'
+""",
+        expected=r"(Loading /etc/emacs/\S+ \(source\)\.\.\.\n)*\[1,2,42\]",
+        small=True,
+    ),
+    Program(
+        name="chromium",
+        packages="chromium",
+        command="""
+echo '<p id=p></p><script>p.textContent = [3, 1, 2].sort()</script>' > a.html
+chromium --headless --no-sandbox --disable-gpu --dump-dom file:///tmp/a.html 2>log || cat log
+""",
+        expected='.*<p id="p">1,2,3</p>.*',
+        timeout=180.0,
+    ),
+    Program(
+        name="alternatives",
+        packages="mawk",
+        command="awk 'BEGIN { print 6 * 7 }'; readlink /usr/bin/awk",
+        expected="42\n/etc/alternatives/awk",
+        programs="awk",
+        small=True,
+    ),
     Program(
         name="sort",
         packages="coreutils",

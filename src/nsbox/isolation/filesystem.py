@@ -37,9 +37,10 @@ PROC_FULL, PROC_PID_ONLY, PROC_NONE = "full", "subset=pid", "none"
 
 _SCRATCH = c.MS_NOSUID | c.MS_NODEV
 _NO_EXEC = _SCRATCH | c.MS_NOEXEC
-# One inode for every 4 KiB: more than real trees need, and a bound on what empty files may cost
-# (each takes about 1 KiB of kernel memory whatever its size; tmpfs(5), nr_inodes).
-_BYTES_PER_INODE = 4096
+# One inode for every KiB, which is what an empty file costs of kernel memory: so they cost no more
+# than full ones. Each name of a hard link is counted, and extended attributes are by their size
+# (mm/shmem.c, shmem_reserve_inode, simple_xattr_space).
+_BYTES_PER_INODE = 1024
 
 
 def tmpfs_options(size: int) -> str:

@@ -34,6 +34,15 @@ FIELDS = (
 )
 
 
+def _kills(events: Mapping[str, int]) -> int | None:
+    kills, groups = events.get("oom_kill"), events.get("oom_group_kill", 0)  # the latter from 5.17
+    if kills is None or not groups:
+        return kills
+    # A group kill begins with its first victim and then kills every member, that one again; it is
+    # counted twice, unless it was gone in between (mm/oom_kill.c, oom_kill_process).
+    return max(groups, kills - groups)
+
+
 class UsageReader:
     """Reads the files of `EnvironmentCgroup.paths`; every value is None where there is no file.
 
@@ -60,7 +69,7 @@ class UsageReader:
         values: dict[str, int | None] = dict.fromkeys(FIELDS)
         self._read_cpu(values)
         events = self._memory_events()
-        values["oom_kills"] = events.get("oom_kill")
+        values["oom_kills"] = _kills(events)
         values["oom_events"] = events.get("oom")
         self._read_io(values)
         return values
@@ -91,11 +100,8 @@ class UsageReader:
         return None if nanoseconds is None else nanoseconds // 1000
 
     def oom_kills(self) -> int | None:
-        """Return how many processes the kernel has killed at the memory limit.
-
-        To compare with 0 or an earlier reading: v2 counts the first victim of a group kill twice.
-        """
-        return self._memory_events().get("oom_kill")
+        """Return how many processes the kernel has killed at the memory limit."""
+        return _kills(self._memory_events())
 
     def _memory_events(self) -> Mapping[str, int]:
         # v1 counts kills only ("oom_kill", 4.13); its failcnt counts every reclaim at the limit.
