@@ -40,7 +40,7 @@ class LoopCalls:
         try:
             frame = await future
         except asyncio.CancelledError:
-            self._invoker.kill()
+            self._invoker.kill("an invocation was cancelled")
             self.forget()
             raise
         except (WorkerSilent, WorkerEnded) as error:

@@ -21,6 +21,10 @@ ANSWER_DEADLINE: Final = 30.0
 """Seconds PID 1 may take to start a command, or to answer a file operation."""
 
 
+class BrokenAnswer(ConnectionError):
+    """PID 1 has said what it may not say."""
+
+
 class Channel:
     """The host's end of one operation of PID 1. What it reads is not trusted."""
 
@@ -52,7 +56,8 @@ class Channel:
         """Return the kind, three numbers and the descriptors of the next answer.
 
         Raises:
-            ConnectionError: PID 1 is gone, or said what it may not say.
+            ConnectionError: PID 1 is gone.
+            BrokenAnswer: It has said what it may not say.
         """
         data, fds = receive_bytes(self.socket, p.ANSWER.size)
         while data and len(data) < p.ANSWER.size:
@@ -66,7 +71,7 @@ class Channel:
         kind, first, second, third = p.ANSWER.unpack(data)
         if kind == p.FAILED and not (0 <= second < len(p.STAGES) and 0 < first < 4096):
             close_all(fds)
-            raise ConnectionError("PID 1 sent a malformed answer")
+            raise BrokenAnswer("PID 1 sent a malformed answer")
         return kind, first, second, third, fds
 
 

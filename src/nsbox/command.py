@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import IO, Any, Final, Self
 
-from nsbox.channel import RunRequest, Workplace, make_pipe
+from nsbox.channel import BrokenAnswer, RunRequest, Workplace, make_pipe
 from nsbox.counters import oom_evidence, rise, usage_between
 from nsbox.errors import (
     CommandStartError,
@@ -25,7 +25,7 @@ from nsbox.errors import (
     SyscallError,
 )
 from nsbox.guest import protocol as p
-from nsbox.link import Counters, Link
+from nsbox.link import Counters, Link, exit_code
 from nsbox.linux.descriptors import close_all
 from nsbox.result import Outcome, Protections, Result
 from nsbox.streams import NAMES, Relays, descriptor_of, gives_more
@@ -340,7 +340,7 @@ class Process:
             if self._killed_at is not None and self._result is None:
                 late = time.monotonic() - self._killed_at - KILL_DEADLINE
                 if late > 0:
-                    self._link.kill()  # PID 1 does not do its duty
+                    self._link.kill("PID 1 did not end a killed command")
             return self._result
 
     def _end_relays(self) -> None:
@@ -402,10 +402,12 @@ class Process:
             kind, status, user, system, fds = self._channel.receive_answer()
             close_all(fds)
             unstarted = self._request if kind == p.FAILED and not self.pid else None
-            if unstarted is None and (kind not in (p.EXITED, p.SWEPT) or not 0 <= status < 1 << 16):
-                raise ConnectionError("PID 1 sent a malformed answer")
+            code = None if kind not in (p.EXITED, p.SWEPT) else exit_code(status)
+            if unstarted is None and code is None:
+                raise BrokenAnswer("PID 1 sent a malformed answer")
         except OSError as error:
-            self._link.kill()  # broken rules end the environment
+            # Broken rules end the environment.
+            self._link.kill(str(error) if isinstance(error, BrokenAnswer) else "")
             if self._link.await_end() or self._link.closing:
                 self._finish_from_end()
                 return
@@ -415,14 +417,17 @@ class Process:
             self._channel.socket.close()
             self._death = self._start_error(unstarted, status, p.STAGES[user])
             raise self._death
-        after = self._link.usage()
+        returncode = code or 0
+        after = dict(self._link.usage())
         if after.get("cpu_user_usec") is None:
-            after["cpu_user_usec"], after["cpu_system_usec"] = user, system
-        returncode = os.waitstatus_to_exitcode(status)
+            # Nobody else counts it, or the cgroup has gone with the environment just now.
+            after["cpu_user_usec"] = user + (self._before.get("cpu_user_usec") or 0)
+            after["cpu_system_usec"] = system + (self._before.get("cpu_system_usec") or 0)
         if rise(self._before, after, "oom_kills"):
             # v1 kills one process; the environment's memory is as good as gone all the same.
-            self._link.kill()
-            self._conclude(Outcome.OOM_KILLED, returncode, oom_evidence(self._before, after), after)
+            evidence = oom_evidence(self._before, after)
+            self._link.kill(evidence)
+            self._conclude(Outcome.OOM_KILLED, returncode, evidence, after)
         elif self._verdict is not None and self._verdict.holds(returncode):
             self._conclude(self._verdict.outcome, returncode, self._verdict.say(returncode), after)
         elif self._link.closing and returncode in (-signal.SIGTERM, -signal.SIGKILL):
@@ -451,7 +456,7 @@ class Process:
         else:
             self._channel.socket.close()
             what = f"{self.argv[0]!r}: {self._link.describe_end()}"
-            self._death = EnvironmentDied(what, Outcome.SIGNALED)
+            self._death = EnvironmentDied(what, self._link.end_outcome())
             raise self._death
 
     def _conclude(

@@ -150,7 +150,7 @@ class ExecutionEnvironment(FunctionMethods):
         """The state now; a death is noticed when it is asked for."""
         if self._link is None:
             return State.CLOSED
-        if self._owner == os.getpid() and self._link.note_end():
+        if self._owner == os.getpid() and (self._link.is_killed or self._link.note_end()):
             return State.DEAD
         return State.FROZEN if self._frozen else State.READY
 
@@ -336,8 +336,11 @@ class ExecutionEnvironment(FunctionMethods):
             spare.close()
 
     def usage(self) -> Usage:
-        """Return the resources used since birth, by everything in the environment."""
-        return usage_between({}, self._live_link().usage(), None)
+        """Return the resources used since birth, or until its end, by everything in it."""
+        link = self._own_link()
+        if link.is_killed:
+            link.await_end()
+        return usage_between({}, link.usage(), None)
 
     def close(self, *, wait: bool = True, grace: float = 0.0) -> None:
         """Kill everything in it and remove it. May be called again, and in any state.
@@ -401,8 +404,8 @@ class ExecutionEnvironment(FunctionMethods):
 
     # -- states --------------------------------------------------------------------------------
 
-    def _known_link(self) -> Link:
-        """Return the link, unless the environment is known to be of no use."""
+    def _own_link(self) -> Link:
+        """Return the link, unless the environment is closed or another process's."""
         if self._owner != os.getpid():
             raise EnvironmentStateError(
                 f"environment {self.id} belongs to process {self._owner}; this is its forked "
@@ -411,7 +414,12 @@ class ExecutionEnvironment(FunctionMethods):
         link = self._link
         if link is None:
             raise EnvironmentStateError(f"environment {self.id} is closed; make a new one")
-        if link.end is not None:
+        return link
+
+    def _known_link(self) -> Link:
+        """Return the link, unless the environment is known to be of no use."""
+        link = self._own_link()
+        if link.end is not None or link.is_killed:
             raise EnvironmentStateError(
                 f"environment {self.id} is dead: {link.describe_end()}; make a new one"
             )

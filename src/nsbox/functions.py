@@ -28,7 +28,7 @@ from nsbox.invoker import Answer, Invoker
 from nsbox.launcher.client import Launcher
 from nsbox.link import Link
 from nsbox.program import run_program
-from nsbox.request import Options, Request, encode_event
+from nsbox.request import Options, Request, check_payload, encode_event
 from nsbox.result import Protections
 from nsbox.transfer import finish_reset, place_files, remove_files
 from nsbox.worker import Call, OnLog
@@ -239,7 +239,8 @@ class Invocations:
             try:
                 self._removal = remove_files(self._link, files)
             except (EnvironmentDied, OSError):
-                self._link.kill()  # the next event is not to find them
+                # The next event is not to find them.
+                self._link.kill("an invocation's files could not be removed")
 
     def _await_removal(self) -> None:
         removal, self._removal = self._removal, None
@@ -262,7 +263,7 @@ class Invocations:
             raise EnvironmentDied(
                 f"environment {self._env.id}: {self._link.describe_end()}"
             ) from error
-        self._link.kill()
+        self._link.kill(f"an invocation was ended by {type(error).__name__}")
 
     def last(self) -> Invocation | None:
         """Return the record of the last invocation, None before the first."""
@@ -365,7 +366,7 @@ class FunctionMethods:
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
         found = resolve(credentials, self._role(role))
-        answer = self._call(Request(payload, found, **options))
+        answer = self._call(Request(check_payload(payload), found, **options))
         return answer.invocation() if isinstance(answer, Answer) else answer
 
     async def invoke_async(
@@ -415,8 +416,8 @@ class FunctionMethods:
     def _function_calls(self) -> Invocations:
         # An end that nobody has noticed yet is seen at once by who waits for the answer.
         calls, link = self._invocations, self._link
-        is_usable = link is not None and link.end is None and self._owner == os.getpid()
-        if calls is not None and is_usable and not self._frozen:
+        is_alive = link is not None and link.end is None and not link.is_killed
+        if calls is not None and is_alive and self._owner == os.getpid() and not self._frozen:
             return calls
         link = self._known_link()
         if self._invocations is None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from nsbox.errors import FunctionError
+from nsbox.json_text import decode_answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +43,17 @@ class Invocation:
         return math.ceil((self.duration_seconds + (self.init_seconds or 0)) * 1000)
 
     def json(self) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer as a value."""
-        return json.loads(self.payload)
+        """Return the answer as a value.
+
+        Raises:
+            FunctionError: It is no JSON (`Runtime.MarshalError`): a worker may send anything.
+        """
+        try:
+            return decode_answer(self.payload)
+        except ValueError as error:
+            what = f"The answer is no JSON: {error}"
+            broken = replace(self, status="error", error_type="Runtime.MarshalError")
+            raise FunctionError("Runtime.MarshalError", what, (), broken) from error
 
     def report(self) -> str:
         """Return the line AWS Lambda writes after an invocation, fields divided by tabs."""

@@ -24,14 +24,15 @@ from nsbox.errors import (
     EnvironmentDied,
     EnvironmentStateError,
     FunctionError,
+    InvokeError,
     InvokeTimeout,
 )
 from nsbox.function import FunctionVersion
 from nsbox.guest import python_runtime as runtime
 from nsbox.guest.executed import executed_worker
-from nsbox.guest.json_text import decode
 from nsbox.invocation import Invocation
-from nsbox.link import Link
+from nsbox.json_text import decode_answer
+from nsbox.link import Link, exit_code
 from nsbox.outfit import outfit_of
 from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
@@ -67,8 +68,8 @@ class Answer:
             FunctionError: It is no JSON, which takes a worker that was tampered with.
         """
         try:
-            return decode(str(self.data, "utf-8"))
-        except (ValueError, RecursionError) as error:
+            return decode_answer(self.data)
+        except ValueError as error:
             what = f"The answer is no JSON: {error}"
             raise FunctionError("Runtime.MarshalError", what, (), self.invocation()) from error
 
@@ -120,9 +121,9 @@ class Invoker:
         if self.worker is not None:
             self.worker.end_events()
 
-    def kill(self) -> None:
+    def kill(self, cause: str) -> None:
         """Kill the whole environment."""
-        self._link.kill()
+        self._link.kill(cause)
 
     def descriptors(self) -> list[int]:
         """Return what becomes readable when the worker has something to say."""
@@ -230,10 +231,11 @@ class Invoker:
             self.init_seconds = time.monotonic() - call.begin
             self._start = call
             return
-        self._link.kill()
         if kind != runtime.BROKEN:
             raise self._violation("it is ready before it was asked")
-        raise self._function_error(bytes(data), None)
+        error = self._function_error(bytes(data), None)
+        self._link.kill(f"its module was not imported ({str(error)[:_LOG_SHOWN]})")
+        raise error
 
     # -- an event ------------------------------------------------------------------------------
 
@@ -341,11 +343,14 @@ class Invoker:
             if self._resets:
                 self._begin_reset()
             raise self._function_error(payload, invocation)
-        self._link.kill()
         status = bytes(data)
-        if kind != runtime.ENDED or not status.isdigit() or int(status) >= 1 << 16:
+        if kind != runtime.ENDED or not self._resets or not status.isdigit():
             raise self._violation("it answers what was not asked")
-        raise self._fork_error(call, os.waitstatus_to_exitcode(int(status)))
+        code = exit_code(int(status))
+        if code is None:
+            raise self._violation(f"the status of its fork is {int(status)}")
+        self._link.kill(f"the fork of its worker had ended ({_describe_exit(code)})")
+        raise self._fork_error(call, code)
 
     def describe(
         self,
@@ -391,14 +396,15 @@ class Invoker:
     def _violation(self, what: str) -> EnvironmentDied:
         return self._worker.violation(what)
 
-    def judge(self, call: Call, error: WorkerSilent | WorkerEnded) -> InvokeTimeout | FunctionError:
+    def judge(self, call: Call, error: WorkerSilent | WorkerEnded) -> InvokeError:
         """Return what to raise for a worker that gave no answer; its environment is killed."""
         if isinstance(error, WorkerEnded):
             return self._end_error(call, error.result)
         worker = self._worker
         worker.drain_logs(call)
         worker.process.condemn(Outcome.TIMED_OUT, f"not over after {call.timeout:g} s")
-        self._link.kill()
+        what = "its import" if call.number == _START else "an invocation"
+        self._link.kill(f"{what} timed out after {call.timeout:.2f} seconds")
         if call.number == _START:
             return InvokeTimeout(f"init timed out after {call.timeout:.2f} seconds")
         what = f"Task timed out after {call.timeout:.2f} seconds"
@@ -406,7 +412,11 @@ class Invoker:
         payload = error_payload(kind, f"RequestId: {call.request_id} Error: {what}")
         return InvokeTimeout(what, self.describe(call, payload, "timeout", kind))
 
-    def _end_error(self, call: Call, result: Result) -> FunctionError:
+    def _end_error(self, call: Call, result: Result) -> InvokeError:
+        if result.outcome is Outcome.KILLED or (call.is_unsent and call.number != _START):
+            # By its caller; or it had ended before, and nothing was run.
+            what = f"environment {self._link.env_id}: {self._link.describe_end()}"
+            return EnvironmentDied(what, result.outcome)
         if result.outcome is Outcome.OOM_KILLED:
             return self._out_of_memory(call, result.evidence)
         return self._exit_error(call, result.returncode)
@@ -426,13 +436,9 @@ class Invoker:
         return self._ended(call, "Runtime.OutOfMemory", what)
 
     def _exit_error(self, call: Call, returncode: int) -> FunctionError:
-        if returncode == 0:
-            what = "Runtime exited without providing a reason"
-        elif returncode > 0:
-            what = f"Runtime exited with error: exit status {returncode}"
-        else:
-            word = _SIGNAL_WORDS.get(-returncode, f"signal {-returncode}")
-            what = f"Runtime exited with error: signal: {word}"
+        what = "Runtime exited without providing a reason"
+        if returncode:
+            what = f"Runtime exited with error: {_describe_exit(returncode)}"
         return self._ended(call, "Runtime.ExitError", what)
 
     def _ended(self, call: Call, kind: str, what: str) -> FunctionError:
@@ -448,10 +454,10 @@ class Invoker:
         self, data: bytes, invocation: Invocation | None
     ) -> FunctionError | EnvironmentDied:
         try:
-            told = json.loads(data)
+            told = decode_answer(data)
             kind, message = str(told["errorType"]), str(told["errorMessage"])
             trace = [str(line) for line in told.get("stackTrace", ())]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             return self._violation("its error is no error")
         return FunctionError(kind, message, trace, invocation)
 
@@ -466,6 +472,13 @@ class Invoker:
         channel, self._reset = self._reset, None
         if channel is not None:
             finish_reset(self._link, channel)
+
+
+def _describe_exit(returncode: int) -> str:
+    """Return AWS Lambda's words for it."""
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    return f"signal: {_SIGNAL_WORDS.get(-returncode, f'signal {-returncode}')}"
 
 
 def _words(request: Request, request_id: str) -> bytes:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
-from nsbox.channel import Channel, Workplace
+from nsbox.channel import BrokenAnswer, Channel, Workplace
 from nsbox.errors import EnvironmentDied, LauncherError, NsboxError, SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.isolation import audit_log, cgroups, readback
@@ -96,6 +96,7 @@ class Link:
         has_callers_id: Whether its user is the caller outside, with all of the caller's rights.
         running: Who awaits the end of a command, and so the last counters; by `id`.
         is_killed: Whether this end has killed it.
+        cause: Why it has, for people; empty: it was gone already, or closed.
         workplace: That of the worker; None in environments that have none.
     """
 
@@ -116,6 +117,7 @@ class Link:
         self._spec = spec
         self.end: dict[str, Any] | None = None
         self.closing = self.is_killed = False
+        self.cause = ""
         self.running: set[int] = set()
         self.has_callers_id = launcher.hello["ids"] == "own"
         self.workplace: Workplace | None = None
@@ -274,15 +276,15 @@ class Link:
     def died(self, cause: OSError) -> EnvironmentDied:
         """Return the exception for an operation under which PID 1 went away or fell silent."""
         if isinstance(cause, TimeoutError):
-            self.kill()
-            return EnvironmentDied(
-                f"environment {self.env_id}: PID 1 did not answer; it was killed"
-            )
-        self.kill()  # a broken frame, or it is gone already
-        self.await_end()
-        killed_by_limit = (self.end or {}).get("usage", {}).get("oom_kills")
-        outcome = Outcome.OOM_KILLED if killed_by_limit else Outcome.SIGNALED
-        return EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}", outcome)
+            self.kill("PID 1 did not answer")
+        elif isinstance(cause, BrokenAnswer):
+            self.kill(str(cause))
+        else:
+            self.kill()  # it is gone already
+        if not isinstance(cause, TimeoutError):
+            self.await_end()
+        what = f"environment {self.env_id}: {self.describe_end()}"
+        return EnvironmentDied(what, self.end_outcome())
 
     def ask_to_end(self) -> socket.socket:
         """SIGTERM everything in it; return what `await_farewell` takes.
@@ -293,8 +295,13 @@ class Link:
         self.closing = True  # before the signal: no command is said to have been ended by others
         return self.ask(p.TERMINATE, b"", []).socket
 
-    def kill(self) -> None:
-        """SIGKILL PID 1, and so everything in the environment."""
+    def kill(self, cause: str = "") -> None:
+        """SIGKILL PID 1, and so everything in the environment.
+
+        `cause` is what `describe_end` will say; the first one stands, while it lives.
+        """
+        if not self.is_killed and self.end is None:
+            self.cause = cause
         self.is_killed = True
         if self._pidfd >= 0:
             with suppress(ProcessLookupError):
@@ -371,6 +378,8 @@ class Link:
         """Say how the environment ended, for people."""
         if self.closing:
             return "it was closed"
+        if self.cause:
+            return f"{self.cause}; nsbox killed it"
         end = self.end or {}
         if "launcher" in end:
             return "the launcher died, and the environment with it"
@@ -381,8 +390,18 @@ class Link:
             return "PID 1 is gone"
         code = os.waitstatus_to_exitcode(status)
         if code < 0:
-            return f"PID 1 was killed from outside by {signal.Signals(-code).name}"
+            return f"PID 1 was killed from outside by {signal_name(-code)}"
         return f"PID 1 ended with status {code}"
+
+    def end_outcome(self) -> Outcome | None:
+        """Return what its end was, as far as the launcher has told; None: it has not."""
+        end = self.end or {}
+        if (end.get("usage") or {}).get("oom_kills"):
+            return Outcome.OOM_KILLED
+        status = end.get("status")
+        if status is None:
+            return None
+        return Outcome.KILLED if self.is_killed and self.cause else outcome_of(status)
 
     def duplicate_pidfd(self) -> int:
         """Return a descriptor, for the caller to close, that is readable when PID 1 has ended."""
@@ -401,7 +420,9 @@ class Link:
     # -- accounting ----------------------------------------------------------------------------
 
     def usage(self) -> Counters:
-        """Return everything that can be read of its cgroups now."""
+        """Return everything that can be read of its cgroups now; at its end, what was read then."""
+        if self.end is not None:
+            return self.end.get("usage") or {}
         try:
             return {} if self._reader is None else self._reader.read()
         except OSError:
@@ -425,6 +446,26 @@ class Link:
             return None if self._reader is None else self._reader.cpu_usec()
         except OSError:
             return None
+
+
+def exit_code(status: int) -> int | None:
+    """Return the exit code of a wait status, or minus the signal; None: no process ends so."""
+    if not 0 <= status < 1 << 16 or not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
+        return None
+    return os.waitstatus_to_exitcode(status)
+
+
+def outcome_of(status: int) -> Outcome:
+    """Return what a wait status tells."""
+    return Outcome.SIGNALED if os.WIFSIGNALED(status) else Outcome.EXITED
+
+
+def signal_name(number: int) -> str:
+    """Return a signal's name; real-time signals have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def await_farewell(farewell: socket.socket | None, seconds: float) -> None:

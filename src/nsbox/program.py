@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from typing import TYPE_CHECKING, Final
@@ -13,6 +12,7 @@ from nsbox.function import FunctionVersion
 from nsbox.guest import python_runtime as runtime
 from nsbox.invocation import Invocation
 from nsbox.invoker import error_payload
+from nsbox.json_text import decode_answer
 from nsbox.link import Link
 from nsbox.request import Request
 from nsbox.result import Outcome, Result
@@ -55,10 +55,10 @@ def run_program(
         error_type=kind,
     )
     if result.outcome is Outcome.TIMED_OUT:
-        link.kill()
+        link.kill(f"an invocation timed out after {limit:.2f} seconds")
         raise InvokeTimeout(message, invocation)
     if result.outcome is Outcome.OOM_KILLED:
-        link.kill()
+        link.kill(result.evidence)
     elif function.reuse == "reset":
         finish_reset(link, begin_reset(link, version.config))
     if kind:
@@ -81,7 +81,7 @@ def _judge(result: Result, request_id: str, limit: float) -> tuple[str, str]:
         status = f"exit status {result.returncode}"
         return "Runtime.ExitError", f"{prefix}Runtime exited with error: {status}"
     try:
-        json.loads(result.stdout)
-    except (ValueError, RecursionError) as error:
+        decode_answer(result.stdout)
+    except ValueError as error:
         return "Runtime.MarshalError", f"The answer is no JSON: {error}"
     return "", ""

@@ -13,7 +13,7 @@ from nsbox.config import check_environment, check_text, parse_seconds
 from nsbox.credentials import Credentials, Provider
 from nsbox.errors import ConfigError
 from nsbox.guest import python_runtime as runtime
-from nsbox.guest.json_text import encoder_of
+from nsbox.json_text import DEPTH_MAX, check_depth, encoder_of
 from nsbox.worker import OnLog
 
 ENV_MAX: Final = 4096
@@ -109,7 +109,9 @@ class Request:
 def encode_event(event: object) -> bytes:
     """Return an event in JSON, or raise ConfigError."""
     try:
-        return _encode(event).encode()
+        text = _encode(event)
+        check_depth(text)
+        return text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"event: no JSON value: {error}") from error
 
@@ -123,6 +125,11 @@ def check_payload(payload: object) -> bytes:
         raise ConfigError(
             f"event: {len(data)} bytes, more than {runtime.PAYLOAD_MAX}; pass large data by files="
         )
+    if len(data) > DEPTH_MAX:
+        try:
+            check_depth(data.decode("utf-8", "replace"))  # what else it is, its worker sees
+        except ValueError as error:
+            raise ConfigError(f"event: {error}") from error
     return data
 
 
@@ -138,6 +145,7 @@ def _check_request_id(value: object) -> str:
 def _encode_context(value: Mapping[str, Any]) -> str:
     try:
         words = json.dumps(value, allow_nan=False)
+        check_depth(words)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"client_context: no JSON value: {error}") from error
     if len(words) > _CLIENT_CONTEXT_MAX:

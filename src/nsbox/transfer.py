@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 
-from nsbox.channel import Channel
+from nsbox.channel import BrokenAnswer, Channel
 from nsbox.config import Config, check_text
-from nsbox.errors import ConfigError, EnvironmentDied, EnvironmentStateError, SyscallError
+from nsbox.errors import ConfigError, EnvironmentStateError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.link import Link
 from nsbox.linux.descriptors import close_all
@@ -37,8 +37,7 @@ def read_file(get_link: Callable[[], Link], path: str, max_bytes: int) -> bytes:
     with channel.socket:
         size = expect_ok(link, channel, path)
         if not 0 <= size <= max_bytes:
-            link.kill()
-            raise EnvironmentDied("PID 1 sent a malformed answer")
+            raise link.died(BrokenAnswer("PID 1 sent a malformed answer"))
         data = bytearray()
         while len(data) < size:
             chunk = channel.socket.recv(min(size - len(data), 1 << 20))
@@ -110,8 +109,8 @@ def finish_reset(link: Link, channel: Channel) -> None:
             raise link.died(failure) from failure
     close_all(fds)
     if kind != p.OK:
-        link.kill()
         why = f"{p.STAGES[stage]}: {os.strerror(error)}" if kind == p.FAILED else "no answer"
+        link.kill(f"it could not be reset ({why})")
         raise EnvironmentStateError(
             f"environment {link.env_id} could not be reset ({why}) and was killed; make a new one"
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import time
 
-from nsbox.link import Link
+from nsbox.link import Link, signal_name
 from nsbox.result import Outcome
 
 
@@ -35,10 +35,7 @@ class Verdict:
 
 def judge_signal(number: int, link: Link, started_at: float) -> tuple[Outcome, str]:
     """Return the verdict on a command that a signal ended which nsbox did not send."""
-    try:
-        name = signal.Signals(number).name
-    except ValueError:  # real-time signals have no name
-        name = f"signal {number}"
+    name = signal_name(number)
     if number == signal.SIGSYS:
         record = link.filter_kill(time.monotonic() - started_at)
         if record:

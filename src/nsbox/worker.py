@@ -289,10 +289,8 @@ class Worker:
 
     def violation(self, what: str) -> EnvironmentDied:
         """Kill the environment and return what to raise: its worker broke the rules."""
-        self._link.kill()
-        return EnvironmentDied(
-            f"environment {self._link.env_id}: its worker broke the rules: {what}; it was killed"
-        )
+        self._link.kill(f"its worker broke the rules: {what}")
+        return EnvironmentDied(f"environment {self._link.env_id}: {self._link.describe_end()}")
 
     def _ended(self, call: Call) -> Exception:
         try:
@@ -302,7 +300,7 @@ class Worker:
         except EnvironmentDied as error:
             return error
         self.drain_logs(call)
-        self._link.kill()
+        self._link.kill(f"its worker had ended ({result.evidence})")
         return WorkerEnded(result)
 
     def _read_log(self, call: Call, fd: int) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from tests.functions.conftest import MakeFunction
@@ -432,6 +436,12 @@ def handler(event, context):
         "say(b'X', number, b'999999999')",
         "say(b'X', number, b'-1')",
         "say(b'X', number, b'')",
+        "say(b'X', number, b'4991')",  # stopped by SIGSTOP: no status of what has ended
+        "say(b'X', number, b'65535')",  # continued
+        "say(b'X', number, b'127')",
+        "say(b'X', number, '\\u0663'.encode())",
+        r"""say(b'E', number, b'{"errorType": "\\ud800", "errorMessage": ""}')""",
+        """say(b'E', number, b'{"errorType": "E", "errorMessage": NaN, "stackTrace": []}')""",
         "os.write(3, frame(b'A', number, b'1') + frame(b'A', number, b'2'))",
         "os.write(3, frame(b'A', number, b'1') + b'x')",
         "socket.socket(fileno=3).shutdown(socket.SHUT_RDWR)",
@@ -442,7 +452,15 @@ def test_broken_rules(make_function: MakeFunction, code: str, reuse: str) -> Non
     env = make_function(HOSTILE.format(code=code), timeout=20 * PATIENCE, reuse=reuse)
     with pytest.raises(nsbox.EnvironmentDied):
         env.invoke({"number": 2})
-    wait_until(lambda: env.state is State.DEAD, "it is killed")
+    assert env.state is State.DEAD
+    with pytest.raises(nsbox.EnvironmentStateError, match=r"its worker .*; nsbox killed it"):
+        env.invoke({"number": 2})
+
+
+def test_an_end_of_a_fork_where_there_are_none(make_function: MakeFunction) -> None:
+    env = make_function(HOSTILE.format(code="say(b'X', number, b'256')"), timeout=20 * PATIENCE)
+    with pytest.raises(nsbox.EnvironmentDied, match="answers what was not asked"):
+        env.invoke({"number": 2})
 
 
 def test_a_worker_without_its_socket(make_function: MakeFunction) -> None:
@@ -452,13 +470,147 @@ def test_a_worker_without_its_socket(make_function: MakeFunction) -> None:
     wait_until(lambda: env.state is State.DEAD, "it is killed")
 
 
-@pytest.mark.parametrize("answer", ["no json", "", "[" * 100_000, "\ud800"])
+@pytest.mark.parametrize(
+    "answer",
+    ["no json", "", "[" * 100_000, "\ud800", "NaN", "[-Infinity]", '{"a": Infinity}', '"\\ud800"',
+     '["\\ud83d\\ude00\\ude00"]', "[" * 513 + "]" * 513, '{"a":' * 513 + "1" + "}" * 513],
+)  # fmt: skip
 def test_an_answer_by_hand_that_is_no_json(make_function: MakeFunction, answer: str) -> None:
     code = f"say(b'A', number, {answer.encode(errors='surrogatepass')!r})"
     env = make_function(HOSTILE.format(code=code))
     with pytest.raises(nsbox.FunctionError) as caught:
         env.invoke({"number": 2})
     assert caught.value.error_type == "Runtime.MarshalError"
+    assert env.last is not None
+    with pytest.raises(nsbox.FunctionError, match="is no JSON"):
+        env.last.json()
+
+
+@pytest.mark.parametrize(
+    "answer", ['"\\ud83d\\ude00"', '"\\\\ud800"', "[" * 512 + "]" * 512, '"' + "[" * 600 + '"']
+)
+def test_an_answer_by_hand_that_is_json(make_function: MakeFunction, answer: str) -> None:
+    code = f"say(b'A', number, {answer.encode()!r})"
+    env = make_function(HOSTILE.format(code=code))
+    assert env.invoke({"number": 2}) == json.loads(answer)
+
+
+DEEP = """
+import sys, nsbox
+sys.setrecursionlimit(1_000_000)
+def refused(kind, call, value):
+    try:
+        call(value)
+    except kind as error:
+        assert "nested more than 512 deep" in str(error), error
+    else:
+        raise AssertionError(value)
+version = nsbox.Function("app.handler", code=sys.argv[1]).publish()
+with nsbox.ExecutionEnvironment(version) as env:
+    refused(nsbox.FunctionError, env.invoke, {"number": 2})
+with nsbox.ExecutionEnvironment(version) as env:
+    event = []
+    for _ in range(511):
+        event = [event]
+    assert env.invoke(event) == event
+    refused(nsbox.ConfigError, env.invoke, [event])
+    refused(nsbox.ConfigError, env.invoke_bytes, b"[" * 3_000_000)
+    assert env.state is nsbox.State.READY
+"""
+
+
+def test_depth_is_bounded_whatever_the_recursion_limit_is(tmp_path: Path) -> None:
+    say = (
+        "if isinstance(event, list): return event\n    say(b'A', event['number'], b'[' * 3_000_000)"
+    )
+    source = HOSTILE.replace('    number = event["number"]\n', "").format(code=say)
+    (tmp_path / "app.py").write_text(source)
+    words = [sys.executable, "-c", DEEP, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60 * PATIENCE)
+    assert done.returncode == 0, done.stderr
+
+
+DEATHS = {
+    "exit": ("os._exit(3)", "its worker had ended .exit status 3.; nsbox killed it"),
+    "signal": ("os.kill(os.getpid(), 11)", "its worker had ended .SIGSEGV, not sent by nsbox."),
+    "late": ("time.sleep(1000)", "an invocation timed out after 0.40 seconds; nsbox killed it"),
+}
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("name", DEATHS)
+def test_after_a_death_the_next_call_says_why(
+    make_function: MakeFunction, name: str, options: dict[str, str]
+) -> None:
+    code, cause = DEATHS[name]
+    cause = cause.replace("its worker had", "(its worker|the fork of its worker) had")
+    if options.get("reuse") == "reset":
+        cause = cause.replace("SIGSEGV, not sent by nsbox", "signal: segmentation fault")
+    source = f"import os, time\ndef handler(event, context):\n    {code}"
+    env = make_function(source, **options, timeout=0.4 * PATIENCE)
+    cause = cause.replace("0.40", f"{0.4 * PATIENCE:.2f}")
+    with pytest.raises(nsbox.InvokeError):
+        env.invoke(1)
+    assert env.state is State.DEAD
+    for call in (lambda: env.invoke(2), lambda: env.run(["true"]), env.init, env.freeze):
+        with pytest.raises(nsbox.EnvironmentStateError, match=rf"is dead: {cause}"):
+            call()
+    usage = env.usage()
+    assert usage.cpu_seconds is None or usage.cpu_seconds > 0
+    assert usage.memory_peak_bytes is None or usage.memory_peak_bytes > 0
+
+
+def test_after_an_import_that_failed(make_function: MakeFunction) -> None:
+    env = make_function("{}['a']")
+    with pytest.raises(nsbox.FunctionError):
+        env.invoke(1)
+    assert env.state is State.DEAD
+    cause = r"its module was not imported .KeyError: 'a'.; nsbox killed it"
+    with pytest.raises(nsbox.EnvironmentStateError, match=cause):
+        env.invoke(1)
+
+
+def test_a_worker_that_ends_between_two_calls_is_no_failure_of_the_second(
+    make_function: MakeFunction,
+) -> None:
+    env = make_function("""
+        import os, threading, time
+        def handler(event, context):
+            threading.Timer(0.05, os._exit, (3,)).start()
+            return os.getpid()
+    """)
+    env.invoke(1)
+    invocations = env._invocations
+    assert invocations is not None
+    assert invocations._invoker is not None
+    worker = invocations._invoker.worker
+    assert worker is not None
+    wait_until(lambda: bool(select.select([worker._fd], [], [], 0)[0]), "it has ended")
+    with pytest.raises(nsbox.EnvironmentDied, match=r"its worker had ended .exit status 3."):
+        env.invoke(2)
+    assert env.state is State.DEAD
+
+
+def test_a_call_of_an_environment_that_is_closed_meanwhile(make_function: MakeFunction) -> None:
+    env = make_function("import time\ndef handler(event, context): time.sleep(1000)")
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            env.invoke(1, timeout=900)
+        except BaseException as error:  # noqa: BLE001 - looked at below
+            failures.append(error)
+
+    env.init()
+    thread = threading.Thread(target=call)
+    thread.start()
+    invocations = env._invocations
+    assert invocations is not None
+    wait_until(invocations._busy.locked, "it is called")
+    env.close()
+    thread.join()
+    assert isinstance(failures[0], nsbox.EnvironmentDied)
+    assert "it was closed" in str(failures[0])
 
 
 def test_an_answer_before_it_was_asked(make_function: MakeFunction) -> None:

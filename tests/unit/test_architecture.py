@@ -49,6 +49,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "profiles",
             "terminal",
             "invocation",
+            "json_text",
         ),
     ),
     ("store", ("store", "seals", "sources", "trees")),
@@ -67,7 +68,7 @@ LAUNCHER_SIDE = {
 }  # fmt: skip
 SHARED = {
     "launcher", "launcher.wire", "launcher.process", "guest", "guest.protocol",
-    "guest.python_runtime", "guest.log_setup", "guest.failures", "guest.json_text",
+    "guest.python_runtime", "guest.log_setup", "guest.failures", "json_text",
 }  # fmt: skip
 
 MAX_LINES = 500

@@ -6,7 +6,8 @@ from __future__ import annotations
 import functools
 from typing import Final
 
-from nsbox.guest import failures, json_text, log_setup, python_runtime
+from nsbox import json_text
+from nsbox.guest import failures, log_setup, python_runtime
 
 # Each module is made of its source, and each before those that import it.
 _MODULES: Final = (log_setup, failures, json_text, python_runtime)

@@ -39,8 +39,8 @@ from _socket import socket as _Socket
 from importlib import import_module
 
 from nsbox.guest.failures import flush, tell_failure, tell_raised
-from nsbox.guest.json_text import decode, encoder_of
 from nsbox.guest.log_setup import LogSetup
+from nsbox.json_text import decode, encoder_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
