@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`SeccompPolicy`: which system calls a guest may make, as a value.
 
-A policy is an allow-list. What it does not name is refused: EPERM for calls nsbox knows, ENOSYS
-for numbers it does not know (so that a C library tries the older call). A foreign ABI (i386, x32)
-kills the process whatever the policy says. Arguments are compared under 32-bit masks only.
+A policy is an allow-list. What it does not name is refused: with EPERM, or with the errno that
+programs are prepared for (`profiles.REFUSALS`), and with ENOSYS for numbers nsbox does not know (so
+that a C library tries the older call). A foreign ABI (i386, x32) kills the process whatever the
+policy says. Arguments that are ints are compared under 32-bit masks only.
 
 Pure: no kernel, no libseccomp. `nsbox.isolation.seccomp` turns a policy into a program.
 """
@@ -11,19 +12,20 @@ Pure: no kernel, no libseccomp. `nsbox.isolation.seccomp` turns a policy into a 
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nsbox import policy_oci, profiles
+from nsbox import argument_rules, policy_oci, profiles
 from nsbox.errors import ConfigError
-from nsbox.profiles import ALLOW, DANGEROUS_NAMES, ENOSYS, EPERM, INT, LOG, TIER_OF, Rule, Test
+from nsbox.profiles import ALLOW, DANGEROUS_NAMES, EPERM, INT, LOG, TIER_OF, Rule, Test
 
 Entries = dict[str, tuple[Rule, ...]]
 
-_CLONE_NAMESPACES = profiles.ARGUMENT_RULES["clone"][1][0][0][1]
+_CLONE_NAMESPACES = argument_rules.ARGUMENT_RULES["clone"][0][1][0][1]
 _ALLOWING = (ALLOW, LOG)
 
 
@@ -56,20 +58,21 @@ class SeccompPolicy:
 
     @classmethod
     def strict(cls) -> SeccompPolicy:
-        """Return the narrowest profile: 219 calls, enough for CPython, node, gcc and a shell."""
+        """Return the narrowest profile: 221 calls, enough for CPython, node, gcc and a shell."""
         return cls._profile(profiles.STRICT)
 
     @classmethod
     def default(cls) -> SeccompPolicy:
-        """Return `strict` and what numpy, V8 and database clients want besides: 260 calls."""
+        """Return `strict` and what numpy, V8 and database clients want besides: 274 calls."""
         return cls._profile(profiles.DEFAULT)
 
     @classmethod
     def docker(cls) -> SeccompPolicy:
         """Return Docker's default list without capabilities, 307 calls, compared under masks.
 
-        Two things are stricter than Docker's: i386 and x32 are killed, and the ioctls that type
-        into a terminal are refused.
+        Some things are stricter than Docker's: i386 and x32 are killed; the ioctls that type into
+        a terminal, leases and directory notifications (fcntl) are refused, and so is to change
+        limits and priorities of PID 1, which is not the guest's here.
         """
         return cls._profile(profiles.DOCKER)
 
@@ -89,12 +92,9 @@ class SeccompPolicy:
     @classmethod
     @functools.cache
     def _profile(cls, tier: str) -> SeccompPolicy:
-        special = (
-            profiles.DOCKER_ARGUMENT_RULES if tier == profiles.DOCKER else profiles.ARGUMENT_RULES
-        )
-        entries = {call: _standard(call, special) for call in profiles.names_in(tier)}
-        # Its flags lie behind a pointer; ENOSYS makes C libraries fall back to clone.
-        entries["clone3"] = ((ENOSYS, ()),)
+        allowed = profiles.names_in(tier)
+        entries = {call: argument_rules.rules_in(tier, call) for call in allowed}
+        entries |= {call: _refusal(call) for call in profiles.REFUSAL_OF if call not in allowed}
         return cls(name=tier, rules=_sorted(entries))
 
     @classmethod
@@ -124,7 +124,7 @@ class SeccompPolicy:
         """
         known_names(allow_dangerous)
         entries, default_action = policy_oci.parse(source, machine=machine, kernel=kernel)
-        entries.setdefault("clone3", ((ENOSYS, ()),))
+        entries.setdefault("clone3", _refusal("clone3"))
         return cls(
             name="oci",
             rules=_sorted(entries),
@@ -137,15 +137,17 @@ class SeccompPolicy:
     def allow(self, *names: str) -> SeccompPolicy:
         """Return a policy that allows `names` too, under nsbox's rules for their arguments.
 
-        Calls that are allowed already keep their rules.
+        Calls that are allowed already keep their rules, but for those that a profile allows
+        less of than these: ptrace in `default`, which is for LeakSanitizer there, is all of it
+        then.
 
         Raises:
             ConfigError: a name is unknown, or the call is dangerous.
         """
         entries = dict(self.rules)
         for call in known_names(names):
-            if not _is_allowed(entries, call):
-                entries[call] = _standard(call, profiles.ARGUMENT_RULES)
+            if not _is_allowed(entries, call) or argument_rules.is_narrowed(call, entries[call]):
+                entries[call] = argument_rules.rules_of(call)
         return self._changed("+", names, entries, self.dangerous)
 
     def allow_dangerous(self, *names: str) -> SeccompPolicy:
@@ -169,10 +171,9 @@ class SeccompPolicy:
         """
         entries = dict(self.rules)
         for call in known_names(names):
-            if call == "clone3":
-                entries[call] = ((ENOSYS, ()),)
-            else:
-                entries.pop(call, None)
+            entries.pop(call, None)
+            if call in profiles.REFUSAL_OF:
+                entries[call] = _refusal(call)
         return self._changed("-", names, entries, self.dangerous)
 
     def without_set_id_bits(self) -> SeccompPolicy:
@@ -272,9 +273,16 @@ class SeccompPolicy:
             lines.append(f"  {group} ({word}): {reason}")
             lines += [f"    + {' '.join(inside)}"] if inside else []
             lines += [f"    - {' '.join(outside)}"] if outside else []
-        lines.append("  by argument (low 32 bits):")
+        entries = dict(self.rules)
+        for action, reason, text in profiles.REFUSALS:
+            names = [name for name in text.split() if entries.get(name) == ((action, ()),)]
+            if names:
+                lines.append(f"  {action_name(action)}: {reason}")
+                lines.append(f"    - {' '.join(names)}")
+        lines.append("  by argument (low 32 bits; pointers: all 64):")
         for call, rules in self.rules:
-            if any(tests for _, tests in rules) or rules[-1][0] not in _ALLOWING:
+            is_told = call in profiles.REFUSAL_OF and rules == _refusal(call)
+            if any(tests for _, tests in rules) or not (rules[-1][0] in _ALLOWING or is_told):
                 otherwise = "" if not rules[-1][1] else f", else {action_name(self.default_action)}"
                 told = "; ".join(_rule_text(rule) for rule in rules[:8])
                 more = f"; and {len(rules) - 8} more" if len(rules) > 8 else ""
@@ -300,7 +308,8 @@ def known_names(names: Iterable[str]) -> tuple[str, ...]:
 def action_name(action: int) -> str:
     """Return a SECCOMP_RET_* action in words."""
     if action & INT & ~0xFFFF == profiles.ERRNO:
-        return f"errno {action & 0xFFFF}"
+        number = action & 0xFFFF
+        return f"errno {number} ({errno.errorcode.get(number, 'unknown')})"
     words = {
         profiles.KILL_PROCESS: "kill the process",
         profiles.KILL_THREAD: "kill the thread",
@@ -320,11 +329,8 @@ def _rule_text(rule: Rule) -> str:
     return f"{action_name(action)} if {told}" if told else action_name(action)
 
 
-def _standard(call: str, special: Mapping[str, profiles.ArgumentRule]) -> tuple[Rule, ...]:
-    kind, alternatives = special.get(call, (profiles.EXCEPT, ()))
-    if kind == profiles.ONLY:
-        return tuple((ALLOW, tests) for tests in alternatives)
-    return (*((EPERM, tests) for tests in alternatives), (ALLOW, ()))
+def _refusal(call: str) -> tuple[Rule, ...]:
+    return ((profiles.REFUSAL_OF[call], ()),)
 
 
 def _sorted(entries: Entries) -> tuple[tuple[str, tuple[Rule, ...]], ...]:
@@ -357,7 +363,11 @@ def _dangerous_calls(entries: Entries) -> frozenset[str]:
             opened.add("clone")
     # ptrace alone reaches only the guest's own processes; with a user namespace it also brings
     # CAP_SYS_PTRACE and a filter that can be rewritten from outside the traced process.
-    if opened & {"clone", "clone3", "unshare", "setns"} and _is_allowed(entries, "ptrace"):
+    # What LeakSanitizer needs of it cannot write.
+    can_trace = _is_allowed(entries, "ptrace") and not argument_rules.is_narrowed(
+        "ptrace", entries["ptrace"]
+    )
+    if can_trace and opened & {"clone", "clone3", "unshare", "setns"}:
         opened.add("ptrace")
     return frozenset(opened)
 

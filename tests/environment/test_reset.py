@@ -173,6 +173,9 @@ def test_commands_that_run_are_killed_and_say_so(env: nsbox.ExecutionEnvironment
     assert env.run(["echo", "on"]).text() == "on\n"
 
 
+LAX = nsbox.SeccompPolicy.default().allow_dangerous("setpriority", "sched_setscheduler")
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -182,8 +185,11 @@ def test_commands_that_run_are_killed_and_say_so(env: nsbox.ExecutionEnvironment
         "os.sched_setscheduler(1, os.SCHED_BATCH, os.sched_param(0))",
     ],
 )
-def test_slowing_down_who_comes_next(env: nsbox.ExecutionEnvironment, change: str) -> None:
-    """Commands inherit PID 1's priority, and nobody may raise it again."""
+def test_slowing_down_who_comes_next(
+    make_env: Callable[..., nsbox.ExecutionEnvironment], change: str
+) -> None:
+    """Commands inherit PID 1's priority, and nobody may raise it again; with a filter that lets."""
+    env = make_env(seccomp=LAX)
     attack(env, change)
     with pytest.raises(nsbox.EnvironmentStateError, match="not permitted"):
         env.reset()
@@ -294,7 +300,8 @@ def test_tmpfs_mounts_of_functions_are_emptied_too(tmp_path: Path, kind: str) ->
 
 def test_slowing_down_the_next_event_of_a_program(tmp_path: Path) -> None:
     code = "import os, sys; os.setpriority(os.PRIO_PROCESS, 1, 5); print(sys.stdin.read())"
-    function = nsbox.Function(command=["python3", "-I", "-S", "-c", code], reuse="reset")
+    command = ["python3", "-I", "-S", "-c", code]
+    function = nsbox.Function(command=command, reuse="reset", seccomp=LAX)
     version = function.publish(tmp_path / "store")
     with nsbox.ExecutionEnvironment(version) as env:
         with pytest.raises(nsbox.EnvironmentStateError, match="could not be reset"):
@@ -315,7 +322,8 @@ def handler(event, context):
 
 
 def test_leases_of_a_pool_find_nothing() -> None:
-    with nsbox.WarmPool(nsbox.Config(), reuse="reset", max_environments=1) as pool:
+    config = nsbox.Config(seccomp=LAX)
+    with nsbox.WarmPool(config, reuse="reset", max_environments=1) as pool:
         with pool.acquire() as env:
             first = env.id
             env.write_file("/tmp/x", b"word")

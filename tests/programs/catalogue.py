@@ -266,7 +266,7 @@ def in_bubblewrap(program: Program) -> tuple[bool, str]:
         *(word for path in ("/usr", "/etc", "/var") for word in ("--ro-bind", path, path)),
         *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/tmp"),
         *("--clearenv", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"),
-        *("--setenv", "PATH", "/usr/local/bin:/usr/bin:/bin"),
+        *("--setenv", "PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
     ]
     for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
         if Path(path).is_symlink():

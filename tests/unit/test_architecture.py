@@ -44,6 +44,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "config",
             "counters",
             "result",
+            "argument_rules",
             "policy",
             "policy_oci",
             "profiles",

@@ -17,8 +17,11 @@ from nsbox.policy import SeccompPolicy
 from nsbox.profiles import (
     ALLOW,
     DANGEROUS_NAMES,
+    EINVAL,
     ENOSYS,
+    EOPNOTSUPP,
     EPERM,
+    EPROTONOSUPPORT,
     ERRNO,
     INT,
     KILL_PROCESS,
@@ -50,7 +53,7 @@ def load(text: object, **more: object) -> SeccompPolicy:
 
 def test_profiles_have_the_documented_sizes_and_are_nested() -> None:
     strict, default, docker = (SeccompPolicy.named(name).allowed for name in PROFILES)
-    assert (len(strict), len(default), len(docker)) == (219, 260, 307)
+    assert (len(strict), len(default), len(docker)) == (221, 274, 307)
     assert strict < default < docker
 
 
@@ -82,17 +85,78 @@ def test_profiles_open_no_way_out(name: str) -> None:
 def test_argument_rules_of_strict() -> None:
     policy = SeccompPolicy.strict()
     assert policy.decide("socket", (16, 3, 0)) == ALLOW
-    assert policy.decide("socket", (16, 3, 12)) == EPERM
+    assert policy.decide("socket", (16, 3, 12)) == EPROTONOSUPPORT
     assert policy.decide("socket", (17, 3, 0)) == EPERM
     assert policy.decide("prlimit64", (0, 7)) == ALLOW
-    assert policy.decide("prlimit64", (1, 7)) == EPERM
+    assert policy.decide("prlimit64", (1, 7, 8)) == EPERM
     assert policy.decide("seccomp", (1, 1)) == ALLOW
     assert policy.decide("seccomp", (1, 9)) == EPERM
+    assert policy.decide("prlimit64", (7, 7, 0)) == ALLOW  # asks
+    assert policy.decide("prlimit64", (7, 7, 1 << 32)) == EPERM  # a pointer has all 64 bits
     assert policy.decide("prctl", (35,)) == EPERM
     assert policy.decide("prctl", (15,)) == ALLOW
-    personality = policy.allow("personality")
-    assert personality.decide("personality", (INT,)) == ALLOW
-    assert personality.decide("personality", (0x40000,)) == EPERM
+    assert policy.decide("personality", (INT,)) == ALLOW
+    assert policy.decide("personality", (0x40000,)) == ALLOW  # ADDR_NO_RANDOMIZE
+    assert policy.decide("personality", (0x100000,)) == EPERM  # MMAP_PAGE_ZERO
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_leases_and_notifications_are_refused_and_other_commands_of_fcntl_are_not(
+    name: str,
+) -> None:
+    policy = SeccompPolicy.named(name)
+    for high in (0, 1 << 32, INT << 32):
+        for command in (1024, 1026, 1040):  # F_SETLEASE, F_NOTIFY, F_SETDELEG
+            assert policy.decide("fcntl", (3, high | command)) == EPERM
+        # F_DUPFD to F_GETOWNER_UIDS, OFD locks, F_GETLEASE, F_DUPFD_QUERY to F_GETDELEG
+        for command in (*range(18), 36, 37, 38, 1025, *range(1027, 1040)):
+            assert policy.decide("fcntl", (3, high | command)) == ALLOW
+        for command in (1041, 2048, 1 << 30):
+            assert policy.decide("fcntl", (3, high | command)) == EINVAL
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_pid_1_is_not_the_guests(name: str) -> None:
+    policy = SeccompPolicy.named(name)
+    for call in ("sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr"):
+        for high in (0, 1 << 32):
+            assert policy.decide(call, (high | 1, 1)) not in (ALLOW, LOG)
+    for call, process in (("setpriority", 0), ("ioprio_set", 1)):
+        for which in range(4):
+            assert policy.decide(call, (which, 1 << 32 | 1)) != ALLOW
+            assert name == "strict" or (policy.decide(call, (which, 0)) == ALLOW) == (
+                which == process
+            )
+    assert policy.decide("sched_setaffinity", (7, 8)) == ALLOW
+    assert policy.decide("prlimit64", (1, 7, 1)) == EPERM
+    assert policy.decide("prlimit64", (1, 7, 0)) == ALLOW
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_refused_call_answers_what_programs_are_prepared_for(name: str) -> None:
+    policy = SeccompPolicy.named(name)
+    for action, reason, names in profiles.REFUSALS:
+        assert reason
+        for call in names.split():
+            if call not in policy.allowed:
+                assert policy.decide(call) == action
+    listed = [call for _, _, names in profiles.REFUSALS for call in names.split()]
+    assert len(listed) == len(set(listed))
+    assert set(listed) <= set(TIER_OF)
+    assert policy.allow("setxattr").decide("setxattr") == ALLOW
+    assert policy.allow("setxattr").deny("setxattr").decide("setxattr") == EOPNOTSUPP
+
+
+def test_ptrace_of_default_reads_and_that_of_allow_writes() -> None:
+    policy = SeccompPolicy.default()
+    for request in (7, 8, 12, 16, 17, 0x4204):
+        assert policy.decide("ptrace", (1 << 32 | request,)) == ALLOW
+    # TRACEME, POKE*, SETREGS, SYSCALL, SETOPTIONS, SETREGSET, SEIZE
+    for request in (0, 4, 5, 6, 13, 24, 0x4200, 0x4205, 0x4206):
+        assert policy.decide("ptrace", (request,)) == EPERM
+        assert policy.allow("ptrace").decide("ptrace", (request,)) == ALLOW
+    assert SeccompPolicy.strict().decide("ptrace", (16,)) == EPERM
+    assert "unshare" in policy.allow_dangerous("unshare").allowed
 
 
 def test_without_set_id_bits() -> None:
@@ -169,7 +233,8 @@ def test_the_dangerous_calls_are_those_of_the_threat_model() -> None:
 
 def test_describe_tells_reasons_and_rules() -> None:
     text = SeccompPolicy.strict().describe()
-    assert "219 calls" in text
+    assert "221 calls" in text
+    assert "errno 95" in text
     assert "keyrings (refused)" in text
     assert "socket: allow if arg0 == 0x1" in text
 

@@ -29,7 +29,7 @@ from nsbox.guest.files import (
 )
 from nsbox.guest.spawn import given_actions, open_terminal, spawn, stdio_actions
 from nsbox.linux import constants as c
-from nsbox.linux.calls import kill_all_others
+from nsbox.linux.calls import ioprio_get, kill_all_others
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 
 TYPE_CHECKING = False
@@ -112,7 +112,7 @@ class Init:
 
         `is_blank` says that nobody waits for this environment yet.
         """
-        self._standing = _standing()
+        self._standing = _standing(0)
         fork_worker = self._runtime.fork_worker
         if fork_worker is not None:
             self._start_worker(fork_worker, is_blank=is_blank)
@@ -223,7 +223,10 @@ class Init:
                 self._kill_all_but((1, worker.pid, kept))
             else:
                 self._kill_all()
-            if has_commands and _standing() != self._standing:
+            # What came before has the uid of PID 1, and of the worker, the next are forks of.
+            if worker is not None and _standing(worker.pid) != self._standing:
+                raise PermissionError(errno.EPERM, "priority")
+            if has_commands and _standing(0) != self._standing:
                 raise PermissionError(errno.EPERM, "priority")
             self._runtime.reset(places)
         except OSError as error:
@@ -428,13 +431,14 @@ def _newest() -> bytes:
         return file.read().split()[-1]
 
 
-def _standing() -> tuple[object, ...]:
-    """Return what commands inherit of PID 1 that other processes of its uid can change."""
+def _standing(pid: int) -> tuple[object, ...]:
+    """Return what children inherit of a process that others of its uid can change."""
     try:
         return (
-            os.getpriority(os.PRIO_PROCESS, 0),
-            os.sched_getscheduler(0),
-            os.sched_getaffinity(0),
+            os.getpriority(os.PRIO_PROCESS, pid),
+            os.sched_getscheduler(pid),
+            os.sched_getaffinity(pid),
+            ioprio_get(pid),
         )
     except OSError:
         return ()  # refused by the filter, as setting it is

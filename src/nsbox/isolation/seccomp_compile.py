@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `SeccompPolicy` compiled to a BPF program, with libseccomp (pyseccomp).
+"""A `SeccompPolicy` compiled to a BPF program.
 
-libseccomp knows the system call numbers and compiles the comparisons of arguments. Its programs
-are then laid out anew, because loading a filter costs by the instruction: the kernel runs it once
-for every call number to fill its bitmap of calls that are always allowed.
+libseccomp (pyseccomp) knows the system call numbers. The program is laid out here, because loading
+a filter costs by the instruction (the kernel runs it once for every call number to fill its bitmap
+of calls that are always allowed), and because the first rule that holds decides, with an errno of
+its own: libseccomp knows no order of rules, and one "else" for all calls.
 
 1. wrong architecture, or the x32 bit: KILL_PROCESS. Always first: numbers mean nothing before it.
 2. a binary search over *ranges* of numbers that are decided alike (about 100 for 470 numbers).
-3. a return, or the comparisons libseccomp made for that call; what is alike is there once.
+3. a return, or the comparisons of that call's arguments; what is alike is there once.
 
 The result is not trusted: `verify` runs it, in a small interpreter, against the policy's own
 `decide` for every number and for arguments around every value that is compared.
@@ -21,7 +22,6 @@ from __future__ import annotations
 import itertools
 import struct
 import sys
-import tempfile
 from collections import defaultdict
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from nsbox import profiles
 from nsbox.errors import UnsupportedHostError
 from nsbox.policy import SeccompPolicy, action_name
-from nsbox.profiles import ENOSYS, INT, KILL_PROCESS, Rule
+from nsbox.profiles import ENOSYS, INT, KILL_PROCESS, Rule, Test
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -43,13 +43,16 @@ HINT = "Install it with `apt install libseccomp2`, and pyseccomp with `pip insta
 # linux/bpf_common.h, classic BPF: (code, jump if true, jump if false, constant).
 Instruction = tuple[int, int, int, int]
 _LOAD, _AND, _JUMP, _RETURN = 0x20, 0x54, 0x05, 0x06
-_EQUAL, _GREATER, _AT_LEAST, _ANY_BIT = 0x15, 0x25, 0x35, 0x45
+_EQUAL, _AT_LEAST, _ANY_BIT = 0x15, 0x35, 0x45
 _NUMBER, _ARCH, _ARGS = 0, 4, 16  # offsets in struct seccomp_data, linux/seccomp.h
 _INSTRUCTIONS_MAX = 4096  # BPF_MAXINSNS
 _REACH = 256  # conditional jumps skip up to 255 instructions
-_REUSE_WITHIN = 160  # so that those who reach it late need no jump in between
+_REUSE_WITHIN = 190  # so that those who reach it late need no jump in between
 
-Leaf = tuple[Instruction, ...]
+Leaf = tuple[Rule, ...]
+"""The rules of a number, the last of which always holds."""
+Word = tuple[int, int]
+"""(offset in struct seccomp_data, mask): what a comparison wants to be loaded."""
 
 
 def compile_policy(policy: SeccompPolicy) -> bytes:
@@ -69,7 +72,7 @@ def compile_policy(policy: SeccompPolicy) -> bytes:
             "seccomp", f"no filter for architecture {arch:#x}", "Use x86-64 or aarch64"
         )
     numbers = known_numbers(pyseccomp, arch)
-    program = _layout(_leaves(pyseccomp, arch, policy, numbers), arch)
+    program = _layout(_leaves(policy, numbers), arch)
     if len(program) > _INSTRUCTIONS_MAX:
         raise UnsupportedHostError(
             "seccomp", f"the filter has {len(program)} instructions", "Use a smaller policy"
@@ -91,116 +94,15 @@ def known_numbers(library: ModuleType, arch: int) -> dict[str, int]:
     return numbers
 
 
-def _leaves(
-    library: ModuleType,
-    arch: int,
-    policy: SeccompPolicy,
-    numbers: Mapping[str, int],
-) -> list[Leaf]:
-    """Return what to do for each number, from 0 to the first one that is too new."""
-    # libseccomp has no "else" for a call's comparisons but the filter's default action, and
-    # refuses rules that repeat the default. So: one filter for each action that is an "else".
-    groups: dict[int, list[tuple[int, Sequence[Rule]]]] = defaultdict(list)
-    otherwise: dict[int, int] = dict.fromkeys(numbers.values(), policy.default_action)
-    for call, rules in policy.rules:
-        if call not in numbers:
-            continue
-        last_action, last_tests = rules[-1]
-        number = numbers[call]
-        if last_tests:
-            groups[policy.default_action].append((number, rules))
-        elif len(rules) > 1:
-            otherwise[number] = last_action
-            groups[last_action].append((number, rules[:-1]))
-        elif last_action != policy.default_action:
-            groups[policy.default_action].append((number, rules))
-    programs = {
-        action: _libseccomp_program(library, action, groups[action])
-        for action in {*otherwise.values(), *groups}
-    }
-    return [
-        _reduce(programs[otherwise[number]], number, arch)
-        if number in otherwise
-        else ((_RETURN, 0, 0, ENOSYS),)
-        for number in range(max(otherwise) + 2)
-    ]
-
-
-def _libseccomp_program(
-    library: ModuleType,
-    default: int,
-    calls: Sequence[tuple[int, Sequence[Rule]]],
-) -> list[Instruction]:
-    made = library.SyscallFilter(default)
-    made.set_attr(library.Attr.ACT_BADARCH, KILL_PROCESS)
-    for number, rules in calls:
-        for action, tests in rules:
-            arguments = [library.Arg(i, library.MASKED_EQ, mask, value) for i, mask, value in tests]
-            made.add_rule_exactly(action, number, *arguments)
-    with tempfile.TemporaryFile() as file:
-        made.export_bpf(file)
-        file.seek(0)
-        return list(struct.iter_unpack("=HBBI", file.read()))
-
-
-def _reduce(program: Sequence[Instruction], number: int, arch: int) -> Leaf:
-    """Return what is left of `program` once arch and number are known: from the first argument on.
-
-    Jumps only go forward, so the instructions that can be reached keep their order.
-    """
-    place, loaded = 0, 0
-    while True:
-        code, _, _, constant = program[place]
-        if code == _LOAD and constant >= _ARGS:
-            break
-        if code == _RETURN:
-            return (program[place],)
-        loaded = (number if constant == _NUMBER else arch) if code == _LOAD else loaded
-        place = _next(program[place], place, loaded)
-    reached, waiting = set[int](), [place]
-    while waiting:
-        here = waiting.pop()
-        if here in reached:
-            continue
-        reached.add(here)
-        waiting.extend(_targets(program[here], here))
-    order = {here: index for index, here in enumerate(sorted(reached))}
-    leaf: list[Instruction] = []
-    for here, index in order.items():
-        code, _, _, constant = program[here]
-        targets = [order[target] - index - 1 for target in _targets(program[here], here)]
-        if code == _JUMP:
-            leaf.append((code, 0, 0, targets[0]))
-        elif len(targets) == 2:
-            leaf.append((code, targets[0], targets[1], constant))
-        else:
-            leaf.append((code, 0, 0, constant))
-    return tuple(leaf)
-
-
-def _targets(instruction: Instruction, here: int) -> list[int]:
-    code, if_true, if_false, constant = instruction
-    if code == _RETURN:
-        return []
-    if code == _JUMP:
-        return [here + 1 + constant]
-    if code in (_EQUAL, _GREATER, _AT_LEAST, _ANY_BIT):
-        return [here + 1 + if_true, here + 1 + if_false]
-    if code in (_LOAD, _AND):
-        return [here + 1]
-    raise UnsupportedHostError("seccomp", f"libseccomp made an unknown instruction {code:#x}", HINT)
-
-
-def _next(instruction: Instruction, here: int, loaded: int) -> int:
-    code, _, _, constant = instruction
-    targets = _targets(instruction, here)
-    holds = {
-        _EQUAL: loaded == constant,
-        _GREATER: loaded > constant,
-        _AT_LEAST: loaded >= constant,
-        _ANY_BIT: bool(loaded & constant),
-    }
-    return targets[0] if holds.get(code, True) else targets[1]
+def _leaves(policy: SeccompPolicy, numbers: Mapping[str, int]) -> list[Leaf]:
+    """Return the rules for each number, from 0 to the first one that is too new."""
+    entries = dict(policy.rules)
+    otherwise = ((policy.default_action, ()),)
+    leaves: list[Leaf] = [((ENOSYS, ()),)] * (max(numbers.values()) + 2)
+    for name, number in numbers.items():
+        rules = entries.get(name, ())
+        leaves[number] = rules if rules and not rules[-1][1] else (*rules, *otherwise)
+    return leaves
 
 
 class _Emitter:
@@ -266,15 +168,48 @@ def _search(emitter: _Emitter, ranges: Sequence[tuple[int, Leaf]]) -> int:
 
 
 def _place_leaf(emitter: _Emitter, leaf: Leaf) -> int:
-    places: dict[int, int] = {}
-    for here in range(len(leaf) - 1, -1, -1):
-        code, _, _, constant = leaf[here]
-        targets = [places[target] for target in _targets(leaf[here], here)]
-        if code == _JUMP:
-            places[here] = targets[0]
-        else:
-            places[here] = emitter.add(code, constant, *targets)
-    return places[0]
+    """Return the place of the comparisons of `leaf`, the first of which that holds decides."""
+
+    def enter(held: Word | None) -> int:
+        """Return the place to go on at where `held` is what was loaded last."""
+        if wanted is None or held == wanted:
+            return place
+        word, mask = wanted
+        masked = place if mask == INT else emitter.add(_AND, mask, place)
+        return masked if held == (word, INT) else emitter.add(_LOAD, word, masked)
+
+    place, wanted = emitter.add(_RETURN, leaf[-1][0]), None
+    for action, tests in reversed(leaf[:-1]):
+        others, others_want = place, wanted
+        place, wanted = emitter.add(_RETURN, action), None
+        for word, value in reversed(_words(tests)):
+            holds = enter(word)
+            place, wanted = others, others_want
+            fails = enter(word)
+            place, wanted = emitter.add(_EQUAL, value, holds, fails), word
+    return enter(None)
+
+
+def _words(tests: Sequence[Test]) -> list[tuple[Word, int]]:
+    """Return what to load and what it must equal, for each half of each argument to compare."""
+    return [
+        ((_ARGS + 8 * index + 4 * half, mask >> 32 * half & INT), value >> 32 * half & INT)
+        for index, mask, value in tests
+        for half in (0, 1)  # both machines are little-endian
+        if mask >> 32 * half & INT
+    ]
+
+
+def _next(instruction: Instruction, here: int, loaded: int) -> int:
+    code, if_true, if_false, constant = instruction
+    if code == _JUMP:
+        return here + 1 + constant
+    holds = {
+        _EQUAL: loaded == constant,
+        _AT_LEAST: loaded >= constant,
+        _ANY_BIT: bool(loaded & constant),
+    }
+    return here + 1 + (if_true if holds.get(code, True) else if_false)
 
 
 def run_program(
@@ -302,7 +237,7 @@ def verify(
     """Compare `program` with what `policy` says.
 
     Raises:
-        UnsupportedHostError: they differ; libseccomp could not express the policy.
+        UnsupportedHostError: they differ: a mistake of this module.
     """
 
     def expect(arch: int, number: int, args: Sequence[int], action: int) -> None:

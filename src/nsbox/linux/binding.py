@@ -39,8 +39,22 @@ _COMMON_NUMBERS = {
     "landlock_restrict_self": 446,
 }
 _NUMBERS = {
-    "x86_64": {"getcwd": 79, "pivot_root": 155, "add_key": 248, "keyctl": 250, "seccomp": 317},
-    "aarch64": {"getcwd": 17, "pivot_root": 41, "add_key": 217, "keyctl": 219, "seccomp": 277},
+    "x86_64": {
+        "getcwd": 79,
+        "pivot_root": 155,
+        "add_key": 248,
+        "keyctl": 250,
+        "ioprio_get": 252,
+        "seccomp": 317,
+    },
+    "aarch64": {
+        "getcwd": 17,
+        "ioprio_get": 31,
+        "pivot_root": 41,
+        "add_key": 217,
+        "keyctl": 219,
+        "seccomp": 277,
+    },
 }
 
 

@@ -117,6 +117,7 @@ CLOSE_RANGE_CLOEXEC = 0x4  # 5.11
 CLOSE_RANGE_MAX = 0xFFFF_FFFF
 """The `last` that means "every descriptor from `first` on"."""
 
+IOPRIO_WHO_PROCESS = 1  # linux/ioprio.h: ioprio_get(2)
 # linux/keyctl.h: keyctl(2)
 KEYCTL_JOIN_SESSION_KEYRING = 1  # 2.6.10
 KEYCTL_CLEAR = 7  # 2.6.10
