@@ -17,12 +17,15 @@ from benchmarks.harness import (
     Report,
     describe,
 )
-from benchmarks.memory import environment_pss
+from benchmarks.memory import environment_pss, kernel_memory
 from benchmarks.peers import UnavailableError
 from benchmarks.subject import Blanks, microseconds
 
-STEPS = (1, 10, 100, 300, 1000)
+STEPS = (1, 10, 100, 300, 1000, 2000)
 SAMPLES = 20
+KERNEL_FROM = 100
+"""Live environments from which on the kernel's memory is told: that of fewer is lost in what the
+machine does besides."""
 DESCRIPTORS = 16
 """Wanted per live environment, of which the host has only a few; the rest is room."""
 
@@ -64,6 +67,7 @@ class Growth:
         self._floor = floor
         self._live: list[Any] = []
         self._random = random.Random(0)
+        self._kernel_before = 0.0
 
     def measure(self, steps: Sequence[int], advance: Callable[[int], object]) -> None:
         """Goes up through `steps`; the first that fails is named and ends it. Closes all."""
@@ -71,6 +75,9 @@ class Growth:
             for step in steps:
                 try:
                     self._blanks.none(self._make)
+                    if not self._live:
+                        self._cold()  # the launcher, the template and the layout are there
+                        self._kernel_before = kernel_memory()
                     self._grow_to(step, stack, advance)
                     self._measure_at(step)
                 except Exception as error:  # noqa: BLE001 - named, as in every other benchmark
@@ -103,12 +110,21 @@ class Growth:
         for environment in self._live:
             self._call(environment)
         self._report.add(COUNT, {f"answering-at-{step}": float(len(self._live))})
+        self._measure_memory_at(step)
+
+    def _measure_memory_at(self, step: int) -> None:
+        kernel = (kernel_memory() - self._kernel_before) / len(self._live)
+        if step >= KERNEL_FROM:
+            self._report.add(MEGABYTES, {f"kernel-at-{step}": kernel})
         try:
             pss = [environment_pss(environment.pid) for environment in self._live]
         except UnavailableError as error:
             self._report.missing[f"pss-at-{step}"] = str(error)
         else:
             self._report.add(MEGABYTES, {f"pss-at-{step}": pss})
+            if step >= KERNEL_FROM:
+                whole = sum(pss) / len(pss) + kernel
+                self._report.add(MEGABYTES, {f"memory-at-{step}": whole})
 
     def _cold(self) -> float:
         with contextlib.ExitStack() as stack:

@@ -17,6 +17,7 @@ from benchmarks.subject import launcher_process
 
 _M_MMAP_THRESHOLD = -3  # malloc.h; once set it is not adapted any more
 _PSS = re.compile(r"^Pss:\s+(\d+) kB$", re.M)
+_KERNELS_OWN = re.compile(r"^(?:Slab|KernelStack|PageTables|Percpu):\s+(\d+) kB$", re.M)
 
 
 def environment_pss(pid: int) -> float:
@@ -26,6 +27,17 @@ def environment_pss(pid: int) -> float:
     """
     init = psutil.Process(pid)
     return sum(_pss(process.pid) for process in (init, *init.children(recursive=True)))
+
+
+def kernel_memory() -> float:
+    """Megabytes that the kernel has for itself, the whole machine's: of proc_meminfo(5) Slab,
+    KernelStack, PageTables and Percpu.
+
+    Not what is left when all else is taken from MemTotal: that has the free pages of each processor
+    in it, which come and go by megabytes.
+    """
+    text = Path("/proc/meminfo").read_text(encoding="ascii")
+    return sum(int(size) for size in _KERNELS_OWN.findall(text)) * 1024 / 1e6
 
 
 def _pss(pid: int) -> float:
