@@ -69,26 +69,39 @@ def decode_answer(data: bytes | memoryview) -> Any:  # noqa: ANN401 - any JSON v
     text = str(data, "utf-8")
     check_depth(text)
     # Of an escaped backslash none is left, so that each that is begins an escape.
-    if "\\u" in text and _LONE.search(text.replace("\\\\", "")):
+    if "\\" in text and "\\u" in text and _LONE.search(text.replace("\\\\", "")):
         raise ValueError("it has a lone surrogate, which is no character")
     return decode(text)
 
 
 def check_depth(text: str) -> None:
     """Raise ValueError when JSON is nested deeper than `DEPTH_MAX`, whatever else is wrong."""
-    # As many brackets as that at least, in strings or not.
-    if len(text) > DEPTH_MAX and text.count("[") + text.count("{") > DEPTH_MAX and _is_deep(text):
+    if len(text) > DEPTH_MAX and _has_many(text) and _is_deep(text.encode("utf-8", "replace")):
         raise ValueError(f"it is nested more than {DEPTH_MAX} deep")
 
 
-def _is_deep(text: str) -> bool:
+def _has_many(text: str) -> bool:
+    """Whether there are brackets enough, in strings or not. Looking for a few is quick."""
+    left = DEPTH_MAX
+    for bracket in "[{":
+        at = text.find(bracket)
+        while at >= 0:
+            left -= 1
+            if left < 0:
+                return True
+            at = text.find(bracket, at + 1)
+    return False
+
+
+def _is_deep(data: bytes) -> bool:
     """Whether it is, by passes over all of it in C: where a parser would stop is not looked for."""
-    data = text.encode("utf-8", "surrogatepass")
     if b"\\" in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    # Two quotes with nothing between them leave what is around them inside or outside as it was.
-    marks = data.translate(_BRACKETS, _OTHERS).replace(b'""', b"")
-    if b'"' in marks:
+    marks = data.translate(_BRACKETS, _OTHERS)
+    # When quotes come in pairs, no string has a bracket in it.
+    if 2 * marks.count(b'""') == marks.count(b'"'):
+        marks = marks.translate(None, b'"')
+    else:
         marks = b"".join(marks.split(b'"')[::2])
     left = DEPTH_MAX
     for _ in range(_PASSES):
