@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -44,6 +45,9 @@ _store = tempfile.TemporaryDirectory(prefix="store-of-tests-")
 
 
 def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background job: what tests start would ignore it, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["NSBOX_STORE"] = os.path.join(_store.name, "store")
     # What there is, tests count; those about blank environments ask for them. Other programs that
     # tests start have them, as users' do.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shlex
 import stat
@@ -36,19 +37,33 @@ _BLOCK_DEVICES: Final = "/sys/dev/block"
 _STANDARD_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 
-def interpreter_prefixes() -> tuple[str, ...]:
-    """Return the directories outside /usr that the running interpreter needs."""
-    found: list[str] = []
+def interpreter_prefixes() -> dict[str, str]:
+    """Return the directories outside /usr that the running interpreter needs, with their sources.
+
+    The keys are what programs know them by: without "..", because nothing else of the way is there.
+    """
+    found: dict[str, str] = {}
     # A virtual environment's own directory first: its bin comes first in PATH too.
     candidates = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
-    for prefix in dict.fromkeys(os.path.abspath(path) for path in candidates):
-        resolved = os.path.realpath(prefix)
+    for path in dict.fromkeys(candidates):
+        prefix, resolved = os.path.abspath(path), os.path.realpath(path)
         # A prefix that holds homes is no interpreter's own (PYTHONHOME=/ and the like).
         too_much = resolved in ("/", "/home", "/root", os.path.expanduser("~"))
         covered = any(prefix == other or prefix.startswith(other + "/") for other in found)
         if not (too_much or covered or (resolved + "/").startswith("/usr/")):
-            found.append(prefix)
-    return tuple(found)
+            found[prefix] = resolved
+    return found
+
+
+def interpreter() -> str:
+    """Return the path by which the running interpreter is found inside."""
+    path = sys.executable
+    if path.startswith(("/usr/", "/bin/", f"{sys.prefix}/")) and "/../" not in path:
+        return path
+    path = os.path.abspath(path)
+    prefixes = (f"{prefix}/" for prefix in interpreter_prefixes())
+    # A link from elsewhere: what it leads to is of a prefix.
+    return path if path.startswith(("/usr/", *prefixes)) else os.path.realpath(sys.executable)
 
 
 def base_environment(config: Config) -> dict[str, str]:
@@ -72,10 +87,14 @@ def make_layout(config: Config, *, idmap: bool) -> dict[str, Any]:
     mounts = [_describe_mount(mount, idmap=idmap) for mount in config.mounts]
     if config.rootfs is None:
         taken = {mount.destination for mount in config.mounts}
-        for prefix in interpreter_prefixes():
+        for prefix, source in interpreter_prefixes().items():
             if prefix not in taken:
-                mount = Mount(source=os.path.realpath(prefix), destination=prefix)
-                mounts.append(_describe_mount(mount, idmap=idmap and _is_private(prefix)))
+                # A link inside; what lies below /tmp has a mount point in each environment.
+                place = re.sub("^/var/tmp/", "/tmp/", prefix)  # noqa: S108
+                mount = Mount(source=source, destination=place)
+                told = _describe_mount(mount, idmap=idmap and _is_private(source))
+                # Nobody asked for what is on the way to it, such as /home and a user's name.
+                mounts.append(told | {"is_way_listed": False})
     return {
         "rootfs": config.rootfs,
         "userland": config.userland,
@@ -100,6 +119,7 @@ def _describe_mount(mount: Mount, *, idmap: bool) -> dict[str, Any]:
         "is_directory": not is_bind or os.path.isdir(mount.source),
         "idmapped": idmapped,
         "size": mount.size,
+        "is_way_listed": True,
         "shared": is_bind and not idmapped and not below_tmp,
     }
 

@@ -7,6 +7,7 @@ import enum
 import functools
 import os
 import socket
+import sys
 import threading
 import warnings
 import weakref
@@ -14,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 from nsbox import blanks
-from nsbox.blueprint import Blueprint, born_layers, plan
+from nsbox.blueprint import Blueprint, born_layers, interpreter, plan
 from nsbox.channel import RunRequest
 from nsbox.command import DEVNULL, PIPE, Process, Stream
 from nsbox.config import (
@@ -250,6 +251,8 @@ class ExecutionEnvironment(FunctionMethods):
         announced: bool,
     ) -> Process:
         command = check_argv(argv)
+        if command[0] == sys.executable and self.config.rootfs is None:
+            command = (interpreter(), *command[1:])
         limit = self.config.limits.cpu_time
         if cpu_time is not None:
             limit = parse_seconds(cpu_time, "cpu_time")

@@ -8,12 +8,12 @@ event, with the same errors and the same record of what it was.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from nsbox import blanks
+from nsbox.blueprint import interpreter
 from nsbox.channel import Channel
 from nsbox.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.errors import (
@@ -131,7 +131,7 @@ class Invocations:
             self._invoker.prepare(self._env.base_environment())
 
     def _start_worker(self, invoker: Invoker, on_log: OnLog | None) -> Call:
-        python = sys.executable if self._function.rootfs is None else "python3"
+        python = interpreter() if self._function.rootfs is None else "python3"
         return invoker.start(self._env.base_environment(), python, on_log)
 
     def invoke(self, request: Request) -> Invocation | Answer:

@@ -42,6 +42,14 @@ class Outfit:
         self.source = version.config
         self.runtime = _runtime_of(version.function)
         places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
+        for path, place in places:
+            for prefix in interpreter_prefixes():
+                if path is not None and f"{prefix}/".startswith(f"{place}/"):
+                    what = "layers" if place == LAYER_ROOT else "code"
+                    raise ConfigError(
+                        f"{what}: their place is {place}, where the Python in use is ({prefix}); "
+                        "use one that is elsewhere"
+                    )
         self.furniture = [(os.fspath(path), place) for path, place in places if path is not None]
         self.config = version.config.replace(mounts=version.function.mounts)
         self._start: tuple[Mapping[str, str], str] | None = None
@@ -162,8 +170,11 @@ def _module_path(*, has_rootfs: bool) -> list[str]:
     own = [TASK_ROOT, f"{LAYER_ROOT}/python", f"{LAYER_ROOT}/python/lib/{version}/site-packages"]
     if has_rootfs:
         return own  # and what its own interpreter adds
-    library = sysconfig.get_path("stdlib")
+    library = os.path.abspath(sysconfig.get_path("stdlib"))
     # What the handler's interpreter has too: below /usr, or a prefix that is bound.
     visible = ("/usr/", *(f"{prefix}/" for prefix in interpreter_prefixes()))
-    packages = [path for path in site.getsitepackages() if path.startswith(visible)]
-    return [*own, library, f"{library}/lib-dynload", *packages]
+    packages = map(os.path.abspath, site.getsitepackages())
+    return [
+        *(*own, library, f"{library}/lib-dynload"),
+        *(path for path in packages if path.startswith(visible)),
+    ]

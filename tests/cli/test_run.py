@@ -367,3 +367,15 @@ def test_default_limits_that_are_missing_are_told_in_one_line() -> None:
     assert len(lines) <= 1
     assert all(line.startswith("nsbox: not in force on this host: ") for line in lines)
     assert nsbox_run("run", "--quiet", command=["true"]).stderr == b""
+
+
+def test_a_job_in_the_background_of_a_shell() -> None:
+    """Its SIGINT is ignored from the start: it stays so outside, and is as ever inside."""
+    inside = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+    done = subprocess.run(
+        ["sh", "-c", '"$@" & wait $!', "sh", *NSBOX, "run", "--", PYTHON, "-c", inside],
+        capture_output=True,
+        text=True,
+        timeout=60 * PATIENCE,
+    )
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr

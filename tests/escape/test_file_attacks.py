@@ -157,7 +157,7 @@ def test_files_of_the_host_are_not_there(env: nsbox.ExecutionEnvironment, tmp_pa
              "sys", "tmp", "usr", "var", "opt"}  # fmt: skip
     assert set(found["root"]) <= usual | {prefix.split("/")[1] for prefix in PREFIXES}
     for prefix in PREFIXES:
-        # Of the directories on the way to it nothing else is there.
+        # Of the directories on the way to it nothing else is there, and most cannot be listed.
         siblings = env.run(["ls", "-A", os.path.dirname(prefix)]).text().split()
         nearby = {os.path.basename(p) for p in PREFIXES if p != prefix} | {os.path.basename(prefix)}
         assert set(siblings) <= nearby | {p.split("/")[2] for p in PREFIXES if p.count("/") > 2}

@@ -403,9 +403,9 @@ def set_prefixes(monkeypatch: pytest.MonkeyPatch, prefix: Path | str, base: Path
 
 def test_interpreter_in_usr_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     set_prefixes(monkeypatch, "/usr", "/usr")
-    assert b.interpreter_prefixes() == ()
+    assert b.interpreter_prefixes() == {}
     set_prefixes(monkeypatch, "/usr/local", "/usr/local")
-    assert b.interpreter_prefixes() == ()
+    assert b.interpreter_prefixes() == {}
     assert b.base_environment(Config())["PATH"].startswith("/usr/local/bin:/usr/bin")
 
 
@@ -414,7 +414,7 @@ def test_interpreter_elsewhere_is_bound_and_in_path(
 ) -> None:
     venv, base = tmp_path / "venv", tmp_path / "python"
     set_prefixes(monkeypatch, venv, base)
-    assert b.interpreter_prefixes() == (str(venv), str(base))
+    assert b.interpreter_prefixes() == {str(venv): str(venv), str(base): str(base)}
     assert b.base_environment(Config())["PATH"].startswith(f"{venv}/bin:{base}/bin:/usr")
     made = b.make_layout(Config(), idmap=True)["mounts"]
     assert {entry["destination"] for entry in made} == {str(venv), str(base)}
@@ -425,14 +425,43 @@ def test_interpreter_within_another_is_bound_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     set_prefixes(monkeypatch, tmp_path, tmp_path / "base")
-    assert b.interpreter_prefixes() == (str(tmp_path),)
+    assert list(b.interpreter_prefixes()) == [str(tmp_path)]
+
+
+def test_interpreter_that_was_started_by_a_way_back(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What ".." leads to is said by the host's links, and what programs inside see by the text."""
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "far/venv").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far/away")
+    set_prefixes(monkeypatch, f"{tmp_path}/link/../venv", "/usr")
+    monkeypatch.setattr(sys, "executable", f"{tmp_path}/link/../venv/bin/python")
+    assert b.interpreter_prefixes() == {f"{tmp_path}/venv": f"{tmp_path}/far/venv"}
+    assert b.interpreter() == f"{tmp_path}/venv/bin/python"
+
+
+@pytest.mark.parametrize("path", ["/usr/bin/python3", "/bin/python3"])
+def test_interpreter_of_the_host(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    set_prefixes(monkeypatch, "/usr", "/usr")
+    monkeypatch.setattr(sys, "executable", path)
+    assert b.interpreter() == path
+
+
+def test_interpreter_by_a_link_from_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    set_prefixes(monkeypatch, "/usr", "/usr")
+    (tmp_path / "python").symlink_to("/usr/bin/env")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    assert b.interpreter() == os.path.realpath("/usr/bin/env")
 
 
 @pytest.mark.parametrize("prefix", ["/", "/home", "/root", "~"])
 def test_home_directories_are_never_bound(monkeypatch: pytest.MonkeyPatch, prefix: str) -> None:
     path = os.path.expanduser(prefix)
     set_prefixes(monkeypatch, path, path)
-    assert b.interpreter_prefixes() == ()
+    assert b.interpreter_prefixes() == {}
 
 
 def test_own_root_and_own_mount_replace_the_interpreter(

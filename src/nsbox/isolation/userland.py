@@ -50,6 +50,9 @@ _ETC_DIRECTORIES = (
 # Where a function's code and layers are attached after the birth (`nsbox.function`).
 _CODE_PLACES = ("var/task", "opt")
 _LARGEST_COPY = 4 << 20
+_UNLISTED = 0o111
+"""Of directories that are only gone through; not even their owner, who may be inside, can list them
+(and change the mode: the mount is read-only)."""
 
 _READ_ONLY = c.MOUNT_ATTR_RDONLY | c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
 _WRITABLE = c.MOUNT_ATTR_NOSUID | c.MOUNT_ATTR_NODEV
@@ -159,12 +162,19 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
         _place_full_etc(root, layout, resolv, host_files)
     else:
         _place_synthetic_etc(root, layout, resolv)
+    way_modes = {
+        mount["destination"]: 0o755 if mount["is_way_listed"] else _UNLISTED
+        for mount in layout["mounts"]
+    }
     for destination, is_directory, fd in binds:
-        _make_mount_point(root, destination, is_directory=is_directory)
+        way_mode = way_modes.get(destination, 0o755)
+        _make_mount_point(root, destination, is_directory=is_directory, way_mode=way_mode)
         attach(fd, root + destination)
     for mount in layout["mounts"]:
-        if not mount["shared"] and not mount["destination"].startswith("/tmp/"):  # noqa: S108
-            _make_mount_point(root, mount["destination"], is_directory=mount["is_directory"])
+        destination = mount["destination"]
+        if not mount["shared"] and not destination.startswith("/tmp/"):  # noqa: S108
+            way_mode, is_directory = way_modes[destination], mount["is_directory"]
+            _make_mount_point(root, destination, is_directory=is_directory, way_mode=way_mode)
     for name, fd in devices:
         _write(f"{root}/dev/{name}", b"")
         attach(fd, f"{root}/dev/{name}")
@@ -326,7 +336,10 @@ def _place_synthetic_etc(root: str, layout: dict[str, Any], resolv: bytes) -> No
             attach(clone_tree(f"{root}/run/etc/{name}"), path)
 
 
-def _make_mount_point(root: str, destination: str, *, is_directory: bool) -> None:
+def _make_mount_point(
+    root: str, destination: str, *, is_directory: bool, way_mode: int = 0o755
+) -> None:
+    """Make an empty file or directory, and with `way_mode` the directories on the way to it."""
     device = os.stat(root).st_dev
     parts = destination.strip("/").split("/")
     path = root
@@ -343,7 +356,9 @@ def _make_mount_point(root: str, destination: str, *, is_directory: bool) -> Non
             # Creating it would write to the host's tree.
             what = "mkdir (a mount point in a bound tree must exist there already)"
             raise SyscallError(what, errno.ENOENT, destination)
-        if index < len(parts) - 1 or is_directory:
+        if index < len(parts) - 1:
+            os.mkdir(path, way_mode)
+        elif is_directory:
             os.mkdir(path, 0o755)
         else:
             _write(path, b"")

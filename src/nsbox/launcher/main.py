@@ -7,9 +7,13 @@ imported from. With -I and -S the interpreter starts without site-packages and u
 times faster. Descriptors are those of `nsbox.launcher.process`, in the order of the calls below.
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
+    # Nothing of the host's: what is made for environments is for all to read, as what they make is.
+    os.umask(0o022)
+    os.chdir("/")
     role, host, setting, *paths = sys.argv[1:]
     sys.path[:0] = paths
     if role == "template":
