@@ -56,6 +56,10 @@ _CALLS: Final = (
 )
 
 
+# The control codes of ASCII and ISO 6429 but tabs and ends of lines.
+_CODES: Final = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f]|\\r(?!\\n)")
+
+
 class _Commands(click.Group):
     """A group whose commands are imported only when they are used."""
 
@@ -98,11 +102,24 @@ def app() -> None:
     """
 
 
+def harmless(text: str) -> str:
+    """Return text of others without what a terminal would act on, each such code as its escape."""
+    return _CODES.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def echo(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print text of others: as it is to a pipe or file, harmless at a terminal."""
+    stream = sys.stderr if err else sys.stdout
+    is_terminal = stream is not None and stream.isatty()
+    click.echo(harmless(text) if is_terminal else text, nl=nl, err=err)
+
+
 def say(text: str) -> None:
     """Print one line about nsbox itself on stderr."""
     try:
         # A terminal may be in raw mode, and a name may have any bytes in it.
-        sys.stderr.write(f"nsbox: {' '.join(text.split())}\n")
+        line = " ".join(text.split())
+        sys.stderr.write(f"nsbox: {harmless(line) if sys.stderr.isatty() else line}\n")
         sys.stderr.flush()
     except (OSError, ValueError, AttributeError):
         pass  # stderr is closed: there is nobody to tell

@@ -7,6 +7,7 @@ failures and for an event or option that is wrong.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import sys
@@ -17,7 +18,7 @@ from typing import Any, Final
 import click
 
 from nsbox.blanks import set_blanks
-from nsbox.cli.app import say_missing
+from nsbox.cli.app import echo, say_missing
 from nsbox.cli.options import function_options, make_fields
 from nsbox.environment import ExecutionEnvironment, State
 from nsbox.errors import (
@@ -139,7 +140,7 @@ class _Runner:
         status = 0
         invocation: Invocation | None = None
         try:
-            invocation = environment.invoke_bytes(event, on_log=_write_log)
+            invocation = environment.invoke_bytes(event, on_log=_Log())
             answer = _one_line(invocation)
         except (FunctionError, InvokeTimeout) as error:
             status = _TIMEOUT if isinstance(error, InvokeTimeout) else _FUNCTION_ERROR
@@ -147,7 +148,7 @@ class _Runner:
             answer = _describe(error)
             if isinstance(error, FunctionError) and not _is_logged(error):
                 _tell(error)
-        click.echo(answer)
+        echo(answer)
         if self._report and invocation is not None:
             click.echo(_with_memory(invocation, environment).report(), err=True)
         return status
@@ -162,8 +163,19 @@ class _Runner:
         return environment
 
 
-def _write_log(_stream: str, data: bytes) -> None:
-    click.echo(data, nl=False, err=True)
+class _Log:
+    """Writes a function's log to stderr: its bytes, or at a terminal what is harmless of them."""
+
+    def __init__(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._decoders = {name: decoder("backslashreplace") for name in ("stdout", "stderr")}
+
+    def __call__(self, stream: str, data: bytes) -> None:
+        if self._is_terminal:
+            echo(self._decoders[stream].decode(data), nl=False, err=True)
+        else:
+            click.echo(data, nl=False, err=True)
 
 
 def _one_line(invocation: Invocation) -> str:
@@ -198,7 +210,7 @@ def _is_logged(error: FunctionError) -> bool:
 
 def _tell(error: FunctionError) -> None:
     """Write an error to the log as AWS Lambda's runtime does."""
-    click.echo(f"[ERROR] {error.error_type}: {error.message}", err=True)
+    echo(f"[ERROR] {error.error_type}: {error.message}", err=True)
 
 
 def _with_memory(invocation: Invocation, environment: ExecutionEnvironment) -> Invocation:

@@ -71,8 +71,10 @@ def live_environments() -> Iterator[dict[str, Any]]:
         try:
             if launcher.info["name"] != _LAUNCHER or not (everyone or launcher.uids().real == own):
                 continue
-            # A process can give itself any name, but not another parent: a guest that calls
-            # itself nsbox-... is a child of its PID 1, not of a launcher.
+            # A process can give itself any name, but not other ancestors: guests that call
+            # themselves nsbox-launcher and nsbox-... are below their environment's PID 1.
+            if _is_inside(launcher, processes):
+                continue
             for child in children.get(launcher.pid, ()):
                 match = _ENVIRONMENT.fullmatch(child.info["name"] or "")
                 if match is not None:
@@ -83,6 +85,17 @@ def live_environments() -> Iterator[dict[str, Any]]:
             continue
         except psutil.AccessDenied:
             continue  # /proc is mounted with hidepid=
+
+
+def _is_inside(process: psutil.Process, processes: dict[int, psutil.Process]) -> bool:
+    """Whether a process is below one that has the name of an environment."""
+    seen = {process.pid}
+    while (above := processes.get(process.info["ppid"])) is not None and above.pid not in seen:
+        if _ENVIRONMENT.fullmatch(above.info["name"] or ""):
+            return True
+        seen.add(above.pid)
+        process = above
+    return False
 
 
 def _with_descendants(
