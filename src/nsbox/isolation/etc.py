@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ETC = "/etc"
+_NAMES = ("/etc/hosts", "/etc/resolv.conf", "/etc/nsswitch.conf")
+_ACCOUNTS = (b"passwd", b"group", b"shadow", b"gshadow", b"initgroups", b"netgroup", b"sudoers")
 
 # Names directly in /etc: accounts and keys; what says who this host is, how it is reached and
 # which services it runs; where tools and services keep passwords in files that all may read.
@@ -120,6 +122,29 @@ class HostFiles:
 def stamps() -> list[int]:
     """Return what changes when files come to /etc or go, or another program is chosen there."""
     return [_changed(path) for path in (ETC, f"{ETC}/alternatives")]
+
+
+def name_stamps() -> list[int]:
+    """Return what changes when names of hosts resolve otherwise."""
+    return [_changed(path) for path in _NAMES]
+
+
+def host_names() -> dict[str, bytes]:
+    """Return the files by which the host's names resolve, for environments with its network."""
+    found = {}
+    for path in _NAMES:
+        try:
+            with open(path, "rb") as file:
+                found[os.path.basename(path)] = file.read(_LARGEST_COPY)
+        except OSError:
+            continue  # it does without
+    # Accounts are the environment's own, whatever the host's come from.
+    lines = found.pop("nsswitch.conf", b"").splitlines()
+    others = [line for line in lines if not line.lstrip().startswith(_ACCOUNTS)]
+    if others:
+        own = b"passwd: files\ngroup: files\nshadow: files\n"
+        found["nsswitch.conf"] = own + b"\n".join(others) + b"\n"
+    return found
 
 
 def _changed(path: str) -> int:

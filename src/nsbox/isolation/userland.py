@@ -23,7 +23,7 @@ import os
 import stat
 
 from nsbox.errors import SyscallError
-from nsbox.isolation.etc import HostFiles
+from nsbox.isolation.etc import HostFiles, host_names
 from nsbox.isolation.filesystem import EMPTY, NEW_ROOT, attach
 from nsbox.linux import calls
 from nsbox.linux import constants as c
@@ -135,7 +135,7 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
     # Before anything covers a source below _BASE.
     binds = _open_binds(layout, _shared_paths(layout, host_files))
     devices = [(name, clone_tree(f"/dev/{name}", device=True)) for name in _DEVICES]
-    resolv = _read("/etc/resolv.conf") if layout["network"] == "host" else b""
+    names = host_names() if layout["network"] == "host" else {}
     proc = calls.open_tree(
         c.AT_FDCWD, "/proc", c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | c.AT_RECURSIVE
     )
@@ -159,9 +159,9 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
         for name, content in etc:
             _write(f"{root}/etc/{name}", content)
     if host_files:
-        _place_full_etc(root, layout, resolv, host_files)
+        _place_full_etc(root, layout, names, host_files)
     else:
-        _place_synthetic_etc(root, layout, resolv)
+        _place_synthetic_etc(root, layout, names)
     way_modes = {
         mount["destination"]: 0o755 if mount["is_way_listed"] else _UNLISTED
         for mount in layout["mounts"]
@@ -287,10 +287,10 @@ def _minimal_etc() -> list[tuple[str, bytes]]:
 
 
 def _place_full_etc(
-    root: str, layout: dict[str, Any], resolv: bytes, host_files: HostFiles
+    root: str, layout: dict[str, Any], names: dict[str, bytes], host_files: HostFiles
 ) -> None:
     top = f"{_BASE}/top"
-    for name, content in _synthetic_etc(layout, resolv).items():
+    for name, content in _synthetic_etc(layout, names).items():
         _write(f"{top}/{name}", content)
     for mount in layout["mounts"]:
         # Here, since the mounted /etc takes no mount point any more.
@@ -302,7 +302,7 @@ def _place_full_etc(
     host_files.place_etc(_BASE, f"{root}/etc", top)
 
 
-def _synthetic_etc(layout: dict[str, Any], resolv: bytes) -> dict[str, bytes]:
+def _synthetic_etc(layout: dict[str, Any], names: dict[str, bytes]) -> dict[str, bytes]:
     user, hostname = layout["user_id"], layout["hostname"]
     files = {
         "passwd": "root:x:0:0:root:/:/usr/sbin/nologin\n"
@@ -315,11 +315,14 @@ def _synthetic_etc(layout: dict[str, Any], resolv: bytes) -> dict[str, bytes]:
         "services: files\nprotocols: files\n",
     }
     contents = {name: text.encode() for name, text in files.items()}
-    return contents | {"resolv.conf": resolv}
+    contents |= {"resolv.conf": b""} | names
+    if "hosts" in names:
+        contents["hosts"] += f"\n127.0.0.1 {hostname}\n".encode()  # its own name
+    return contents
 
 
-def _place_synthetic_etc(root: str, layout: dict[str, Any], resolv: bytes) -> None:
-    contents = _synthetic_etc(layout, resolv)
+def _place_synthetic_etc(root: str, layout: dict[str, Any], names: dict[str, bytes]) -> None:
+    contents = _synthetic_etc(layout, names)
     if os.path.islink(f"{root}/etc"):
         # Followed here it would lead to the host's files.
         raise SyscallError("open (a symbolic link in the rootfs)", errno.ELOOP, "/etc")

@@ -86,6 +86,8 @@ class Layouts:
         """
         stamps = [(status.st_dev, status.st_ino) for status in map(os.stat, wanted.sources)]
         etc_stamps = etc.stamps() if wanted.is_full else []
+        if wanted.spec["layout"]["network"] == "host":
+            etc_stamps += etc.name_stamps()
         known = self._held.pop(wanted.layout_key, None)
         if known is not None and known[1:] != (stamps, etc_stamps):
             os.close(known[0])
