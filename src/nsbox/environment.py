@@ -35,6 +35,7 @@ from nsbox.errors import (
     EnvironmentStateError,
     LauncherError,
     NsboxError,
+    SyscallError,
     UnsupportedHostError,
 )
 from nsbox.function import FunctionVersion
@@ -440,8 +441,19 @@ class ExecutionEnvironment(FunctionMethods):
 
 
 def death_descriptor(env: ExecutionEnvironment) -> int:
-    """Return a pidfd of its PID 1, for the caller to close: readable once it has ended."""
-    return env._live_link().duplicate_pidfd()
+    """Return a pidfd of its PID 1, for the caller to close: readable once it has ended.
+
+    Raises:
+        EnvironmentDied: It has ended.
+        SyscallError: This process has no room for one.
+    """
+    link = env._live_link()
+    try:
+        return link.open_pidfd()
+    except ProcessLookupError as error:
+        raise link.died(error) from error
+    except OSError as error:
+        raise SyscallError("pidfd_open", error.errno or 0) from error
 
 
 def ask_to_end(env: ExecutionEnvironment) -> socket.socket | None:

@@ -7,6 +7,7 @@ asked, in frames of fixed size that are checked and not trusted (`nsbox.guest.pr
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -123,7 +124,8 @@ class Link:
         self.workplace: Workplace | None = None
         self._awaits_furniture = False
         self._lock = threading.Lock()
-        self._pidfd = -1
+        self.pid = self._pid_inode = 0
+        self._pidfd = -1  # only where pidfds have no inode of their own
         with ExitStack() as unused:
             self._control, control = _pair()
             unused.callback(_close_both, self._control, control)
@@ -169,7 +171,6 @@ class Link:
                 with suppress(OSError):  # it is gone, which is seen next
                     wire.send(self._supervision, {"kind": "furnish", "mounts": furniture})
             born = self._hear_of_birth()
-            self.pid: int = born["pid"]
             self.proc = _check_ready(word)
             self._verify(filtered=bool(self._spec["seccomp"]))
         except BaseException:
@@ -235,7 +236,9 @@ class Link:
             raise LauncherError(f"the launcher died during the birth. {words}")
         message, fds = received
         if message["kind"] == "born":
-            self._pidfd = fds[0]
+            self.pid, self._pid_inode = message["pid"], message["inode"]
+            if fds:
+                self._pidfd = fds[0]
             return message
         if message["kind"] == "unknown-spec":
             self._launcher.forget_spec(self._spec)
@@ -244,7 +247,7 @@ class Link:
 
     def _abandon(self) -> None:
         """Close a link whose birth failed, when nothing is left of the environment."""
-        if self._pidfd >= 0:
+        if self.pid:
             self.kill()
             self.await_end()
         self.close()
@@ -271,7 +274,8 @@ class Link:
         except (ConnectionError, TimeoutError) as error:
             raise self.died(error) from error
         except OSError as error:
-            raise SyscallError("socketpair", error.errno or 0) from error
+            call = "sendmsg" if error.errno == errno.ETOOMANYREFS else "socketpair"
+            raise SyscallError(call, error.errno or 0) from error
 
     def died(self, cause: OSError) -> EnvironmentDied:
         """Return the exception for an operation under which PID 1 went away or fell silent."""
@@ -303,9 +307,17 @@ class Link:
         if not self.is_killed and self.end is None:
             self.cause = cause
         self.is_killed = True
-        if self._pidfd >= 0:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        try:
+            pidfd = self.open_pidfd()
+        except ProcessLookupError:
+            return
+        except OSError:  # no room for a descriptor here; the launcher has one
+            with suppress(OSError):
+                wire.send(self._supervision, {"kind": "kill"})
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
 
     def begin_end(self) -> None:
         """Have the environment end; `await_end` waits for it."""
@@ -370,9 +382,19 @@ class Link:
             while self.end is None and (left := deadline - time.monotonic()) > 0:
                 if self._receive(left) is None:
                     break
-        if self.end is not None and "launcher" in self.end and self._pidfd >= 0:
-            return _is_readable(self._pidfd, END_DEADLINE)  # nobody else can say it
+        if self.end is not None and "launcher" in self.end:
+            return self._await_death()  # nobody else can say it
         return self.end is not None
+
+    def _await_death(self) -> bool:
+        try:
+            pidfd = self.open_pidfd()
+        except ProcessLookupError:
+            return True
+        try:
+            return _is_readable(pidfd, END_DEADLINE)
+        finally:
+            os.close(pidfd)
 
     def describe_end(self) -> str:
         """Say how the environment ended, for people."""
@@ -403,9 +425,25 @@ class Link:
             return None
         return Outcome.KILLED if self.is_killed and self.cause else outcome_of(status)
 
-    def duplicate_pidfd(self) -> int:
-        """Return a descriptor, for the caller to close, that is readable when PID 1 has ended."""
-        return os.dup(self._pidfd)
+    def open_pidfd(self) -> int:
+        """Return a descriptor, for the caller to close, that is readable when PID 1 has ended.
+
+        None is kept: thousands of environments would have as many. Another process that has got
+        the number of PID 1 since has another inode (Linux 6.9; before, one is kept).
+
+        Raises:
+            ProcessLookupError: It is gone.
+            OSError: There is no room for it.
+        """
+        if self._pidfd >= 0:
+            return os.dup(self._pidfd)
+        if not self.pid:
+            raise ProcessLookupError(errno.ESRCH, "it was not born")
+        pidfd = os.pidfd_open(self.pid)
+        if os.fstat(pidfd).st_ino != self._pid_inode:
+            os.close(pidfd)
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return pidfd
 
     def close(self) -> None:
         """Close the descriptors; the launcher then kills and removes what is left."""

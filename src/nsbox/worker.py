@@ -81,7 +81,7 @@ class Call:
         self.timeout = timeout
         self.request_id = request_id
         self.room = room
-        self.logs: dict[str, list[bytes]] | None = None
+        self.logs: dict[str, bytearray] | None = None
         self.on_log = on_log
         self.is_first = is_first
         self.start: Call | None = None
@@ -97,11 +97,12 @@ class Call:
     def log(self, name: str, data: bytes) -> None:
         """Keep what was written, up to the limit; all of it goes to the callback."""
         if self.logs is None:
-            self.logs = {"stdout": [], "stderr": []}
+            self.logs = {"stdout": bytearray(), "stderr": bytearray()}
             self.rooms = {"stdout": self.room, "stderr": self.room}
         room = self.rooms[name]
         if room > 0:
-            self.logs[name].append(data[:room])
+            # One buffer: an object for each read would take 50 bytes for a guest's one.
+            self.logs[name] += data[:room]
             self.rooms[name] = room - len(data)
         if self.on_log is not None:
             self.on_log(name, data)
@@ -110,13 +111,13 @@ class Call:
         """Give the first event this start of its worker, and its callback what was written then."""
         event.start = self
         if self.on_log is None and event.on_log is not None and self.logs is not None:
-            for name, parts in self.logs.items():
-                for data in parts:
-                    event.on_log(name, data)
+            for name, data in self.logs.items():
+                if data:
+                    event.on_log(name, bytes(data))
 
     def logged(self, name: str) -> bytes:
         """Return what was kept of ``"stdout"`` or ``"stderr"``."""
-        return b"".join(self.logs[name]) if self.logs is not None else b""
+        return bytes(self.logs[name]) if self.logs is not None else b""
 
 
 class Worker:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from tests.support import PATIENCE, wait_until
 
 import nsbox
 from nsbox import State
+from nsbox.worker import Call
 
 ECHO = """
 def handler(event, context):
@@ -569,6 +571,7 @@ def test_an_event_that_came_with_the_start_has_its_own_time(make_function: MakeF
     env = make_function(
         """
         import time
+import tracemalloc
         time.sleep(0.5)
         def handler(event, context):
             return context.get_remaining_time_in_millis()
@@ -693,3 +696,18 @@ def test_a_limit_that_handlers_do_not_have_is_refused(tmp_path: Path) -> None:
     version = nsbox.Function("app.handler", code=tmp_path, limits=limits).publish()
     with pytest.raises(nsbox.ConfigError, match="limits: cpu_time is of commands"):
         nsbox.ExecutionEnvironment(version)
+
+
+def test_a_log_written_in_single_bytes_takes_no_more_memory_than_its_bytes() -> None:
+    count = 200_000
+    pieces = [bytes([number]) for number in range(256)]
+    call = Call(1, 1.0, "", count, None)
+    tracemalloc.start()
+    try:
+        for number in range(count):
+            call.log("stdout", pieces[number & 0xFF])
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(call.logged("stdout")) == count
+    assert held < 2 * count

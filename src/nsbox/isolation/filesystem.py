@@ -43,6 +43,10 @@ _NO_EXEC = _SCRATCH | c.MS_NOEXEC
 _BYTES_PER_INODE = 1024
 
 
+TERMINALS = 64
+"""Pseudoterminals an environment may have; all of the host share kernel.pty.max (4,096)."""
+
+
 def tmpfs_options(size: int) -> str:
     """Return the mount options of a private tmpfs of `size` bytes (tmpfs(5))."""
     return f"size={size},nr_inodes={max(64, size // _BYTES_PER_INODE)},mode=1777"
@@ -69,7 +73,7 @@ def mount_scratch(program: Program, size: int) -> None:
     program.mount("tmpfs", "dev/shm", "tmpfs", _NO_EXEC, options)
     program.mount("mqueue", "dev/mqueue", "mqueue", _NO_EXEC)
     # Every devpts mount is an instance of its own since Linux 4.7.
-    pts = "ptmxmode=0666,mode=0620"
+    pts = f"ptmxmode=0666,mode=0620,max={TERMINALS}"
     program.mount("devpts", "dev/pts", "devpts", c.MS_NOSUID | c.MS_NOEXEC, pts)
 
 

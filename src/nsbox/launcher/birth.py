@@ -67,6 +67,8 @@ class Birth:
         """Close what only the clone needed; done as soon as the template has answered."""
         own = (self.control, self.network)
         close_all([*(fd for fd in own if fd >= 0), *self.tasks, *self.trees.values()])
+        if self.cgroup is not None:
+            self.cgroup.close()
         self.control = self.network = -1
         self.tasks, self.trees = [], {}
 

@@ -8,6 +8,7 @@ posix_spawn(3) with an empty environment, in a session of its own (Ctrl-C is not
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib.util
 import logging
 import os
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import nsbox
-from nsbox.errors import ConfigError, LauncherError, UnsupportedHostError
+from nsbox.errors import ConfigError, LauncherError, SetupError, UnsupportedHostError
 from nsbox.launcher import process, wire
 from nsbox.launcher.idmaps import write_launcher_maps
 
@@ -142,6 +143,7 @@ class Launcher:
         Raises:
             ConfigError: The configuration is too large for one message.
             LauncherError: The launcher is gone.
+            SetupError: The kernel takes no message with descriptors now (ETOOMANYREFS).
         """
         key = spec["key"]
         message: dict[str, Any] = {"id": env_id, "key": key}
@@ -154,8 +156,13 @@ class Launcher:
                 wire.send(self._channel, message, [control, supervision])
         except ValueError as error:
             raise ConfigError(f"the configuration is too large: {error}") from error
-        except OSError as error:
+        except ConnectionError as error:
             raise LauncherError(f"the launcher is gone: {error}") from error
+        except OSError as error:
+            if error.errno == errno.EBADF:  # closed by another thread
+                raise LauncherError(f"the launcher is gone: {error}") from error
+            text = error.strerror or str(error)
+            raise SetupError("birth", text, errno=error.errno or 0) from error
         if len(self._specs_sent) >= _SPECS_NOTED:
             self._specs_sent.clear()
         self._specs_sent.add(key)

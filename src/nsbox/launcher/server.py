@@ -72,7 +72,9 @@ class Server:
         # /proc owned by that namespace's root, who outside is the user (fs/proc/base.c,
         # task_dump_owner), so that PID 1's would be open to commands that have the same id.
         self._templates: dict[str, TemplateProcess] = {}
-        self._find_template("")
+        template = self._find_template("")
+        # Since Linux 6.9 an inode names a process for good; before, all pidfds have the same one.
+        self._has_pid_inodes = os.fstat(host).st_ino != os.fstat(template.pidfd).st_ino
         own_namespace = not identity.is_privileged()
         if own_namespace:
             calls.unshare(c.CLONE_NEWUSER)
@@ -269,8 +271,9 @@ class Server:
             "pid": pid,
             "host_id": birth.host_id,
             "cgroup": birth.cgroup.paths if birth.cgroup is not None else {},
+            "inode": os.fstat(pidfd).st_ino,
         }
-        self._answer(birth.supervision, born, [pidfd])
+        self._answer(birth.supervision, born, [] if self._has_pid_inodes else [pidfd])
 
     def _replace_template(self, template: TemplateProcess, also: Birth | None = None) -> None:
         """Start another and send it the births under way, each once more; environments live on."""
@@ -350,6 +353,9 @@ class Server:
                 environment.is_reported = False
                 self._kill(environment)
                 return  # "gone" is the answer
+            if kind == "kill":
+                self._kill(environment)
+                return
             if kind == "freeze":
                 self._freeze(environment)
             elif kind in ("claim", "keep"):

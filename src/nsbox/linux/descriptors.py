@@ -16,6 +16,8 @@ from _socket import (
     SCM_RIGHTS,
     SOL_SOCKET,
 )
+from _thread import allocate_lock
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from struct import calcsize, pack, unpack
 
 from nsbox.linux import calls
@@ -33,12 +35,52 @@ _ITEM_SIZE = calcsize("i")
 
 
 def send_bytes(channel: Socket, data: bytes, fds: Sequence[int] = ()) -> None:
-    """Send raw bytes with descriptors."""
-    if fds:
-        rights = (SOL_SOCKET, SCM_RIGHTS, pack(f"{len(fds)}i", *fds))
-        channel.sendmsg([data], [rights])
-    else:
+    """Send raw bytes with descriptors.
+
+    Raises:
+        OSError: ETOOMANYREFS, other processes of this user have too many descriptors in flight.
+    """
+    if not fds:
         channel.send(data)
+        return
+    rights = (SOL_SOCKET, SCM_RIGHTS, pack(f"{len(fds)}i", *fds))
+    try:
+        channel.sendmsg([data], [rights])
+    except OSError as error:
+        if error.errno != errno.ETOOMANYREFS:
+            raise
+        _send_above_soft_limit(channel, data, rights)
+
+
+def _send_above_soft_limit(channel: Socket, data: bytes, rights: tuple[int, int, bytes]) -> None:
+    """Send with the hard limit of open files in force for this one call.
+
+    The kernel compares what all processes of a user have in flight, guests with the user's own id
+    included, with the soft limit of who sends (unix(7)); guests have a hard limit of their own.
+    """
+    is_mine = _limit_lock.acquire(timeout=1.0)  # a fork may have copied it while it was held
+    try:
+        soft, hard = getrlimit(RLIMIT_NOFILE)
+        try:
+            setrlimit(RLIMIT_NOFILE, (hard, hard))
+            channel.sendmsg([data], [rights])
+        finally:
+            setrlimit(RLIMIT_NOFILE, (soft, hard))
+    except OSError as error:
+        if error.errno != errno.ETOOMANYREFS:
+            raise
+        text = (
+            f"user {os.getuid()} has over {hard} descriptors in messages that nobody has read "
+            "(unix(7)), and that is the hard limit of open files here (RLIMIT_NOFILE): end what "
+            "does not read them, or raise the limit above the open_files of all environments"
+        )
+        raise OSError(error.errno, text) from None
+    finally:
+        if is_mine:
+            _limit_lock.release()
+
+
+_limit_lock = allocate_lock()
 
 
 def receive_bytes(
