@@ -29,6 +29,7 @@ from nsbox.link import Counters, Link, exit_code
 from nsbox.linux.descriptors import close_all
 from nsbox.result import Outcome, Protections, Result
 from nsbox.streams import NAMES, Relays, descriptor_of, gives_more
+from nsbox.transfer import missing_interpreter
 from nsbox.verdict import Verdict, judge_signal
 
 PIPE: Final = -1
@@ -153,6 +154,12 @@ class Process:
             text = "as many commands run at once as open_files leaves PID 1 room for; raise it"
             return CommandStartError(name, error, text)
         path = request.env.get("PATH", "")
+        places = [""] if "/" in name else [f"{place}/" for place in path.split(":")]
+        if error == errno.ENOENT:
+            for place in places:
+                missing = missing_interpreter(self._link, os.path.join(request.cwd, place + name))
+                if missing:
+                    return CommandStartError(name, error, f"{missing} inside the environment")
         where = f" in PATH={path}" if error == errno.ENOENT and "/" not in name else ""
         return CommandStartError(name, error, f"{text}{where}, inside the environment")
 

@@ -98,10 +98,10 @@ def check_window_size(size: object) -> tuple[int, int]:
     return rows, columns
 
 
-def parse_seconds(value: object, what: str) -> float:
-    """Return `value` as seconds above zero; ConfigError otherwise."""
+def parse_seconds(value: object, what: str, unit: str = "seconds") -> float:
+    """Return `value` as a number of seconds above zero; ConfigError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{what}: must be a number of seconds, got {value!r}")
+        raise ConfigError(f"{what}: must be a number of {unit}, got {value!r}")
     if not 0 < value < 1e9:  # also false for NaN
         raise ConfigError(f"{what}: must be above zero and finite, got {value}")
     return float(value)
@@ -285,7 +285,7 @@ class Limits:
         if self.core_size is not None:
             put("core_size", _count(self.core_size, "core_size", least=0, most=_LARGEST))
         if self.cpu_max is not None:
-            cpus = parse_seconds(self.cpu_max, "cpu_max") if self.cpu_max else 0.0
+            cpus = parse_seconds(self.cpu_max, "cpu_max", "CPUs") if self.cpu_max else 0.0
             if not 0.01 <= cpus <= 4096:
                 # 1 ms in a period of 100 ms is the kernel's smallest quota (cpu.max).
                 raise ConfigError(f"cpu_max: must be from 0.01 to 4096 CPUs, got {self.cpu_max}")
@@ -486,5 +486,7 @@ def make_config(config: Config | None, changes: Mapping[str, object]) -> Config:
     """Return `config` (or the default) with `changes`, naming unknown fields."""
     base = _default_config() if config is None else config
     if not isinstance(base, Config):
-        raise ConfigError(f"config: must be a Config, got {base!r}")
+        if hasattr(base, "publish"):
+            raise ConfigError("config: a Function has no version; give what its publish() returns")
+        raise ConfigError(f"config: must be a Config or a FunctionVersion, got {base!r}")
     return base.replace(**changes) if changes else base

@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 
 from nsbox.channel import BrokenAnswer, Channel
 from nsbox.config import Config, check_text
-from nsbox.errors import ConfigError, EnvironmentStateError, SyscallError
+from nsbox.errors import ConfigError, EnvironmentStateError, NsboxError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.link import Link
 from nsbox.linux.descriptors import close_all
 
 _CALLS = {"open": "openat2", "kind": "open (regular files only)", "size": "read"}
 """What failed at a stage, where it is not called as the stage."""
+_SCRIPT_MAX = 1 << 20  # bytes of a script that is looked at
+_INTERPRETER_MAX = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 
 
 def write_file(get_link: Callable[[], Link], path: str, data: bytes, mode: int) -> None:
@@ -45,6 +47,19 @@ def read_file(get_link: Callable[[], Link], path: str, max_bytes: int) -> bytes:
                 break
             data += chunk
     return bytes(data)
+
+
+def missing_interpreter(link: Link, path: str) -> str:
+    """Say what is missing for a program that execve(2) did not find though it is there, or ""."""
+    try:
+        data = read_file(lambda: link, path, _SCRIPT_MAX)
+    except (NsboxError, OSError):
+        return ""  # it is not there, or too large for a script
+    first = data.partition(b"\n")[0][:_INTERPRETER_MAX]
+    if not first.startswith(b"#!"):
+        return ""
+    name = os.fsdecode(first[2:].split()[0]) if first[2:].split() else ""
+    return f"its interpreter, {name!r} in its first line, does not exist"
 
 
 def _inside(path: str) -> str:

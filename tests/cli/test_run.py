@@ -17,6 +17,7 @@ from tests.cli.terminals import ENVIRONMENT, NSBOX, nsbox_run, start
 from tests.support import PATIENCE
 
 import nsbox
+from nsbox.cli.app import explain
 
 PYTHON = sys.executable
 TICKS = "while :; do echo tick; sleep 0.02; done"
@@ -379,3 +380,40 @@ def test_a_job_in_the_background_of_a_shell() -> None:
         timeout=60 * PATIENCE,
     )
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
+
+
+def test_a_script_whose_interpreter_is_missing(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#! /no/such/python3 -u\nprint(1)\n")
+    script.chmod(0o755)
+    for words in (("/data/script",), ("sh", "-c", "exec /data/script")):
+        done = nsbox_run("run", "--quiet", "--bind", f"{tmp_path}:/data", command=words)
+        assert done.returncode == 127
+        if words[0] == "/data/script":
+            assert done.stderr.decode() == (
+                "nsbox: cannot execute '/data/script': its interpreter, '/no/such/python3' in its "
+                "first line, does not exist inside the environment\n"
+            )
+    done = nsbox_run("run", "--quiet", command=["/data/script"])
+    assert b"No such file or directory, inside the environment" in done.stderr
+
+
+@pytest.mark.needs("cgroup.memory")
+def test_out_of_memory_names_limit_and_option() -> None:
+    done = nsbox_run("run", "--memory", "64M", command=["python3", "-c", "bytearray(1 << 30)"])
+    assert done.returncode == 137
+    assert b"; the limit is 64M, which --memory changes\n" in done.stderr
+
+
+def test_a_limit_that_is_refused_names_the_way_without() -> None:
+    error = nsbox.UnsupportedHostError("cgroup.memory", "no", "Ask root")
+    assert explain(error).endswith("Ask root; or do without it: --allow-missing cgroup.memory")
+    error = nsbox.UnsupportedHostError("namespace.user", "no", "Ask root")
+    assert explain(error).endswith("Ask root")
+
+
+@pytest.mark.parametrize("path", ["/no/such/file", "/tmp"])
+def test_an_event_that_is_no_file(path: str) -> None:
+    done = nsbox_run("invoke", "app.handler", "--event", path)
+    assert done.returncode == 125
+    assert b"; give a file that has the event in JSON, or - and the event on stdin" in done.stderr

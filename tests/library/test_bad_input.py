@@ -199,3 +199,12 @@ def test_a_forked_child_has_no_part_in_it(env: ExecutionEnvironment) -> None:
         assert report.read() == b"own"
     assert os.waitpid(pid, 0)[1] == 0
     assert env.run(["true"]).ok, "the child's close was of its copies only"
+
+
+def test_messages_name_the_unit_and_the_remedy() -> None:
+    with pytest.raises(ConfigError, match="cpu_max: must be a number of CPUs, got '2s'"):
+        Limits(cpu_max="2s")  # type: ignore[arg-type]
+    function = nsbox.Function(command=["cat"])
+    for make in (nsbox.ExecutionEnvironment, lambda f: nsbox.run(["true"], config=f)):
+        with pytest.raises(ConfigError, match=r"give what its publish\(\) returns"):
+            make(function)  # type: ignore[arg-type]

@@ -110,7 +110,8 @@ def _read_event(path: str | None) -> bytes:
             with open(path, "rb") as file:
                 data = file.read(PAYLOAD_MAX + 1)
     except OSError as error:
-        raise ConfigError(f"--event {path!r}: {error.strerror}") from error
+        what = "give a file that has the event in JSON, or - and the event on stdin"
+        raise ConfigError(f"--event {path!r}: {error.strerror}; {what}") from error
     if len(data) > PAYLOAD_MAX:
         raise ConfigError(f"--event {path!r}: more than {PAYLOAD_MAX} bytes; pass data by a file")
     try:

@@ -91,7 +91,11 @@ def _run(command: tuple[str, ...], options: dict[str, Any], *, interactive: bool
         raise
     _write_report(json_file, result.to_dict())
     if result.outcome in _WORDS and not quiet:
-        say(f"{_WORDS[result.outcome]}: {result.evidence}")
+        more = ""
+        if result.outcome is Outcome.OOM_KILLED and config.limits.memory_max is not None:
+            limit = int(config.limits.memory_max) / (1 << 20)
+            more = f"; the limit is {limit:g}M, which --memory changes"
+        say(f"{_WORDS[result.outcome]}: {result.evidence}{more}")
     return exit_status(result)
 
 
