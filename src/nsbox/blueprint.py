@@ -124,6 +124,19 @@ def _describe_mount(mount: Mount, *, idmap: bool) -> dict[str, Any]:
     }
 
 
+def _binds_callers_own(config: Config) -> bool:
+    """Return whether something is bound that belongs to the caller, who is not root.
+
+    Subordinate ids have no rights to it, and only root makes idmapped mounts: so it is the caller's
+    own id that the environment has then.
+    """
+    sources = [mount.source for mount in config.mounts if mount.type == "bind"]
+    if config.rootfs is None:
+        sources += filter(_is_private, interpreter_prefixes())
+    owners = {os.stat(path).st_uid for path in sources if os.path.exists(path)}
+    return os.geteuid() != 0 and os.geteuid() in owners
+
+
 def _is_private(path: str) -> bool:
     try:
         return not namespaces.is_public(os.stat(path))
@@ -221,7 +234,9 @@ class Blueprint:
             if name != "network" or not hello["networks_ready"]:
                 flags |= namespaces.FLAGS[name]
         idmap = hello["privileged"] and "idmapped_mounts" not in config.allow_missing
+        as_caller = hello["ids"] == "subordinate" and _binds_callers_own(config)
         self.spec: dict[str, Any] = {
+            "as_caller": as_caller,
             "layout": make_layout(config, idmap=idmap),
             "namespaces": flags,
             "namespace_names": names,
@@ -401,7 +416,7 @@ def born_layers(
         "range": f"host id {link.host_id}, of no other environment",
         "subordinate": f"subordinate id {link.host_id}, of no other environment",
         "own": "the caller's own id: environments share it",
-    }[hello["ids"]]
+    }["own" if link.has_callers_id else hello["ids"]]
     groups = "no supplementary groups" if hello["drops_groups"] else "the caller's groups remain"
     proc_text = {
         "full": "its own, sensitive files masked, settings read-only",

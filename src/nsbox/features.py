@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from nsbox.linux import proc
+
 PROBED: Final = {
     "userns": "a user namespace",
     "id_maps": "its id maps, written by the parent",
@@ -159,6 +161,7 @@ def host_facts() -> dict[str, str]:
         "apparmor": _read("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").strip("0"),
         "userns_clone": _read("/proc/sys/kernel/unprivileged_userns_clone"),
         "max_userns": _read("/proc/sys/user/max_user_namespaces"),
+        "chroot": "yes" if proc.is_in_chroot() else "",
         "container": _container(),
         "systemd": "yes" if os.path.isdir("/run/systemd/system") else "",
         "apt": shutil.which("apt-get") or "",
@@ -226,6 +229,8 @@ def remedy(name: str, error: int = 0, hint: str = "", facts: dict[str, str] | No
 
 
 def _namespace_remedy(error: int, facts: dict[str, str]) -> str:
+    if facts["chroot"]:
+        return f"{proc.CHROOT}: start it outside, or with bwrap or systemd-nspawn"
     if facts["max_userns"] == "0":
         return "as root: `sysctl -w user.max_user_namespaces=15000`, and the same in /etc/sysctl.d"
     if error == errno.ENOSPC:

@@ -120,7 +120,7 @@ class Link:
         self.closing = self.is_killed = False
         self.cause = ""
         self.running: set[int] = set()
-        self.has_callers_id = launcher.hello["ids"] == "own"
+        self.has_callers_id = launcher.hello["ids"] == "own" or spec["as_caller"]
         self.workplace: Workplace | None = None
         self._awaits_furniture = False
         self._lock = threading.Lock()

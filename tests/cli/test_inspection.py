@@ -67,6 +67,7 @@ def test_probes_answer_and_refuse_unknown_names() -> None:
 
 
 FACTS = {
+    "chroot": "",
     "apparmor": "", "userns_clone": "1", "max_userns": "1000", "container": "", "systemd": "yes",
     "apt": "/usr/bin/apt-get", "user": "1000",
 }  # fmt: skip

@@ -503,7 +503,9 @@ def test_plans_kept_are_few() -> None:
 )
 def test_identity_is_said_as_it_is(ids: str, drops_groups: bool, words: str) -> None:
     hello = host(ids=ids, drops_groups=drops_groups)
-    link = cast("Link", SimpleNamespace(host_id=77, proc="subset=pid"))
+    link = cast(
+        "Link", SimpleNamespace(host_id=77, proc="subset=pid", has_callers_id=hello["ids"] == "own")
+    )
     made = Protections(tuple(b.born_layers(Config(), hello, link, [])))
     assert words in made["identity"].detail
     assert "processes only" in made["proc"].detail

@@ -85,13 +85,17 @@ def _with_child(action: Callable[[int], str]) -> str:
 
 
 def _id_maps() -> str:
-    if os.geteuid() == 0:
-        inside, outside = 1000, namespaces.HOST_ID_BASE
-    else:
-        inside, outside = 1000, os.geteuid()
+    inside, outside = 1000, os.geteuid()
+    first = namespaces.HOST_ID_BASE
+    with open("/proc/self/uid_map") as file:
+        extents = [[int(word) for word in line.split()] for line in file]
+    # Root of a user namespace may have no other id than its own.
+    has_others = outside == 0 and any(a <= first < a + count for a, _, count in extents)
+    if has_others:
+        outside = first
 
     def write(pid: int) -> str:
-        if os.geteuid():
+        if not has_others:
             with open(f"/proc/{pid}/setgroups", "w") as file:
                 file.write("deny")
         namespaces.write_id_maps(pid, inside, outside)

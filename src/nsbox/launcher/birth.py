@@ -73,7 +73,7 @@ class Birth:
         self.tasks, self.trees = [], {}
 
     def _take_id(self) -> None:
-        pool = self.server.ids
+        pool = None if self.spec["as_caller"] else self.server.ids
         self.takes_id = pool is not None
         self.host_id = 0 if pool is None else pool.take()
 

@@ -24,6 +24,7 @@ import nsbox
 from nsbox.errors import ConfigError, LauncherError, SetupError, UnsupportedHostError
 from nsbox.launcher import process, wire
 from nsbox.launcher.idmaps import write_launcher_maps
+from nsbox.linux import proc
 
 _log = logging.getLogger("nsbox")
 
@@ -257,6 +258,10 @@ def _check_id_range(text: str) -> None:
 
 
 def _raise_start_failure(message: dict[str, Any]) -> None:
+    if proc.CHROOT in message["message"] or (
+        "unshare" in message["message"] and proc.is_in_chroot()
+    ):
+        raise UnsupportedHostError("namespace.user", proc.CHROOT, LEAVE_CHROOT)
     if "unshare" in message["message"]:
         raise UnsupportedHostError(
             "namespace.user",
@@ -264,6 +269,11 @@ def _raise_start_failure(message: dict[str, Any]) -> None:
             "Unprivileged user namespaces are switched off here; 'nsbox doctor' names the remedy.",
         )
     raise LauncherError(f"the launcher failed to start: {message['message']}\n{message['text']}")
+
+
+LEAVE_CHROOT: Final = (
+    "Start it outside, or make that directory a root with bwrap or systemd-nspawn."
+)
 
 
 class _Holder:

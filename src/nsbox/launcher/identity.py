@@ -2,16 +2,18 @@
 """Who the launcher is, and which host ids its environments can have.
 
 Three cases: root of the host, each environment with an id of a configured range; an ordinary user
-with subordinate ids (subuid(5)), the same out of those; an ordinary user without, all
-environments with the user's own id. Never the id 0.
+with subordinate ids (subuid(5)), the same out of those, but where something of the user's own is
+bound; an ordinary user without, all environments with the user's own id. Never the id 0.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 
 from nsbox.isolation.namespaces import HOST_ID_BASE, HOST_ID_COUNT, IdPool
-from nsbox.linux import calls
+from nsbox.linux import calls, proc
+from nsbox.linux import constants as c
 
 _CAP_SYS_ADMIN = 21  # linux/capability.h
 _CAP_SETUID = 7
@@ -36,7 +38,35 @@ def is_privileged() -> bool:
     """Whether this process is root with the capabilities a birth needs."""
     effective = calls.capget()[0]
     needed = 1 << _CAP_SYS_ADMIN | 1 << _CAP_SETUID
-    return os.geteuid() == 0 and effective & needed == needed
+    return os.geteuid() == 0 and effective & needed == needed and _can_come_back()
+
+
+def _can_come_back() -> bool:
+    """Return whether this process may enter the network namespace that it is in.
+
+    Root of a user namespace alone (`unshare -Ur`) may not: it belongs to the one outside.
+    """
+    home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        calls.setns(home, c.CLONE_NEWNET)
+    except OSError:
+        return False
+    finally:
+        os.close(home)
+    return True
+
+
+def expect_no_chroot(mounts: int) -> None:
+    """Enter the mount namespace `mounts`, which this process is in already, with its own root.
+
+    Raises:
+        OSError: EPERM, its root was another: in there the kernel makes no user namespace, and every
+            later return to `mounts` would leave it.
+    """
+    before = os.stat("/")
+    calls.setns(mounts, c.CLONE_NEWNS)
+    if not os.path.samestat(before, os.stat("/")):
+        raise OSError(errno.EPERM, f"unshare: {proc.CHROOT}")
 
 
 def choose(*, own_namespace: bool, id_range: tuple[int, int] | None) -> Identity:

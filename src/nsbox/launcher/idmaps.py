@@ -13,10 +13,15 @@ import pwd
 import shutil
 import subprocess
 
+from nsbox.errors import UnsupportedHostError
+from nsbox.isolation.namespaces import HOST_ID_BASE, HOST_ID_COUNT
+
 
 def write_launcher_maps(pid: int) -> None:
     """Map id 0 of the launcher `pid` to the caller's, and ids from 1 to subordinate ones if any."""
     uid, gid = os.geteuid(), os.getegid()
+    if uid == 0 and pid > 0 and _write_roots_range(pid):
+        return
     users, groups = _subordinate("/etc/subuid", uid), _subordinate("/etc/subgid", uid)
     tools = shutil.which("newuidmap"), shutil.which("newgidmap")
     if users and groups and all(tools) and pid > 0:
@@ -39,6 +44,32 @@ def write_launcher_maps(pid: int) -> None:
         with open(f"/proc/{pid}/setgroups", "w") as file:
             file.write("deny")
         _write_if_empty(pid, "gid_map", f"0 {gid} 1")
+
+
+def _write_roots_range(pid: int) -> bool:
+    """Map ids from 1 to those that root's environments have; False where these cannot be had.
+
+    This is a root without all of its privileges: in a user namespace, or in a container.
+
+    Raises:
+        UnsupportedHostError: What is left to map is root outside.
+    """
+    lines = f"0 0 1\n1 {HOST_ID_BASE} {HOST_ID_COUNT}"
+    try:
+        for name in ("uid_map", "gid_map"):
+            with open(f"/proc/{pid}/{name}", "w") as file:
+                file.write(lines)
+    except OSError:
+        with open("/proc/self/uid_map") as file:
+            outside = [line.split()[1] for line in file if line.split()[0] == "0"]
+        if outside == ["0"]:
+            raise UnsupportedHostError(
+                "host_id",
+                "this root has no id to give but its own, which is root outside as well",
+                "Run it as an ordinary user, or as root with CAP_SYS_ADMIN and CAP_SETUID",
+            ) from None
+        return False
+    return True
 
 
 def _read(pid: int, name: str) -> str:

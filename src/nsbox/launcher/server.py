@@ -84,9 +84,11 @@ class Server:
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
         calls.unshare(c.CLONE_NEWNS)
+        mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        identity.expect_no_chroot(mounts)
         # Slave: what the operator mounts later is seen here, nothing here is seen there.
         calls.mount(None, "/", None, c.MS_REC | c.MS_SLAVE)
-        self.layouts = Layouts(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+        self.layouts = Layouts(mounts)
         # Without root it could not come back from one: its own belongs to the user namespace
         # it left (setns(2)). Environments get theirs from clone3 then.
         self.networks = None if own_namespace else NetworkPool(NETWORKS_READY)

@@ -266,3 +266,15 @@ def descendants(pid: int) -> list[int]:
     for process in found:  # grows while it is walked
         found += children(process)
     return found
+
+
+CHROOT = "this process is in a chroot, in which the kernel makes no user namespace"
+
+
+def is_in_chroot() -> bool:
+    """Return whether this process's root is surely another than its mount namespace's.
+
+    False for a chroot to a mount point, which looks the same from inside.
+    """
+    with open("/proc/self/mountinfo") as file:
+        return all(line.split()[4] != "/" for line in file)

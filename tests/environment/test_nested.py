@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nsbox inside of user namespaces, in a chroot, and for users with subordinate ids."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.support import IS_ROOT, PATIENCE
+
+import nsbox
+from nsbox.blueprint import interpreter_prefixes
+
+pytestmark = pytest.mark.needs("userns")
+
+RUN = [sys.executable, "-m", "nsbox", "run", "-q", "--"]
+
+
+def call(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, capture_output=True, text=True, timeout=60 * PATIENCE, check=False, cwd="/"
+    )
+
+
+def test_root_of_a_user_namespace() -> None:
+    """It is the user outside; where that is root, root must not mean root."""
+    done = call("unshare", "-Ur", *RUN, "id", "-u")
+    if IS_ROOT:
+        assert done.returncode == 125
+        assert "root outside as well" in done.stderr
+    else:
+        assert (done.returncode, done.stdout) == (0, "1000\n"), done.stderr
+
+
+@pytest.mark.needs("root")
+def test_root_with_few_capabilities() -> None:
+    """It has no cgroups and mounts to give, and yet ids that are not root's."""
+    done = call("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin",
+                *RUN, "cat", "/proc/self/uid_map", "/proc/self/gid_map")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        inside, outside, count = line.split()
+        assert (inside, count) == ("1000", "1")
+        assert outside != "0"
+
+
+IN_CHROOT = r"""
+set -e
+mount -t tmpfs none "$1"; cd "$1"; mkdir root; cd root
+for name in bin sbin lib lib64; do [ ! -L /$name ] || ln -s "$(readlink /$name)" $name; done
+shift
+while [ "$1" != -- ]; do mkdir -p ".$1"; mount --rbind "$1" ".$1"; shift; done
+shift
+mkdir -m 1777 tmp; exec "$@"
+"""
+
+
+@pytest.mark.needs("root")
+@pytest.mark.parametrize("user", ["0", "65534"])
+def test_a_chroot_is_told_of(tmp_path: Path, user: str) -> None:
+    bound = ["/usr", "/etc", "/proc", "/dev", "/sys", *interpreter_prefixes()]
+    source = os.path.dirname(os.path.dirname(nsbox.__file__))
+    if not any(f"{source}/".startswith(f"{path}/") for path in bound):
+        bound.append(source)
+    change = ["chroot", f"--userspec={user}:{user}", "."]
+    done = call("unshare", "-m", "sh", "-c", IN_CHROOT, "sh", str(tmp_path), *bound, "--",
+                *change, *RUN, "true")  # fmt: skip
+    assert done.returncode == 125, done.stderr
+    assert "in a chroot" in done.stderr, done.stderr
+    assert "AppArmor" not in done.stderr
+
+
+# -- subordinate ids ---------------------------------------------------------------------------
+
+SUBORDINATE = """
+import os, sys, tempfile, nsbox
+with tempfile.TemporaryDirectory() as own:
+    os.chmod(own, 0o700)
+    with open(f"{own}/file", "w") as file:
+        file.write("private")
+    os.chmod(f"{own}/file", 0o600)
+    for rw in (False, True):
+        config = nsbox.Config(mounts=[nsbox.Mount.bind(own, "/data", rw=rw)])
+        with nsbox.ExecutionEnvironment(config) as env:
+            assert "the caller's own id" in env.protections["identity"].detail
+            assert env.run(["cat", "/data/file"]).check().text() == "private"
+            assert env.run(["stat", "-c", "%u", "/data"]).text() == "1000\\n"
+            assert env.run(["sh", "-c", "echo 1 > /data/new"]).ok is rw
+            assert not env.run(["chmod", "4755", "/data/file"]).ok
+    assert os.stat(f"{own}/new").st_uid == os.getuid()
+    other = nsbox.Config(mounts=[nsbox.Mount.bind("/usr/share", "/data")])
+    for config in (nsbox.Config(), other):
+        with nsbox.ExecutionEnvironment(config) as env:
+            assert "subordinate id" in env.protections["identity"].detail
+            with open(f"{own}/file", "r+b") as file:
+                assert env.run(["sh", "-c", "exec 3<> /proc/self/fd/0"], stdin=file).exit_code
+print("well")
+"""
+
+
+@pytest.mark.needs("newuidmap")
+def test_users_with_subordinate_ids_have_their_own_files() -> None:
+    done = call(sys.executable, "-c", SUBORDINATE)
+    assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
