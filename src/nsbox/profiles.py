@@ -123,10 +123,10 @@ GROUPS: tuple[tuple[str, str, str, str], ...] = (
         """landlock_add_rule landlock_create_ruleset landlock_restrict_self seccomp""",
     ),
     (
-        DEFAULT,
+        STRICT,
         "ids of itself",
-        "without capabilities they only swap ids the process already has; su-exec, PostgreSQL and "
-        "tar call them",
+        "without capabilities they only swap ids the process already has; make (posix_spawn with "
+        "RESETIDS), su-exec, PostgreSQL and tar call them",
         """setfsgid setfsuid setgid setregid setresgid setresuid setreuid setuid""",
     ),
     (

@@ -40,6 +40,8 @@ class Program:
     """Whether the row is a test of the suite."""
     strict: bool = True
     """Whether it works with `strict`, too."""
+    maps_widely: bool = False
+    """Whether it wants terabytes of addresses, which User-Mode Linux has not."""
     memory: str = "1G"
     tmp_size: str = "256M"
     timeout: float = 120.0
@@ -225,18 +227,239 @@ chromium --headless --no-sandbox --disable-gpu --dump-dom file:///tmp/a.html 2>l
         programs="awk",
         small=True,
     ),
+    # What goes by the errno of a refused call, or by calls that once were refused.
     Program(
-        name="sort",
-        packages="coreutils",
-        command="seq 20000 | sort -rn | tail -n 1",
-        expected="1",
+        name="coreutils-files",
+        packages="coreutils sed perl-base",
+        command="""
+echo a > a; chmod 640 a; mkdir d; echo x > d/x; ln -s x d/l
+cp -p a b; cp -a a c; cp -a d e; cp --preserve=all a f; cp -a /usr/bin/env g; cp -rp d h
+cp --reflink=auto a i; cp --sparse=always a i; cp -l a j; cp -s $PWD/a k; cp -u a b; cp -b a b
+install a l; install -m 755 -p a m; install -d n/o; install -C a q
+install -o $(id -u) -g $(id -g) a r
+mv l /dev/shm/l; mv /dev/shm/l l; cp -a d /dev/shm/d; mv /dev/shm/d d2
+sed -i s/a/b/ a; sed -i.bak s/b/c/ a; perl -pi -e s/c/d/ a; sort -o a a
+touch -r a b; touch -d yesterday b; truncate -s 1M t; fallocate -l 1M t2; shred -u t2
+dd if=/dev/zero of=t3 bs=64k count=1 conv=fsync status=none; sync t3; mkfifo ff; mknod fg p
+mktemp -d > /dev/null; chmod 1777 d; chown $(id -u):$(id -g) a; chgrp $(id -g) a
+chown -h $(id -u) d/l; ls -laZ d > /dev/null; ls -la /proc/self > /dev/null; stat -f a > /dev/null
+df > /dev/null; df . > /dev/null; du -s . > /dev/null; link a aa; unlink aa; realpath d/l
+split -n 2 t3; csplit -s t3 1; rm -r d e n; stat -c '%a %n' a g m | head -n 1; cat a d2/x
+""",
+        expected="/tmp/d/x\n640 a\nd\nx",
+        programs="cp install mv sed perl",
         small=True,
     ),
     Program(
-        name="cp",
+        name="coreutils-text",
         packages="coreutils",
-        command="echo a > a; cp -p a b; cp -a a /dev/shm/c; cat b /dev/shm/c",
-        expected="a\na",
+        command="""
+seq 3 > s; printf '1 a\\n2 b\\n' > j; printf '1 x\\n2 y\\n' > k
+for one in cat tac nl od base32 base64 'basenc --z85' fmt pr fold head tail wc sum cksum b2sum \\
+    md5sum sha1sum sha224sum sha256sum sha384sum sha512sum sort shuf uniq ptx 'cut -c1' \\
+    'tr 1 2' expand unexpand numfmt 'paste - -' 'tee /dev/null' 'sort --parallel=2 -S 1M'; do
+    printf 'abc1' | $one > /dev/null 2> e || case $one in numfmt) ;; *) echo "$one"; cat e ;; esac
+done
+join j k; comm s s | head -n 1; echo a b | tsort; seq 3 | tee x1 > x2; cmp x1 x2
+yes | head -n 1; factor 12; expr 1 + 1; basename /a/b; dirname /a/b; pathchk a; printenv HOME
+dircolors -b > /dev/null; date > /dev/null; arch > /dev/null; uname -a > /dev/null
+nproc > /dev/null; hostid > /dev/null; tty || true; timeout 5 true; env -i true
+nohup true; stdbuf -o0 true; id -u; users; who; sleep 0; test 1 -eq 1; [ 1 = 1 ]
+! false; kill -l > /dev/null; truncate -s 0 x1
+""",
+        expected="1 a x\n2 b y\n\t\t1\na\nb\ny\n12: 2 2 3\n2\nb\n/a\n/tmp\nnot a tty\n1000",
+        programs="sort join",
+        small=True,
+    ),
+    Program(
+        name="tar",
+        packages="tar",
+        command="""
+mkdir d n; echo x > d/x; ln -s x d/l; ln d/x d/y; mkfifo d/f
+tar cf t.tar d; tar xf t.tar -C n; tar xpf t.tar --same-owner --numeric-owner -C n
+tar --xattrs --selinux -cf x.tar d; tar --xattrs --selinux -xf x.tar -C n
+tar --xattrs --xattrs-include='*' -xpf x.tar -C n; tar -cSf - d | tar -xf - -C n; cat n/d/l n/d/y
+""",
+        expected="x\nx",
+        small=True,
+    ),
+    Program(
+        name="rsync",
+        packages="rsync",
+        command="""
+mkdir d; echo x > d/x; ln -s x d/l; ln d/x d/y
+rsync -a d n/; rsync -aHAX d m/; rsync -a --fsync --preallocate d o/; rsync -aHAX --delete d m/
+cat n/d/l m/d/y o/d/x
+""",
+        expected="x\nx\nx",
+    ),
+    Program(
+        name="git",
+        packages="git",
+        command="""
+git init -q r; cd r; git config user.email a@b; git config user.name a; echo x > x; git add x
+git commit -qm m; git gc -q; git fsck --no-progress; git clone -q . ../c; git worktree add -q ../w
+git bundle create -q ../b HEAD; git archive HEAD | tar t; echo y >> x
+git stash -q; git stash pop -q
+git diff --stat | tail -n 1
+""",
+        expected="x\n 1 file changed, 1 insertion\\(\\+\\)",
+        small=True,
+    ),
+    Program(
+        name="make-install",
+        packages="make gcc libc6-dev",
+        command="""
+cat > Makefile <<'END'
+all: a b
+%: %.c
+	cc -o $@ $<
+install: all
+	install -d $(DESTDIR)/bin $(DESTDIR)/share
+	install -m 755 a b $(DESTDIR)/bin
+	install -s -m 755 a $(DESTDIR)/bin/stripped
+	cp -a a.c $(DESTDIR)/share
+END
+echo 'int main(void) { return 0; }' > a.c; cp -p a.c b.c
+make -s -j4; make -s install DESTDIR=/tmp/i; make -s install DESTDIR=/dev/shm/i
+i/bin/stripped; ls /dev/shm/i/bin /dev/shm/i/share
+""",
+        expected="/dev/shm/i/bin:\na\nb\nstripped\n\n/dev/shm/i/share:\na.c",
+        programs="make gcc",
+        small=True,
+    ),
+    *(
+        Program(
+            name=f"sanitizer-{name}",
+            packages="gcc libc6-dev",
+            command=f"""
+cat > a.c <<'END'
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+static void *get(void *size) {{ return malloc(*(int *)size); }}
+int main(void) {{
+    pthread_t thread;
+    int size = 10;
+    void *got;
+    pthread_create(&thread, 0, get, &size);
+    pthread_join(thread, &got);
+    free(got);
+    puts("correct");
+    return 0;
+}}
+END
+gcc -g -fsanitize={name} -o a a.c -lpthread; ./a
+""",
+            expected="correct",
+            programs="gcc",
+            small=True,
+            strict=name in ("undefined", "thread"),
+            maps_widely=True,
+        )
+        for name in ("address", "leak", "undefined", "thread")
+    ),
+    Program(
+        name="leaks-are-told",
+        packages="gcc libc6-dev",
+        command="""
+echo '#include <stdlib.h>
+int main(void) { return malloc(1234) == 0; }' > a.c
+gcc -O0 -fsanitize=address -o a a.c; ./a 2>&1 | grep SUMMARY
+""",
+        expected=r"SUMMARY: AddressSanitizer: 1234 byte\(s\) leaked in 1 allocation\(s\)\.",
+        programs="gcc",
+        small=True,
+        strict=False,
+        maps_widely=True,
+    ),
+    Program(
+        name="openmp",
+        packages="gcc libc6-dev",
+        command="""
+echo '#include <stdio.h>
+int main(void) {
+    int n = 0;
+    #pragma omp parallel num_threads(2) reduction(+:n)
+    n += 1;
+    printf("%d\\\\n", n);
+}' > a.c
+gcc -fopenmp -o a a.c; OMP_PROC_BIND=true OMP_DYNAMIC=false ./a
+""",
+        expected="2",
+        programs="gcc",
+        small=True,
+    ),
+    Program(
+        name="musl",
+        packages="musl-tools",
+        command=r"""
+cat > a.c <<'END'
+#include <fcntl.h>
+#include <pthread.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+extern char **environ;
+static void *same(void *argument) { return argument; }
+int main(void) {
+    pthread_t thread;
+    pid_t pid;
+    int status, failed = 0;
+    struct rlimit limit;
+    char *words[] = {"true", 0};
+    failed |= pthread_create(&thread, 0, same, 0) || pthread_join(thread, 0);
+    failed |= posix_spawn(&pid, "/bin/true", 0, 0, words, environ);
+    failed |= waitpid(pid, &status, 0) != pid || status;
+    failed |= fchmodat(AT_FDCWD, "a.c", 0600, AT_SYMLINK_NOFOLLOW);
+    failed |= faccessat(AT_FDCWD, "/tmp", R_OK, AT_EACCESS);
+    failed |= getrlimit(RLIMIT_NOFILE, &limit) || setrlimit(RLIMIT_NOFILE, &limit);
+    printf("%d\n", failed);
+}
+END
+musl-gcc -static -o a a.c; ./a
+""",
+        expected="0",
+    ),
+    Program(
+        name="ip",
+        packages="iproute2",
+        command="ip -br a; ip route",
+        expected=r"lo +UNKNOWN +127\.0\.0\.1/8 .*",
+        small=True,
+    ),
+    Program(
+        name="scheduling",
+        packages="util-linux",
+        command="""
+nice -n 5 nice; ionice -c3 ionice; ionice -c 2 -n 7 -p $$; ionice -p $$
+prlimit --pid $$ > /dev/null; prlimit --nofile=64:64 sh -c 'ulimit -n'; taskset -c 0 true
+taskset -p $$ > /dev/null; chrt -p $$ > /dev/null; chrt -b 0 true; chrt -i 0 true
+renice -n 6 -p $$ > /dev/null; setarch -R true
+""",
+        expected="5\nidle\nbest-effort: prio 7\n64",
+        programs="ionice prlimit taskset chrt setarch",
+        small=True,
+        strict=False,
+    ),
+    Program(
+        name="queues-and-signals",
+        packages="util-linux python3",
+        command="""
+ipcmk -Q > /dev/null; ipcmk -M 10 > /dev/null; ipcmk -S 1 > /dev/null; ipcs > /dev/null
+/usr/bin/python3 -c '
+import ctypes, os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+ctypes.CDLL(None).sigqueue(os.getpid(), signal.SIGUSR1, 42)
+print(signal.sigwaitinfo([signal.SIGUSR1]).si_signo, os.sched_rr_get_interval(0) >= 0)'
+""",
+        expected="10 True",
+        programs="ipcmk python3",
+        small=True,
+        strict=False,
     ),
 )
 

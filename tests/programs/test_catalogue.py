@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 from tests.programs.catalogue import PROGRAMS, Program, in_nsbox
-from tests.support import PATIENCE
+from tests.support import PATIENCE, SLOW_MACHINE
 
-SMALL = [program for program in PROGRAMS if program.small]
+SMALL = [
+    program for program in PROGRAMS if program.small and not (program.maps_widely and SLOW_MACHINE)
+]
 
 
 @pytest.mark.needs("userns", "seccomp")
