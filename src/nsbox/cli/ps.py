@@ -11,14 +11,15 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import click
-import psutil
 
-from nsbox.isolation.cgroups import UsageReader
 from nsbox.linux import proc
 
 _LAUNCHER: Final = "nsbox-launcher"
 _ENVIRONMENT: Final = re.compile(r"nsbox-([0-9a-f]{8})")
-_CODE: Final = re.compile(r"/sha256-([0-9a-f]{12})[0-9a-f]*/")
+# Root and mount point of a line of mountinfo (proc(5)).
+_CODE: Final = re.compile(rb" \S*/sha256-([0-9a-f]{12})[0-9a-f]*/\S* /var/task ")
+_USAGE: Final = re.compile(r"^usage_usec (\d+)", re.MULTILINE)
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
 _COLUMNS: Final = (
     ("ID", "id"),
     ("STATE", "state"),
@@ -58,49 +59,91 @@ def format_rows(rows: list[list[str]]) -> list[str]:
     return lines
 
 
+class _Process:
+    """A row of the process table: what every process of the host costs one small read for."""
+
+    __slots__ = ("name", "pid", "ppid", "state", "text")
+
+    def __init__(self, pid: int, text: str) -> None:
+        self.pid = pid
+        self.text = text  # of /proc/PID/stat: most of it is of interest for few
+        end = text.rindex(")")
+        self.name = text[text.index("(") + 1 : end]
+        self.state, parent = text[end + 2 :].split(" ", 2)[:2]
+        self.ppid = int(parent)
+
+
+def _processes() -> dict[int, _Process]:
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            text = _read(f"/proc/{name}/stat")
+            if text:
+                found[int(name)] = _Process(int(name), text)
+    return found
+
+
+def _read(path: str) -> str:
+    """Return the beginning of a small file, "" when it is gone or not shown to this user."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.fsdecode(os.read(fd, 4096))
+        finally:
+            os.close(fd)
+    except OSError:
+        return ""
+
+
 def live_environments() -> Iterator[dict[str, Any]]:
     """Yield what is known about each live environment; ends of them meanwhile are left out."""
     mounts = [mount for mount in proc.read_mountinfo() if mount.fstype in ("cgroup", "cgroup2")]
     own, everyone = os.getuid(), os.geteuid() == 0
-    # One look at the process table for all: psutil's children() reads it each time it is asked.
-    processes = {process.pid: process for process in psutil.process_iter(["name", "ppid"])}
-    children: dict[int, list[psutil.Process]] = {}
+    processes = _processes()
+    children: dict[int, list[_Process]] = {}
     for process in processes.values():
-        children.setdefault(process.info["ppid"], []).append(process)
-    for launcher in processes.values():
+        children.setdefault(process.ppid, []).append(process)
+    for launcher in [process for process in processes.values() if process.name == _LAUNCHER]:
         try:
-            if launcher.info["name"] != _LAUNCHER or not (everyone or launcher.uids().real == own):
-                continue
-            # A process can give itself any name, but not other ancestors: guests that call
-            # themselves nsbox-launcher and nsbox-... are below their environment's PID 1.
-            if _is_inside(launcher, processes):
-                continue
-            for child in children.get(launcher.pid, ()):
-                match = _ENVIRONMENT.fullmatch(child.info["name"] or "")
-                if match is not None:
-                    members = _with_descendants(child, children)
-                    host = processes.get(launcher.info["ppid"])
-                    yield _describe(match[1], members, launcher, host, mounts)
-        except psutil.NoSuchProcess:
+            uid = int(proc.read_status(launcher.pid)["Uid"].split()[0])
+        except OSError:
+            continue  # it has ended, or /proc is mounted with hidepid=
+        # A process can give itself any name, but not other ancestors: guests that call
+        # themselves nsbox-launcher and nsbox-... are below their environment's PID 1.
+        if not (everyone or uid == own) or _is_inside(launcher, processes):
             continue
-        except psutil.AccessDenied:
-            continue  # /proc is mounted with hidepid=
+        base: dict[str, str] = {}
+        host = processes.get(launcher.ppid)
+        for child in children.get(launcher.pid, ()):
+            match = _ENVIRONMENT.fullmatch(child.name)
+            if match is None:
+                continue
+            # Those of one launcher have their cgroups side by side.
+            base = base or _cgroup_base(child.pid, match[1], mounts)
+            described = _describe(match[1], _with_descendants(child, children), base)
+            yield {
+                "id": match[1],
+                "pid": child.pid,
+                "launcher_pid": launcher.pid,
+                "host_pid": None if host is None else host.pid,
+                "host_program": None if host is None else host.name,
+                "uid": uid,
+                **described,
+            }
 
 
-def _is_inside(process: psutil.Process, processes: dict[int, psutil.Process]) -> bool:
+def _is_inside(process: _Process, processes: dict[int, _Process]) -> bool:
     """Whether a process is below one that has the name of an environment."""
     seen = {process.pid}
-    while (above := processes.get(process.info["ppid"])) is not None and above.pid not in seen:
-        if _ENVIRONMENT.fullmatch(above.info["name"] or ""):
+    while (above := processes.get(process.ppid)) is not None and above.pid not in seen:
+        if _ENVIRONMENT.fullmatch(above.name):
             return True
         seen.add(above.pid)
         process = above
     return False
 
 
-def _with_descendants(
-    process: psutil.Process, children: dict[int, list[psutil.Process]]
-) -> list[psutil.Process]:
+def _with_descendants(process: _Process, children: dict[int, list[_Process]]) -> list[_Process]:
     """Return a process and all below it. How deep they are nested is the guest's choice."""
     found = {process.pid: process}
     waiting = [process.pid]
@@ -113,30 +156,37 @@ def _with_descendants(
     return list(found.values())
 
 
-def _describe(
-    env_id: str,
-    processes: list[psutil.Process],
-    launcher: psutil.Process,
-    host: psutil.Process | None,
-    mounts: list[proc.MountInfo],
-) -> dict[str, Any]:
-    init = processes[0]
-    directories = _cgroup_directories(init.pid, env_id, mounts)
-    usage = _read_usage(directories)
-    memory, cpu_usec = usage.get("memory_current"), usage.get("cpu_usec")
+def _describe(env_id: str, processes: list[_Process], base: dict[str, str]) -> dict[str, Any]:
+    directories = {name: f"{directory}/{env_id}" for name, directory in base.items()}
+    started = proc.parse_stat(processes[0].text).starttime / _TICKS
+    memory, cpu_usec = _memory(directories), _cpu_usec(directories)
     return {
-        "id": env_id,
-        "pid": init.pid,
-        "launcher_pid": launcher.pid,
-        "host_pid": None if host is None else host.pid,
-        "host_program": None if host is None else host.info["name"],
-        "uid": launcher.uids().real,
-        "state": "frozen" if _is_frozen(init, directories) else "running",
+        "state": "frozen" if _is_frozen(processes[0], directories) else "running",
         "processes": len(processes),
         "memory_bytes": sum(map(_resident, processes)) if memory is None else memory,
         "cpu_seconds": sum(map(_cpu_time, processes)) if cpu_usec is None else cpu_usec / 1e6,
-        "age_seconds": round(_age(init.pid), 3),
+        "age_seconds": round(max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started), 3),
     }
+
+
+def _memory(directories: dict[str, str]) -> int | None:
+    for name, file in (("memory", "memory.usage_in_bytes"), ("unified", "memory.current")):
+        text = _read(f"{directories[name]}/{file}") if name in directories else ""
+        if text:
+            return int(text)
+    return None
+
+
+def _cpu_usec(directories: dict[str, str]) -> int | None:
+    if "cpuacct" in directories:
+        text = _read(f"{directories['cpuacct']}/cpuacct.usage")
+        if text:
+            return int(text) // 1000
+    if "unified" in directories:
+        match = _USAGE.search(_read(f"{directories['unified']}/cpu.stat"))
+        if match is not None:
+            return int(match[1])
+    return None
 
 
 def code_of(pid: int) -> str:
@@ -145,41 +195,24 @@ def code_of(pid: int) -> str:
     Empty: it has none, or the host does not show it to this user (proc_pid_mountinfo(5)).
     """
     try:
-        mounts = proc.read_mountinfo(pid)
+        with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
+            match = _CODE.search(file.read())
     except OSError:
         return ""
-    for mount in mounts:
-        match = _CODE.search(mount.root) if mount.mount_point == "/var/task" else None
-        if match is not None:
-            return match[1]
-    return ""
+    return match[1].decode() if match is not None else ""
 
 
-def _age(pid: int) -> float:
-    try:
-        started = proc.read_starttime(pid) / os.sysconf("SC_CLK_TCK")
-    except OSError as error:
-        raise psutil.NoSuchProcess(pid) from error
-    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
+def _resident(process: _Process) -> int:
+    return proc.parse_stat(process.text).rss * os.sysconf("SC_PAGE_SIZE")
 
 
-def _resident(process: psutil.Process) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
-        return 0
+def _cpu_time(process: _Process) -> float:
+    stat = proc.parse_stat(process.text)
+    return (stat.utime + stat.stime) / _TICKS
 
 
-def _cpu_time(process: psutil.Process) -> float:
-    try:
-        times = process.cpu_times()
-        return float(times.user + times.system)
-    except psutil.Error:
-        return 0.0
-
-
-def _cgroup_directories(pid: int, env_id: str, mounts: list[proc.MountInfo]) -> dict[str, str]:
-    """Return where the environment's own cgroups are, by hierarchy, as far as they are visible."""
+def _cgroup_base(pid: int, env_id: str, mounts: list[proc.MountInfo]) -> dict[str, str]:
+    """Return where the cgroups of environments are, by hierarchy, as far as they are visible."""
     found: dict[str, str] = {}
     try:
         entries = proc.read_cgroup(pid)
@@ -197,29 +230,19 @@ def _cgroup_directories(pid: int, env_id: str, mounts: list[proc.MountInfo]) -> 
                 continue
             below = path.removeprefix(mount.root) if mount.root != "/" else path
             if os.path.isdir(mount.mount_point + below):
-                found.update(dict.fromkeys(names, mount.mount_point + below))
+                directory = os.path.dirname(mount.mount_point + below)
+                found.update(dict.fromkeys(names, directory))
     return found
 
 
-def _read_usage(directories: dict[str, str]) -> dict[str, int | None]:
-    try:
-        return UsageReader(directories).read()
-    except OSError:
-        return {}
-
-
-def _is_frozen(init: psutil.Process, directories: dict[str, str]) -> bool:
+def _is_frozen(init: _Process, directories: dict[str, str]) -> bool:
     for name, file, word in (
         ("unified", "cgroup.events", "frozen 1"),
         ("freezer", "freezer.state", "FROZEN"),
     ):
-        try:
-            with open(f"{directories.get(name, '')}/{file}") as stream:
-                if word in stream.read():
-                    return True
-        except OSError:
-            continue
-    return bool(init.status() == psutil.STATUS_STOPPED)
+        if name in directories and word in _read(f"{directories[name]}/{file}"):
+            return True
+    return init.state == "T"
 
 
 def _cell(entry: dict[str, Any], key: str) -> str:

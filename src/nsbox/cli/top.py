@@ -66,22 +66,23 @@ class Sampler:
     def __init__(self) -> None:
         """Take the first one."""
         self._codes: dict[str, str] = {}
-        self._taken, self._cpu = time.monotonic(), self._read()[1]
+        self._taken = time.monotonic()
+        self._cpu = _cpu_seconds(list(live_environments()))
 
-    def _read(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
-        found = list(live_environments())
+    def _add_codes(self, found: list[dict[str, Any]]) -> None:
         codes = {}
         for one in found:
             code = self._codes.get(one["id"])
             # A blank one is furnished when it is taken.
             codes[one["id"]] = one["code"] = code or code_of(one["pid"])
         self._codes = codes
-        return found, {one["id"]: one["cpu_seconds"] for one in found}
 
     def sample(self) -> list[str]:
         """Return the lines of a new sample: totals, a blank one, titles, environments."""
         taken = time.monotonic()
-        found, cpu = self._read()
+        found = list(live_environments())
+        cpu = _cpu_seconds(found)
+        self._add_codes(found)
         seconds = max(taken - self._taken, 1e-3)
         for one in found:
             before = self._cpu.get(one["id"], 0.0)
@@ -99,6 +100,10 @@ class Sampler:
             f"{born / seconds:.1f} born/s, {ended / seconds:.1f} ended/s"
         )
         return [totals, "", *format_rows([list(_TITLES), *map(_cells, found)])]
+
+
+def _cpu_seconds(found: list[dict[str, Any]]) -> dict[str, float]:
+    return {one["id"]: one["cpu_seconds"] for one in found}
 
 
 def _cells(one: dict[str, Any]) -> list[str]:
