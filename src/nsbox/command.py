@@ -25,8 +25,9 @@ from nsbox.errors import (
     SyscallError,
 )
 from nsbox.guest import protocol as p
-from nsbox.link import Counters, Link, exit_code
+from nsbox.link import Counters, Link
 from nsbox.linux.descriptors import close_all
+from nsbox.reports import exit_code
 from nsbox.result import Outcome, Protections, Result
 from nsbox.streams import NAMES, Relays, descriptor_of, gives_more
 from nsbox.transfer import missing_interpreter

@@ -6,7 +6,6 @@ from __future__ import annotations
 import enum
 import functools
 import os
-import socket
 import sys
 import threading
 import warnings
@@ -34,12 +33,10 @@ from nsbox.errors import (
     ConfigError,
     EnvironmentStateError,
     LauncherError,
-    NsboxError,
-    SyscallError,
     UnsupportedHostError,
 )
 from nsbox.function import FunctionVersion
-from nsbox.functions import FunctionMethods, Invocations
+from nsbox.functions import FunctionMethods, Invocations, ask_to_end
 from nsbox.launcher.client import get_launcher
 from nsbox.link import Furniture, Link, await_farewell
 from nsbox.outfit import outfit_of
@@ -438,37 +435,6 @@ class ExecutionEnvironment(FunctionMethods):
         if self._frozen:
             raise EnvironmentStateError(f"environment {self.id} is frozen; call thaw() first")
         return link
-
-
-def death_descriptor(env: ExecutionEnvironment) -> int:
-    """Return a pidfd of its PID 1, for the caller to close: readable once it has ended.
-
-    Raises:
-        EnvironmentDied: It has ended.
-        SyscallError: This process has no room for one.
-    """
-    link = env._live_link()
-    try:
-        return link.open_pidfd()
-    except ProcessLookupError as error:
-        raise link.died(error) from error
-    except OSError as error:
-        raise SyscallError("pidfd_open", error.errno or 0) from error
-
-
-def ask_to_end(env: ExecutionEnvironment) -> socket.socket | None:
-    """SIGTERM everything in an environment that is about to be closed; thaw it for that.
-
-    Returns what `await_farewell` takes; None when there is nothing to wait for.
-    """
-    try:
-        env.thaw()
-        farewell = env._live_link().ask_to_end()
-    except NsboxError:
-        return None  # it is gone, or does not thaw, or is another process's
-    if env._invocations is not None:
-        env._invocations.end_events()
-    return farewell
 
 
 def run(

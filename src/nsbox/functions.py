@@ -8,6 +8,7 @@ event, with the same errors and the same record of what it was.
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Unpack
@@ -21,6 +22,8 @@ from nsbox.errors import (
     EnvironmentStateError,
     FunctionError,
     InvokeTimeout,
+    NsboxError,
+    SyscallError,
 )
 from nsbox.function import FunctionVersion
 from nsbox.invocation import Invocation
@@ -440,3 +443,34 @@ class FunctionMethods:
 def heard_nothing(env: FunctionMethods) -> bool:
     """Whether nothing of its last invocation, which has failed, has reached the function."""
     return env._invocations is not None and env._invocations.is_unsent
+
+
+def death_descriptor(env: ExecutionEnvironment) -> int:
+    """Return a pidfd of its PID 1, for the caller to close: readable once it has ended.
+
+    Raises:
+        EnvironmentDied: It has ended.
+        SyscallError: This process has no room for one.
+    """
+    link = env._live_link()
+    try:
+        return link.open_pidfd()
+    except ProcessLookupError as error:
+        raise link.died(error) from error
+    except OSError as error:
+        raise SyscallError("pidfd_open", error.errno or 0) from error
+
+
+def ask_to_end(env: ExecutionEnvironment) -> socket.socket | None:
+    """SIGTERM everything in an environment that is about to be closed; thaw it for that.
+
+    Returns what `await_farewell` takes; None when there is nothing to wait for.
+    """
+    try:
+        env.thaw()
+        farewell = env._live_link().ask_to_end()
+    except NsboxError:
+        return None  # it is gone, or does not thaw, or is another process's
+    if env._invocations is not None:
+        env._invocations.end_events()
+    return farewell

@@ -32,8 +32,9 @@ from nsbox.guest import python_runtime as runtime
 from nsbox.guest.executed import executed_worker
 from nsbox.invocation import Invocation
 from nsbox.json_text import decode_answer
-from nsbox.link import Link, exit_code
+from nsbox.link import Link
 from nsbox.outfit import outfit_of
+from nsbox.reports import exit_code
 from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
 from nsbox.transfer import begin_reset, finish_reset

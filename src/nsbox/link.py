@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
+from nsbox import reports
 from nsbox.channel import BrokenAnswer, Channel, Workplace
 from nsbox.errors import EnvironmentDied, LauncherError, NsboxError, SetupError, SyscallError
 from nsbox.guest import protocol as p
@@ -398,32 +399,11 @@ class Link:
 
     def describe_end(self) -> str:
         """Say how the environment ended, for people."""
-        if self.closing:
-            return "it was closed"
-        if self.cause:
-            return f"{self.cause}; nsbox killed it"
-        end = self.end or {}
-        if "launcher" in end:
-            return "the launcher died, and the environment with it"
-        if (end.get("usage") or {}).get("oom_kills"):
-            return "the kernel killed it at the memory limit"
-        status = end.get("status")
-        if status is None:
-            return "PID 1 is gone"
-        code = os.waitstatus_to_exitcode(status)
-        if code < 0:
-            return f"PID 1 was killed from outside by {signal_name(-code)}"
-        return f"PID 1 ended with status {code}"
+        return reports.describe_end(self.end or {}, self.cause, closing=self.closing)
 
     def end_outcome(self) -> Outcome | None:
         """Return what its end was, as far as the launcher has told; None: it has not."""
-        end = self.end or {}
-        if (end.get("usage") or {}).get("oom_kills"):
-            return Outcome.OOM_KILLED
-        status = end.get("status")
-        if status is None:
-            return None
-        return Outcome.KILLED if self.is_killed and self.cause else outcome_of(status)
+        return reports.end_outcome(self.end or {}, self.cause if self.is_killed else "")
 
     def open_pidfd(self) -> int:
         """Return a descriptor, for the caller to close, that is readable when PID 1 has ended.
@@ -484,26 +464,6 @@ class Link:
             return None if self._reader is None else self._reader.cpu_usec()
         except OSError:
             return None
-
-
-def exit_code(status: int) -> int | None:
-    """Return the exit code of a wait status, or minus the signal; None: no process ends so."""
-    if not 0 <= status < 1 << 16 or not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
-        return None
-    return os.waitstatus_to_exitcode(status)
-
-
-def outcome_of(status: int) -> Outcome:
-    """Return what a wait status tells."""
-    return Outcome.SIGNALED if os.WIFSIGNALED(status) else Outcome.EXITED
-
-
-def signal_name(number: int) -> str:
-    """Return a signal's name; real-time signals have none."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def await_farewell(farewell: socket.socket | None, seconds: float) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import signal
 import time
 
-from nsbox.link import Link, signal_name
+from nsbox.link import Link
+from nsbox.reports import signal_name
 from nsbox.result import Outcome
 
 

@@ -32,7 +32,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("command", ("command", "streams", "verdict")),
     ("blueprint", ("blueprint",)),
-    ("link", ("link", "channel", "transfer", "blanks")),
+    ("link", ("link", "channel", "transfer", "blanks", "reports")),
     ("launcher", ("launcher",)),
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),

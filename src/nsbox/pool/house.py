@@ -16,7 +16,7 @@ from typing import Final
 
 from nsbox import blanks
 from nsbox.config import Config
-from nsbox.environment import ExecutionEnvironment, State, death_descriptor
+from nsbox.environment import ExecutionEnvironment, State
 from nsbox.errors import (
     EnvironmentDied,
     EnvironmentStateError,
@@ -25,7 +25,7 @@ from nsbox.errors import (
     PoolClosed,
 )
 from nsbox.function import FunctionVersion
-from nsbox.functions import heard_nothing
+from nsbox.functions import death_descriptor, heard_nothing
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.linux.proc import has_pending
 from nsbox.outfit import kind_of
