@@ -104,3 +104,34 @@ except OSError as error:
 """
     result = env.run([sys.executable, "-c", script])
     assert result.stdout.decode().split() == [str(TERMINALS), "ENOSPC"], result
+
+
+TAKE_NAMES = """
+import socket, sys, time
+held = []
+for block in range(0x70000000, 0x70000000 + (1 << 20), 4096):
+    held.append(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+    try:
+        held[-1].bind(f"\\0nsbox/ids/{block}")
+    except OSError:
+        pass  # a launcher's
+print("taken", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="of root's host ids")
+def test_names_that_anybody_can_take_keep_no_host_ids_from_root() -> None:
+    attacker = subprocess.Popen(
+        [os.path.realpath(sys.executable), "-c", TAKE_NAMES],
+        user=65534,
+        cwd="/",
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert attacker.stdout is not None
+        assert attacker.stdout.readline() == b"taken\n"
+        assert beside(resource.getrlimit(resource.RLIMIT_NOFILE)[1])[0] == [0, 0]
+    finally:
+        attacker.kill()
+        attacker.communicate()

@@ -2,8 +2,8 @@
 """Namespaces of an environment, its id maps, and which host ids it gets.
 
 As root each environment has a host uid and gid of its own, so that not even a bug of the pid
-namespace lets two of them touch each other. Blocks of ids are claimed machine-wide by binding an
-abstract Unix socket named after the block: the kernel gives it back when its last holder dies.
+namespace lets two of them touch each other. Blocks of ids are claimed machine-wide by locks
+on files in a directory of root's own: the kernel gives one back when its last holder dies.
 """
 
 from __future__ import annotations
@@ -47,28 +47,42 @@ BLOCK = 4096
 class IdPool:
     """Ids for environments, out of a block that no other launcher of this machine has."""
 
-    def __init__(self, first: int, count: int, *, offset: int = 0) -> None:
+    def __init__(
+        self, first: int, count: int, *, offset: int = 0, directory: str | None = None
+    ) -> None:
         """Claim a block of the `count` host ids from `first`.
 
-        `offset` is what to subtract to name such an id in the launcher's own user namespace.
+        `offset` is what to subtract to name such an id in the launcher's own user namespace, and
+        `directory` where locks on blocks are; None, where there is no place for one.
+
+        An abstract Unix socket is named after the block, too: launchers that see other directories
+        see that, if they share the network. As anybody can take such a name, one that is taken
+        keeps a locked block back only while there is another.
 
         Raises:
             OSError: EUSERS, all blocks are taken.
         """
-        self._lock = _Socket(AF_UNIX, SOCK_DGRAM)
+        self._name = _Socket(AF_UNIX, SOCK_DGRAM)
+        self._lock = -1
         size = min(BLOCK, count)
+        chosen = None
         for block in range(first, first + count - size + 1, size):
-            try:
-                self._lock.bind(f"\0nsbox/ids/{block}")
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
+            lock = -1 if directory is None else _lock_file(f"{directory}/{block}")
+            if directory is not None and lock < 0:
                 continue
-            self._ids = range(block - offset, block - offset + size)
-            break
-        else:
-            self._lock.close()
+            is_named = _bind(self._name, f"\0nsbox/ids/{block}")
+            if is_named or (lock >= 0 and chosen is None):
+                if self._lock >= 0:
+                    os.close(self._lock)
+                chosen, self._lock = block, lock
+            elif lock >= 0:
+                os.close(lock)
+            if is_named:
+                break
+        if chosen is None:
+            self._name.close()
             raise OSError(errno.EUSERS, f"all blocks of host ids from {first} are in use")
+        self._ids = range(chosen - offset, chosen - offset + size)
         self._used: set[int] = set()
         self._next = self._cycle()
 
@@ -88,6 +102,31 @@ class IdPool:
     def give_back(self, taken: int) -> None:
         """Return an id after its environment is gone."""
         self._used.discard(taken)
+
+
+def _lock_file(path: str) -> int:
+    """Return a descriptor that holds the lock of a file, -1 when another process has it."""
+    import fcntl  # of launchers alone; the template imports this module
+
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        return -1
+    return fd
+
+
+def _bind(socket: _Socket, name: str) -> bool:
+    try:
+        socket.bind(name)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return False
+    return True
 
 
 def come_home(fd: int, kind: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 from nsbox.isolation.namespaces import HOST_ID_BASE, HOST_ID_COUNT, IdPool
 from nsbox.linux import calls, proc
@@ -81,12 +82,15 @@ def choose(*, own_namespace: bool, id_range: tuple[int, int] | None) -> Identity
         # Ids from 1 up are the subordinate ones, if newuidmap wrote any.
         for inside, outside, count in extents:
             if inside == 1:
-                return Identity(IdPool(outside, count, offset=outside - inside), "subordinate")
+                user = next((start for begin, start, _ in extents if begin == 0), 0)
+                place = _lock_directory(f"/run/user/{user}")
+                pool = IdPool(outside, count, offset=outside - inside, directory=place)
+                return Identity(pool, "subordinate")
         return Identity(None, "own")
     first, count = id_range or (HOST_ID_BASE, HOST_ID_COUNT)
     for inside, _, length in extents:
         if inside <= first and first + count <= inside + length:
-            return Identity(IdPool(first, count), "range")
+            return Identity(IdPool(first, count, directory=_lock_directory("/run")), "range")
     if id_range is not None:
         raise ValueError(f"NSBOX_ID_RANGE {first}:{count} is not mapped in this user namespace")
     # Root of a container: take the upper half of what was given to it.
@@ -95,7 +99,30 @@ def choose(*, own_namespace: bool, id_range: tuple[int, int] | None) -> Identity
         return Identity(None, "own")
     half = length // 2
     first = inside + length - half
-    return Identity(IdPool(outside + length - half, half, offset=outside - inside), "range")
+    place = _lock_directory("/run")
+    pool = IdPool(outside + length - half, half, offset=outside - inside, directory=place)
+    return Identity(pool, "range")
+
+
+def _lock_directory(parent: str) -> str | None:
+    """Return where blocks of ids are locked, below a directory that only this user can write to.
+
+    None: there is no such directory (a read-only /run, a user without a session).
+    """
+    path = f"{parent}/nsbox"
+    try:
+        above = os.lstat(parent)
+        if above.st_uid != os.geteuid() or above.st_mode & 0o022 or not stat.S_ISDIR(above.st_mode):
+            return None
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            pass
+        found = os.lstat(path)
+    except OSError:
+        return None
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return path if is_own and not found.st_mode & 0o022 and os.access(path, os.W_OK) else None
 
 
 def _extents() -> list[tuple[int, int, int]]:
