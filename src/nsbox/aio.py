@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invocations on a running asyncio loop: its readers and one future each, and no thread."""
+"""Invocations on a running asyncio loop: its readers and one future each.
+
+A thread waits where a guest decides how long that takes and no reader can tell: for room in the
+socket of a large event, and for what is told of the end of a worker or an environment.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
+from nsbox.channel import ANSWER_DEADLINE
 from nsbox.invoker import Invoker
-from nsbox.worker import Call, Frame, WorkerEnded, WorkerSilent
+from nsbox.worker import Call, Frame, WorkerEnded, WorkerOver, WorkerSilent
 
 
 class LoopCalls:
@@ -24,16 +29,44 @@ class LoopCalls:
         self._future: asyncio.Future[Frame] | None = None
         self._watched: set[int] = set()
         self._watches_all = False
+        self._has_own = invoker.resets  # each event has a socket of its own
 
-    async def exchange(self, begin: Callable[[], Call]) -> tuple[Call, Frame]:
+    async def await_reset(self) -> None:
+        """Wait until the reset after the last event is over, or as long as PID 1 may take."""
+        fd = self._invoker.reset_descriptor()
+        if fd < 0:
+            return
+        future = self.loop.create_future()
+        self.loop.add_reader(fd, _finish, future)
+        timer = self.loop.call_later(ANSWER_DEADLINE, _finish, future)
+        try:
+            await future
+        except asyncio.CancelledError:
+            self._invoker.kill("an invocation was cancelled")
+            raise
+        finally:
+            timer.cancel()
+            self.loop.remove_reader(fd)
+
+    async def exchange(
+        self, begin: Callable[[], Call], *, large: bool = False
+    ) -> tuple[Call, Frame]:
         """Send what `begin` sends; return it with the answer.
+
+        With `large` a thread sends it: a worker may be slow to read it, or not read it at all.
 
         Raises:
             As `Invoker.exchange`; `asyncio.CancelledError` after the environment was killed.
         """
         self.last = None
-        call = self._call = self.last = begin()
-        if not self._watches_all:
+        try:
+            call = await asyncio.to_thread(begin) if large else begin()
+        except asyncio.CancelledError:
+            self._invoker.kill("an invocation was cancelled")
+            self.forget()
+            raise
+        self._call = self.last = call
+        if self._has_own or not self._watches_all:
             self._watch()
         future = self._future = self.loop.create_future()
         timer = self.loop.call_later(call.timeout, self._on_timeout)
@@ -43,13 +76,31 @@ class LoopCalls:
             self._invoker.kill("an invocation was cancelled")
             self.forget()
             raise
-        except (WorkerSilent, WorkerEnded) as error:
-            raise self._invoker.judge(call, error) from None
+        except WorkerOver:
+            raise await asyncio.to_thread(self._judge_end, call) from None
+        except WorkerSilent as error:
+            raise await asyncio.to_thread(self._invoker.judge, call, error) from None
         finally:
             timer.cancel()
             self._call = self._future = None
+            if self._has_own:
+                self._unwatch_event()
         self._invoker.drain_logs(call)
         return call, frame
+
+    def _judge_end(self, call: Call) -> Exception:
+        worker = self._invoker.worker
+        error = WorkerSilent() if worker is None else worker.end_of(call)
+        if isinstance(error, WorkerEnded | WorkerSilent):
+            return self._invoker.judge(call, error)
+        return error
+
+    def _unwatch_event(self) -> None:
+        """Let go of an event's own socket before it is closed."""
+        fd = self._invoker.event_descriptor()
+        if fd >= 0:
+            self.loop.remove_reader(fd)
+            self._watched.discard(fd)
 
     def _watch(self) -> None:
         for fd in self._invoker.descriptors():
@@ -98,3 +149,8 @@ class LoopCalls:
         if self._call is not None and self._future is not None and not self._future.done():
             self.forget()
             self._future.set_exception(WorkerSilent())
+
+
+def _finish(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

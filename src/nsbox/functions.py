@@ -26,6 +26,7 @@ from nsbox.errors import (
     SyscallError,
 )
 from nsbox.function import FunctionVersion
+from nsbox.guest.python_runtime import ENDED
 from nsbox.invocation import Invocation
 from nsbox.invoker import Answer, Invoker
 from nsbox.launcher.client import Launcher
@@ -34,7 +35,7 @@ from nsbox.program import run_program
 from nsbox.request import Options, Request, check_payload, encode_event
 from nsbox.result import Protections
 from nsbox.transfer import finish_reset, place_files, remove_files
-from nsbox.worker import Call, OnLog
+from nsbox.worker import SENT_AT_ONCE, Call, OnLog
 
 if TYPE_CHECKING:
     import asyncio
@@ -197,10 +198,16 @@ class Invocations:
                     lambda: self._start_worker(invoker, request.on_log)
                 )
                 invoker.finish_start(call, frame)
-            self._await_removal()
+            if self._removal is not None:
+                await asyncio.to_thread(self._await_removal)
+            if invoker.resets:
+                await calls.await_reset()
             if request.files:
                 await asyncio.to_thread(place_files, self._link, request.files)
-            call, frame = await calls.exchange(lambda: invoker.send(request))
+            large = len(request.payload) > SENT_AT_ONCE
+            call, frame = await calls.exchange(lambda: invoker.send(request), large=large)
+            if frame[0] == ENDED:
+                await asyncio.to_thread(invoker.finish, call, frame)  # raises what PID 1 tells
             answer = self._last = invoker.finish(call, frame)
             return answer
         except BaseException as error:

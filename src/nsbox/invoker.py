@@ -38,17 +38,15 @@ from nsbox.reports import exit_code
 from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
 from nsbox.transfer import begin_reset, finish_reset
+from nsbox.verdict import describe_exit
 from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
 
-_SIGNAL_WORDS: Final = {6: "aborted", 9: "killed", 11: "segmentation fault", 15: "terminated"}
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
 _QUIET: Final = 0.02  # seconds in which the log of a start is not read
-_HEAD_SIZE: Final = runtime.INVOCATION.size
 _NUMBERS: Final = struct.Struct("!16Q")
-_SENT_ALONG: Final = 1 << 15
-"""Bytes that a socket surely takes before anybody reads them (unix(7), net.core.wmem_default)."""
+_SENT_ALONG: Final = 1 << 15  # bytes that a socket surely takes before anybody reads (unix(7))
 
 
 class Answer:
@@ -85,6 +83,7 @@ class Invoker:
     Attributes:
         init_seconds: What importing the module took; None before.
         is_provisioned: Whether that is done with nobody waiting for it.
+        resets: Whether each event is served by a fork, with a socket of its own.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Invoker:
         self._numbers: list[int] = []
         self._room = int(self._function.limits.output_max)
         self._timeout = self._function.timeout
-        self._resets = self._function.reuse == "reset"
+        self.resets = self._function.reuse == "reset"
         self._quiet_until = 0.0
         self._is_begun = False
         self._start: Call | None = None  # until the first event has it
@@ -129,6 +128,10 @@ class Invoker:
     def descriptors(self) -> list[int]:
         """Return what becomes readable when the worker has something to say."""
         return [] if self.worker is None else self.worker.descriptors()
+
+    def event_descriptor(self) -> int:
+        """Return that of the socket of the event under way; -1 when it has none of its own."""
+        return -1 if self.worker is None else self.worker.event_descriptor()
 
     def drain_logs(self, call: Call) -> None:
         """Take what has been written to the log by now."""
@@ -249,14 +252,20 @@ class Invoker:
         self._begin_once()
         start = self._start_call(request.on_log)
         call = self._call_of(request, _FIRST)
-        words = _words(request, call.request_id)
+        words = request.words(call.request_id)
         if len(words) + len(request.payload) > _SENT_ALONG:
             self._count = 0  # it is made anew
             self._send_start(start, runtime.LOAD, b"")
             return start, None
         self._quiet_until = start.begin + _QUIET
-        head = runtime.MOMENT.pack(self._quiet_until)
-        head += runtime.INVOCATION.pack(call.timeout, len(words)) + words
+        moment = runtime.MOMENT.pack(self._quiet_until)
+        if self.resets:
+            frame = runtime.HEADER.pack(runtime.LOAD, len(moment), _START) + moment
+            self._worker.open_event(start, frame)
+            frame = request.frame(call.number, call.timeout, words)
+            self._worker.send_event(start, frame, request.payload)
+            return start, call
+        head = moment + runtime.INVOCATION.pack(call.timeout, len(words)) + words
         self._send_start(start, runtime.LOAD, head, request.payload)
         return start, call
 
@@ -272,6 +281,8 @@ class Invoker:
             raise self.judge(start, error) from None
         self.finish_start(start, frame)
         call.restart()
+        if frame[1]:
+            self._worker.await_event()
         return bool(frame[1])
 
     def send(self, request: Request) -> Call:
@@ -279,8 +290,7 @@ class Invoker:
 
         Nobody looks whether the worker has said something before: it cannot have known the number.
         """
-        if self._reset is not None:
-            self._finish_reset()
+        self.finish_reset()
         if not self._numbers:
             self._numbers += _NUMBERS.unpack(os.urandom(_NUMBERS.size))
         call = self._call_of(request, self._numbers.pop())
@@ -297,11 +307,15 @@ class Invoker:
             start, self._start = self._start, None
             start.belongs_to(call)
         worker = self.worker or self._worker
-        words, payload = _words(request, call.request_id), request.payload
-        size = _HEAD_SIZE + len(words) + len(payload)
-        first = runtime.EVENT.pack(runtime.INVOKE, size, call.number, call.timeout, len(words))
+        words, payload = request.words(call.request_id), request.payload
+        first = request.frame(call.number, call.timeout, words)
         try:
-            worker.send(call, first + words, payload)
+            if self.resets:
+                worker.open_event(call, runtime.HEADER.pack(runtime.FORK, 0, call.number))
+                worker.send_event(call, first, payload)
+                worker.await_event()
+            else:
+                worker.send(call, first, payload)
         except WorkerSilent as error:
             raise self.judge(call, error) from None
 
@@ -333,24 +347,26 @@ class Invoker:
             FunctionError: The handler raised, or its forked worker ended.
         """
         kind, data = frame
+        if self.resets:
+            self._worker.close_event()
         if kind == runtime.ANSWER:
             answer = Answer(self, call, data)
-            if self._resets:
+            if self.resets:
                 self._begin_reset()
             return answer
         if kind == runtime.ERROR:
             payload = bytes(data)
             invocation = self.describe(call, payload, "error")
-            if self._resets:
+            if self.resets:
                 self._begin_reset()
             raise self._function_error(payload, invocation)
         status = bytes(data)
-        if kind != runtime.ENDED or not self._resets or not status.isdigit():
+        if kind != runtime.ENDED or not self.resets or not status.isdigit():
             raise self._violation("it answers what was not asked")
         code = exit_code(int(status))
         if code is None:
             raise self._violation(f"the status of its fork is {int(status)}")
-        self._link.kill(f"the fork of its worker had ended ({_describe_exit(code)})")
+        self._link.kill(f"the fork of its worker had ended ({describe_exit(code)})")
         raise self._fork_error(call, code)
 
     def describe(
@@ -439,7 +455,7 @@ class Invoker:
     def _exit_error(self, call: Call, returncode: int) -> FunctionError:
         what = "Runtime exited without providing a reason"
         if returncode:
-            what = f"Runtime exited with error: {_describe_exit(returncode)}"
+            what = f"Runtime exited with error: {describe_exit(returncode)}"
         return self._ended(call, "Runtime.ExitError", what)
 
     def _ended(self, call: Call, kind: str, what: str) -> FunctionError:
@@ -469,23 +485,15 @@ class Invoker:
         kept = self._worker.process.pid
         self._reset = begin_reset(self._link, self._version.config, kept)
 
-    def _finish_reset(self) -> None:
-        channel, self._reset = self._reset, None
-        if channel is not None:
+    def reset_descriptor(self) -> int:
+        """Return what is readable when the last reset is over; -1 when none is under way."""
+        return -1 if self._reset is None else self._reset.socket.fileno()
+
+    def finish_reset(self) -> None:
+        """Wait for the end of the last reset."""
+        if self._reset is not None:
+            channel, self._reset = self._reset, None
             finish_reset(self._link, channel)
-
-
-def _describe_exit(returncode: int) -> str:
-    """Return AWS Lambda's words for it."""
-    if returncode >= 0:
-        return f"exit status {returncode}"
-    return f"signal: {_SIGNAL_WORDS.get(-returncode, f'signal {-returncode}')}"
-
-
-def _words(request: Request, request_id: str) -> bytes:
-    if not request.env:
-        return f"{request_id}\0{request.client_context}\0".encode()
-    return f"{request_id}\0{request.client_context}\0{json.dumps(request.env)}".encode()
 
 
 def error_payload(kind: str, message: str) -> bytes:

@@ -37,6 +37,7 @@ _RESERVED: Final = re.compile(
 _CREDENTIALS: Final = re.compile(r"AWS_(ACCESS_KEY(_ID)?|SECRET_ACCESS_KEY|SESSION_TOKEN)")
 
 
+_HEAD_SIZE: Final = runtime.INVOCATION.size
 _encode: Final = encoder_of(ensure_ascii=True)
 
 
@@ -104,6 +105,17 @@ class Request:
         if credentials is not None:
             self.env |= credentials.variables()
         self.files = _check_files(files) if files else {}
+
+    def words(self, request_id: str) -> bytes:
+        """Return what comes between the numbers of its frame and the payload."""
+        if not self.env:
+            return f"{request_id}\0{self.client_context}\0".encode()
+        return f"{request_id}\0{self.client_context}\0{json.dumps(self.env)}".encode()
+
+    def frame(self, number: int, timeout: float, words: bytes) -> bytes:
+        """Return its frame (`nsbox.guest.python_runtime`) without the payload, which is next."""
+        size = _HEAD_SIZE + len(words) + len(self.payload)
+        return runtime.EVENT.pack(runtime.INVOKE, size, number, timeout, len(words)) + words
 
 
 def encode_event(event: object) -> bytes:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import signal
 import time
+from typing import Final
 
 from nsbox.link import Link
 from nsbox.reports import signal_name
 from nsbox.result import Outcome
+
+_SIGNAL_WORDS: Final = {6: "aborted", 9: "killed", 11: "segmentation fault", 15: "terminated"}
 
 
 class Verdict:
@@ -44,3 +47,10 @@ def judge_signal(number: int, link: Link, started_at: float) -> tuple[Outcome, s
         # A filter's kill and a SIGSYS that a program sends itself have the same wait status.
         return Outcome.SIGNALED, f"{name}: by the system call filter, or sent by a process inside"
     return Outcome.SIGNALED, f"{name}, not sent by nsbox"
+
+
+def describe_exit(returncode: int) -> str:
+    """Return AWS Lambda's words for how a process has ended."""
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    return f"signal: {_SIGNAL_WORDS.get(-returncode, f'signal {-returncode}')}"

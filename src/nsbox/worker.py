@@ -16,9 +16,10 @@ from contextlib import suppress
 from typing import Final
 
 from nsbox.command import Process
-from nsbox.errors import EnvironmentDied
+from nsbox.errors import EnvironmentDied, SyscallError
 from nsbox.guest import python_runtime as runtime
 from nsbox.link import Link
+from nsbox.linux.descriptors import send_bytes
 from nsbox.linux.sending import send_at_once
 from nsbox.result import Result
 
@@ -30,6 +31,7 @@ Frame = tuple[bytes, bytes | memoryview]
 
 _HEADER_SIZE: Final = runtime.HEADER.size
 _CHUNK: Final = 1 << 16
+SENT_AT_ONCE: Final = _CHUNK  # bytes that an empty socket takes before anybody reads them
 _END_DEADLINE: Final = 2.0  # seconds in which a worker whose socket has closed must have ended
 _MOST: Final = {
     runtime.READY: len(runtime.GOES_ON),
@@ -50,6 +52,10 @@ class WorkerEnded(Exception):
 
 class WorkerSilent(Exception):
     """The deadline has passed."""
+
+
+class WorkerOver(Exception):
+    """The worker, or its environment, is over: `Worker.end_of` waits for what PID 1 tells of it."""
 
 
 class Call:
@@ -121,17 +127,24 @@ class Call:
 
 
 class Worker:
-    """A worker that was started."""
+    """A worker that was started.
+
+    Where a fork serves each event, that and its answer have a socket of their own. On the other one
+    the worker itself says how a fork ended that gave no whole answer.
+    """
 
     def __init__(self, link: Link, process: Process, channel: socket.socket) -> None:
         """`channel` is this end of its socket; both are closed by `close`."""
         self._link = link
         self.process = process
-        self._socket = channel
-        self._buffer = b""
+        self._base = self._socket = channel  # the worker's, and the one that is answered on
+        self._own: socket.socket | None = None  # the event's
+        self._buffer = self._words = b""
+        self._body: memoryview | None = None  # of an answer that has begun to come
+        self._kind, self._filled = b"", 0
         self._is_ended = False
         channel.setblocking(False)
-        self._fd = channel.fileno()
+        self._base_fd = self._fd = channel.fileno()
         self._poll = select.poll()
         self._poll.register(self._fd, select.POLLIN)
         process.register(self._poll)
@@ -144,18 +157,74 @@ class Worker:
 
     def close(self) -> None:
         """Let go of it, and wait for nothing: its environment is being closed."""
-        self._socket.close()
+        if self._own is not None:
+            self._own.close()
+        self._base.close()
         self.process.abandon()
 
     def end_events(self) -> None:
         """Tell it that there are no more events, which wakes it."""
         with suppress(OSError):  # it is gone
-            self._socket.shutdown(socket.SHUT_WR)
+            self._base.shutdown(socket.SHUT_WR)
 
     def descriptors(self) -> list[int]:
         """Return what becomes readable when there is something to `advance` with."""
-        own = [] if self._is_ended else [self._fd]
+        own = [] if self._is_ended else [self._base_fd]
+        if self._fd not in (self._base_fd, -1):
+            own.append(self._fd)
         return [*own, *self.process.descriptors(), *self._logs]
+
+    def open_event(self, call: Call, frame: bytes) -> None:
+        """Send `frame` with an end of a new socket; `send_event` is next, then `await_event`.
+
+        Raises:
+            SyscallError: There is no room for a socket.
+        """
+        self.close_event()
+        try:
+            self._own, theirs = socket.socketpair()
+        except OSError as error:
+            raise SyscallError("socketpair", error.errno or 0) from error
+        self._own.setblocking(False)
+        try:
+            send_bytes(self._base, frame, [theirs.fileno()])
+        except ConnectionError:
+            call.is_unsent = True  # it has ended, which is seen by who waits for the answer
+        except OSError as error:
+            raise SyscallError("sendmsg", error.errno or 0) from error
+        finally:
+            theirs.close()
+
+    def send_event(self, call: Call, first: bytes, body: bytes = b"") -> None:
+        """Send a frame on the event's own socket; see `send`."""
+        if self._own is not None and not call.is_unsent:
+            self._send_on(self._own, call, first, body)
+
+    def await_event(self) -> None:
+        """Have the answer come from the event's own socket."""
+        if self._own is not None:
+            self._words, self._buffer = self._buffer, b""  # behind the answer to the start
+            self._socket, self._fd = self._own, self._own.fileno()
+            self._poll.register(self._fd, select.POLLIN)
+
+    def close_event(self) -> None:
+        """Close the event's socket, if there is one: whoever has the other end is not heard."""
+        if self._own is not None:
+            self._stop_reading()
+            self._own.close()
+            self._own = None
+            self._socket, self._fd = self._base, self._base_fd
+
+    def event_descriptor(self) -> int:
+        """Return that of the event's own socket, -1 when there is none."""
+        return -1 if self._own is None else self._own.fileno()
+
+    def _stop_reading(self) -> None:
+        """Read no more of the event's socket, which has ended or is to be closed."""
+        if self._fd not in (self._base_fd, -1):
+            self._poll.unregister(self._fd)
+            self._fd = -1
+        self._buffer, self._body = b"", None
 
     def send(self, call: Call, first: bytes, body: bytes = b"") -> None:
         """Send a frame: its header and what else is in `first`, and `body`.
@@ -163,16 +232,19 @@ class Worker:
         Raises:
             WorkerSilent: It does not read it.
         """
+        self._send_on(self._base, call, first, body)
+
+    def _send_on(self, to: socket.socket, call: Call, first: bytes, body: bytes) -> None:
         done, size = 0, len(first) + len(body)
         if size <= _CHUNK:
             first, body = first + body, b""
-            done = send_at_once(self._socket, first)
+            done = send_at_once(to, first)
             if done == size:
                 return
         while True:
             try:
                 rest = memoryview(body)[max(0, done - len(first)) :]
-                done += self._socket.sendmsg([first[done:], rest])
+                done += to.sendmsg([first[done:], rest])
             except BlockingIOError:
                 pass
             except OSError:
@@ -182,13 +254,13 @@ class Worker:
                 return
             # It does not read as fast as that: wait for room, or for its end.
             poll = select.poll()
-            poll.register(self._socket.fileno(), select.POLLOUT)
+            poll.register(to.fileno(), select.POLLOUT)
             self.process.register(poll)
             left = call.deadline - time.monotonic()
             ready = {fd for fd, _ in poll.poll(max(0.0, left) * 1000)}
             if not ready:
                 raise WorkerSilent
-            if self._socket.fileno() not in ready:
+            if to.fileno() not in ready:
                 return
 
     def exchange_start(self, call: Call, moment: float) -> Frame:
@@ -215,7 +287,8 @@ class Worker:
                 continue
             # The answer first: when it goes on, what is in the log now is the event's.
             logs = [fd for fd in ready if fd in self._logs]
-            answer = self.advance(call, [own, *(fd for fd in ready if fd not in (own, *logs))])
+            ready = [own, *(fd for fd in ready if fd not in (own, *logs))]
+            answer = self._advance(call, ready)
             if answer is not None:
                 if answer != (runtime.READY, runtime.GOES_ON):
                     self.drain_logs(call)
@@ -229,8 +302,8 @@ class Worker:
         Raises:
             WorkerSilent, WorkerEnded, EnvironmentDied: As `advance`.
         """
-        if self._buffer:
-            answer = self._parse(call, b"")
+        if self._buffer or self._words:
+            answer = self._parse(call, b"") if self._buffer else self._parse_words(call)
             if answer is not None:
                 self.drain_logs(call)  # written before it
                 return answer
@@ -242,31 +315,41 @@ class Worker:
             if len(ready) == 1 and ready[0][0] == self._fd:
                 answer = self._read_frame(call)
                 if answer is None and self._is_ended:
-                    raise self._ended(call)
+                    raise self.end_of(call)
             else:
-                answer = self.advance(call, [fd for fd, _ in ready])
+                answer = self._advance(call, [fd for fd, _ in ready])
             if answer is not None:
                 return answer
+
+    def _advance(self, call: Call, ready: list[int]) -> Frame | None:
+        """Do as `advance`, and wait for what is told of its end."""
+        try:
+            return self.advance(call, ready)
+        except WorkerOver:
+            raise self.end_of(call) from None
 
     def advance(self, call: Call, ready: list[int]) -> Frame | None:
         """Read from what is ready; return the answer when it is whole.
 
         Raises:
-            WorkerEnded: It has ended, and why.
-            WorkerSilent: It has stopped in the middle of a large answer.
-            EnvironmentDied: It broke the rules, or the environment was ended from outside.
+            WorkerOver: It has ended, or its environment: `end_of` says why.
+            EnvironmentDied: It broke the rules.
         """
         answer = None
-        is_over = False
+        has_word = is_over = False
         for fd in ready:
             if fd == self._fd:
                 answer = self._read_frame(call)
+            elif fd == self._base_fd:
+                has_word = True
             elif fd in self._logs:
                 self._read_log(call, fd)
             else:
                 is_over = True
+        if has_word and answer is None:
+            answer = self._read_word(call)
         if answer is None and (is_over or self._is_ended):
-            raise self._ended(call)
+            raise WorkerOver
         return answer
 
     def check_silent(self) -> None:
@@ -276,7 +359,7 @@ class Worker:
             EnvironmentDied: There is something: an invocation must not answer the next one's event.
         """
         try:
-            data = self._buffer or self._socket.recv(1, socket.MSG_PEEK)
+            data = self._buffer or self._base.recv(1, socket.MSG_PEEK)
         except OSError:
             return  # nothing; or it has ended, which is seen by who waits for the answer
         if data:
@@ -293,7 +376,8 @@ class Worker:
         self._link.kill(f"its worker broke the rules: {what}")
         return EnvironmentDied(f"environment {self._link.env_id}: {self._link.describe_end()}")
 
-    def _ended(self, call: Call) -> Exception:
+    def end_of(self, call: Call) -> Exception:
+        """Wait for what PID 1 or the launcher tells of its end; return what to raise."""
         try:
             result = self.process.wait(_END_DEADLINE)
         except TimeoutError:
@@ -316,6 +400,8 @@ class Worker:
             del self._logs[fd]
 
     def _read_frame(self, call: Call) -> Frame | None:
+        if self._body is not None:
+            return self._read_body(call)
         try:
             data = self._socket.recv(_CHUNK)
         except BlockingIOError:
@@ -323,8 +409,7 @@ class Worker:
         except OSError:
             data = b""
         if not data:
-            self._is_ended = True
-            return None
+            return self._on_end_of_socket(call)
         size = len(data)
         if size >= _HEADER_SIZE and not self._buffer:
             kind, length, number = runtime.HEADER.unpack_from(data)
@@ -332,45 +417,83 @@ class Worker:
                 return kind, data[_HEADER_SIZE:]
         return self._parse(call, data)
 
+    def _on_end_of_socket(self, call: Call) -> Frame | None:
+        if self._own is None:
+            self._is_ended = True
+            return None
+        # The worker has an end of it, too, until it has said how the fork ended.
+        self._stop_reading()
+        word = self._read_word(call)
+        if word is None and not self._is_ended:
+            raise self.violation("it has closed its socket")
+        return word
+
     def _parse(self, call: Call, data: bytes) -> Frame | None:
         data = self._buffer + data if self._buffer else data
-        if len(data) < runtime.HEADER.size:
+        if len(data) < _HEADER_SIZE:
             self._buffer = data
             return None
         kind, length, number = runtime.HEADER.unpack_from(data)
-        if length > _MOST.get(kind, -1):
+        most = -1 if kind == runtime.ENDED else _MOST.get(kind, -1)
+        if length > most:
             raise self.violation(f"its answer of kind {kind!r} has {length} bytes")
         if number != call.number:
             raise self.violation(f"its answer has the number {number} and not {call.number}")
-        end = runtime.HEADER.size + length
+        end = _HEADER_SIZE + length
         if len(data) < end:
             self._buffer = b""
-            return kind, self._read_rest(call, data, end)[runtime.HEADER.size :]
+            whole = bytearray(length)
+            self._filled = len(data) - _HEADER_SIZE
+            whole[: self._filled] = data[_HEADER_SIZE:]
+            self._kind, self._body = kind, memoryview(whole)
+            return self._read_body(call)
         if len(data) > end and not (kind == runtime.READY and length):
             raise self.violation("it says more than its answer")
         self._buffer = data[end:]
-        return kind, data[runtime.HEADER.size : end]
+        return kind, data[_HEADER_SIZE:end]
 
-    def _read_rest(self, call: Call, data: bytes, end: int) -> memoryview:
-        """Read the rest of a frame into one buffer of its size; the log is read meanwhile."""
-        whole = bytearray(end)
-        whole[: len(data)] = data
-        view, filled = memoryview(whole), len(data)
-        while filled < end:
+    def _read_body(self, call: Call) -> Frame | None:
+        """Read the rest of an answer into one buffer of its size, as far as it has come."""
+        body = self._body or memoryview(b"")
+        while self._filled < len(body):
             try:
-                count = self._socket.recv_into(view[filled:])
+                count = self._socket.recv_into(body[self._filled :])
             except BlockingIOError:
-                left = call.deadline - time.monotonic()
-                ready = [fd for fd, _ in self._poll.poll(left * 1000)] if left > 0 else []
-                if not ready:
-                    raise WorkerSilent from None
-                for fd in ready:
-                    if fd in self._logs:
-                        self._read_log(call, fd)
-                continue
+                return None
             except OSError:
                 count = 0
             if not count:
-                raise self._ended(call)
-            filled += count
-        return view
+                return self._on_end_of_socket(call)
+            self._filled += count
+        self._body = None
+        return self._kind, body
+
+    def _read_word(self, call: Call) -> Frame | None:
+        """Read what the worker itself says while a fork of it is to answer."""
+        try:
+            data = self._base.recv(_CHUNK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            data = b""
+        if not data:
+            self._is_ended = True
+            return None
+        self._words += data
+        return self._parse_words(call)
+
+    def _parse_words(self, call: Call) -> Frame | None:
+        data = self._words
+        while len(data) >= _HEADER_SIZE:
+            kind, length, number = runtime.HEADER.unpack_from(data)
+            if kind != runtime.ENDED or length > _MOST[runtime.ENDED]:
+                raise self.violation(f"it says {kind!r} of {length} bytes while a fork answers")
+            end = _HEADER_SIZE + length
+            if len(data) < end:
+                break
+            body, data = data[_HEADER_SIZE:end], data[end:]
+            if number == call.number:
+                self._words = data
+                return kind, body
+        self._words = data
+        return None

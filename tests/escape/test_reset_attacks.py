@@ -3,24 +3,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.support import attack
+from tests.support import PATIENCE, attack
 
 import nsbox
 
 pytestmark = pytest.mark.needs("userns")
 
-# A process in state Z whose second thread goes on.
+# A process in state Z whose second thread goes on, and writes to all descriptors it has.
 GHOST = '''
 import ctypes, os, signal, threading, time
 
+ANSWER = b"A" + (6).to_bytes(4, "big") + bytes(8) + b'"mine"'
+
 def haunt():
+    time.sleep(0.05)
     while True:
         time.sleep(0.001)
+        for fd in range(3, 64):
+            try:
+                os.set_blocking(fd, False)
+                os.write(fd, ANSWER)
+            except OSError:
+                pass
 
 def ghost():
     """Make one, and return its number when its first thread has ended."""
@@ -45,6 +56,11 @@ HANDLER = (
 def handler(event, context):
     if event == "ghost":
         return ghost() and "ghost"
+    if event == "held":
+        # Sockets of this process, by what the kernel calls them, and who else has one of them.
+        own = {os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+               if os.path.exists(f"/proc/self/fd/{fd}")}
+        return sorted(name for name in own if name.startswith("socket:"))
     return others()
 """
 )
@@ -95,3 +111,58 @@ def test_process_without_its_first_thread_is_gone_after_the_reset_of_commands(
     attack(env, GHOST + "\nghost()")
     env.reset()
     assert attack(env, GHOST + "\nanswer = others()") == []
+
+
+@pytest.mark.parametrize("start", ["clone", "exec"])
+def test_what_is_left_has_no_end_of_the_next_events_socket(make_haunted: Make, start: str) -> None:
+    env = make_haunted(start=start, reuse="reset")
+    seen = [env.invoke("held") for _ in range(3)]
+    assert [len(sockets) for sockets in seen] == [1, 1, 1]
+    assert len({sockets[0] for sockets in seen}) == 3, "a socket serves two invocations"
+
+
+def test_silence_and_refusal_hold_up_no_loop(tmp_path: Path) -> None:
+    """No room for a large event; a closed socket: the loop goes on meanwhile."""
+    (tmp_path / "app.py").write_text(
+        """
+import os, signal, time
+def handler(event, context):
+    if event == "close":
+        os.close(3)
+    elif event == "stop":
+        if os.fork() == 0:
+            time.sleep(0.1)
+            os.kill(os.getppid(), signal.SIGSTOP)
+            os._exit(0)
+        return None
+    elif isinstance(event, str):
+        return len(event)
+    time.sleep(1000)
+"""
+    )
+
+    async def longest_pause(env: nsbox.ExecutionEnvironment, events: list[str]) -> float:
+        loop = asyncio.get_running_loop()
+        longest, last, is_over = 0.0, loop.time(), False
+
+        async def tick() -> None:
+            nonlocal longest, last
+            while not is_over:
+                await asyncio.sleep(0.005)
+                longest, last = max(longest, loop.time() - last), loop.time()
+
+        ticking = asyncio.create_task(tick())
+        for event in events:
+            with contextlib.suppress(nsbox.NsboxError):
+                await env.invoke_async(event, timeout=2.0)
+                await asyncio.sleep(0.3)
+        is_over = True
+        await ticking
+        return longest
+
+    for events in (["close"], ["stop", "x" * (1 << 20)]):
+        function = nsbox.Function("app.handler", code=tmp_path)
+        with nsbox.ExecutionEnvironment(function.publish()) as env:
+            env.invoke("first")
+            assert asyncio.run(longest_pause(env, events)) < 1.5 * PATIENCE, events
+    gc.collect()

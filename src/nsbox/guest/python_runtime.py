@@ -16,7 +16,12 @@ Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
 4. host -> worker  ``INVOKE``   `INVOCATION`, request id, NUL, client context, NUL, variables for
                             this one in JSON; then the event
 5. worker -> host  ``ANSWER``   JSON of the answer; or ``ERROR``: errorType, errorMessage and
-   stackTrace of what the handler raised; or ``ENDED``: the status of a fork that gave no answer
+   stackTrace of what the handler raised
+
+Where each event is served by a fork (``reuse="reset"``), 4 and 5 go over a socket of that event's
+own, whose end comes with ``FORK``, which is empty, or with ``LOAD``. The fork closes the worker's
+socket first of all, and the worker never reads an event. On the worker's socket comes ``ENDED``:
+the status of a fork that gave no whole answer.
 
 The number of an event that comes in 4 is random: nobody answers before it was asked.
 
@@ -35,6 +40,7 @@ import sys
 import time
 
 # The C half of `socket`, whose Python half takes 10 ms to import.
+from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SHUT_WR, SOCK_STREAM
 from _socket import socket as _Socket
 from importlib import import_module
 
@@ -54,7 +60,7 @@ INVOCATION = struct.Struct("!dI")
 EVENT = struct.Struct("!cIQdI")
 """`HEADER` and `INVOCATION` in one."""
 START, LOAD, READY, BROKEN = b"S", b"L", b"Y", b"B"
-INVOKE, ANSWER, ERROR, ENDED = b"I", b"A", b"E", b"X"
+INVOKE, ANSWER, ERROR, ENDED, FORK = b"I", b"A", b"E", b"X", b"F"
 MOMENT = struct.Struct("!d")
 """Seconds of CLOCK_MONOTONIC, which is the same inside."""
 GOES_ON = b"e"
@@ -64,6 +70,7 @@ ANSWER_MAX = PAYLOAD_MAX + 100
 """Bytes of an answer that are let through; Lambda's real limit is that much over its quota."""
 TOO_LARGE = f"Response payload size exceeded maximum allowed payload size ({ANSWER_MAX} bytes)."
 _FIRST_READ = 1 << 16
+_RIGHT = struct.Struct("i")
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
 _FIONREAD = 0x541B  # asm-generic/ioctls.h
 EXECUTED_FILE = "<nsbox>"
@@ -117,7 +124,8 @@ class Worker:
         self._forks = False
         self._buffer = b""
         self._pipes = _identity(1), _identity(2)
-        self._tell = -1  # in a fork: where to say that the answer is on its way
+        self._own = -1  # the socket of the next event alone, where each has one
+        self._read: Callable[[int], bytes] = self._read_rights
 
     def run(self) -> NoReturn:
         """Serve until the host lets go."""
@@ -127,8 +135,10 @@ class Worker:
     def serve_one(self) -> None:
         """Wait for a frame and do what it says."""
         kind, number, data = self._receive()
-        if kind == INVOKE and self._handler is not None:
-            self._serve(number, data)
+        if kind == INVOKE and self._handler is not None and not self._forks:
+            self._invoke(number, data)
+        elif kind == FORK and self._own >= 0 and self._handler is not None:
+            self._invoke_in_fork(number)
         elif kind == LOAD and self._name and self._handler is None:
             self._load(number)
             self._begin(number, data)
@@ -147,6 +157,8 @@ class Worker:
         sys.argv = [""]
         self._function = request["function"]
         self._forks = request["forks"]
+        if not self._forks:
+            self._read = self._channel.recv
         self._name = request["handler"]
         self._cwd = request["cwd"]
         if request["visible"]:
@@ -173,15 +185,15 @@ class Worker:
         is_silent = not any(map(_may_be_unread, (1, 2), self._pipes))
         if is_silent and time.monotonic() < MOMENT.unpack_from(data)[0]:
             self._send(READY, number, GOES_ON)
-            self._serve(number + 1, data[MOMENT.size :])
-        else:
-            self._send(READY, number, b"")
-
-    def _serve(self, number: int, data: bytes | memoryview) -> None:
+            if self._forks:
+                self._invoke_in_fork(number + 1)
+            else:
+                self._invoke(number + 1, data[MOMENT.size :])
+            return
         if self._forks:
-            self._invoke_in_fork(number, data)
-        else:
-            self._invoke(number, data)
+            os.close(self._own)
+            self._own = -1
+        self._send(READY, number, b"")
 
     def _break(self, number: int, error: bytes) -> NoReturn:
         self._send(BROKEN, number, error)
@@ -226,37 +238,36 @@ class Worker:
             return ERROR, tell_failure("Function.ResponseSizeTooLarge", TOO_LARGE, name)
         return ANSWER, data
 
-    def _invoke_in_fork(self, number: int, data: bytes | memoryview) -> None:
-        """Have a fork of this process, as it was after the import, do it and end."""
-        told, tell = os.pipe()
+    def _invoke_in_fork(self, number: int) -> None:
+        """Have a fork of this process, as it was after the import, serve an event and end."""
+        own, self._own = _Socket(AF_UNIX, SOCK_STREAM, 0, self._own), -1
         pid = os.fork()
         if pid == 0:
             try:
-                os.close(told)
-                self._tell = tell
+                # In the place of the worker's, which is closed with that.
+                os.dup2(own.fileno(), self._channel.fileno(), inheritable=False)
+                own.close()
+                self._read, self._buffer = self._channel.recv, b""
                 _be_visible()
-                self._invoke(number, data)
+                kind, number, data = self._receive()
+                if kind == INVOKE:
+                    self._invoke(number, data)
+                    self._channel.shutdown(SHUT_WR)  # nothing else is said, and `_has_answered`
             finally:
                 os._exit(0)
-        os.close(tell)
         _, status = os.waitpid(pid, 0)
         # Its status says nothing when it has answered: it may be killed before it ends by itself.
-        os.set_blocking(told, False)  # a process that it has left may hold the other end
-        try:
-            has_answered = os.read(told, 1)
-        except BlockingIOError:
-            has_answered = b""
-        os.close(told)
-        # It shared these open files, and so their flags, with all forks to come (fcntl(2)).
-        for fd in (1, 2, self._channel.fileno()):
-            os.set_blocking(fd, True)
-        if not has_answered:
+        if not _has_answered(own):
             self._send(ENDED, number, str(status).encode())
+        own.close()
+        # It shared these open files, and so their flags, with all forks to come (fcntl(2)).
+        for fd in (1, 2):
+            os.set_blocking(fd, True)
 
     def _receive(self) -> tuple[bytes, int, bytes | memoryview]:
         data = self._buffer
         while len(data) < HEADER.size:
-            more = self._channel.recv(_FIRST_READ)
+            more = self._read(_FIRST_READ)
             if not more:
                 _await_end()
             data = data + more if data else more
@@ -277,10 +288,15 @@ class Worker:
         self._buffer = b""
         return kind, number, view
 
+    def _read_rights(self, size: int) -> bytes:
+        """Read from the worker's socket, where a descriptor may come along."""
+        data, rights, _, _ = self._channel.recvmsg(size, CMSG_SPACE(_RIGHT.size), MSG_CMSG_CLOEXEC)
+        for _, _, content in rights:
+            (self._own,) = _RIGHT.unpack(content)
+        return data
+
     def _send(self, kind: bytes, number: int, data: bytes) -> None:
         try:
-            if self._tell >= 0:
-                os.write(self._tell, b"a")
             header = HEADER.pack(kind, len(data), number)
             if len(data) < _FIRST_READ:
                 self._channel.sendall(header + data)
@@ -289,6 +305,15 @@ class Worker:
                 self._channel.sendall(data)
         except OSError:
             os._exit(0)
+
+
+def _has_answered(own: _Socket) -> bool:
+    """Whether an event's socket was shut down behind the answer, or the host has taken that."""
+    try:
+        own.send(b"", MSG_NOSIGNAL)
+    except OSError:
+        return True
+    return False
 
 
 def _put_variables(variables: dict[str, str | None]) -> dict[str, str | None]:
