@@ -130,7 +130,7 @@ class Invoker:
         return [] if self.worker is None else self.worker.descriptors()
 
     def event_descriptor(self) -> int:
-        """Return that of the socket of the event under way; -1 when it has none of its own."""
+        """Return that of the event's own socket; -1 when it has none."""
         return -1 if self.worker is None else self.worker.event_descriptor()
 
     def drain_logs(self, call: Call) -> None:
@@ -260,10 +260,10 @@ class Invoker:
         self._quiet_until = start.begin + _QUIET
         moment = runtime.MOMENT.pack(self._quiet_until)
         if self.resets:
-            frame = runtime.HEADER.pack(runtime.LOAD, len(moment), _START) + moment
-            self._worker.open_event(start, frame)
-            frame = request.frame(call.number, call.timeout, words)
-            self._worker.send_event(start, frame, request.payload)
+            load = runtime.HEADER.pack(runtime.LOAD, len(moment), _START) + moment
+            self._worker.open_event(start, load)
+            first = request.frame(call.number, call.timeout, words)
+            self._worker.send_event(start, first, request.payload)
             return start, call
         head = moment + runtime.INVOCATION.pack(call.timeout, len(words)) + words
         self._send_start(start, runtime.LOAD, head, request.payload)
@@ -281,9 +281,9 @@ class Invoker:
             raise self.judge(start, error) from None
         self.finish_start(start, frame)
         call.restart()
-        if frame[1]:
+        if goes_on := bool(frame[1]):
             self._worker.await_event()
-        return bool(frame[1])
+        return goes_on
 
     def send(self, request: Request) -> Call:
         """Send an event; what comes back is for `finish`.
@@ -307,8 +307,8 @@ class Invoker:
             start, self._start = self._start, None
             start.belongs_to(call)
         worker = self.worker or self._worker
-        words, payload = request.words(call.request_id), request.payload
-        first = request.frame(call.number, call.timeout, words)
+        payload = request.payload
+        first = request.frame(call.number, call.timeout, request.words(call.request_id))
         try:
             if self.resets:
                 worker.open_event(call, runtime.HEADER.pack(runtime.FORK, 0, call.number))
@@ -347,8 +347,7 @@ class Invoker:
             FunctionError: The handler raised, or its forked worker ended.
         """
         kind, data = frame
-        if self.resets:
-            self._worker.close_event()
+        self._worker.close_event()
         if kind == runtime.ANSWER:
             answer = Answer(self, call, data)
             if self.resets:
@@ -491,8 +490,8 @@ class Invoker:
 
     def finish_reset(self) -> None:
         """Wait for the end of the last reset."""
-        if self._reset is not None:
-            channel, self._reset = self._reset, None
+        if (channel := self._reset) is not None:
+            self._reset = None
             finish_reset(self._link, channel)
 
 

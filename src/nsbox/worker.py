@@ -434,8 +434,9 @@ class Worker:
             self._buffer = data
             return None
         kind, length, number = runtime.HEADER.unpack_from(data)
-        most = -1 if kind == runtime.ENDED else _MOST.get(kind, -1)
-        if length > most:
+        if kind == runtime.ENDED:
+            raise self.violation("it answers what was not asked")
+        if length > _MOST.get(kind, -1):
             raise self.violation(f"its answer of kind {kind!r} has {length} bytes")
         if number != call.number:
             raise self.violation(f"its answer has the number {number} and not {call.number}")
