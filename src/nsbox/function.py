@@ -204,14 +204,18 @@ class Function:
             store: The store or its directory; by default the user's own.
 
         Raises:
-            ConfigError: Code or layers cannot be read, are no trees of plain files, or too large.
+            ConfigError: Code or layers cannot be read, are no trees of plain files, too large, or
+                have the store in them.
             StoreError: The store cannot be used.
         """
         # A value loads no I/O until it is asked to.
         from nsbox.sources import read_module, read_source
-        from nsbox.store import Store
+        from nsbox.store import Store, refuse_below
         from nsbox.trees import UNPACKED_MAX
 
+        for source in (self.code, *(layer.source for layer in self.layers)):
+            if source is not None:
+                refuse_below(source, store)
         store = store if isinstance(store, Store) else Store(store)
         code = None
         if self.code is not None:

@@ -101,7 +101,7 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = default_path() if path is None else os.path.abspath(os.fspath(path))
+        self.path = path_of(path)
         try:
             os.makedirs(self.path, mode=0o700, exist_ok=True)
         except OSError as error:
@@ -334,6 +334,24 @@ class Store:
             yield fd
         finally:
             os.close(fd)
+
+
+def path_of(store: Store | str | os.PathLike[str] | None) -> str:
+    """Return the absolute path of a store, which need not be there; None is the user's own."""
+    if isinstance(store, Store):
+        return store.path
+    return default_path() if store is None else os.path.abspath(os.fspath(store))
+
+
+def refuse_below(source: str, store: Store | str | os.PathLike[str] | None) -> None:
+    """Raise ConfigError when `store` lies in `source`, whose entry would then hold all the others.
+
+    Each publication would be another version, and larger than the one before.
+    """
+    place = path_of(store)
+    top = os.path.realpath(source)
+    if os.path.commonpath([os.path.realpath(place), top]) == top:
+        raise ConfigError(f"source {source!r}: the store {place!r} is in it; keep it elsewhere")
 
 
 def default_path() -> str:

@@ -79,7 +79,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: Function("app.py:handler"), "handler: 'app.py:handler' is none"),
     (lambda: Function("a b.c"), "handler: 'a b.c' is none"),
     (lambda: Function("a\0.c"), "handler: .*NUL"),
-    (lambda: Function(3), "handler: must be text, got 3"),  # type: ignore[arg-type]
+    (lambda: Function(3), "handler: must be text, got 3"),
     (lambda: Function(command=[]), r"argv: a command is needed, got \[\]"),
     (lambda: Function(command="cat"), r"argv: give a list of arguments, not the string 'cat'"),
     (
@@ -87,7 +87,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
         "code '/no/such': no such file or directory; give a",
     ),
     (lambda: Function("a.b", code=""), "code: a path is needed, got ''"),
-    (lambda: Function("a.b", code=7), "code: must be text, got 7"),  # type: ignore[arg-type]
+    (lambda: Function("a.b", code=7), "code: must be text, got 7"),
     (lambda: Layer("/no/such"), "layer '/no/such': no such file"),
     (lambda: make(layers="/usr"), "layers: give a list of directories or zip files, got '/usr'"),
     (lambda: make(layers=Layer("/usr")), "layers: give a list"),
@@ -408,6 +408,22 @@ def test_layers_that_are_one_tree_are_kept_once(tmp_path: Path, store: Store) ->
     two = Function(command=["/bin/cat"], layers=[layer, layer]).publish()
     assert one.opt_path == two.opt_path
     assert one.digest != two.digest
+
+
+@pytest.mark.parametrize("part", ["code", "layers"])
+def test_a_store_in_what_is_published_is_refused(part: str, code: Path, tmp_path: Path) -> None:
+    inside = code / "store"
+    (tmp_path / "link").symlink_to(inside)
+    sources = {"code": code} if part == "code" else {"layers": [code]}
+    function = Function(
+        handler="app.handler" if part == "code" else None,
+        command=None if part == "code" else ["/bin/cat"],
+        **sources,
+    )
+    for place in (inside, inside / "deeper", tmp_path / "link"):
+        with pytest.raises(ConfigError, match=r"the store .* is in it; keep it elsewhere"):
+            function.publish(place)
+    assert not inside.exists()
 
 
 def test_links_that_only_the_union_leads_out_are_refused(tmp_path: Path, store: Store) -> None:
