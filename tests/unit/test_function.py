@@ -79,7 +79,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: Function("app.py:handler"), "handler: 'app.py:handler' is none"),
     (lambda: Function("a b.c"), "handler: 'a b.c' is none"),
     (lambda: Function("a\0.c"), "handler: .*NUL"),
-    (lambda: Function(3), "handler: must be text, got 3"),
+    (lambda: Function(3), "handler: must be text, got 3"),  # type: ignore[arg-type]
     (lambda: Function(command=[]), r"argv: a command is needed, got \[\]"),
     (lambda: Function(command="cat"), r"argv: give a list of arguments, not the string 'cat'"),
     (
@@ -87,7 +87,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
         "code '/no/such': no such file or directory; give a",
     ),
     (lambda: Function("a.b", code=""), "code: a path is needed, got ''"),
-    (lambda: Function("a.b", code=7), "code: must be text, got 7"),
+    (lambda: Function("a.b", code=7), "code: must be text, got 7"),  # type: ignore[arg-type]
     (lambda: Layer("/no/such"), "layer '/no/such': no such file"),
     (lambda: make(layers="/usr"), "layers: give a list of directories or zip files, got '/usr'"),
     (lambda: make(layers=Layer("/usr")), "layers: give a list"),
