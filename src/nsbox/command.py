@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import select
@@ -18,20 +17,18 @@ from typing import IO, Any, Final, Self
 from nsbox.channel import BrokenAnswer, RunRequest, Workplace, make_pipe
 from nsbox.counters import oom_evidence, rise, usage_between
 from nsbox.errors import (
-    CommandStartError,
     ConfigError,
     EnvironmentDied,
-    SetupError,
     SyscallError,
 )
 from nsbox.guest import protocol as p
 from nsbox.link import Counters, Link
 from nsbox.linux.descriptors import close_all
+from nsbox.linux.proc import pidfd_number
 from nsbox.reports import exit_code
 from nsbox.result import Outcome, Protections, Result
 from nsbox.streams import NAMES, Relays, descriptor_of, gives_more
-from nsbox.transfer import missing_interpreter
-from nsbox.verdict import Verdict, judge_signal
+from nsbox.verdict import Verdict, judge_signal, start_error
 
 PIPE: Final = -1
 """Make a pipe, whose other end is an attribute of the `Process`."""
@@ -84,6 +81,7 @@ class Process:
         self._cpu_time = cpu_time
         self._next_cpu_check = 0.0
         self._lock = threading.RLock()
+        self._host_pid: int | None = None  # told only of a command that SIGSYS has ended
         self._request: RunRequest | None = None
         self._relays = Relays()
         if isinstance(request, Workplace):
@@ -139,30 +137,11 @@ class Process:
         if kind == p.FAILED:
             close_all(fds)
             self._channel.socket.close()
-            raise self._start_error(request, first, p.STAGES[stage])
+            raise start_error(self._link, self.argv[0], request, first, p.STAGES[stage])
         self.pid = first
         if fds:
             self.tty = fds[0]
             close_all(fds[1:])
-
-    def _start_error(self, request: RunRequest, error: int, stage: str) -> Exception:
-        name, text = self.argv[0], os.strerror(error)
-        if stage == "cwd":
-            return SetupError("cwd", f"{request.cwd!r}: {text}", errno=error)
-        if stage == "tty":
-            return SetupError("tty", f"no terminal could be opened: {text}", errno=error)
-        if stage == "room":
-            text = "as many commands run at once as open_files leaves PID 1 room for; raise it"
-            return CommandStartError(name, error, text)
-        path = request.env.get("PATH", "")
-        places = [""] if "/" in name else [f"{place}/" for place in path.split(":")]
-        if error == errno.ENOENT:
-            for place in places:
-                missing = missing_interpreter(self._link, os.path.join(request.cwd, place + name))
-                if missing:
-                    return CommandStartError(name, error, f"{missing} inside the environment")
-        where = f" in PATH={path}" if error == errno.ENOENT and "/" not in name else ""
-        return CommandStartError(name, error, f"{text}{where}, inside the environment")
 
     # -- the caller's face ---------------------------------------------------------------------
 
@@ -408,7 +387,13 @@ class Process:
     def _finish_from_channel(self) -> None:
         try:
             kind, status, user, system, fds = self._channel.receive_answer()
+            is_shown = kind == p.SHOWN and self._host_pid is None and len(fds) == 1
+            if is_shown:
+                self._host_pid = pidfd_number(fds[0])
             close_all(fds)
+            if is_shown:
+                self._send(p.SEEN, 0)
+                return
             unstarted = self._request if kind == p.FAILED and not self.pid else None
             code = None if kind not in (p.EXITED, p.SWEPT) else exit_code(status)
             if unstarted is None and code is None:
@@ -423,7 +408,7 @@ class Process:
             raise self._death from error
         if unstarted is not None:
             self._channel.socket.close()
-            self._death = self._start_error(unstarted, status, p.STAGES[user])
+            self._death = start_error(self._link, self.argv[0], unstarted, status, p.STAGES[user])
             raise self._death
         returncode = code or 0
         after = dict(self._link.usage())
@@ -446,7 +431,7 @@ class Process:
         elif returncode >= 0:
             self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
         else:
-            outcome, evidence = judge_signal(-returncode, self._link, self._started_at)
+            outcome, evidence = judge_signal(-returncode, self._host_pid or 0, self._started_at)
             self._conclude(outcome, returncode, evidence, after)
 
     def _finish_from_end(self) -> None:

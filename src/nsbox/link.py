@@ -22,7 +22,7 @@ from nsbox import reports
 from nsbox.channel import BrokenAnswer, Channel, Workplace
 from nsbox.errors import EnvironmentDied, LauncherError, NsboxError, SetupError, SyscallError
 from nsbox.guest import protocol as p
-from nsbox.isolation import audit_log, cgroups, readback
+from nsbox.isolation import cgroups, readback
 from nsbox.launcher import wire
 from nsbox.launcher.client import Launcher
 from nsbox.result import Outcome
@@ -178,7 +178,6 @@ class Link:
             self._abandon()
             raise
         self.host_id: int = born["host_id"]
-        self._has_own_id = self._launcher.hello["ids"] == "range"
         absent = self._launcher.absent_files
         self._reader = cgroups.UsageReader(born["cgroup"], absent) if born["cgroup"] else None
 
@@ -452,11 +451,6 @@ class Link:
             return {} if self._reader is None else self._reader.counters()
         except OSError:
             return {}
-
-    def filter_kill(self, age: float) -> str:
-        """Return what the kernel's log says of a filter kill in it in `age` seconds, or ""."""
-        # By its uid: no other process of the host has it. Without one nothing can be said.
-        return audit_log.filter_kill(self.host_id, age) if self._has_own_id else ""
 
     def cpu_usec(self) -> int | None:
         """Return the CPU time used so far, in microseconds."""

@@ -29,7 +29,7 @@ class Outcome(enum.Enum):
     OUTPUT_LIMIT = "output_limit"
     """nsbox killed it for writing more than `Limits.output_max`."""
     SECCOMP_KILLED = "seccomp_killed"
-    """It died of SIGSYS, and the kernel's log says the filter killed a process of its user id."""
+    """It died of SIGSYS, and the kernel's log says that the filter killed this very process."""
     KILLED = "killed"
     """The caller killed it (`Process.kill`, `close`)."""
 

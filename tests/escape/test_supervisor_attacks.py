@@ -181,6 +181,25 @@ def test_a_signal_of_its_own_is_no_verdict_of_nsbox(
     assert (result.outcome, result.returncode) == (Outcome.SIGNALED, -number)
 
 
+@x86_64_only
+def test_a_filter_kill_of_another_process_is_no_verdict(env: nsbox.ExecutionEnvironment) -> None:
+    """Has the filter kill a child, and dies of a SIGSYS of its own: both with the log's record."""
+    call = "import ctypes; ctypes.CDLL(None).syscall(0x40000000 + 39)"  # getpid of x32
+    own = "os.kill(os.getpid(), signal.SIGSYS)"
+    start = f"import os, signal\npid = os.fork()\nif pid == 0:\n    {call}\nos.wait()\n"
+    exec_it = f"os.execv('/bin/sh', ['sh', '-c', 'kill -{int(signal.SIGSYS)} $$'])"
+    for end in (own, exec_it):
+        for _ in range(3):
+            result = env.run(["python3", "-I", "-S", "-c", start + end])
+            assert (result.outcome, result.signal) == (Outcome.SIGNALED, signal.SIGSYS), result
+    with env.popen(["python3", "-I", "-S", "-c", start + "signal.pause()"]) as other:
+        # The other command's child is killed while this one runs.
+        code = f"import os, signal, time\ntime.sleep(0.5)\n{own}"
+        result = env.run(["python3", "-I", "-S", "-c", code])
+        assert (result.outcome, result.signal) == (Outcome.SIGNALED, signal.SIGSYS), result
+        assert other.poll() is None
+
+
 def test_forged_reports_on_every_descriptor(env: nsbox.ExecutionEnvironment) -> None:
     """Writes what PID 1 would say of an exit with status 0 to all that can be written to."""
     code = """

@@ -300,6 +300,7 @@ class Init:
 
     def _reap(self) -> None:
         while True:
+            self._show(os.WNOHANG)
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
@@ -309,6 +310,37 @@ class Init:
             command = self._commands.pop(pid, None)
             if command is not None and self._finish(command, status, usage):
                 return  # not even to hear that there is no child: an exception is dear here
+
+    def _show(self, flags: int) -> None:
+        """Have the host see which process the next to be reaped is, if a command SIGSYS has ended.
+
+        The kernel's log names a process that the filter has killed by its number outside, which
+        nobody can tell any more when it has been reaped.
+        """
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | flags)
+        except OSError:
+            return  # there is no child, or a filter of the caller's refuses it
+        if ended is None or ended.si_status != c.SIGSYS or ended.si_code == os.CLD_EXITED:
+            return
+        command = self._commands.get(ended.si_pid)
+        if command is None:
+            return
+        try:
+            pidfd = os.pidfd_open(command.pid)
+        except OSError:
+            return  # no room: then it cannot be known
+        channel = command.channel
+        try:
+            send_bytes(channel, p.ANSWER.pack(p.SHOWN, 0, 0, 0), [pidfd])
+            channel.settimeout(p.SEEN_DEADLINE)
+            data = channel.recv(p.SIGNAL.size)
+            while len(data) == p.SIGNAL.size and data[:1] != p.SEEN:
+                data = channel.recv(p.SIGNAL.size)  # signals to what has ended
+        except OSError:
+            pass  # the host waits for no end just now, or let go of it
+        finally:
+            os.close(pidfd)
 
     def _finish(self, command: _Command, status: int, usage: struct_rusage) -> bool:
         """Answer for a command that has ended; return whether no other process is left."""
@@ -369,6 +401,7 @@ class Init:
     def _reap_all(self) -> None:
         """Wait until no other process is left in the namespace."""
         while True:
+            self._show(0)
             try:
                 pid, status, usage = os.wait4(-1, 0)
             except ChildProcessError:

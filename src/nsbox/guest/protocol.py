@@ -74,6 +74,9 @@ SWEPT = b"V"
 EXITED = b"X"
 """The command is over and nothing of it is left; numbers: wait status, user, system microseconds
 of what was reaped with it."""
+SHOWN = b"Y"
+"""SIGSYS has ended the command; with a pidfd of it, by which the host can tell its number outside
+until it is reaped: after the host's `SEEN`, or `SEEN_DEADLINE`."""
 FAILED = b"E"
 """The operation failed; numbers: errno, stage (`STAGES`), 0."""
 OK = b"O"
@@ -90,6 +93,10 @@ SIGNAL_MAIN = b"s"
 """Send the signal to the command's own process."""
 SIGNAL_ALL = b"k"
 """SIGKILL the command and everything it started."""
+SEEN = b"y"
+"""The command that was shown need not be kept any longer; no signal."""
+SEEN_DEADLINE = 0.1
+"""Seconds for which a command that SIGSYS has ended is kept; meanwhile PID 1 does nothing else."""
 
 _FAILURE = b"!"
 

@@ -13,6 +13,7 @@ SIGTERM = 15
 SIGPIPE = 13
 SIGCHLD = 17
 SIGXFSZ = 25
+SIGSYS = 31
 
 # linux/sched.h: clone3(2), unshare(2), setns(2)
 CLONE_NEWTIME = 0x00000080  # 5.6; inside clone(2)'s signal mask, so only unshare and clone3 take it

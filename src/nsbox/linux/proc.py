@@ -225,6 +225,15 @@ def read_starttime(pid: int) -> int:
     return read_stat(pid).starttime
 
 
+def pidfd_number(fd: int) -> int:
+    """Return the number of the process of a pidfd here; 0 where it has none or `fd` is none."""
+    try:
+        number = int(parse_status(_read(f"/proc/self/fdinfo/{fd}"))["Pid"])
+    except (OSError, KeyError, ValueError):
+        return 0
+    return max(number, 0)
+
+
 def boot_id() -> str:
     """Return the random id of this boot of the kernel."""
     return _read("/proc/sys/kernel/random/boot_id").strip()
