@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from nsbox.config import Config, Limits, Mount
+from nsbox.config import LEAST_OPEN_FILES, Config, Limits, Mount
 from nsbox.errors import ConfigError, UnsupportedHostError
 from nsbox.isolation import landlock, namespaces, seccomp
 from nsbox.link import Link
@@ -326,8 +326,8 @@ class Blueprint:
                     detail += f"; swap: {swap['missing']}" if "missing" in swap else ", no swap"
                 self._add(feature, True, detail)
             elif field == "pids_max" and self._can_use_nproc():
-                self._rlimits["nproc"] = value
-                self._add(feature, True, f"pids_max={value}, RLIMIT_NPROC of its user namespace")
+                text = self._put_rlimit(field, "nproc", value)
+                self._add(feature, True, f"{text}, RLIMIT_NPROC of its user namespace")
             else:
                 self._refuse_or_note(field, feature, found["missing"], found["hint"])
         if "io_max" in chosen:
@@ -363,14 +363,22 @@ class Blueprint:
         ):
             value = getattr(limits, field)
             if value is not None:
-                hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
-                if hard != resource.RLIM_INFINITY and value > hard:
-                    raise ConfigError(
-                        f"{field}: {value} is over this process's hard limit of {hard}; "
-                        "raise that first (ulimit -H, LimitNOFILE= and the like)"
-                    )
-                self._rlimits[name] = value
-                self._add(f"rlimit.{name}", True, f"{field}={value}")
+                self._add(f"rlimit.{name}", True, self._put_rlimit(field, name, value))
+
+    def _put_rlimit(self, field: str, name: str, value: int) -> str:
+        """Choose `value`, or for a default what this process may set at most; return the words."""
+        hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
+        text = f"{field}={value}"
+        if hard != resource.RLIM_INFINITY and value > hard:
+            least = LEAST_OPEN_FILES if name == "nofile" else 0
+            if field in self._config.limits.named or hard < least:
+                raise ConfigError(
+                    f"{field}: {value} is over this process's hard limit of {hard}; "
+                    "raise that first (ulimit -H, LimitNOFILE= and the like)"
+                )
+            value, text = hard, f"{field}={hard}, this process's hard limit; by default {value}"
+        self._rlimits[name] = value
+        return text
 
     def _choose_cpu_time(self, limits: Limits) -> bool:
         found = self._cgroups["cgroup.cpu_accounting"]

@@ -22,7 +22,7 @@ _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE: Final = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _LARGEST: Final = 1 << 62
 _LEAST_MEMORY: Final = 2 << 20
-_LEAST_OPEN_FILES: Final = 16  # PID 1 has seven of its own, and one for each command
+LEAST_OPEN_FILES: Final = 16  # PID 1 has seven of its own, and one for each command
 _CPUSET: Final = re.compile(r"\d+(-\d+)?(,\d+(-\d+)?)*")
 _HOSTNAME: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 _ENV_NAME: Final = re.compile(r"[^=\0]+")
@@ -230,7 +230,7 @@ class Limits:
     cpu_time: float | None = DEFAULT
     """Seconds of user plus system CPU time of one command, all its processes; default none."""
     open_files: int | None = DEFAULT
-    """File descriptors of one process (RLIMIT_NOFILE); default 1024."""
+    """File descriptors of one process (RLIMIT_NOFILE); default 1024, or the caller's hard limit."""
     file_size: int | str | None = DEFAULT
     """Bytes of the largest file a process may write (RLIMIT_FSIZE); default none."""
     core_size: int | None = DEFAULT
@@ -280,7 +280,7 @@ class Limits:
         if self.open_files is not None:
             put(
                 "open_files",
-                _count(self.open_files, "open_files", least=_LEAST_OPEN_FILES, most=1 << 20),
+                _count(self.open_files, "open_files", least=LEAST_OPEN_FILES, most=1 << 20),
             )
         if self.core_size is not None:
             put("core_size", _count(self.core_size, "core_size", least=0, most=_LARGEST))

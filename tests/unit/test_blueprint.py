@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,6 +187,54 @@ def test_rlimits_are_those_asked_for() -> None:
     made = decide(limits=Limits(open_files=None, file_size="1M", core_size=None))
     assert made.spec["rlimits"] == {"fsize": 1 << 20}
     assert layers(made)["rlimit.fsize"].in_force
+
+
+def hard_limits(monkeypatch: pytest.MonkeyPatch, **hard: int) -> None:
+    numbers = {getattr(resource, f"RLIMIT_{name.upper()}"): value for name, value in hard.items()}
+    monkeypatch.setattr(
+        resource, "getrlimit", lambda kind: (0, numbers.get(kind, resource.RLIM_INFINITY))
+    )
+
+
+def test_a_default_is_no_higher_than_the_hard_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    release(monkeypatch, "5.14.0")
+    hard_limits(monkeypatch, nofile=256, nproc=100)
+    made = decide(host("cgroup.pids"))
+    assert made.spec["rlimits"] == {"nproc": 100, "nofile": 256, "core": 0}
+    files, processes = layers(made)["rlimit.nofile"], layers(made)["cgroup.pids"]
+    assert files.in_force
+    assert files.detail == "open_files=256, this process's hard limit; by default 1024"
+    assert processes.in_force
+    assert processes.detail.startswith("pids_max=100, this process's hard limit; by default 256")
+    assert "nproc" not in decide().spec["rlimits"]  # its cgroup is not bounded by that
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("open_files", 1024, "nofile"),
+        ("file_size", 257, "fsize"),
+        ("core_size", 257, "core"),
+        ("pids_max", 257, "nproc"),
+    ],
+)
+def test_a_named_limit_over_the_hard_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: int, kind: str
+) -> None:
+    release(monkeypatch, "5.14.0")
+    hard_limits(monkeypatch, **{kind: 256})
+    given: dict[str, Any] = {name: value}
+    with pytest.raises(ConfigError, match=f"^{name}: {value} is over .* hard limit of 256; raise"):
+        decide(host("cgroup.pids"), limits=Limits(**given))
+    given[name] = 256
+    made = decide(host("cgroup.pids"), limits=Limits(**given))
+    assert made.spec["rlimits"][kind] == 256
+
+
+def test_fewer_descriptors_than_pid_1_needs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    hard_limits(monkeypatch, nofile=15)
+    with pytest.raises(ConfigError, match=r"^open_files: 1024 is over .* hard limit of 15; raise"):
+        decide()
 
 
 def test_cpu_time_needs_accounting() -> None:
