@@ -108,8 +108,10 @@ class Launcher:
         try:
             write_launcher_maps(pid)
             wire.send(self._channel, {"kind": "mapped"})
-        except OSError as error:
+        except (OSError, UnsupportedHostError) as error:
             # Files of a process that ends meanwhile are gone, or root's (proc(5)).
+            if isinstance(error, UnsupportedHostError) and self.alive:
+                raise
             raise LauncherError(f"the launcher's id maps could not be written: {error}") from error
 
     @property
