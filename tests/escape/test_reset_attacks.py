@@ -121,6 +121,43 @@ def test_what_is_left_has_no_end_of_the_next_events_socket(make_haunted: Make, s
     assert len({sockets[0] for sockets in seen}) == 3, "a socket serves two invocations"
 
 
+STDIN = """
+import fcntl, os, subprocess, sys
+def look(fd):
+    # A word for who comes next: flags and owner are of the open file.
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    owner = fcntl.fcntl(fd, fcntl.F_GETOWN)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK | os.O_APPEND)
+    fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+    return [flags & (os.O_NONBLOCK | os.O_APPEND), owner]
+
+def handler(event, context):
+    return look(0)
+"""
+
+
+@pytest.mark.parametrize("start", ["clone", "exec"])
+@pytest.mark.parametrize("reuse", ["reset", "keep"])
+def test_stdin_carries_no_word(tmp_path: Path, start: str, reuse: str) -> None:
+    """Neither into the next environment of one template, nor into the next invocation."""
+    (tmp_path / "app.py").write_text(STDIN)
+    function = nsbox.Function("app.handler", code=tmp_path, start=start, reuse=reuse)
+    version = function.publish()
+    with nsbox.ExecutionEnvironment(version) as one, nsbox.ExecutionEnvironment(version) as other:
+        assert one.invoke({}) == [0, 0]
+        assert other.invoke({}) == [0, 0]
+        if reuse == "reset":
+            assert [one.invoke({}) for _ in range(3)] == [[0, 0]] * 3
+        assert attack(one, STDIN + "\nanswer = look(0)") == [0, 0]
+        assert attack(other, STDIN + "\nanswer = look(0)") == [0, 0]
+    gc.collect()
+
+
+_SHARED_BY_PID_1 = {"/dev/null", "pipe", "anon_inode"}
+"""What PID 1s of one template have in common, and no guest can reach: 0 to 2, the end of the pipe
+that tells of the launcher's end, and the signalfd, the mask of which is the same in all."""
+
+
 def test_silence_and_refusal_hold_up_no_loop(tmp_path: Path) -> None:
     """No room for a large event; a closed socket: the loop goes on meanwhile."""
     (tmp_path / "app.py").write_text(

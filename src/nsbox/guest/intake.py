@@ -42,6 +42,7 @@ def fork_worker(fds: Sequence[int], *, has_time: bool) -> int:
 
 
 def _work(channel: int, stdout: int, stderr: int, *, has_time: bool) -> NoReturn:
+    python_runtime.renew_stdin()  # it was the template's, and with it every other clone's
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.dup2(channel, _CHANNEL, inheritable=False)

@@ -73,6 +73,7 @@ _FIRST_READ = 1 << 16
 _RIGHT = struct.Struct("i")
 PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
 _FIONREAD = 0x541B  # asm-generic/ioctls.h
+_NULL = os.makedev(1, 3)  # Documentation/admin-guide/devices.txt
 EXECUTED_FILE = "<nsbox>"
 """Stands for this file in tracebacks where it is executed."""
 _OWN_FILE = __file__ if "__file__" in globals() else EXECUTED_FILE
@@ -261,6 +262,8 @@ class Worker:
             self._send(ENDED, number, str(status).encode())
         own.close()
         # It shared these open files, and so their flags, with all forks to come (fcntl(2)).
+        if _is_null(0):  # the import may have closed it, or put another there
+            renew_stdin()
         for fd in (1, 2):
             os.set_blocking(fd, True)
 
@@ -325,6 +328,20 @@ def _put_variables(variables: dict[str, str | None]) -> dict[str, str | None]:
         else:
             os.environ[name] = value
     return before
+
+
+def renew_stdin() -> None:
+    """Open /dev/null anew as stdin: flags and owner are of the open file (fcntl(2))."""
+    null = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+
+
+def _is_null(fd: int) -> bool:
+    try:
+        return os.fstat(fd).st_rdev == _NULL
+    except OSError:
+        return False
 
 
 def _identity(fd: int) -> tuple[int, int]:
