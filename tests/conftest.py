@@ -61,8 +61,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    # Many tests collect garbage to see what is let go; without the thousands of collected items it takes
-    # them a hundredth of the time.
+    # Many tests collect garbage to see what is let go: without the thousands of items that there
+    # are it takes a tenth of the time.
     gc.collect()
     gc.freeze()
 
