@@ -44,7 +44,8 @@ _KILL_PASSES = 1000
 _DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end
 _THREADS = 17  # field of /proc/PID/stat behind the name (proc(5), num_threads)
 _OUTSIDE = -1  # what stands for a parent outside of the namespace
-_RESET_DEADLINE = 2.0  # seconds in which all that an invocation has left must be dead
+_RESET_EFFORT = 1.0  # seconds of PID 1's own CPU time to kill all that an invocation has left
+_RESET_DEADLINE = 10.0  # seconds that may take: a busy machine, or cpu.max, is no fault of theirs
 
 
 _OTHER_FDS = 10
@@ -260,7 +261,8 @@ class Init:
         may have been given out from before the first until after the second.
         """
         deadline = time.monotonic() + _RESET_DEADLINE
-        while time.monotonic() < deadline:
+        effort = time.process_time() + _RESET_EFFORT
+        while time.monotonic() < deadline and time.process_time() < effort:
             newest = _newest()
             others = [pid for pid in _pids() if pid not in kept and _parent_of(pid)]
             if others:
