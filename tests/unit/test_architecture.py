@@ -64,7 +64,7 @@ LAUNCHER_SIDE = {
     "launcher.main", "launcher.server", "launcher.birth", "launcher.identity", "launcher.janitor",
     "launcher.layouts", "launcher.templates", "launcher.template", "launcher.inside",
     "launcher.steps", "launcher.environment", "guest.init", "guest.spawn",
-    "guest.files", "guest.intake",
+    "guest.files", "guest.processes", "guest.intake",
     "guest.reset", "guest.warm",
 }  # fmt: skip
 SHARED = {

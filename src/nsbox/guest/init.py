@@ -18,6 +18,7 @@ from _socket import AF_UNIX, MSG_WAITALL, SOCK_STREAM
 from _socket import socket as _Socket
 from resource import RLIMIT_NOFILE, getrlimit
 
+from nsbox.guest import processes
 from nsbox.guest import protocol as p
 from nsbox.guest.files import (
     Failure,
@@ -29,7 +30,7 @@ from nsbox.guest.files import (
 )
 from nsbox.guest.spawn import given_actions, open_terminal, spawn, stdio_actions
 from nsbox.linux import constants as c
-from nsbox.linux.calls import ioprio_get, kill_all_others
+from nsbox.linux.calls import kill_all_others
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 
 TYPE_CHECKING = False
@@ -41,16 +42,14 @@ if TYPE_CHECKING:
 _SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal signals are merged
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
-_DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end
-_THREADS = 17  # field of /proc/PID/stat behind the name (proc(5), num_threads)
-_OUTSIDE = -1  # what stands for a parent outside of the namespace
 _RESET_EFFORT = 1.0  # seconds of PID 1's own CPU time to kill all that an invocation has left
 _RESET_DEADLINE = 10.0  # seconds that may take: a busy machine, or cpu.max, is no fault of theirs
 
 
-_OTHER_FDS = 10
+_OTHER_FDS = 12
 """Descriptors of PID 1 besides those it watches, at most: 0 to 2, the four of the next
-message (one that finds no room is lost, unix(7)), and what is opened while it is served."""
+message (one that finds no room is lost, unix(7)), the two of `processes`, and what is opened while
+a message is served."""
 
 
 class _Command:
@@ -113,7 +112,7 @@ class Init:
 
         `is_blank` says that nobody waits for this environment yet.
         """
-        self._standing = _standing(0)
+        self._standing = processes.standing(0)
         fork_worker = self._runtime.fork_worker
         if fork_worker is not None:
             self._start_worker(fork_worker, is_blank=is_blank)
@@ -168,7 +167,10 @@ class Init:
                 if operation == p.TERMINATE:
                     self._terminate(channel)
                     return
-                channel.settimeout(_IO_DEADLINE)
+                if operation == p.RESET:
+                    self._reset(channel, *p.parse_reset(request))
+                else:
+                    channel.settimeout(_IO_DEADLINE)
                 if operation == p.WRITE:
                     write_file(channel, request)
                 elif operation == p.READ:
@@ -177,9 +179,7 @@ class Init:
                     place_file(channel, request)
                 elif operation == p.REMOVE:
                     remove_files(channel, request)
-                elif operation == p.RESET:
-                    self._reset(channel, *p.parse_reset(request))
-                else:
+                elif operation != p.RESET:
                     raise Failure(errno.EINVAL, "request")
             except Failure as failure:
                 stage = p.STAGES.index(failure.stage)
@@ -225,9 +225,9 @@ class Init:
             else:
                 self._kill_all()
             # What came before has the uid of PID 1, and of the worker, the next are forks of.
-            if worker is not None and _standing(worker.pid) != self._standing:
+            if worker is not None and processes.standing(worker.pid) != self._standing:
                 raise PermissionError(errno.EPERM, "priority")
-            if has_commands and _standing(0) != self._standing:
+            if has_commands and processes.standing(0) != self._standing:
                 raise PermissionError(errno.EPERM, "priority")
             self._runtime.reset(places)
         except OSError as error:
@@ -263,14 +263,12 @@ class Init:
         deadline = time.monotonic() + _RESET_DEADLINE
         effort = time.process_time() + _RESET_EFFORT
         while time.monotonic() < deadline and time.process_time() < effort:
-            newest = _newest()
-            others = [pid for pid in _pids() if pid not in kept and _parent_of(pid)]
+            newest = processes.newest()
+            others = processes.others(kept)
             if others:
-                _end_all(others)
+                processes.end_all(others)
                 self._reap()
-            elif not any(pid not in kept and _parent_of(pid) for pid in _pids()) and (
-                _newest() == newest
-            ):
+            elif not processes.others(kept) and processes.newest() == newest:
                 return
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it
 
@@ -288,7 +286,7 @@ class Init:
         if kind == p.SIGNAL_ALL:
             self._kill_all_of(command)
         elif command.pid in self._commands:
-            _signal(command.pid, number)
+            processes.send_signal(command.pid, number)
 
     # -- ends ----------------------------------------------------------------------------------
 
@@ -370,7 +368,7 @@ class Init:
             strays = self._strays()
             if not strays:
                 return False
-            _end_all(strays)
+            processes.end_all(strays)
             self._reap()
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it
 
@@ -388,7 +386,7 @@ class Init:
         whose they are, and what a finished command leaves must not live on.
         """
         try:
-            parents = _parents()
+            parents = processes.parents()
         except OSError:
             return []  # no /proc could be had here: they die with the last command
         strays = []
@@ -415,79 +413,11 @@ class Init:
     def _kill_all_of(self, command: _Command) -> None:
         # The rest of its processes go when the end of the first is seen (_finish).
         if command.pid in self._commands:
-            _signal(command.pid, c.SIGKILL)
-
-
-def _end_all(pids: list[int]) -> None:
-    """SIGKILL processes and wait until they have ended, whoever their parents are."""
-    for pid in pids:
-        _signal(pid, c.SIGKILL)
-    for pid in pids:
-        try:
-            fd = os.pidfd_open(pid)
-        except OSError:
-            continue  # it has ended, or there is no room: the next pass looks again
-        try:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll(_DEATH_DEADLINE)
-        finally:
-            os.close(fd)
-
-
-def _pids() -> list[int]:
-    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
-
-
-def _parents() -> dict[int, int]:
-    """Return the parent of each process of the namespace that has not ended."""
-    parents = {pid: _parent_of(pid) for pid in _pids()}
-    return {pid: parent for pid, parent in parents.items() if parent}
-
-
-def _parent_of(pid: int) -> int:
-    """Return the parent of a process, 0 when it has ended.
-
-    A process whose first thread has ended is in state Z while its other threads run: the kernel
-    tells of its end, and drops it, after the last of them (proc(5), wait(2)).
-    """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return 0
-    has_ended = fields[0] in (b"Z", b"X") and int(fields[_THREADS]) <= 1
-    return 0 if has_ended else int(fields[1]) or _OUTSIDE
-
-
-def _newest() -> bytes:
-    """Return the number that the namespace has given out last (proc(5), loadavg)."""
-    with open("/proc/loadavg", "rb") as file:
-        return file.read().split()[-1]
-
-
-def _standing(pid: int) -> tuple[object, ...]:
-    """Return what children inherit of a process that others of its uid can change."""
-    try:
-        return (
-            os.getpriority(os.PRIO_PROCESS, pid),
-            os.sched_getscheduler(pid),
-            os.sched_getaffinity(pid),
-            ioprio_get(pid),
-        )
-    except OSError:
-        return ()  # refused by the filter, as setting it is
+            processes.send_signal(command.pid, c.SIGKILL)
 
 
 def _leave() -> NoReturn:
     os._exit(0)  # the kernel kills every other process of the namespace (pid_namespaces(7))
-
-
-def _signal(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except OSError:
-        pass  # it is gone; its status is on the way
 
 
 def _read_request(channel: _Socket) -> bytes:

@@ -29,8 +29,8 @@ def reset(places: list[bytes]) -> None:
     Raises:
         OSError: Something cannot be removed.
     """
-    mounts = _mounts()
     own = [os.fsdecode(place) for place in places]
+    mounts = _mounts_below((*PLACES, *own))
     for place in own:
         # The directory that a mount is in may have been renamed, and another put in its place.
         if os.stat(place).st_dev == os.stat(os.path.dirname(place)).st_dev:
@@ -45,7 +45,8 @@ def reset(places: list[bytes]) -> None:
                 raise
             continue
         try:
-            _empty(fd, place, mounts)
+            # By its path: of a descriptor Python makes another one first.
+            _empty(fd, os.listdir(place), place, mounts)
             _clean(fd)
         finally:
             os.close(fd)
@@ -73,23 +74,36 @@ def _if_any(look: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN40
         return None
 
 
-def _mounts() -> list[str]:
-    """Return where something is mounted: what the configuration has bound below /tmp stays."""
+_without_mounts: set[tuple[str, ...]] = set()
+
+
+def _mounts_below(places: tuple[str, ...]) -> list[str]:
+    """Return what the configuration has mounted below `places`, which stays, and where it is now.
+
+    Nobody inside can mount anything, but the directories that a mount is in can be renamed.
+    """
+    if places in _without_mounts:
+        return []
     with open("/proc/self/mountinfo", "rb") as file:
-        places = [line.split(b" ", 5)[4] for line in file]
-    return [os.fsdecode(place.decode("unicode_escape").encode("latin-1")) for place in places]
+        found = [line.split(b" ", 5)[4] for line in file]
+    mounts = [os.fsdecode(place.decode("unicode_escape").encode("latin-1")) for place in found]
+    below = tuple(f"{place}/" for place in places)
+    inner = [mount for mount in mounts if mount.startswith(below) and mount not in places]
+    if not inner:
+        _without_mounts.add(places)
+    return inner
 
 
-def _empty(top: int, path: str, mounts: list[str]) -> None:
-    """Remove everything below the directory `top` but mounts, and follow no link."""
-    for name in os.listdir(top):
+def _empty(top: int, names: list[str], path: str, mounts: list[str]) -> None:
+    """Remove `names` in the directory `top`, and all below, but mounts, and follow no link."""
+    for name in names:
         full = f"{path}/{name}"
         if full in mounts:
             continue
         if any(mount.startswith(f"{full}/") for mount in mounts):
             inner = os.open(name, _DIRECTORY, dir_fd=top)
             try:
-                _empty(inner, full, mounts)
+                _empty(inner, os.listdir(inner), full, mounts)
             finally:
                 os.close(inner)
         else:

@@ -45,6 +45,7 @@ _NUMBERS = {
         "add_key": 248,
         "keyctl": 250,
         "ioprio_get": 252,
+        "sched_getattr": 315,
         "seccomp": 317,
     },
     "aarch64": {
@@ -53,6 +54,7 @@ _NUMBERS = {
         "pivot_root": 41,
         "add_key": 217,
         "keyctl": 219,
+        "sched_getattr": 275,
         "seccomp": 277,
     },
 }

@@ -132,7 +132,6 @@ _close_range = bind_syscall(c_ulong, c_ulong, c_ulong)
 _seccomp = bind_syscall(c_ulong, c_ulong, c_void_p)
 _landlock_restrict_self = bind_syscall(c_ulong, c_ulong)
 _keyctl = bind_syscall(c_long, c_char_p)
-_ioprio_get = bind_syscall(c_long, c_long)
 _getcwd = bind_syscall(c_void_p, c_ulong)
 _clone3 = bind_syscall(POINTER(_CloneArgs), c_ulong, keep_gil=True)
 
@@ -164,7 +163,6 @@ _SYS_OPENAT2 = SYSCALL["openat2"]
 _SYS_CLOSE_RANGE = SYSCALL["close_range"]
 _SYS_PIVOT_ROOT = SYSCALL["pivot_root"]
 _SYS_KEYCTL = SYSCALL["keyctl"]
-_SYS_IOPRIO_GET = SYSCALL["ioprio_get"]
 _SYS_SECCOMP = SYSCALL["seccomp"]
 
 
@@ -260,11 +258,6 @@ def signalfd(numbers: Sequence[int]) -> int:
     if fd < 0:
         raise failure("signalfd")
     return fd
-
-
-def ioprio_get(pid: int) -> int:
-    """ioprio_get(2) of a process, 0 for the calling one; -1 where it is refused, or gone."""
-    return _ioprio_get(_SYS_IOPRIO_GET, c.IOPRIO_WHO_PROCESS, pid)
 
 
 def kill_all_others() -> bool:

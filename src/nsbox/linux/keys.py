@@ -13,6 +13,7 @@ from nsbox.linux.binding import SYSCALL, bind_syscall, failure
 _keyctl = bind_syscall(c_long, c_long, c_long)
 _add_key = bind_syscall(c_char_p, c_char_p, c_char_p, c_long, c_long)
 _REFUSED = (errno.EPERM, errno.ENOSYS)
+_is_refused: list[bool] = []  # has an entry once the filter has refused it, for ever
 
 
 def forget_all() -> None:
@@ -23,6 +24,8 @@ def forget_all() -> None:
     Raises:
         SyscallError: A keyring cannot be emptied, or keys could be added that nobody can remove.
     """
+    if _is_refused:
+        return
     try:
         calls.keyctl_join_session_keyring()
     except OSError as error:
@@ -32,6 +35,7 @@ def forget_all() -> None:
         refused = failure("add_key")
         if refused.errno not in _REFUSED:
             raise
+        _is_refused.append(True)
         return
     for keyring in (c.KEY_SPEC_USER_KEYRING, c.KEY_SPEC_USER_SESSION_KEYRING):
         _control(c.KEYCTL_CLEAR, keyring)

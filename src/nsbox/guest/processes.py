@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other processes of PID 1's namespace: which there are, what they inherit, and their end.
+
+/proc is read by system calls alone: each of Python's file objects makes six more.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+from nsbox.linux import constants as c
+from nsbox.linux.scheduling import ioprio_get, sched_getattr
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+_DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end
+_THREADS = 17  # field of /proc/PID/stat behind the name (proc(5), num_threads)
+_OUTSIDE = -1  # what stands for a parent outside of the namespace
+_ENOUGH = 4096  # bytes; a stat has some 300
+_loadavg: list[int] = []  # the descriptor of /proc/loadavg, once it has been read
+
+
+def others(kept: Container[int]) -> list[int]:
+    """Return the processes of the namespace that have not ended, but for those of `kept`."""
+    return [pid for pid in _pids() if pid not in kept and _parent_of(pid)]
+
+
+def parents() -> dict[int, int]:
+    """Return the parent of each process of the namespace that has not ended."""
+    found = {pid: _parent_of(pid) for pid in _pids()}
+    return {pid: parent for pid, parent in found.items() if parent}
+
+
+def newest() -> bytes:
+    """Return the number that the namespace has given out last (proc(5), loadavg)."""
+    if not _loadavg:
+        _loadavg.append(os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC))
+    return os.pread(_loadavg[0], _ENOUGH, 0).split()[-1]
+
+
+def standing(pid: int) -> tuple[object, ...]:
+    """Return what children inherit of a process that others of its uid can change."""
+    try:
+        return sched_getattr(pid), os.sched_getaffinity(pid), ioprio_get(pid)
+    except OSError:
+        return ()  # refused by the filter, as setting it is
+
+
+def end_all(pids: list[int]) -> None:
+    """SIGKILL processes and wait until they have ended, whoever their parents are."""
+    for pid in pids:
+        send_signal(pid, c.SIGKILL)
+    for pid in pids:
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            continue  # it has ended, or there is no room: the next pass looks again
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll(_DEATH_DEADLINE)
+        finally:
+            os.close(fd)
+
+
+def send_signal(pid: int, number: int) -> None:
+    """kill(2), of what may have ended."""
+    try:
+        os.kill(pid, number)
+    except OSError:
+        pass  # it is gone; its status is on the way
+
+
+def _pids() -> list[int]:
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+
+
+def _parent_of(pid: int) -> int:
+    """Return the parent of a process, 0 when it has ended.
+
+    A process whose first thread has ended is in state Z while its other threads run: the kernel
+    tells of its end, and drops it, after the last of them (proc(5), wait(2)).
+    """
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        fields = os.read(fd, _ENOUGH).rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    finally:
+        os.close(fd)
+    has_ended = fields[0] in (b"Z", b"X") and int(fields[_THREADS]) <= 1
+    return 0 if has_ended else int(fields[1]) or _OUTSIDE
