@@ -365,7 +365,10 @@ class Init:
         if not self._commands:
             return self._kill_all()
         for _ in range(_KILL_PASSES):
-            strays = self._strays()
+            try:
+                strays = processes.strays(self._commands)
+            except OSError:
+                return False  # no /proc could be had here: they die with the last command
             if not strays:
                 return False
             processes.end_all(strays)
@@ -378,25 +381,6 @@ class Init:
         if kill_all_others():
             self._reap_all()
         return True
-
-    def _strays(self) -> list[int]:
-        """Return the processes that descend from no running command.
-
-        Reparented orphans of a command that still runs count as strays too: nobody can tell
-        whose they are, and what a finished command leaves must not live on.
-        """
-        try:
-            parents = processes.parents()
-        except OSError:
-            return []  # no /proc could be had here: they die with the last command
-        strays = []
-        for pid in parents:
-            ancestor = pid
-            while ancestor not in self._commands and ancestor > 1:
-                ancestor = parents.get(ancestor, 0)
-            if ancestor not in self._commands and pid != 1:
-                strays.append(pid)
-        return strays
 
     def _reap_all(self) -> None:
         """Wait until no other process is left in the namespace."""

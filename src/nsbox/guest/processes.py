@@ -25,13 +25,35 @@ _loadavg: list[int] = []  # the descriptor of /proc/loadavg, once it has been re
 
 def others(kept: Container[int]) -> list[int]:
     """Return the processes of the namespace that have not ended, but for those of `kept`."""
-    return [pid for pid in _pids() if pid not in kept and _parent_of(pid)]
+    return [pid for pid in _pids() if pid not in kept and not _status_of(pid)[1]]
 
 
-def parents() -> dict[int, int]:
-    """Return the parent of each process of the namespace that has not ended."""
-    found = {pid: _parent_of(pid) for pid in _pids()}
-    return {pid: parent for pid, parent in found.items() if parent}
+def strays(commands: Container[int]) -> list[int]:
+    """Return the processes that descend from none of `commands`, which run.
+
+    /proc is listed first, and then each process is looked at: one that has a child behind the list
+    and ends before its turn is not seen, nor is its child. But what descends from no command
+    descends from a child of PID 1, the reaper of orphans, which stays in /proc until PID 1 waits
+    for it. So children of PID 1 that have ended count, too: where there are none, nobody is missed.
+
+    Orphans of a command that still runs count as well: nobody can tell whose they are, and what a
+    finished command leaves must not live on.
+    """
+    parents: dict[int, int] = {}
+    found = []
+    for pid in _pids():
+        parent, has_ended = _status_of(pid)
+        if not has_ended:
+            parents[pid] = parent
+        elif parent == 1 and pid not in commands:
+            found.append(pid)
+    for pid in parents:
+        ancestor = pid
+        while ancestor not in commands and ancestor > 1:
+            ancestor = parents.get(ancestor, 0)
+        if ancestor not in commands and pid != 1:
+            found.append(pid)
+    return found
 
 
 def newest() -> bytes:
@@ -78,8 +100,8 @@ def _pids() -> list[int]:
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 
 
-def _parent_of(pid: int) -> int:
-    """Return the parent of a process, 0 when it has ended.
+def _status_of(pid: int) -> tuple[int, bool]:
+    """Return the parent of a process, and whether it has ended; 0 and True when it is gone.
 
     A process whose first thread has ended is in state Z while its other threads run: the kernel
     tells of its end, and drops it, after the last of them (proc(5), wait(2)).
@@ -87,12 +109,12 @@ def _parent_of(pid: int) -> int:
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return 0
+        return 0, True
     try:
         fields = os.read(fd, _ENOUGH).rpartition(b")")[2].split()
     except OSError:
-        return 0
+        return 0, True
     finally:
         os.close(fd)
     has_ended = fields[0] in (b"Z", b"X") and int(fields[_THREADS]) <= 1
-    return 0 if has_ended else int(fields[1]) or _OUTSIDE
+    return int(fields[1]) or _OUTSIDE, has_ended

@@ -126,7 +126,9 @@ class Worker:
         self._buffer = b""
         self._pipes = _identity(1), _identity(2)
         self._own = -1  # the socket of the next event alone, where each has one
+        self._is_forking = False
         self._read: Callable[[int], bytes] = self._read_rights
+        os.register_at_fork(after_in_child=self._let_go)
 
     def run(self) -> NoReturn:
         """Serve until the host lets go."""
@@ -242,7 +244,9 @@ class Worker:
     def _invoke_in_fork(self, number: int) -> None:
         """Have a fork of this process, as it was after the import, serve an event and end."""
         own, self._own = _Socket(AF_UNIX, SOCK_STREAM, 0, self._own), -1
+        self._is_forking = True
         pid = os.fork()
+        self._is_forking = False
         if pid == 0:
             try:
                 # In the place of the worker's, which is closed with that.
@@ -266,6 +270,17 @@ class Worker:
             renew_stdin()
         for fd in (1, 2):
             os.set_blocking(fd, True)
+
+    def _let_go(self) -> None:
+        """Close the sockets in a fork that the function's own code has made.
+
+        It would read events, and answer, in the place of the process that it is a fork of.
+        """
+        if not self._is_forking:
+            self._channel.close()
+            if self._own >= 0:
+                os.close(self._own)
+                self._own = -1
 
     def _receive(self) -> tuple[bytes, int, bytes | memoryview]:
         data = self._buffer
