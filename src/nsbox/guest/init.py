@@ -97,6 +97,7 @@ class Init:
         self._control = _Socket(fileno=control)
         self._signals = signals
         self._runtime = runtime
+        self._standing = processes.standing(0)  # a first time, before there are clones
         self._worker: _Command | None = None
         self._is_resetting = False
         self._commands: dict[int, _Command] = {}

@@ -128,7 +128,6 @@ class Worker:
         self._own = -1  # the socket of the next event alone, where each has one
         self._is_forking = False
         self._read: Callable[[int], bytes] = self._read_rights
-        os.register_at_fork(after_in_child=self._let_go)
 
     def run(self) -> NoReturn:
         """Serve until the host lets go."""
@@ -271,7 +270,7 @@ class Worker:
         for fd in (1, 2):
             os.set_blocking(fd, True)
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
         """Close the sockets in a fork that the function's own code has made.
 
         It would read events, and answer, in the place of the process that it is a fork of.
@@ -455,6 +454,8 @@ def main(channel: int) -> NoReturn:
     sys.stdout, sys.stderr = open_stream(1), open_stream(2)
     try:
         worker = Worker(_Socket(fileno=channel))
+        # Not by each one made, as those to warm up are: a fork runs all hooks there are.
+        os.register_at_fork(after_in_child=worker.let_go)
         LogSetup(lambda: worker.request_id)
         worker.run()
     except SystemExit as error:  # a handler of a signal is left so

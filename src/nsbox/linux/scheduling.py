@@ -13,6 +13,7 @@ _sched_getattr = bind_syscall(c_long, c_char_p, c_long, c_long)
 _SYS_IOPRIO_GET = SYSCALL["ioprio_get"]
 _SYS_SCHED_GETATTR = SYSCALL["sched_getattr"]
 _ATTRIBUTES_SIZE = 56  # linux/sched/types.h, SCHED_ATTR_SIZE_VER1
+_attributes = create_string_buffer(_ATTRIBUTES_SIZE)  # made once: a type and an array of it
 
 
 def ioprio_get(pid: int) -> int:
@@ -22,7 +23,6 @@ def ioprio_get(pid: int) -> int:
 
 def sched_getattr(pid: int) -> bytes:
     """sched_getattr(2) of a process, 0 for the calling one: policy, nice value, clamps, flags."""
-    attributes = create_string_buffer(_ATTRIBUTES_SIZE)
-    if _sched_getattr(_SYS_SCHED_GETATTR, pid, attributes, _ATTRIBUTES_SIZE, 0) < 0:
+    if _sched_getattr(_SYS_SCHED_GETATTR, pid, _attributes, _ATTRIBUTES_SIZE, 0) < 0:
         raise failure("sched_getattr")
-    return attributes.raw
+    return _attributes.raw
