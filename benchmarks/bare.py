@@ -32,7 +32,7 @@ from nsbox.launcher import inside  # noqa: E402
 from nsbox.linux import calls  # noqa: E402
 from nsbox.linux import constants as c  # noqa: E402
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes  # noqa: E402
-from nsbox.linux.program import Program, run  # noqa: E402
+from nsbox.linux.program import Name, Program, run  # noqa: E402
 
 if KIND == "whole":
     from nsbox.isolation import cgroups
@@ -59,6 +59,7 @@ class Starter:
         self._spec = spec
         # nsbox as root takes a network namespace that was made ahead; here are none.
         spec["namespaces"] |= c.CLONE_NEWNET
+        spec["cgroup_view"] = {}
         self._next_id = first_host_id
         self.tree = None
         if KIND == "whole":
@@ -67,7 +68,8 @@ class Starter:
         calls.unshare(c.CLONE_NEWNS)
         calls.mount(None, "/", None, c.MS_REC | c.MS_SLAVE)
         self._home = self._own(os.open("/proc/self/ns/mnt", os.O_RDONLY), 0)
-        self._layout = self._own(userland.hold(spec["layout"], etc.HostFiles()), 1)
+        layout = spec["layout"] | {"cgroups": None}
+        self._layout = self._own(userland.hold(layout, etc.HostFiles()), 1)
         calls.setns(self._layout, c.CLONE_NEWNS)
         self._extent = filesystem.probe_proc()
         calls.setns(self._home, c.CLONE_NEWNS)
@@ -137,9 +139,10 @@ class Starter:
         numbers = tuple(tasks)
         if numbers not in self._prepared:
             program = Program()
+            inherited = inside.Inherited(self._extent, True, tasks, {}, Name("nsbox-"))
             for step in inside.STEPS[1:]:  # the first closes what is still needed here
                 program.step = step.name
-                step.run(program, self._spec, inside.Inherited(self._extent, True, tasks, {}))
+                step.run(program, self._spec, inherited)
             self._prepared[numbers] = program.entries
         return self._prepared[numbers]
 

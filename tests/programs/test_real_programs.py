@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -356,3 +357,63 @@ def test_common_tools_know_the_user_the_host_and_the_time(env: ExecutionEnvironm
 def test_run_in_one_call() -> None:
     result = nsbox.run(["sort", "-n"], input=b"10\n9\n8\n", timeout=10 * PATIENCE)
     assert result.check().stdout == b"8\n9\n10\n"
+
+
+# -- runtimes that fit into their limits ---------------------------------------------------------
+
+CHURN = b"""
+public class Churn {
+    public static void main(String[] arguments) {
+        byte[][] kept = new byte[64][];
+        long sum = 0;
+        for (int i = 0; i < 12_000; i++) {
+            kept[i % 64] = new byte[65536];
+            sum += kept[i % 64].length;
+        }
+        System.out.println((sum >> 20) + " MiB in a heap of at most "
+            + (Runtime.getRuntime().maxMemory() >> 20));
+    }
+}
+"""
+
+
+@pytest.mark.needs("cgroup.memory", "cgroup.cpu", "cgroup.cpuset")  # else Java 17 looks no further
+@requires("java")
+@requires("javac")
+def test_a_java_program_is_not_killed_for_its_garbage() -> None:
+    """4 MiB of live data, 750 MiB of garbage: by the host's memory the heap would outgrow this."""
+    with ExecutionEnvironment(limits=Limits(memory_max="512M", cpu_max=1, pids_max=512)) as env:
+        env.write_file("/tmp/Churn.java", CHURN)
+        words = ["java", "-XX:+UseG1GC", "-XshowSettings:system", "Churn.java"]
+        result = env.run(words, timeout=60 * PATIENCE)
+    assert result.outcome is Outcome.EXITED, result.evidence
+    text, _, heap = result.text().rpartition(" ")
+    assert text == "750 MiB in a heap of at most"
+    assert 100 <= int(heap) <= 128, "a quarter of the limit"
+    words_of_java = " ".join(result.stderr_text().split())
+    assert "Effective CPU Count: 1 " in words_of_java
+    assert "CPU Quota: 100000us" in words_of_java
+    assert "Memory Limit: 512.00M" in words_of_java
+
+
+@pytest.mark.needs("cgroup.memory", "node")
+def test_node_sees_its_limit_of_memory() -> None:
+    script = (
+        "console.log(JSON.stringify([process.constrainedMemory() / 2 ** 20,"
+        "require('v8').getHeapStatistics().heap_size_limit / 2 ** 20]))"
+    )
+    with ExecutionEnvironment(limits=Limits(memory_max="512M")) as env:
+        result = env.run(["node", "-e", script], timeout=60 * PATIENCE).check()
+    constrained, heap = json.loads(result.stdout)
+    assert constrained == 512
+    assert 200 < heap <= 300
+
+
+@pytest.mark.needs("node")
+def test_where_no_cgroup_is_node_is_told_by_a_variable() -> None:
+    script = "console.log(require('v8').getHeapStatistics().heap_size_limit / 2 ** 20)"
+    told = {"NODE_OPTIONS": "--max-old-space-size=256"}
+    with ExecutionEnvironment(env=told, limits=Limits(memory_max=None)) as env:
+        result = env.run(["node", "-e", script], timeout=60 * PATIENCE).check()
+        assert not env.run(["test", "-e", "/sys"]).ok
+    assert (250 < float(result.text()) <= 320, result.stderr) == (True, b"")

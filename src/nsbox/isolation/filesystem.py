@@ -18,12 +18,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from nsbox.linux.program import Program
+    from nsbox.linux.program import Name, Program
 
 NEW_ROOT = "/newroot"
 """Where a layout has the future root of its environments (`userland`)."""
 EMPTY = "/empty"
 """Where it has an empty directory, to mask others with."""
+CGROUPS = "/cgroups"
+"""Where it has the launcher's cgroups, read-only, to show an environment its own of."""
 
 # OCI's maskedPaths and readonlyPaths (runc, moby). The environment's ids are mapped to no
 # privileged id outside, so ordinary permissions protect these files already; this is the belt.
@@ -64,6 +66,16 @@ def take_root(program: Program) -> None:
     # locked mount; a recursive bind of them is not locked itself, though its parts stay so.
     program.mount(NEW_ROOT, NEW_ROOT, None, c.MS_BIND | c.MS_REC)
     program.call(os.chdir, NEW_ROOT)
+
+
+def show_cgroup(program: Program, places: dict[str, str], name: Name) -> None:
+    """Prepare: bind the environment's own cgroup of each hierarchy at its place, read-only."""
+    for hierarchy, place in places.items():
+        program.call(os.chdir, f"{CGROUPS}/{hierarchy}")
+        # As its source is; and locked so, for that came with a more privileged namespace.
+        program.bind_named(name, NEW_ROOT + place)
+    if places:
+        program.call(os.chdir, NEW_ROOT)
 
 
 def mount_scratch(program: Program, size: int) -> None:

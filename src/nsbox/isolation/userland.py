@@ -10,6 +10,7 @@ namespace of its own, and leaves there::
     /proc        the launcher's own /proc. The kernel lets a new /proc be mounted only where an
                  unmasked one is visible (fs/namespace.c, mnt_already_visible); births detach it.
     /empty       an empty directory to mask others with
+    /cgroups     the launcher's cgroups, read-only: births bind their own one, and detach the rest
 
 The launcher keeps a descriptor of that namespace, and enters it for the moment of each clone, so
 that an environment never has the host's mount tree to get rid of.
@@ -23,8 +24,9 @@ import os
 import stat
 
 from nsbox.errors import SyscallError
+from nsbox.isolation.cgroups import view as cgroups
 from nsbox.isolation.etc import HostFiles, host_names
-from nsbox.isolation.filesystem import EMPTY, NEW_ROOT, attach
+from nsbox.isolation.filesystem import CGROUPS, EMPTY, NEW_ROOT, attach
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 
@@ -83,7 +85,8 @@ def clone_tree(source: str, *, writable: bool = False, device: bool = False) -> 
 def sources(layout: dict[str, Any]) -> list[str]:
     """Return the host paths a layout is made of; when one is replaced, the layout is stale."""
     shared = [mount["source"] for mount in layout["mounts"] if mount["shared"]]
-    return [layout["rootfs"] or "/usr", *shared]
+    view = layout["cgroups"]
+    return [layout["rootfs"] or "/usr", *shared, *(view["own"].values() if view else ())]
 
 
 def is_full(layout: dict[str, Any]) -> bool:
@@ -134,7 +137,7 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
     calls.mount(None, "/", None, c.MS_REC | c.MS_PRIVATE)
     # Before anything covers a source below _BASE.
     binds = _open_binds(layout, _shared_paths(layout, host_files))
-    devices = [(name, clone_tree(f"/dev/{name}", device=True)) for name in _DEVICES]
+    own_cgroups = _open_cgroups(layout["cgroups"] or {})
     names = host_names() if layout["network"] == "host" else {}
     proc = calls.open_tree(
         c.AT_FDCWD, "/proc", c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | c.AT_RECURSIVE
@@ -151,7 +154,10 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
     calls.mount("tmpfs", root, "tmpfs", flags, "mode=755,size=32m,nr_inodes=8192")
     attach(proc, f"{_BASE}/proc")
 
+    _place_devices(f"{root}/dev")
     _make_skeleton(root)
+    if own_cgroups:
+        _place_cgroups(root, **own_cgroups)
     if layout["rootfs"]:
         _place_rootfs(root)
     else:
@@ -175,11 +181,10 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
         if not mount["shared"] and not destination.startswith("/tmp/"):  # noqa: S108
             way_mode, is_directory = way_modes[destination], mount["is_directory"]
             _make_mount_point(root, destination, is_directory=is_directory, way_mode=way_mode)
-    for name, fd in devices:
-        _write(f"{root}/dev/{name}", b"")
-        attach(fd, f"{root}/dev/{name}")
     for path in (root, _BASE):
         calls.mount_setattr(c.AT_FDCWD, path, 0, attr_set=_READ_ONLY)
+    if os.stat(f"{root}/dev").st_dev != os.stat(root).st_dev:
+        calls.mount_setattr(c.AT_FDCWD, f"{root}/dev", 0, attr_set=c.MOUNT_ATTR_RDONLY)
     os.chdir(_BASE)
     calls.pivot_root(".", ".")
     calls.umount2(".", c.MNT_DETACH)
@@ -215,7 +220,7 @@ def _open_binds(layout: dict[str, Any], shared: list[str]) -> list[tuple[str, bo
 
 def _make_skeleton(root: str) -> None:
     for name in (
-        *("dev", "proc", "tmp", "etc", "run", "var", "dev/pts", "dev/shm", "dev/mqueue"),
+        *("proc", "tmp", "etc", "run", "var", "dev/pts", "dev/shm", "dev/mqueue"),
         *_CODE_PLACES,
     ):
         os.mkdir(f"{root}/{name}", 0o755)
@@ -227,6 +232,49 @@ def _make_skeleton(root: str) -> None:
         ("dev/ptmx", "pts/ptmx"),
     ):
         os.symlink(target, f"{root}/{name}")
+
+
+def _place_devices(target: str) -> None:
+    """Make `target`, with device nodes: one mount, which is written to until it is read-only."""
+    os.mkdir(target, 0o755)
+    calls.mount("tmpfs", target, "tmpfs", c.MS_NOSUID, "mode=755,size=64k,nr_inodes=64")
+    try:
+        for name in _DEVICES:
+            status = os.stat(f"/dev/{name}")
+            os.mknod(f"{target}/{name}", status.st_mode, status.st_rdev)
+            os.chmod(f"{target}/{name}", stat.S_IMODE(status.st_mode))
+        os.close(os.open(f"{target}/null", os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        # Nobody but root of the host makes some that can be opened (mknod(2)): the host's, then.
+        calls.umount2(target, 0)
+        for name in _DEVICES:
+            _write(f"{target}/{name}", b"")
+            attach(clone_tree(f"/dev/{name}", device=True), f"{target}/{name}")
+
+
+def _open_cgroups(view: dict[str, dict[str, str]]) -> dict[str, dict[str, int]]:
+    """Return detached trees in place of the directories of a `cgroups.view_of`."""
+    return {
+        part: {name: clone_tree(path) for name, path in paths.items()}
+        for part, paths in view.items()
+    }
+
+
+def _place_cgroups(root: str, own: dict[str, int], covered: dict[str, int]) -> None:
+    """Attach the launcher's cgroups, and make the places of an environment's own."""
+    place = root + cgroups.PLACE
+    for name, fd in own.items():
+        os.makedirs(f"{_BASE}{CGROUPS}/{name}", 0o755)
+        os.makedirs(root + cgroups.place(name), 0o755)
+        attach(fd, f"{_BASE}{CGROUPS}/{name}")
+    if covered:
+        cover = f"{_BASE}/cover"
+        for name in (*own, *covered):
+            os.makedirs(f"{cover}/{name}", 0o755)
+        for name, fd in covered.items():
+            os.mkdir(f"{place}/{name}", 0o755)
+            attach(fd, f"{place}/{name}")
+        attach(clone_tree(cover), place)
 
 
 def _place_host_userland(root: str) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from nsbox.linux.program import Program
+    from nsbox.linux.program import Name, Program
 
 # Descriptors that every clone finds under these numbers; all others are the template's own.
 LIFELINE = 3
@@ -41,9 +41,10 @@ class Inherited:
         drop_groups: Whether setgroups(2) is allowed.
         tasks: Descriptors of the v1 ``tasks`` files to write itself into.
         trees: Destination -> descriptor of its own binds' detached trees.
+        name: Filled in with its id before it is cloned.
     """
 
-    __slots__ = ("drop_groups", "extent", "tasks", "trees")
+    __slots__ = ("drop_groups", "extent", "name", "tasks", "trees")
 
     def __init__(
         self,
@@ -51,15 +52,18 @@ class Inherited:
         drop_groups: bool,
         tasks: list[int],
         trees: dict[str, int],
+        name: Name,
     ) -> None:
         self.extent = extent
         self.drop_groups = drop_groups
         self.tasks = tasks
         self.trees = trees
+        self.name = name
 
 
 def _start_session(program: Program, _spec: dict[str, Any], birth: Inherited) -> None:
     # First of all: nothing of the template's may outlive this point in the clone.
+    program.set_name(birth.name)
     kept = [*range(FIRST_OTHER), *birth.tasks, *birth.trees.values()]
     for first, last in gaps(kept):
         program.close_range(first, last)
@@ -102,6 +106,10 @@ def _set_loopback_up(program: Program, spec: dict[str, Any], _birth: Inherited) 
 
 def _take_root(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
     filesystem.take_root(program)
+
+
+def _show_cgroup(program: Program, spec: dict[str, Any], birth: Inherited) -> None:
+    filesystem.show_cgroup(program, spec["cgroup_view"], birth.name)
 
 
 def _mount_scratch(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
@@ -176,6 +184,8 @@ STEPS = (
     _environment_step("loopback", "set lo up, where the namespace was not made ready before",
                       _set_loopback_up),
     _environment_step("root", "bind the layout's tree anew and go there", _take_root),
+    _environment_step("cgroup-view", "bind its own cgroup at /sys/fs/cgroup, read-only, where "
+                      "memory or CPUs are limited", _show_cgroup),
     _environment_step("scratch",
                       lambda spec: f"mount /tmp and /dev/shm of {spec['tmp_size']} bytes each, "
                       "and /dev/pts", _mount_scratch),

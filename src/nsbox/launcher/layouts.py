@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 
-from nsbox.isolation import etc, filesystem, userland
+from nsbox.isolation import cgroups, etc, filesystem, userland
 from nsbox.isolation.namespaces import come_home
 from nsbox.linux import calls
 from nsbox.linux import constants as c
@@ -25,18 +25,22 @@ class KnownSpec:
 
     Attributes:
         key: The host's name for it.
+        spec: The host's, and ``cgroup_view``: {hierarchy: where an environment sees its own}.
+        layout: What `userland.build` makes: the host's, and ``cgroups``.
         layout_key: The same for all specs with the same layout.
         sources: Host paths of the layout.
         is_full: Whether the layout has the host's /etc.
         own_binds: Mounts that each environment has attached for itself.
     """
 
-    __slots__ = ("is_full", "key", "layout_key", "own_binds", "sources", "spec")
+    __slots__ = ("is_full", "key", "layout", "layout_key", "own_binds", "sources", "spec")
 
-    def __init__(self, key: str, spec: dict[str, Any]) -> None:
-        layout = spec["layout"]
+    def __init__(self, key: str, spec: dict[str, Any], tree: cgroups.Tree) -> None:
+        view = cgroups.view_of(tree, spec["cgroup_limits"])
+        layout = self.layout = spec["layout"] | {"cgroups": view}
+        places = {name: cgroups.place(name) for name in view["own"]} if view else {}
         self.key = key
-        self.spec = spec
+        self.spec = spec | {"cgroup_view": places}
         self.layout_key = json.dumps(layout, sort_keys=True)
         self.sources = userland.sources(layout)
         self.is_full = userland.is_full(layout)
@@ -48,7 +52,9 @@ class KnownSpec:
 class KnownSpecs:
     """The specs used last, by key."""
 
-    def __init__(self) -> None:
+    def __init__(self, tree: cgroups.Tree) -> None:
+        """`tree` is the launcher's, made."""
+        self._tree = tree
         self._specs: dict[str, KnownSpec] = {}
 
     def find(self, key: str, spec: dict[str, Any] | None) -> KnownSpec | None:
@@ -57,7 +63,7 @@ class KnownSpecs:
         if known is None:
             if spec is None:
                 return None
-            known = KnownSpec(key, spec)
+            known = KnownSpec(key, spec, self._tree)
             if len(self._specs) >= SPECS_KEPT:
                 del self._specs[next(iter(self._specs))]
         self._specs[key] = known  # the most recently used last
@@ -86,7 +92,7 @@ class Layouts:
         """
         stamps = [(status.st_dev, status.st_ino) for status in map(os.stat, wanted.sources)]
         etc_stamps = etc.stamps() if wanted.is_full else []
-        if wanted.spec["layout"]["network"] == "host":
+        if wanted.layout["network"] == "host":
             etc_stamps += etc.name_stamps()
         known = self._held.pop(wanted.layout_key, None)
         if known is not None and known[1:] != (stamps, etc_stamps):
@@ -95,7 +101,7 @@ class Layouts:
         if known is None:
             host_files, self._host_files = self._host_files, None
             host_files = (host_files or etc.HostFiles()) if wanted.is_full else None
-            known = (userland.hold(wanted.spec["layout"], host_files), stamps, etc_stamps)
+            known = (userland.hold(wanted.layout, host_files), stamps, etc_stamps)
             if len(self._held) >= LAYOUTS_KEPT:
                 oldest = next(iter(self._held))
                 os.close(self._held.pop(oldest)[0])

@@ -65,7 +65,6 @@ class Server:
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._environments: dict[int, Environment] = {}
         self._blanks: dict[int, float] = {}
-        self._specs = KnownSpecs()
         self._lifeline, self._lifeline_write = os.pipe()
 
         # Before this process enters a user namespace: what executes inside one has its files in
@@ -96,6 +95,7 @@ class Server:
         self.ids = self.identity.ids
         self._proc_extent = ""
         self._tree = cgroups.Tree.for_process(os.getpid())
+        self._specs = KnownSpecs(self._tree)
         self._candidates = self._tree.candidates
         self._janitor = self._janitor_pid = -1
         # Before the first directory is made: whoever kills this process at any later moment finds

@@ -31,7 +31,7 @@ from nsbox.launcher.steps import failure
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 from nsbox.linux.descriptors import close_all, receive_message, send_bytes
-from nsbox.linux.program import Program, run
+from nsbox.linux.program import Name, Program, run
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Template:
         self._extent = b""
         self._drop_groups = False
         # Of the clone being made.
+        self._name = Name("nsbox-")
         self._is_blank = False
         self._pid, self._pidfd = 0, -1
 
@@ -147,7 +148,8 @@ class Template:
             os.dup2(sync, inside.SYNC, inheritable=False)
             step = "clone"
             flags = spec["namespaces"]
-            self._clone(flags, env_id, entries, layout, cgroup, network)
+            self._name.fill_in(env_id)
+            self._clone(flags, entries, layout, cgroup, network)
             step = "id-maps"
             namespaces.write_id_maps(self._pid, spec["user_id"], host_id)
             os.write(sync_write, inside.MAPPED)
@@ -161,7 +163,7 @@ class Template:
         tree_count = len(destinations)
         trees = dict(zip(destinations, fds[:tree_count], strict=True))
         inherited = inside.Inherited(
-            self._extent.decode(), self._drop_groups, fds[tree_count:], trees
+            self._extent.decode(), self._drop_groups, fds[tree_count:], trees, self._name
         )
         program = Program()
         for step in inside.STEPS:
@@ -172,15 +174,11 @@ class Template:
     def _clone(
         self,
         flags: int,
-        env_id: str,
         entries: list[Entry],
         layout: int,
         cgroup: int,
         network: int,
     ) -> None:
-        naming = Program()
-        naming.step = "session"
-        naming.set_name("nsbox-" + env_id)
         clone = self._clones.get(flags)
         if clone is None:
             clone = self._clones[flags] = calls.Clone(flags | c.CLONE_PARENT)
@@ -191,17 +189,16 @@ class Template:
             try:
                 self._pid, self._pidfd = clone.make(cgroup)
                 if self._pid == 0:
-                    self._be_born(entries, naming.entries)
+                    self._be_born(entries)
             finally:
                 namespaces.come_home(self._home_mounts, c.CLONE_NEWNS)
         finally:
             if network >= 0:
                 namespaces.come_home(self._home_network, c.CLONE_NEWNET)
 
-    def _be_born(self, entries: list[Entry], naming: list[Entry]) -> NoReturn:
+    def _be_born(self, entries: list[Entry]) -> NoReturn:
         at = ["session"]
         try:
-            run(naming, at)
             run(entries, at)
             os.write(inside.CONTROL, self._extent)
         except BaseException as error:  # noqa: BLE001 - there is no caller to raise to

@@ -109,6 +109,7 @@ _UnsignedLongs = (c_ulong, c_ulong, c_ulong, c_ulong)
 _unshare = bind("unshare", c_int)
 _setns = bind("setns", c_int, c_int)
 _mount = bind("mount", c_char_p, c_char_p, c_char_p, c_ulong, c_char_p)
+_mount_from = bind("mount", c_void_p, c_char_p, c_char_p, c_ulong, c_char_p)
 _umount2 = bind("umount2", c_char_p, c_int)
 _prctl = bind("prctl", c_int, *_UnsignedLongs)
 _prctl_pointer = bind("prctl", c_int, c_void_p, c_ulong, c_ulong, c_ulong)
@@ -137,6 +138,7 @@ _clone3 = bind_syscall(POINTER(_CloneArgs), c_ulong, keep_gil=True)
 
 FOREIGN = {
     "mount": _mount,
+    "mount_from": _mount_from,
     "umount2": _umount2,
     "unshare": _unshare,
     "prctl": _prctl,

@@ -10,6 +10,8 @@ way 170.
 
 from __future__ import annotations
 
+from ctypes import addressof, c_char, create_string_buffer
+
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 from nsbox.linux.binding import SYSCALL, encode, encode_optional, failure
@@ -21,6 +23,29 @@ if TYPE_CHECKING:
 
     Entry = tuple[str, Callable[..., Any], tuple[Any, ...], str, str | None]
     """Step, function, its arguments, and for errors: system call and path."""
+
+_NAME_MAX = 256
+
+
+class Name:
+    """What the name of each environment is in calls that are prepared once for many.
+
+    Attributes:
+        whole: Address of the name with what all begin with.
+        end: Address of the rest.
+    """
+
+    __slots__ = ("_end", "end", "whole")
+
+    def __init__(self, beginning: str) -> None:
+        raw = encode(beginning)
+        buffer = create_string_buffer(raw, _NAME_MAX)
+        self._end = (c_char * (_NAME_MAX - len(raw))).from_buffer(buffer, len(raw))
+        self.whole, self.end = addressof(buffer), addressof(self._end)
+
+    def fill_in(self, end: str) -> None:
+        """Have calls that are made from now on, here or in a clone, be about this one."""
+        self._end.value = encode(end)
 
 
 class Program:
@@ -46,6 +71,10 @@ class Program:
         """mount(2)."""
         words = (encode_optional(source), encode(target), encode_optional(fstype))
         self._foreign("mount", target, *words, flags, encode(data) if data else None)
+
+    def bind_named(self, name: Name, target: str) -> None:
+        """mount(2), MS_BIND of what has the end of `name` in the working directory."""
+        self._foreign("mount_from", target, name.end, encode(target), None, c.MS_BIND, None)
 
     def umount2(self, target: str, flags: int) -> None:
         """umount2(2)."""
@@ -80,10 +109,9 @@ class Program:
         """prctl(2), for options that give nothing back."""
         self._foreign("prctl", None, option, argument, argument2, 0, 0)
 
-    def set_name(self, name: str) -> None:
+    def set_name(self, name: Name) -> None:
         """prctl(2) PR_SET_NAME: up to 15 bytes."""
-        raw = encode(name)
-        self._foreign("prctl_pointer", None, c.PR_SET_NAME, raw, 0, 0, 0)
+        self._foreign("prctl_pointer", None, c.PR_SET_NAME, name.whole, 0, 0, 0)
 
     def capset_empty(self) -> None:
         """capset(2) with three empty sets, after PR_CAP_AMBIENT_CLEAR_ALL."""

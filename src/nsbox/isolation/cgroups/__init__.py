@@ -18,6 +18,7 @@ from nsbox.isolation.cgroups.owner import Owner
 from nsbox.isolation.cgroups.sweep import collect_garbage, remove_tree_after
 from nsbox.isolation.cgroups.tree import Tree
 from nsbox.isolation.cgroups.usage import UsageReader
+from nsbox.isolation.cgroups.view import place, view_of
 
 __all__ = [
     "EnvironmentCgroup",
@@ -28,5 +29,7 @@ __all__ = [
     "UsageReader",
     "collect_garbage",
     "locate",
+    "place",
     "remove_tree_after",
+    "view_of",
 ]
