@@ -386,6 +386,7 @@ def test_a_script_whose_interpreter_is_missing(tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text("#! /no/such/python3 -u\nprint(1)\n")
     script.chmod(0o755)
+    tmp_path.chmod(0o755)  # in sight also where no mount can be idmapped
     for words in (("/data/script",), ("sh", "-c", "exec /data/script")):
         done = nsbox_run("run", "--quiet", "--bind", f"{tmp_path}:/data", command=words)
         assert done.returncode == 127
