@@ -2,7 +2,7 @@
 """Invocations on a running asyncio loop: its readers and one future each.
 
 A thread waits where a guest decides how long that takes and no reader can tell: for room in the
-socket of a large event, and for what is told of the end of a worker or an environment.
+socket of an event, and for what is told of the end of a worker or an environment.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from nsbox.call import Call, Frame, WorkerEnded, WorkerOver, WorkerSilent
 from nsbox.channel import ANSWER_DEADLINE
 from nsbox.invoker import Invoker
-from nsbox.worker import Call, Frame, WorkerEnded, WorkerOver, WorkerSilent
 
 
 class LoopCalls:
@@ -48,24 +48,25 @@ class LoopCalls:
             timer.cancel()
             self.loop.remove_reader(fd)
 
-    async def exchange(
-        self, begin: Callable[[], Call], *, large: bool = False
-    ) -> tuple[Call, Frame]:
+    async def exchange(self, begin: Callable[[], Call]) -> tuple[Call, Frame]:
         """Send what `begin` sends; return it with the answer.
 
-        With `large` a thread sends it: a worker may be slow to read it, or not read it at all.
+        What the socket does not take at once a thread sends: a worker may be slow to read it, or
+        not read it at all.
 
         Raises:
             As `Invoker.exchange`; `asyncio.CancelledError` after the environment was killed.
         """
         self.last = None
         try:
-            call = await asyncio.to_thread(begin) if large else begin()
+            call = self.last = begin()
+            if call.rest is not None:
+                await asyncio.to_thread(self._invoker.send_rest, call)
         except asyncio.CancelledError:
             self._invoker.kill("an invocation was cancelled")
             self.forget()
             raise
-        self._call = self.last = call
+        self._call = call
         if self._has_own or not self._watches_all:
             self._watch()
         future = self._future = self.loop.create_future()
@@ -96,9 +97,8 @@ class LoopCalls:
         return error
 
     def _unwatch_event(self) -> None:
-        """Let go of an event's own socket before it is closed."""
-        fd = self._invoker.event_descriptor()
-        if fd >= 0:
+        """Let go of an event's own socket and pipes before they are closed."""
+        for fd in self._invoker.event_descriptors():
             self.loop.remove_reader(fd)
             self._watched.discard(fd)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import socket
+from _socket import socket as Socket
+from _socket import socketpair
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from typing import IO, Final
+from typing import IO, Final, Self
 
 from nsbox.errors import SetupError, SyscallError
 from nsbox.guest import protocol as p
@@ -32,7 +34,8 @@ class Channel:
         self, control: socket.socket, operation: bytes, request: bytes, fds: list[int]
     ) -> None:
         """Ask for `operation`; raises OSError when PID 1 is gone."""
-        self.socket, theirs = socket.socketpair()
+        # The C half's: Python's own would ask the kernel what they are.
+        self.socket, theirs = socketpair()
         self.socket.settimeout(ANSWER_DEADLINE)
         is_short = len(request) + 2 <= p.LARGEST_MESSAGE
         message = operation + (p.HERE + request if is_short else p.ON_CHANNEL)
@@ -46,6 +49,12 @@ class Channel:
         except OSError:
             self.socket.close()
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.socket.close()
 
     def _send_request(self, request: bytes) -> None:
         # A broken pipe: it refused the request before reading all of it, and its answer says why.
@@ -182,3 +191,68 @@ class Workplace:
         """Close all of it; may be called again."""
         for end in (self.socket, self.channel.socket, self.stdout, self.stderr):
             end.close()
+
+
+class EventPlace:
+    """The host's ends of what one event of a reset worker has for itself: its socket and its log.
+
+    Made for each: flags, owners, locks, sizes, times and contents of what is open reach no other.
+
+    Attributes:
+        socket: Event and answer (`nsbox.guest.python_runtime`).
+        logs: The pipes' descriptors, and of which stream they are.
+        is_unread: Whether it was closed before the event was read whole.
+    """
+
+    __slots__ = ("_theirs", "is_unread", "logs", "socket")
+
+    def __init__(self) -> None:
+        """Make it; `send` is next.
+
+        Raises:
+            SyscallError: This process has no room for it.
+        """
+        self.logs: dict[int, str] = {}
+        self.is_unread = False
+        try:
+            self.socket, theirs = socketpair()
+        except OSError as error:
+            raise SyscallError("socketpair", error.errno or 0) from error
+        self._theirs = [theirs.detach()]
+        try:
+            self.socket.setblocking(False)
+            for name in ("stdout", "stderr"):
+                ours, other = make_pipe(to_guest=False)
+                self.logs[ours] = name
+                self._theirs.append(other)
+                os.set_blocking(ours, False)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the other ends are gone."""
+        return not self._theirs
+
+    def send(self, to: Socket, frame: bytes) -> None:
+        """Send the other ends along with `frame`.
+
+        Raises:
+            OSError: As `send_bytes`.
+        """
+        try:
+            send_bytes(to, frame, self._theirs)
+        finally:
+            self._close_theirs()
+
+    def _close_theirs(self) -> None:
+        theirs, self._theirs = self._theirs, []
+        close_all(theirs)
+
+    def close(self) -> None:
+        """Close all of it."""
+        self._close_theirs()
+        self.socket.close()
+        close_all(list(self.logs))
+        self.logs = {}

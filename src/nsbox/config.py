@@ -232,7 +232,8 @@ class Limits:
     open_files: int | None = DEFAULT
     """File descriptors of one process (RLIMIT_NOFILE); default 1024, or the caller's hard limit."""
     file_size: int | str | None = DEFAULT
-    """Bytes of the largest file a process may write (RLIMIT_FSIZE); default none."""
+    """Bytes of the largest file a process may write (RLIMIT_FSIZE); default none. A file that the
+    caller passes as stdout or stderr and nsbox relays is written by nsbox, and grows beyond it."""
     core_size: int | None = DEFAULT
     """Bytes of a core dump (RLIMIT_CORE); default 0: none is written."""
     output_max: int | str = DEFAULT

@@ -8,13 +8,13 @@ event, with the same errors and the same record of what it was.
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Unpack
 
 from nsbox import blanks
 from nsbox.blueprint import interpreter
+from nsbox.call import Answer, Call, OnLog
 from nsbox.channel import Channel
 from nsbox.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.errors import (
@@ -28,17 +28,17 @@ from nsbox.errors import (
 from nsbox.function import FunctionVersion
 from nsbox.guest.python_runtime import ENDED
 from nsbox.invocation import Invocation
-from nsbox.invoker import Answer, Invoker
+from nsbox.invoker import Invoker
 from nsbox.launcher.client import Launcher
 from nsbox.link import Link
 from nsbox.program import run_program
 from nsbox.request import Options, Request, check_payload, encode_event
 from nsbox.result import Protections
 from nsbox.transfer import finish_reset, place_files, remove_files
-from nsbox.worker import SENT_AT_ONCE, Call, OnLog
 
 if TYPE_CHECKING:
     import asyncio
+    from _socket import socket as Socket
 
     from nsbox.aio import LoopCalls
     from nsbox.environment import ExecutionEnvironment
@@ -193,6 +193,7 @@ class Invocations:
         calls = None
         try:
             calls = self._calls_on(invoker, asyncio.get_running_loop())
+            calls.last = None
             if invoker.init_seconds is None:
                 call, frame = await calls.exchange(
                     lambda: self._start_worker(invoker, request.on_log)
@@ -204,8 +205,7 @@ class Invocations:
                 await calls.await_reset()
             if request.files:
                 await asyncio.to_thread(place_files, self._link, request.files)
-            large = len(request.payload) > SENT_AT_ONCE
-            call, frame = await calls.exchange(lambda: invoker.send(request), large=large)
+            call, frame = await calls.exchange(lambda: invoker.send(request))
             if frame[0] == ENDED:
                 await asyncio.to_thread(invoker.finish, call, frame)  # raises what PID 1 tells
             answer = self._last = invoker.finish(call, frame)
@@ -265,7 +265,11 @@ class Invocations:
         Raises:
             EnvironmentDied: Another thread has closed it, and with it what was waited on.
         """
-        self.is_unsent = call is not None and call.is_unsent
+        if call is not None:
+            self.is_unsent = call.is_unsent
+        else:  # it was ready, and died before it was sent anything
+            is_ready = self._invoker is not None and self._invoker.init_seconds is not None
+            self.is_unsent = is_ready and isinstance(error, EnvironmentDied)
         if isinstance(error, FunctionError | InvokeTimeout):
             self._last = error.invocation
             return
@@ -468,7 +472,7 @@ def death_descriptor(env: ExecutionEnvironment) -> int:
         raise SyscallError("pidfd_open", error.errno or 0) from error
 
 
-def ask_to_end(env: ExecutionEnvironment) -> socket.socket | None:
+def ask_to_end(env: ExecutionEnvironment) -> Socket | None:
     """SIGTERM everything in an environment that is about to be closed; thaw it for that.
 
     Returns what `await_farewell` takes; None when there is nothing to wait for.

@@ -15,8 +15,9 @@ import struct
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
+from nsbox.call import Answer, Call, Frame, OnLog, WorkerEnded, WorkerSilent
 from nsbox.channel import Channel, RunRequest
 from nsbox.command import PIPE, Process
 from nsbox.counters import oom_evidence, rise
@@ -26,6 +27,7 @@ from nsbox.errors import (
     FunctionError,
     InvokeError,
     InvokeTimeout,
+    SyscallError,
 )
 from nsbox.function import FunctionVersion
 from nsbox.guest import python_runtime as runtime
@@ -39,7 +41,7 @@ from nsbox.request import Request
 from nsbox.result import Outcome, Protections, Result
 from nsbox.transfer import begin_reset, finish_reset
 from nsbox.verdict import describe_exit
-from nsbox.worker import Call, Frame, OnLog, Worker, WorkerEnded, WorkerSilent
+from nsbox.worker import Worker
 
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
@@ -47,34 +49,6 @@ _FIRST: Final = 2  # number of the first event
 _QUIET: Final = 0.02  # seconds in which the log of a start is not read
 _NUMBERS: Final = struct.Struct("!16Q")
 _SENT_ALONG: Final = 1 << 15  # bytes that a socket surely takes before anybody reads (unix(7))
-
-
-class Answer:
-    """A function's answer; its `Invocation` is made when somebody asks for it."""
-
-    __slots__ = ("_call", "_end", "_invoker", "data")
-
-    def __init__(self, invoker: Invoker, call: Call, data: bytes | memoryview) -> None:
-        self._invoker = invoker
-        self._call = call
-        self._end = time.monotonic()
-        self.data = data
-
-    def json(self) -> Any:  # noqa: ANN401 - any JSON value
-        """Return the answer as a value.
-
-        Raises:
-            FunctionError: It is no JSON, which takes a worker that was tampered with.
-        """
-        try:
-            return decode_answer(self.data)
-        except ValueError as error:
-            what = f"The answer is no JSON: {error}"
-            raise FunctionError("Runtime.MarshalError", what, (), self.invocation()) from error
-
-    def invocation(self) -> Invocation:
-        """Return the record of the call."""
-        return self._invoker.describe(self._call, bytes(self.data), end=self._end)
 
 
 class Invoker:
@@ -129,9 +103,9 @@ class Invoker:
         """Return what becomes readable when the worker has something to say."""
         return [] if self.worker is None else self.worker.descriptors()
 
-    def event_descriptor(self) -> int:
-        """Return that of the event's own socket; -1 when it has none."""
-        return -1 if self.worker is None else self.worker.event_descriptor()
+    def event_descriptors(self) -> list[int]:
+        """Return those that are the event's own."""
+        return [] if self.worker is None else self.worker.event_descriptors()
 
     def drain_logs(self, call: Call) -> None:
         """Take what has been written to the log by now."""
@@ -194,8 +168,17 @@ class Invoker:
 
     def _send_start(self, call: Call, kind: bytes, data: bytes, more: bytes = b"") -> None:
         header = runtime.HEADER.pack(kind, len(data) + len(more), call.number)
+        self._worker.send(call, header + data, more)
+        self.send_rest(call)
+
+    def send_rest(self, call: Call) -> None:
+        """Wait until the worker has room for what is left of an event, or of its start.
+
+        Raises:
+            InvokeTimeout: It does not read it.
+        """
         try:
-            self._worker.send(call, header + data, more)
+            self._worker.send_rest(call)
         except WorkerSilent as error:
             raise self.judge(call, error) from None
 
@@ -290,7 +273,11 @@ class Invoker:
 
         Nobody looks whether the worker has said something before: it cannot have known the number.
         """
-        self.finish_reset()
+        if self.resets:
+            worker = self._worker
+            worker.make_event()  # while PID 1 is busy
+            self.finish_reset()
+            worker.drop_logs()
         if not self._numbers:
             self._numbers += _NUMBERS.unpack(os.urandom(_NUMBERS.size))
         call = self._call_of(request, self._numbers.pop())
@@ -309,15 +296,12 @@ class Invoker:
         worker = self.worker or self._worker
         payload = request.payload
         first = request.frame(call.number, call.timeout, request.words(call.request_id))
-        try:
-            if self.resets:
-                worker.open_event(call, runtime.HEADER.pack(runtime.FORK, 0, call.number))
-                worker.send_event(call, first, payload)
-                worker.await_event()
-            else:
-                worker.send(call, first, payload)
-        except WorkerSilent as error:
-            raise self.judge(call, error) from None
+        if self.resets:
+            worker.open_event(call, runtime.HEADER.pack(runtime.FORK, 0, call.number))
+            worker.send_event(call, first, payload)
+            worker.await_event()
+        else:
+            worker.send(call, first, payload)
 
     def _call_of(self, request: Request, number: int) -> Call:
         count = self._count = self._count + 1
@@ -347,9 +331,8 @@ class Invoker:
             FunctionError: The handler raised, or its forked worker ended.
         """
         kind, data = frame
-        self._worker.close_event()
         if kind == runtime.ANSWER:
-            answer = Answer(self, call, data)
+            answer = Answer(self.describe, call, data)
             if self.resets:
                 self._begin_reset()
             return answer
@@ -481,15 +464,25 @@ class Invoker:
 
     def _begin_reset(self) -> None:
         """Have PID 1 clean up; its answer is waited for before the next event is sent."""
-        kept = self._worker.process.pid
-        self._reset = begin_reset(self._link, self._version.config, kept)
+        worker = self._worker
+        worker.close_event()
+        try:
+            self._reset = begin_reset(self._link, self._version.config, worker.process.pid)
+        except (EnvironmentDied, SyscallError) as error:
+            # The answer is there; whoever comes next is told.
+            self._link.kill(f"its reset could not be asked for ({error})")
 
     def reset_descriptor(self) -> int:
         """Return what is readable when the last reset is over; -1 when none is under way."""
         return -1 if self._reset is None else self._reset.socket.fileno()
 
     def finish_reset(self) -> None:
-        """Wait for the end of the last reset."""
+        """Wait for the end of the last reset.
+
+        Raises:
+            EnvironmentDied: PID 1 is gone.
+            EnvironmentStateError: Something could not be taken away.
+        """
         if (channel := self._reset) is not None:
             self._reset = None
             finish_reset(self._link, channel)

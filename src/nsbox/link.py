@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final
@@ -290,7 +291,7 @@ class Link:
         what = f"environment {self.env_id}: {self.describe_end()}"
         return EnvironmentDied(what, self.end_outcome())
 
-    def ask_to_end(self) -> socket.socket:
+    def ask_to_end(self) -> Socket:
         """SIGTERM everything in it; return what `await_farewell` takes.
 
         Raises:
@@ -460,11 +461,13 @@ class Link:
             return None
 
 
-def await_farewell(farewell: socket.socket | None, seconds: float) -> None:
+def await_farewell(farewell: Socket | None, seconds: float) -> None:
     """Wait until all that was asked to end has ended, or the time is over; close `farewell`."""
     if farewell is not None:
-        with farewell:
+        try:
             _is_readable(farewell.fileno(), seconds)
+        finally:
+            farewell.close()
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:

@@ -9,12 +9,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, TypedDict
 
+from nsbox.call import OnLog
 from nsbox.config import check_environment, check_text, parse_seconds
 from nsbox.credentials import Credentials, Provider
 from nsbox.errors import ConfigError
 from nsbox.guest import python_runtime as runtime
 from nsbox.json_text import DEPTH_MAX, check_depth, encoder_of
-from nsbox.worker import OnLog
 
 ENV_MAX: Final = 4096
 """Bytes of one invocation's own variables, each counted as ``NAME=value`` and a NUL."""

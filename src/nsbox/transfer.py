@@ -36,7 +36,7 @@ def read_file(get_link: Callable[[], Link], path: str, max_bytes: int) -> bytes:
     request = p.read_request(os.fsencode(_inside(path)), max_bytes)
     link = get_link()
     channel = link.ask(p.READ, request, [])
-    with channel.socket:
+    with channel:
         size = expect_ok(link, channel, path)
         if not 0 <= size <= max_bytes:
             raise link.died(BrokenAnswer("PID 1 sent a malformed answer"))
@@ -77,7 +77,7 @@ def send_file(link: Link, operation: bytes, path: bytes, data: bytes, mode: int)
         EnvironmentDied: PID 1 is gone, or does not listen.
     """
     channel = link.ask(operation, p.write_request(path, mode, len(data)), [])
-    with channel.socket:
+    with channel:
         try:
             channel.socket.sendall(data)
         except BrokenPipeError:
@@ -117,7 +117,7 @@ def finish_reset(link: Link, channel: Channel) -> None:
     Raises:
         EnvironmentStateError: It could not be removed; the environment was killed.
     """
-    with channel.socket:
+    with channel:
         try:
             kind, error, stage, _, fds = channel.receive_answer()
         except OSError as failure:
@@ -125,6 +125,8 @@ def finish_reset(link: Link, channel: Channel) -> None:
     close_all(fds)
     if kind != p.OK:
         why = f"{p.STAGES[stage]}: {os.strerror(error)}" if kind == p.FAILED else "no answer"
+        if kind == p.FAILED and p.STAGES[stage] == "worker":
+            why = "its worker had ended"
         link.kill(f"it could not be reset ({why})")
         raise EnvironmentStateError(
             f"environment {link.env_id} could not be reset ({why}) and was killed; make a new one"

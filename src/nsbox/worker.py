@@ -7,31 +7,26 @@ the number of an answer must be that of its event, and anything else ends the en
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from _socket import socket as Socket
 from contextlib import suppress
 from typing import Final
 
+from nsbox.call import Call, Frame, WorkerEnded, WorkerOver, WorkerSilent
+from nsbox.channel import EventPlace
 from nsbox.command import Process
 from nsbox.errors import EnvironmentDied, SyscallError
 from nsbox.guest import python_runtime as runtime
 from nsbox.link import Link
-from nsbox.linux.descriptors import send_bytes
 from nsbox.linux.sending import send_at_once
-from nsbox.result import Result
-
-OnLog = Callable[[str, bytes], object]
-"""Called with ``"stdout"`` or ``"stderr"`` and bytes as they come."""
-
-Frame = tuple[bytes, bytes | memoryview]
-"""Kind and body."""
 
 _HEADER_SIZE: Final = runtime.HEADER.size
 _CHUNK: Final = 1 << 16
-SENT_AT_ONCE: Final = _CHUNK  # bytes that an empty socket takes before anybody reads them
+_LOG_READS: Final = 32  # of `_CHUNK` each, at most: a pipe has up to 1 MiB (pipe(7))
 _END_DEADLINE: Final = 2.0  # seconds in which a worker whose socket has closed must have ended
 _MOST: Final = {
     runtime.READY: len(runtime.GOES_ON),
@@ -40,90 +35,6 @@ _MOST: Final = {
     runtime.ERROR: runtime.ANSWER_MAX,
     runtime.ENDED: 16,
 }
-
-
-class WorkerEnded(Exception):
-    """The worker has ended instead of answering; `result` is what PID 1 and cgroup tell of it."""
-
-    def __init__(self, result: Result) -> None:
-        super().__init__(result.evidence)
-        self.result = result
-
-
-class WorkerSilent(Exception):
-    """The deadline has passed."""
-
-
-class WorkerOver(Exception):
-    """The worker, or its environment, is over: `Worker.end_of` waits for what PID 1 tells of it."""
-
-
-class Call:
-    """An event on its way, or the start of a worker, and what has come back of it so far.
-
-    Attributes:
-        number: What its answer must have. No worker can know that of an event before it has it.
-        is_first: Whether it is the environment's first event.
-        start: Of the first event: the start of its worker, which may have written something.
-        is_unsent: Whether nothing of it has reached the worker, nor ever will.
-    """
-
-    __slots__ = (
-        "begin", "deadline", "is_first", "is_unsent", "logs", "number", "on_log", "request_id",
-        "room", "rooms", "start", "timeout",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        number: int,
-        timeout: float,
-        request_id: str,
-        room: int,
-        on_log: OnLog | None,
-        *,
-        is_first: bool = False,
-    ) -> None:
-        self.number = number
-        self.timeout = timeout
-        self.request_id = request_id
-        self.room = room
-        self.logs: dict[str, bytearray] | None = None
-        self.on_log = on_log
-        self.is_first = is_first
-        self.start: Call | None = None
-        self.is_unsent = False
-        self.begin = time.monotonic()
-        self.deadline = self.begin + timeout
-
-    def restart(self) -> None:
-        """Count from now on."""
-        self.begin = time.monotonic()
-        self.deadline = self.begin + self.timeout
-
-    def log(self, name: str, data: bytes) -> None:
-        """Keep what was written, up to the limit; all of it goes to the callback."""
-        if self.logs is None:
-            self.logs = {"stdout": bytearray(), "stderr": bytearray()}
-            self.rooms = {"stdout": self.room, "stderr": self.room}
-        room = self.rooms[name]
-        if room > 0:
-            # One buffer: an object for each read would take 50 bytes for a guest's one.
-            self.logs[name] += data[:room]
-            self.rooms[name] = room - len(data)
-        if self.on_log is not None:
-            self.on_log(name, data)
-
-    def belongs_to(self, event: Call) -> None:
-        """Give the first event this start of its worker, and its callback what was written then."""
-        event.start = self
-        if self.on_log is None and event.on_log is not None and self.logs is not None:
-            for name, data in self.logs.items():
-                if data:
-                    event.on_log(name, bytes(data))
-
-    def logged(self, name: str) -> bytes:
-        """Return what was kept of ``"stdout"`` or ``"stderr"``."""
-        return bytes(self.logs[name]) if self.logs is not None else b""
 
 
 class Worker:
@@ -137,8 +48,9 @@ class Worker:
         """`channel` is this end of its socket; both are closed by `close`."""
         self._link = link
         self.process = process
-        self._base = self._socket = channel  # the worker's, and the one that is answered on
-        self._own: socket.socket | None = None  # the event's
+        self._base = channel  # the worker's
+        self._socket: Socket = channel  # the one that is answered on
+        self._event: EventPlace | None = None
         self._buffer = self._words = b""
         self._body: memoryview | None = None  # of an answer that has begun to come
         self._kind, self._filled = b"", 0
@@ -149,16 +61,18 @@ class Worker:
         self._poll.register(self._fd, select.POLLIN)
         process.register(self._poll)
         self._logs: dict[int, str] = {}
+        self._log_poll = select.poll()
         for name, stream in (("stdout", process.stdout), ("stderr", process.stderr)):
             if stream is not None:
                 os.set_blocking(stream.fileno(), False)
                 self._logs[stream.fileno()] = name
                 self._poll.register(stream.fileno(), select.POLLIN)
+                self._log_poll.register(stream.fileno(), select.POLLIN)
 
     def close(self) -> None:
         """Let go of it, and wait for nothing: its environment is being closed."""
-        if self._own is not None:
-            self._own.close()
+        if self._event is not None:
+            self._event.close()
         self._base.close()
         self.process.abandon()
 
@@ -174,50 +88,72 @@ class Worker:
             own.append(self._fd)
         return [*own, *self.process.descriptors(), *self._logs]
 
-    def open_event(self, call: Call, frame: bytes) -> None:
-        """Send `frame` with an end of a new socket; `send_event` is next, then `await_event`.
+    def make_event(self) -> None:
+        """Make what an event has for itself, for `open_event`.
 
         Raises:
-            SyscallError: There is no room for a socket.
+            SyscallError: There is no room for it.
         """
         self.close_event()
+        self._event = EventPlace()
+
+    def open_event(self, call: Call, frame: bytes) -> None:
+        """Send `frame` with the other ends; `send_event` is next, then `await_event`.
+
+        Raises:
+            SyscallError: There is no room for them.
+        """
+        if self._event is None or self._event.is_sent:
+            self.make_event()
         try:
-            self._own, theirs = socket.socketpair()
-        except OSError as error:
-            raise SyscallError("socketpair", error.errno or 0) from error
-        self._own.setblocking(False)
-        try:
-            send_bytes(self._base, frame, [theirs.fileno()])
+            self._own.send(self._base, frame)
         except ConnectionError:
             call.is_unsent = True  # it has ended, which is seen by who waits for the answer
         except OSError as error:
             raise SyscallError("sendmsg", error.errno or 0) from error
-        finally:
-            theirs.close()
 
     def send_event(self, call: Call, first: bytes, body: bytes = b"") -> None:
         """Send a frame on the event's own socket; see `send`."""
-        if self._own is not None and not call.is_unsent:
-            self._send_on(self._own, call, first, body)
+        if not call.is_unsent:
+            self._send_on(self._own.socket, call, first, body)
 
     def await_event(self) -> None:
-        """Have the answer come from the event's own socket."""
-        if self._own is not None:
+        """Have answer and log come from the event's own socket and pipes."""
+        if (own := self._event) is not None:
             self._words, self._buffer = self._buffer, b""  # behind the answer to the start
-            self._socket, self._fd = self._own, self._own.fileno()
-            self._poll.register(self._fd, select.POLLIN)
+            self._socket, self._fd = own.socket, own.socket.fileno()
+            self._logs |= own.logs
+            for fd in (self._fd, *own.logs):
+                self._poll.register(fd, select.POLLIN)
 
     def close_event(self) -> None:
-        """Close the event's socket, if there is one: whoever has the other end is not heard."""
-        if self._own is not None:
+        """Close what an event had for itself: whoever has the other ends is not heard."""
+        if (own := self._event) is not None:
             self._stop_reading()
-            self._own.close()
-            self._own = None
+            for fd in own.logs:
+                if self._logs.pop(fd, None) is not None:
+                    self._poll.unregister(fd)
+            own.close()
+            self._event = None
             self._socket, self._fd = self._base, self._base_fd
 
-    def event_descriptor(self) -> int:
-        """Return that of the event's own socket, -1 when there is none."""
-        return -1 if self._own is None else self._own.fileno()
+    def event_descriptors(self) -> list[int]:
+        """Return those that are the event's own."""
+        own = self._event
+        return [] if own is None else [own.socket.fileno(), *own.logs]
+
+    def drop_logs(self) -> None:
+        """Read what has come since the last answer, which belongs to no call."""
+        for fd, _ in self._log_poll.poll(0):
+            for _ in range(_LOG_READS):
+                if len(_read(fd) or b"") < _CHUNK:
+                    break
+
+    @property
+    def _own(self) -> EventPlace:
+        if self._event is None:
+            raise AssertionError("an event that was not opened")
+        return self._event
 
     def _stop_reading(self) -> None:
         """Read no more of the event's socket, which has ended or is to be closed."""
@@ -227,41 +163,56 @@ class Worker:
         self._buffer, self._body = b"", None
 
     def send(self, call: Call, first: bytes, body: bytes = b"") -> None:
-        """Send a frame: its header and what else is in `first`, and `body`.
+        """Send of a frame what the socket takes now; `send_rest` waits until it has all of it.
 
-        Raises:
-            WorkerSilent: It does not read it.
+        Its header and what else is in `first`, and `body`.
         """
         self._send_on(self._base, call, first, body)
 
-    def _send_on(self, to: socket.socket, call: Call, first: bytes, body: bytes) -> None:
+    def _send_on(self, to: Socket, call: Call, first: bytes, body: bytes) -> None:
         done, size = 0, len(first) + len(body)
         if size <= _CHUNK:
             first, body = first + body, b""
             done = send_at_once(to, first)
             if done == size:
                 return
-        while True:
-            try:
+        call.rest = (to, first, body, done)
+        self._go_on(call)
+
+    def _go_on(self, call: Call) -> None:
+        """Send what the socket takes now."""
+        if call.rest is None:
+            return
+        to, first, body, done = call.rest
+        call.rest = None
+        try:
+            while done < len(first) + len(body):
                 rest = memoryview(body)[max(0, done - len(first)) :]
                 done += to.sendmsg([first[done:], rest])
-            except BlockingIOError:
-                pass
-            except OSError:
-                call.is_unsent = not done
-                return  # it has ended, which is seen by who waits for the answer
-            if done == size:
-                return
-            # It does not read as fast as that: wait for room, or for its end.
+        except BlockingIOError:
+            call.rest = (to, first, body, done)
+        except OSError:
+            call.is_unsent = not done  # it has ended, which is seen by who waits for the answer
+
+    def send_rest(self, call: Call) -> None:
+        """Wait until a worker that does not read as fast as that has room, or ends.
+
+        Raises:
+            WorkerSilent: It does not read it.
+        """
+        while call.rest is not None:
+            fd = call.rest[0].fileno()
             poll = select.poll()
-            poll.register(to.fileno(), select.POLLOUT)
+            poll.register(fd, select.POLLOUT)
             self.process.register(poll)
             left = call.deadline - time.monotonic()
             ready = {fd for fd, _ in poll.poll(max(0.0, left) * 1000)}
             if not ready:
                 raise WorkerSilent
-            if to.fileno() not in ready:
+            if fd not in ready:
+                call.rest = None
                 return
+            self._go_on(call)
 
     def exchange_start(self, call: Call, moment: float) -> Frame:
         """Wait for the answer to a start that an event was sent along with.
@@ -272,6 +223,7 @@ class Worker:
         Raises:
             WorkerSilent, WorkerEnded, EnvironmentDied: As `advance`.
         """
+        self.send_rest(call)
         own = self._fd
         poll = select.poll()
         poll.register(own, select.POLLIN)
@@ -302,6 +254,8 @@ class Worker:
         Raises:
             WorkerSilent, WorkerEnded, EnvironmentDied: As `advance`.
         """
+        if call.rest is not None:
+            self.send_rest(call)
         if self._buffer or self._words:
             answer = self._parse(call, b"") if self._buffer else self._parse_words(call)
             if answer is not None:
@@ -385,19 +339,25 @@ class Worker:
         except EnvironmentDied as error:
             return error
         self.drain_logs(call)
+        if self._event is not None:
+            try:
+                self._event.socket.recv(1, socket.MSG_PEEK)
+            except OSError as error:
+                self._note_reset(error)
+            call.is_unsent |= self._event.is_unread
         self._link.kill(f"its worker had ended ({result.evidence})")
         return WorkerEnded(result)
 
     def _read_log(self, call: Call, fd: int) -> None:
-        try:
-            data = os.read(fd, _CHUNK)
-        except BlockingIOError:
-            return
-        if data:
-            call.log(self._logs[fd], data)
-        else:
-            self._poll.unregister(fd)
-            del self._logs[fd]
+        for _ in range(_LOG_READS):
+            data = _read(fd)
+            if data:
+                call.log(self._logs[fd], data)
+            elif data is not None:
+                self._poll.unregister(fd)
+                del self._logs[fd]
+            if len(data or b"") < _CHUNK:
+                return
 
     def _read_frame(self, call: Call) -> Frame | None:
         if self._body is not None:
@@ -406,7 +366,8 @@ class Worker:
             data = self._socket.recv(_CHUNK)
         except BlockingIOError:
             return None
-        except OSError:
+        except OSError as error:
+            self._note_reset(error)
             data = b""
         if not data:
             return self._on_end_of_socket(call)
@@ -417,8 +378,16 @@ class Worker:
                 return kind, data[_HEADER_SIZE:]
         return self._parse(call, data)
 
+    def _note_reset(self, error: OSError) -> None:
+        """Note that the event's socket was closed with something in it that nobody had read.
+
+        A fork reads the event whole before it does anything else.
+        """
+        if self._event is not None and error.errno == errno.ECONNRESET:
+            self._event.is_unread = True
+
     def _on_end_of_socket(self, call: Call) -> Frame | None:
-        if self._own is None:
+        if self._event is None:
             self._is_ended = True
             return None
         # The worker has an end of it, too, until it has said how the fork ended.
@@ -497,4 +466,12 @@ class Worker:
                 self._words = data
                 return kind, body
         self._words = data
+        return None
+
+
+def _read(fd: int) -> bytes | None:
+    """Return what a pipe has, up to a chunk; None when it has nothing now."""
+    try:
+        return os.read(fd, _CHUNK)
+    except BlockingIOError:
         return None

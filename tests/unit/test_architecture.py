@@ -28,7 +28,17 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("environment", ("environment",)),
     (
         "functions",
-        ("functions", "aio", "program", "invoker", "request", "credentials", "worker", "outfit"),
+        (
+            "functions",
+            "aio",
+            "program",
+            "invoker",
+            "request",
+            "credentials",
+            "worker",
+            "call",
+            "outfit",
+        ),
     ),
     ("command", ("command", "streams", "verdict")),
     ("blueprint", ("blueprint",)),

@@ -307,7 +307,7 @@ def test_request_arrives_as_it_was_sent(size: int) -> None:
     with host, control:
         channel = Channel(host, p.RUN, b"x" * size, [])
         message, fds = receive_bytes(control, p.LARGEST_MESSAGE)
-        with channel.socket, socket.socket(fileno=fds[0]) as theirs:
+        with channel, socket.socket(fileno=fds[0]) as theirs:
             if message[1:2] == p.HERE:
                 request = message[2:]
             else:

@@ -46,9 +46,9 @@ _RESET_EFFORT = 1.0  # seconds of PID 1's own CPU time to kill all that an invoc
 _RESET_DEADLINE = 10.0  # seconds that may take: a busy machine, or cpu.max, is no fault of theirs
 
 
-_OTHER_FDS = 12
+_OTHER_FDS = 18
 """Descriptors of PID 1 besides those it watches, at most: 0 to 2, the four of the next
-message (one that finds no room is lost, unix(7)), the two of `processes`, and what is opened while
+message (one that finds no room is lost, unix(7)), those of `processes`, and what is opened while
 a message is served."""
 
 
@@ -99,7 +99,7 @@ class Init:
         self._runtime = runtime
         self._standing = processes.standing(0)  # a first time, before there are clones
         self._worker: _Command | None = None
-        self._is_resetting = False
+        self._kept: tuple[int, ...] = ()  # by the reset that is under way
         self._commands: dict[int, _Command] = {}
         self._farewell: _Socket | None = None  # where it is told that all of them have ended
         self._poll = select.poll()
@@ -217,24 +217,38 @@ class Init:
 
     def _reset(self, channel: _Socket, kept: int, has_commands: bool, places: list[bytes]) -> None:
         worker = self._worker
-        if worker is not None and worker.pid not in self._commands:
+        served = kept or (worker.pid if worker is not None else 0)
+        if worker is not None and served not in self._commands:
             raise Failure(errno.ESRCH, "worker")
-        self._is_resetting = True
         try:
             if worker is not None:
-                self._kill_all_but((1, worker.pid, kept))
+                self._kept = (1, worker.pid, served)
+                self._kill_all_but(self._kept)
+                # What came before can have stopped it, and no longer can.
+                processes.send_signal(served, c.SIGCONT)
             else:
+                self._kept = (1,)
                 self._kill_all()
             # What came before has the uid of PID 1, and of the worker, the next are forks of.
-            if worker is not None and processes.standing(worker.pid) != self._standing:
+            if worker is not None and (
+                processes.standing(served) != self._standing
+                or processes.is_tuned(served)
+                or processes.is_tuned(1)
+            ):
                 raise PermissionError(errno.EPERM, "priority")
             if has_commands and processes.standing(0) != self._standing:
                 raise PermissionError(errno.EPERM, "priority")
             self._runtime.reset(places)
         except OSError as error:
-            raise Failure(error.errno or errno.EIO, "reset") from error
+            self._reap()
+            is_there = served in self._commands and error.errno != errno.ESRCH
+            if worker is None or is_there:
+                raise Failure(error.errno or errno.EIO, "reset") from error
+            raise Failure(errno.ESRCH, "worker") from error
         finally:
-            self._is_resetting = False
+            self._kept = ()
+        if worker is not None and served not in self._commands:
+            raise Failure(errno.ESRCH, "worker")
         channel.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
 
     def _terminate(self, channel: _Socket) -> None:
@@ -349,7 +363,7 @@ class Init:
         is_alone = self._kill_leftovers()
         user, system = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
         try:
-            kind = p.SWEPT if self._is_resetting else p.EXITED
+            kind = p.SWEPT if self._kept and command.pid not in self._kept else p.EXITED
             channel.sendall(p.ANSWER.pack(kind, status, user, system))
         except OSError:
             pass  # the caller let go of it

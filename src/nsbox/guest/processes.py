@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 
@@ -21,6 +22,12 @@ _THREADS = 17  # field of /proc/PID/stat behind the name (proc(5), num_threads)
 _OUTSIDE = -1  # what stands for a parent outside of the namespace
 _ENOUGH = 4096  # bytes; a stat has some 300
 _loadavg: list[int] = []  # the descriptor of /proc/loadavg, once it has been read
+_TUNABLE = ("oom_score_adj", "coredump_filter", "autogroup")
+"""Files of /proc/PID that their owner can write without a capability (proc(5)). That is the root of
+the user namespace in which the process has executed a program: where a user has one id alone, the
+templates of functions have executed in one whose root has the id of everybody inside."""
+_as_born: dict[str, bytes] = {}  # what `_TUNABLE` have in a clone
+_tunable: dict[int, list[tuple[str, int]]] = {}  # descriptors of a process's own, once looked at
 
 
 def others(kept: Container[int]) -> list[int]:
@@ -69,6 +76,48 @@ def standing(pid: int) -> tuple[object, ...]:
         return sched_getattr(pid), os.sched_getaffinity(pid), ioprio_get(pid)
     except OSError:
         return ()  # refused by the filter, as setting it is
+
+
+def remember_tuning() -> None:
+    """Note, in the process that others are cloned from, what `is_tuned` compares with."""
+    for name, fd in _open_tunable("self"):
+        _as_born[name] = _tuning(fd, name)
+        os.close(fd)
+
+
+def is_tuned(pid: int) -> bool:
+    """Whether what processes of this uid can change in /proc/PID is not as it was.
+
+    Raises:
+        ProcessLookupError: It has ended.
+    """
+    files = _tunable.get(pid)
+    if files is None:
+        try:
+            is_own = os.stat(f"/proc/{pid}/{_TUNABLE[0]}").st_uid == os.geteuid()
+        except FileNotFoundError as error:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from error
+        files = _tunable[pid] = _open_tunable(str(pid)) if is_own else []
+    return any(_tuning(fd, name) != _as_born.get(name) for name, fd in files)
+
+
+def _open_tunable(process: str) -> list[tuple[str, int]]:
+    found = []
+    for name in _TUNABLE:
+        try:
+            fd = os.open(f"/proc/{process}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            continue  # the kernel has none
+        found.append((name, fd))
+    return found
+
+
+def _tuning(fd: int, name: str) -> bytes:
+    """Return what a file says; of an autogroup, which each session has, the nice value."""
+    text = os.pread(fd, _ENOUGH, 0)
+    if not text:  # its memory is gone already
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+    return text.partition(b" ")[2] if name == "autogroup" else text
 
 
 def end_all(pids: list[int]) -> None:

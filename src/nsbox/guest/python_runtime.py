@@ -19,9 +19,10 @@ Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
    stackTrace of what the handler raised
 
 Where each event is served by a fork (``reuse="reset"``), 4 and 5 go over a socket of that event's
-own, whose end comes with ``FORK``, which is empty, or with ``LOAD``. The fork closes the worker's
-socket first of all, and the worker never reads an event. On the worker's socket comes ``ENDED``:
-the status of a fork that gave no whole answer.
+own, whose end comes with ``FORK``, which is empty, or with ``LOAD``; and with it the pipes that are
+the fork's stdout and stderr. The fork closes the worker's socket first of all, and the worker never
+reads an event. On the worker's socket comes ``ENDED``: the status of a fork that gave no whole
+answer.
 
 The number of an event that comes in 4 is random: nobody answers before it was asked.
 
@@ -47,6 +48,7 @@ from importlib import import_module
 from nsbox.guest.failures import flush, tell_failure, tell_raised
 from nsbox.guest.log_setup import LogSetup
 from nsbox.json_text import decode, encoder_of
+from nsbox.linux.visibility import hide, show
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -70,8 +72,7 @@ ANSWER_MAX = PAYLOAD_MAX + 100
 """Bytes of an answer that are let through; Lambda's real limit is that much over its quota."""
 TOO_LARGE = f"Response payload size exceeded maximum allowed payload size ({ANSWER_MAX} bytes)."
 _FIRST_READ = 1 << 16
-_RIGHT = struct.Struct("i")
-PR_GET_DUMPABLE, PR_SET_DUMPABLE = 3, 4  # linux/prctl.h
+_RIGHTS = struct.Struct("3i")  # socket, stdout and stderr of an event
 _FIONREAD = 0x541B  # asm-generic/ioctls.h
 _NULL = os.makedev(1, 3)  # Documentation/admin-guide/devices.txt
 EXECUTED_FILE = "<nsbox>"
@@ -125,7 +126,9 @@ class Worker:
         self._forks = False
         self._buffer = b""
         self._pipes = _identity(1), _identity(2)
-        self._own = -1  # the socket of the next event alone, where each has one
+        # Socket, stdout and stderr of the next event, where each has some of its own.
+        self._own: tuple[int, ...] = ()
+        self._streams: list[tuple[int, int]] = []
         self._is_forking = False
         self._read: Callable[[int], bytes] = self._read_rights
 
@@ -139,7 +142,7 @@ class Worker:
         kind, number, data = self._receive()
         if kind == INVOKE and self._handler is not None and not self._forks:
             self._invoke(number, data)
-        elif kind == FORK and self._own >= 0 and self._handler is not None:
+        elif kind == FORK and self._own and self._handler is not None:
             self._invoke_in_fork(number)
         elif kind == LOAD and self._name and self._handler is None:
             self._load(number)
@@ -163,8 +166,23 @@ class Worker:
             self._read = self._channel.recv
         self._name = request["handler"]
         self._cwd = request["cwd"]
-        if request["visible"]:
-            _be_visible()
+        self._set_visible(is_visible=request["visible"])
+
+    def _set_visible(self, *, is_visible: bool) -> None:
+        """Let this process see its own files in /proc, or hide them from those of its uid.
+
+        Its forks could read and write it by them, and with it what all forks to come are made of.
+        PID 1 and its forks are hidden; a program is not before it says so.
+        """
+        if _OWN_FILE != EXECUTED_FILE:
+            if is_visible:
+                show()
+        elif not is_visible:
+            try:
+                hide()
+            except (ImportError, OSError) as error:
+                what = f"{error}: with reuse='reset' the worker hides from what it forks"
+                raise SystemExit(what) from None
 
     def _load(self, number: int) -> None:
         """Import the handler's module."""
@@ -178,6 +196,8 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - module code may raise anything
             self._break(number, tell_raised(error, _OWN_FILE, ""))
         flush()
+        if self._forks:
+            self._find_streams()
 
     def _begin(self, number: int, data: bytes | memoryview) -> None:
         """Say that the module is imported, and serve the event that came along, if one did."""
@@ -192,9 +212,7 @@ class Worker:
             else:
                 self._invoke(number + 1, data[MOMENT.size :])
             return
-        if self._forks:
-            os.close(self._own)
-            self._own = -1
+        self._close_own()
         self._send(READY, number, b"")
 
     def _break(self, number: int, error: bytes) -> NoReturn:
@@ -242,7 +260,8 @@ class Worker:
 
     def _invoke_in_fork(self, number: int) -> None:
         """Have a fork of this process, as it was after the import, serve an event and end."""
-        own, self._own = _Socket(AF_UNIX, SOCK_STREAM, 0, self._own), -1
+        (fd, *streams), self._own = self._own, ()
+        own = _Socket(AF_UNIX, SOCK_STREAM, 0, fd)
         self._is_forking = True
         pid = os.fork()
         self._is_forking = False
@@ -251,24 +270,44 @@ class Worker:
                 # In the place of the worker's, which is closed with that.
                 os.dup2(own.fileno(), self._channel.fileno(), inheritable=False)
                 own.close()
+                self._put_streams(streams)
                 self._read, self._buffer = self._channel.recv, b""
-                _be_visible()
+                show()
                 kind, number, data = self._receive()
                 if kind == INVOKE:
                     self._invoke(number, data)
                     self._channel.shutdown(SHUT_WR)  # nothing else is said, and `_has_answered`
             finally:
                 os._exit(0)
+        for fd in streams:
+            os.close(fd)
         _, status = os.waitpid(pid, 0)
         # Its status says nothing when it has answered: it may be killed before it ends by itself.
         if not _has_answered(own):
             self._send(ENDED, number, str(status).encode())
         own.close()
-        # It shared these open files, and so their flags, with all forks to come (fcntl(2)).
+        # It shared this open file, and so its flags, with all forks to come (fcntl(2)).
         if _is_null(0):  # the import may have closed it, or put another there
             renew_stdin()
+
+    def _find_streams(self) -> None:
+        """Note where the worker's pipes are, unless the import has put something else there."""
         for fd in (1, 2):
-            os.set_blocking(fd, True)
+            found = _identity(fd)
+            if found in self._pipes:
+                self._streams.append((fd, self._pipes.index(found)))
+
+    def _put_streams(self, streams: list[int]) -> None:
+        """Have an event's own pipes where the worker's are."""
+        for fd, which in self._streams:
+            os.dup2(streams[which], fd)
+        for fd in streams:
+            os.close(fd)
+
+    def _close_own(self) -> None:
+        for fd in self._own:
+            os.close(fd)
+        self._own = ()
 
     def let_go(self) -> None:
         """Close the sockets in a fork that the function's own code has made.
@@ -277,9 +316,7 @@ class Worker:
         """
         if not self._is_forking:
             self._channel.close()
-            if self._own >= 0:
-                os.close(self._own)
-                self._own = -1
+            self._close_own()
 
     def _receive(self) -> tuple[bytes, int, bytes | memoryview]:
         data = self._buffer
@@ -306,10 +343,10 @@ class Worker:
         return kind, number, view
 
     def _read_rights(self, size: int) -> bytes:
-        """Read from the worker's socket, where a descriptor may come along."""
-        data, rights, _, _ = self._channel.recvmsg(size, CMSG_SPACE(_RIGHT.size), MSG_CMSG_CLOEXEC)
+        """Read from the worker's socket, where descriptors may come along."""
+        data, rights, _, _ = self._channel.recvmsg(size, CMSG_SPACE(_RIGHTS.size), MSG_CMSG_CLOEXEC)
         for _, _, content in rights:
-            (self._own,) = _RIGHT.unpack(content)
+            self._own = _RIGHTS.unpack(content)
         return data
 
     def _send(self, kind: bytes, number: int, data: bytes) -> None:
@@ -358,12 +395,15 @@ def _is_null(fd: int) -> bool:
         return False
 
 
-def _identity(fd: int) -> tuple[int, int]:
-    status = os.fstat(fd)
+def _identity(fd: int) -> tuple[int, int] | None:
+    try:
+        status = os.fstat(fd)
+    except OSError:
+        return None
     return status.st_dev, status.st_ino
 
 
-def _may_be_unread(fd: int, pipe: tuple[int, int]) -> bool:
+def _may_be_unread(fd: int, pipe: tuple[int, int] | None) -> bool:
     """Whether something may be in a pipe; also when the descriptor is of another file now."""
     from fcntl import ioctl  # a clone of the template has it; what is executed never gets here
 
@@ -437,15 +477,6 @@ def _exit_as(error: SystemExit) -> NoReturn:
 def open_stream(fd: int) -> TextIO:
     """Return the standard stream for a descriptor, which stays open when it is closed."""
     return open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
-
-
-def _be_visible() -> None:
-    """Let this process see its own files in /proc; PID 1 and a worker to fork from are hidden."""
-    try:
-        from nsbox.linux import calls
-    except ImportError:
-        return  # executed, and so never hidden
-    calls.prctl(PR_SET_DUMPABLE, 1)
 
 
 def main(channel: int) -> NoReturn:

@@ -16,6 +16,7 @@ from importlib.machinery import FileFinder, PathFinder, SourceFileLoader
 
 from nsbox.guest import python_runtime
 from nsbox.linux import calls
+from nsbox.linux.visibility import PR_GET_DUMPABLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def warm_up(place: str = _DIRECTORY) -> None:
     }
     try:
         python_runtime.open_stream(1).write("")
-        calls.prctl(python_runtime.PR_GET_DUMPABLE)
+        calls.prctl(PR_GET_DUMPABLE)
         worker = python_runtime.Worker(theirs)
         for kind, data in (
             (python_runtime.START, json.dumps(request).encode()),

@@ -235,7 +235,7 @@ def _load_runtime(preload: list[str]) -> Runtime:
     """Import what functions' environments begin with: the worker, and what the operator names."""
     from importlib import import_module
 
-    from nsbox.guest import intake, warm
+    from nsbox.guest import intake, processes, warm
 
     # A clone has one thread only, and a process of many may not change its mount namespace
     # (setns(2)): what numerical libraries start threads by is told not to.
@@ -248,6 +248,7 @@ def _load_runtime(preload: list[str]) -> Runtime:
         del os.environ[name]
     for _ in range(20):
         warm.warm_up()
+    processes.remember_tuning()
     return Runtime(reset, intake.fork_worker)
 
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-import socket
 import time
+from _socket import socket as Socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -40,9 +40,9 @@ class Endings:
         self._close = close
         self._await_frost = await_frost
         self._is_hasty = False
-        self._asked: deque[tuple[PoolEntry, socket.socket, float]] = deque()
+        self._asked: deque[tuple[PoolEntry, Socket, float]] = deque()
         # What is in it is the watching thread's alone: no descriptor is closed under it.
-        self._leaving: dict[int, tuple[PoolEntry, socket.socket, float]] = {}
+        self._leaving: dict[int, tuple[PoolEntry, Socket, float]] = {}
 
     def begin(self, entry: PoolEntry) -> bool:
         """Ask one to end; False when there is nothing to wait for. The thread does the rest."""
@@ -61,7 +61,7 @@ class Endings:
             arrivals.append(farewell.fileno())
         return arrivals
 
-    def _ask(self, entry: PoolEntry) -> socket.socket | None:
+    def _ask(self, entry: PoolEntry) -> Socket | None:
         if entry.env is None or not self._grace:
             return None
         if entry.is_cold:
