@@ -120,7 +120,7 @@ def look(place: Path, mode: str = "") -> dict[str, Any]:
 
 
 def check(found: dict[str, Any]) -> None:
-    allowed = {"passwd", "group", "hosts", "hostname", "resolv.conf"}  # nsbox's own
+    allowed = {"passwd", "group", "hosts", "hostname", "resolv.conf", "gitconfig"}  # nsbox's own
     names = {name.removeprefix("/etc/") for name in found["names"]}
     assert found["planted"] == []
     assert not names & (etc.HIDDEN - allowed)
@@ -185,7 +185,17 @@ def test_the_minimal_userland_has_little(tmp_path: Path) -> None:
         *("bash.bashrc", "debian_version", "gai.conf", "host.conf", "inputrc", "ld.so.cache"),
         *("ld.so.conf", "locale.alias", "localtime", "magic", "mime.types", "networks"),
         *("os-release", "profile", "protocols", "rpc", "services", "shells", "ssl", "timezone"),
-        *("alternatives", "fonts", "ld.so.conf.d", "pki", "terminfo", "passwd", "group", "hosts"),
+        *(
+            "alternatives",
+            "fonts",
+            "ld.so.conf.d",
+            "pki",
+            "terminfo",
+            "passwd",
+            "group",
+            "hosts",
+            "gitconfig",
+        ),
         *("hostname", "nsswitch.conf", "resolv.conf"),
     }
     assert "lib" not in found[1]

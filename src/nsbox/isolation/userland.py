@@ -49,6 +49,9 @@ _ETC_DIRECTORIES = (
     "alternatives", "fonts", "ld.so.conf.d", "pki/ca-trust", "pki/tls/certs", "ssl/certs",
     "terminfo",
 )  # fmt: skip
+# Files of a bind are "dubious" to git where their owner has no id inside. Nothing is there that the
+# caller has not chosen, or the guest made.
+_GITCONFIG = "[safe]\n\tdirectory = *\n"
 # Where a function's code and layers are attached after the birth (`nsbox.function`).
 _CODE_PLACES = ("var/task", "opt")
 _LARGEST_COPY = 4 << 20
@@ -361,6 +364,7 @@ def _synthetic_etc(layout: dict[str, Any], names: dict[str, bytes]) -> dict[str,
         "hostname": f"{hostname}\n",
         "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n"
         "services: files\nprotocols: files\n",
+        "gitconfig": _GITCONFIG,
     }
     contents = {name: text.encode() for name, text in files.items()}
     contents |= {"resolv.conf": b""} | names
@@ -379,6 +383,7 @@ def _place_synthetic_etc(root: str, layout: dict[str, Any], names: dict[str, byt
             _write(f"{root}/etc/{name}", content)
         return
     # The image's own /etc is bound read-only: cover the files that it has.
+    del contents["gitconfig"]
     os.mkdir(f"{root}/run/etc", 0o755)
     for name, content in contents.items():
         path = f"{root}/etc/{name}"
