@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import IO, Any, Final, Self
 
 from nsbox.channel import BrokenAnswer, RunRequest, Workplace, make_pipe
-from nsbox.counters import oom_evidence, rise, usage_between
+from nsbox.counters import oom_evidence, usage_between
 from nsbox.errors import (
     ConfigError,
     EnvironmentDied,
@@ -416,9 +416,8 @@ class Process:
             # Nobody else counts it, or the cgroup has gone with the environment just now.
             after["cpu_user_usec"] = user + (self._before.get("cpu_user_usec") or 0)
             after["cpu_system_usec"] = system + (self._before.get("cpu_system_usec") or 0)
-        if rise(self._before, after, "oom_kills"):
+        if evidence := oom_evidence(self._before, after):
             # v1 kills one process; the environment's memory is as good as gone all the same.
-            evidence = oom_evidence(self._before, after)
             self._link.kill(evidence)
             self._conclude(Outcome.OOM_KILLED, returncode, evidence, after)
         elif self._verdict is not None and self._verdict.holds(returncode):
@@ -438,8 +437,7 @@ class Process:
         """Conclude from the launcher's report on the end of the whole environment."""
         report = self._link.end or {}
         after: dict[str, int | None] = report.get("usage") or {}
-        if rise(self._before, after, "oom_kills"):
-            evidence = oom_evidence(self._before, after)
+        if evidence := oom_evidence(self._before, after):
             self._conclude(Outcome.OOM_KILLED, -signal.SIGKILL, evidence, after)
         elif self._verdict is not None:
             evidence = f"{self._verdict.say(-signal.SIGKILL)} with its whole environment"

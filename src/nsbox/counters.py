@@ -17,8 +17,14 @@ def rise(
 
 
 def oom_evidence(before: Mapping[str, int | None], after: Mapping[str, int | None]) -> str:
-    """Say what an out-of-memory kill was concluded from."""
-    return f"the memory cgroup counts {rise(before, after, 'oom_kills')} OOM kills since it began"
+    """Say what an out-of-memory kill is concluded from; "" where there was none."""
+    kills = rise(before, after, "oom_kills")
+    if kills:
+        return f"the memory cgroup counts {kills} OOM kills since it began"
+    if after.get("oom_notices"):
+        # v1: at the kernel's notice all is killed, maybe before the kernel has chosen a victim.
+        return "the kernel gave notice of OOM in the memory cgroup, and nsbox was quicker to kill"
+    return ""
 
 
 def usage_between(

@@ -20,7 +20,7 @@ from typing import Final
 from nsbox.call import Answer, Call, Frame, OnLog, WorkerEnded, WorkerSilent
 from nsbox.channel import Channel, RunRequest
 from nsbox.command import PIPE, Process
-from nsbox.counters import oom_evidence, rise
+from nsbox.counters import oom_evidence
 from nsbox.errors import (
     EnvironmentDied,
     EnvironmentStateError,
@@ -426,8 +426,8 @@ class Invoker:
             # v1's OOM killer takes one process. Its worker may be quicker than the launcher.
             self._link.await_end()
             after = (self._link.end or {}).get("usage") or {}
-            if rise({}, after, "oom_kills"):
-                return self._out_of_memory(call, oom_evidence({}, after))
+            if evidence := oom_evidence({}, after):
+                return self._out_of_memory(call, evidence)
         return self._exit_error(call, returncode)
 
     def _out_of_memory(self, call: Call, evidence: str) -> FunctionError:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+from nsbox.counters import oom_evidence
 from nsbox.result import Outcome
 
 
@@ -19,7 +20,7 @@ def describe_end(end: Mapping[str, Any], cause: str, *, closing: bool) -> str:
         return f"{cause}; nsbox killed it"
     if "launcher" in end:
         return "the launcher died, and the environment with it"
-    if (end.get("usage") or {}).get("oom_kills"):
+    if oom_evidence({}, end.get("usage") or {}):
         return "the kernel killed it at the memory limit"
     status = end.get("status")
     if status is None:
@@ -32,7 +33,7 @@ def describe_end(end: Mapping[str, Any], cause: str, *, closing: bool) -> str:
 
 def end_outcome(end: Mapping[str, Any], cause: str) -> Outcome | None:
     """Return what its end was, as far as the launcher has told; None: it has not."""
-    if (end.get("usage") or {}).get("oom_kills"):
+    if oom_evidence({}, end.get("usage") or {}):
         return Outcome.OOM_KILLED
     status = end.get("status")
     if status is None:

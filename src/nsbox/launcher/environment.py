@@ -23,7 +23,7 @@ class Environment:
         host_id: Uid and gid it has outside.
         takes_id: Whether `host_id` is to be given back.
         oom_event: Readable when v1's OOM killer struck, or -1.
-        out_of_memory: Whether it was ended for that.
+        oom_notices: How often it did; the environment is ended at the first.
         is_reported: Whether somebody wants its counters once it has ended.
         stopper: Freezes it where there is no freezer.
     """
@@ -36,6 +36,6 @@ class Environment:
         self.host_id = birth.host_id
         self.takes_id = birth.takes_id
         self.oom_event = -1
-        self.out_of_memory = False
+        self.oom_notices = 0
         self.is_reported = True
         self.stopper = Stopper(pid)

@@ -334,8 +334,7 @@ class Server:
             self._watch(event, lambda: self._on_oom(environment))
 
     def _on_oom(self, environment: Environment) -> None:
-        os.eventfd_read(environment.oom_event)
-        environment.out_of_memory = True
+        environment.oom_notices += os.eventfd_read(environment.oom_event)
         self._kill(environment)
 
     def _on_supervision(self, environment: Environment) -> None:
@@ -424,9 +423,7 @@ class Server:
             return
         if environment.is_reported and environment.supervision is not None:
             usage = report["usage"] = environment.cgroup.read_usage()
-            if environment.out_of_memory:
-                # Killed at the kernel's notice of it, before the kernel had chosen its own victim.
-                usage["oom_kills"] = max(1, usage["oom_kills"] or 0)
+            usage["oom_notices"] = environment.oom_notices
         self._remove_cgroup(environment.cgroup, finish)
 
     def _remove_cgroup(
