@@ -18,6 +18,7 @@ DEPTH_MAX = 512
 CPython's decoder recurses in C, as deep as the text is and sys.setrecursionlimit allows: by 3.11
 that may be more than the stack has.
 """
+_BEGIN = 4096
 _PASSES = 8  # more than most texts are deep
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
 _OTHERS = bytes(set(range(256)) - set(b'[]{}"'))
@@ -81,7 +82,10 @@ def check_depth(text: str) -> None:
 
 
 def _has_many(text: str) -> bool:
-    """Whether there are brackets enough, in strings or not. Looking for a few is quick."""
+    """Whether there may be brackets enough, in strings or not. Looking for a few is quick."""
+    begin = text[:_BEGIN]
+    if begin.count("[") + begin.count("{") > _BEGIN // 64:
+        return True  # likely: the exact look takes less than 512 times this
     left = DEPTH_MAX
     for bracket in "[{":
         at = text.find(bracket)
@@ -98,14 +102,18 @@ def _is_deep(data: bytes) -> bool:
     if b"\\" in data:
         data = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     marks = data.translate(_BRACKETS, _OTHERS)
+    brackets = marks.translate(None, b'"')
     # When quotes come in pairs, no string has a bracket in it.
-    if 2 * marks.count(b'""') == marks.count(b'"'):
-        marks = marks.translate(None, b'"')
+    if 2 * marks.count(b'""') == len(marks) - len(brackets):
+        marks = brackets
     else:
         marks = b"".join(marks.split(b'"')[::2])
     left = DEPTH_MAX
     for _ in range(_PASSES):
         if len(marks) <= left:
+            return False
+        # Up to any place each innermost pair is over, but for one.
+        if marks.count(b"[") - marks.count(b"[]") < left:
             return False
         marks = marks.replace(b"[]", b"")  # takes at most one level away
         left -= 1
