@@ -3,7 +3,7 @@
 
 As root each environment has a host uid and gid of its own, so that not even a bug of the pid
 namespace lets two of them touch each other. Blocks of ids are claimed machine-wide by locks
-on files in a directory of root's own: the kernel gives one back when its last holder dies.
+on a file in a directory of root's own: the kernel gives one back when its last holder dies.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 
 # The C half of `socket`, as in `linux.calls`: the template imports this module.
 from _socket import AF_UNIX, SOCK_DGRAM
@@ -53,7 +54,8 @@ class IdPool:
         """Claim a block of the `count` host ids from `first`.
 
         `offset` is what to subtract to name such an id in the launcher's own user namespace, and
-        `directory` where locks on blocks are; None, where there is no place for one.
+        `directory` where the file ``ids`` is, a byte of which is locked for each block; None, where
+        there is no place for it.
 
         An abstract Unix socket is named after the block, too: launchers that see other directories
         see that, if they share the network. As anybody can take such a name, one that is taken
@@ -63,24 +65,24 @@ class IdPool:
             OSError: EUSERS, all blocks are taken.
         """
         self._name = _Socket(AF_UNIX, SOCK_DGRAM)
-        self._lock = -1
+        locks = None if directory is None else _Locks(f"{directory}/ids")
+        self._locks = locks  # held as long as it is open, in children too
         size = min(BLOCK, count)
         chosen = None
         for block in range(first, first + count - size + 1, size):
-            lock = -1 if directory is None else _lock_file(f"{directory}/{block}")
-            if directory is not None and lock < 0:
+            if locks is not None and not locks.take(block):
                 continue
             is_named = _bind(self._name, f"\0nsbox/ids/{block}")
-            if is_named or (lock >= 0 and chosen is None):
-                if self._lock >= 0:
-                    os.close(self._lock)
-                chosen, self._lock = block, lock
-            elif lock >= 0:
-                os.close(lock)
+            if is_named or (locks is not None and chosen is None):
+                chosen, left = block, chosen
+            else:
+                left = block
+            if locks is not None and left is not None:
+                locks.give_back(left)
             if is_named:
                 break
         if chosen is None:
-            self._name.close()
+            self.close()
             raise OSError(errno.EUSERS, f"all blocks of host ids from {first} are in use")
         self._ids = range(chosen - offset, chosen - offset + size)
         self._used: set[int] = set()
@@ -103,20 +105,42 @@ class IdPool:
         """Return an id after its environment is gone."""
         self._used.discard(taken)
 
+    def close(self) -> None:
+        """Let go of the block."""
+        self._name.close()
+        if self._locks is not None:
+            self._locks.close()
 
-def _lock_file(path: str) -> int:
-    """Return a descriptor that holds the lock of a file, -1 when another process has it."""
-    import fcntl  # of launchers alone; the template imports this module
 
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        return -1
-    return fd
+class _Locks:
+    """Locks on bytes of a file, which need not be there: of whoever has this file open."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def take(self, place: int) -> bool:
+        """Return whether it is got: nobody else has it."""
+        try:
+            self._set(place, is_taken=True)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            return False
+        return True
+
+    def give_back(self, place: int) -> None:
+        self._set(place, is_taken=False)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def _set(self, place: int, *, is_taken: bool) -> None:
+        import fcntl  # of launchers alone; the template imports this module
+
+        # struct flock of fcntl(2) on 64-bit machines: l_type, l_whence, l_start, l_len, l_pid.
+        kind = fcntl.F_WRLCK if is_taken else fcntl.F_UNLCK
+        request = struct.pack("@hhqqi0q", kind, os.SEEK_SET, place, 1, 0)
+        fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, request)
 
 
 def _bind(socket: _Socket, name: str) -> bool:

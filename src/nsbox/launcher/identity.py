@@ -18,6 +18,7 @@ from nsbox.linux import constants as c
 
 _CAP_SYS_ADMIN = 21  # linux/capability.h
 _CAP_SETUID = 7
+_LOCK_DIRECTORIES = ("/run/nsbox", "/tmp/nsbox-0")  # noqa: S108 - checked
 
 
 class Identity:
@@ -83,14 +84,15 @@ def choose(*, own_namespace: bool, id_range: tuple[int, int] | None) -> Identity
         for inside, outside, count in extents:
             if inside == 1:
                 user = next((start for begin, start, _ in extents if begin == 0), 0)
-                place = _lock_directory(f"/run/user/{user}")
+                place = lock_directory(f"/run/user/{user}/nsbox", f"/tmp/nsbox-{user}")  # noqa: S108
                 pool = IdPool(outside, count, offset=outside - inside, directory=place)
                 return Identity(pool, "subordinate")
         return Identity(None, "own")
     first, count = id_range or (HOST_ID_BASE, HOST_ID_COUNT)
     for inside, _, length in extents:
         if inside <= first and first + count <= inside + length:
-            return Identity(IdPool(first, count, directory=_lock_directory("/run")), "range")
+            place = lock_directory(*_LOCK_DIRECTORIES)
+            return Identity(IdPool(first, count, directory=place), "range")
     if id_range is not None:
         raise ValueError(f"NSBOX_ID_RANGE {first}:{count} is not mapped in this user namespace")
     # Root of a container: take the upper half of what was given to it.
@@ -99,30 +101,35 @@ def choose(*, own_namespace: bool, id_range: tuple[int, int] | None) -> Identity
         return Identity(None, "own")
     half = length // 2
     first = inside + length - half
-    place = _lock_directory("/run")
+    place = lock_directory(*_LOCK_DIRECTORIES)
     pool = IdPool(outside + length - half, half, offset=outside - inside, directory=place)
     return Identity(pool, "range")
 
 
-def _lock_directory(parent: str) -> str | None:
-    """Return where blocks of ids are locked, below a directory that only this user can write to.
+def lock_directory(*paths: str) -> str | None:
+    """Return the first of `paths` that can be a directory which only this user can write to.
 
-    None: there is no such directory (a read-only /run, a user without a session).
+    None: there is none (a read-only /run, and somebody else has taken the place in /tmp).
     """
-    path = f"{parent}/nsbox"
+    return next(filter(_is_own_directory, paths), None)
+
+
+def _is_own_directory(path: str) -> bool:
     try:
-        above = os.lstat(parent)
-        if above.st_uid != os.geteuid() or above.st_mode & 0o022 or not stat.S_ISDIR(above.st_mode):
-            return None
+        above = os.lstat(os.path.dirname(path))
+        is_mine = above.st_uid == os.geteuid() and not above.st_mode & 0o022
+        # In a sticky one such as /tmp others cannot remove or rename it (unlink(2)).
+        if not stat.S_ISDIR(above.st_mode) or not (is_mine or above.st_mode & stat.S_ISVTX):
+            return False
         try:
             os.mkdir(path, 0o700)
         except FileExistsError:
             pass
         found = os.lstat(path)
     except OSError:
-        return None
+        return False
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    return path if is_own and not found.st_mode & 0o022 and os.access(path, os.W_OK) else None
+    return is_own and not found.st_mode & 0o022 and os.access(path, os.W_OK)
 
 
 def _extents() -> list[tuple[int, int, int]]:
