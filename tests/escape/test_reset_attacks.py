@@ -153,11 +153,6 @@ def test_stdin_carries_no_word(tmp_path: Path, start: str, reuse: str) -> None:
     gc.collect()
 
 
-_SHARED_BY_PID_1 = {"/dev/null", "pipe", "anon_inode"}
-"""What PID 1s of one template have in common, and no guest can reach: 0 to 2, the end of the pipe
-that tells of the launcher's end, and the signalfd, the mask of which is the same in all."""
-
-
 def test_silence_and_refusal_hold_up_no_loop(tmp_path: Path) -> None:
     """No room for a large event; a closed socket: the loop goes on meanwhile."""
     (tmp_path / "app.py").write_text(
