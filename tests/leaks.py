@@ -109,7 +109,8 @@ def _names(path: str) -> list[str]:
 def _descriptors(launcher: Launcher | None) -> frozenset[str]:
     own: set[int] = set()
     if launcher is not None:
-        own = {launcher._channel.fileno(), launcher._done, launcher._pidfd}
+        sockets = {launcher._channel.fileno(), launcher._requests.fileno()}
+        own = {*sockets, launcher._done, launcher._pidfd}
     found = set()
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in own:
@@ -154,7 +155,7 @@ def _launcher_descriptors(
     sockets = sum(link.startswith("socket:") for link in links)
     pidfds = sum("pidfd" in link for link in links)
     found = []
-    if sockets > 2 + templates:
+    if sockets > 3 + templates:
         found.append(f"{sockets} sockets, {templates} templates")
     if pidfds > 2 + templates:
         found.append(f"{pidfds} pidfds, {templates} templates")

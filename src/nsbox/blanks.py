@@ -157,7 +157,7 @@ def refill(launcher: Launcher, spec: Mapping[str, Any], prepared: Link | None = 
     try:
         while len(blanks) < count:
             link, prepared = prepared or Link(launcher, spec, secrets.token_hex(4)), None
-            link.ask_for_birth(blank=True)
+            link.ask_for_birth("taker")
             blanks.append(link)
     except NsboxError:
         return  # the next environment is born when it is needed, and says why it cannot be

@@ -144,13 +144,12 @@ def make_pipe(*, to_guest: bool) -> tuple[int, int]:
 
 
 class Workplace:
-    """The host's ends of what a worker has: its socket, its log, and PID 1's word on its end.
+    """The host's ends of what a worker has: its socket and its log.
 
     PID 1 of a function's environment is sent the other ends with its birth, so that its worker
     waits for nothing but its function.
 
     Attributes:
-        channel: Where PID 1 tells how the worker has ended.
         socket: The worker's (`nsbox.guest.python_runtime`).
         stdout, stderr: What it writes, unbuffered.
     """
@@ -178,8 +177,7 @@ class Workplace:
                     stream = os.fdopen(ours, "rb", buffering=0)
                     unused.callback(stream.close)
                     setattr(self, name, stream)
-                self.channel = Channel(control, p.WORK, b"", sent)
-                self.channel.socket.settimeout(None)
+                send_bytes(control, p.WORK, sent)
                 unused.pop_all()
         except ConnectionError:
             raise
@@ -189,7 +187,7 @@ class Workplace:
 
     def close(self) -> None:
         """Close all of it; may be called again."""
-        for end in (self.socket, self.channel.socket, self.stdout, self.stderr):
+        for end in (self.socket, self.stdout, self.stderr):
             end.close()
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import IO, Any, Final, Self
 
-from nsbox.channel import BrokenAnswer, RunRequest, Workplace, make_pipe
+from nsbox.channel import BrokenAnswer, Channel, RunRequest, Workplace, make_pipe
 from nsbox.counters import oom_evidence, usage_between
 from nsbox.errors import (
     ConfigError,
@@ -84,10 +84,10 @@ class Process:
         self._host_pid: int | None = None  # told only of a command that SIGSYS has ended
         self._request: RunRequest | None = None
         self._relays = Relays()
+        self._channel: Channel | None = None  # a worker's is made when its end is asked for
         if isinstance(request, Workplace):
             self._before: Counters = {}  # all that was used since the birth is the worker's
             self._started_at = time.monotonic()
-            self._channel = request.channel
             self.stdout, self.stderr = request.stdout, request.stderr
         else:
             self._request = request
@@ -119,24 +119,32 @@ class Process:
             self._channel = self._link.ask(request.operation, frame, request.arrange(given))
             self._relays.start()
             if request.is_announced:
-                self._await_start(request)
+                self._await_start(request, self._channel)
         except BaseException:
             self._link.running.discard(id(self))
             self._close_streams()
             raise
         finally:
             close_all(inside)
-        self._channel.socket.settimeout(None)
+        if request.extra is None:
+            self._channel.socket.settimeout(None)
+        else:  # it is a worker
+            self._close_channel()
+            self._channel = None
 
-    def _await_start(self, request: RunRequest) -> None:
-        try:
-            kind, first, stage, _, fds = self._channel.receive_answer()
-        except OSError as error:
+    def _close_channel(self) -> None:
+        if self._channel is not None:
             self._channel.socket.close()
+
+    def _await_start(self, request: RunRequest, channel: Channel) -> None:
+        try:
+            kind, first, stage, _, fds = channel.receive_answer()
+        except OSError as error:
+            channel.socket.close()
             raise self._link.died(error) from error
         if kind == p.FAILED:
             close_all(fds)
-            self._channel.socket.close()
+            channel.socket.close()
             raise start_error(self._link, self.argv[0], request, first, p.STAGES[stage])
         self.pid = first
         if fds:
@@ -189,7 +197,7 @@ class Process:
 
     def abandon(self) -> None:
         """Close pipes and channel, and wait for nothing: its environment is being closed."""
-        self._channel.socket.close()
+        self._close_channel()
         self._close_streams()
 
     def __enter__(self) -> Self:
@@ -266,7 +274,8 @@ class Process:
     def descriptors(self) -> list[int]:
         """Return what becomes readable when `poll` may have an answer."""
         # The link has none after the environment's close; the channel tells its end too.
-        return [fd for fd in (self._channel.socket.fileno(), self._link.fileno()) if fd >= 0]
+        own = -1 if self._channel is None else self._channel.socket.fileno()
+        return [fd for fd in (own, self._link.fileno()) if fd >= 0]
 
     def _read_some(self, fd: int, name: str, buffer: io.BytesIO, limit: int) -> bool:
         """Read once; False at the end of the stream. Bytes over the limit are dropped."""
@@ -309,14 +318,15 @@ class Process:
             if self._result is not None:
                 return self._result
             poller = select.poll()
+            channel = self._channel or self._ask_for_end()
             self.register(poller)
             own = self.poll_milliseconds(None)
             asked = None if timeout is None else max(0, int(timeout * 1000) + (timeout > 0))
             wait = min((item for item in (own, asked) if item is not None), default=None)
             ready = {fd for fd, _ in poller.poll(wait)}
             try:
-                if self._channel.socket.fileno() in ready:
-                    self._finish_from_channel()
+                if channel is not None and channel.socket.fileno() in ready:
+                    self._finish_from_channel(channel)
                 elif (ready or self._link.closing) and self._link.note_end():
                     self._finish_from_end()
             finally:
@@ -329,6 +339,13 @@ class Process:
                 if late > 0:
                     self._link.kill("PID 1 did not end a killed command")
             return self._result
+
+    def _ask_for_end(self) -> Channel | None:
+        """Ask PID 1 how a worker ends; None when PID 1 is gone, too."""
+        with suppress(EnvironmentDied):
+            self._channel = self._link.ask(p.END, b"", [])
+            self._channel.socket.settimeout(None)
+        return self._channel
 
     def _end_relays(self) -> None:
         try:
@@ -378,15 +395,15 @@ class Process:
 
     def _send(self, kind: bytes, number: int) -> None:
         with self._lock:
-            if self._result is None:
+            if self._result is None and self._channel is not None:
                 with suppress(OSError):  # it has just ended; the answer is there to be read
                     self._channel.socket.sendall(p.SIGNAL.pack(kind, number))
 
     # -- the verdict ---------------------------------------------------------------------------
 
-    def _finish_from_channel(self) -> None:
+    def _finish_from_channel(self, channel: Channel) -> None:
         try:
-            kind, status, user, system, fds = self._channel.receive_answer()
+            kind, status, user, system, fds = channel.receive_answer()
             is_shown = kind == p.SHOWN and self._host_pid is None and len(fds) == 1
             if is_shown:
                 self._host_pid = pidfd_number(fds[0])
@@ -407,7 +424,7 @@ class Process:
             self._death = self._link.died(error)
             raise self._death from error
         if unstarted is not None:
-            self._channel.socket.close()
+            self._close_channel()
             self._death = start_error(self._link, self.argv[0], unstarted, status, p.STAGES[user])
             raise self._death
         returncode = code or 0
@@ -445,7 +462,7 @@ class Process:
         elif self._link.closing:
             self._conclude(Outcome.KILLED, -signal.SIGKILL, _CLOSED, after)
         else:
-            self._channel.socket.close()
+            self._close_channel()
             what = f"{self.argv[0]!r}: {self._link.describe_end()}"
             self._death = EnvironmentDied(what, self._link.end_outcome())
             raise self._death
@@ -462,7 +479,7 @@ class Process:
             usage=usage,
             protections=self._protections(),
         )
-        self._channel.socket.close()
+        self._close_channel()
 
     def _with_verdict(self, result: Result) -> Result:
         if self._verdict is None or result.outcome not in (Outcome.EXITED, Outcome.SIGNALED):

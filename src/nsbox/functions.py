@@ -23,7 +23,6 @@ from nsbox.errors import (
     FunctionError,
     InvokeTimeout,
     NsboxError,
-    SyscallError,
 )
 from nsbox.function import FunctionVersion
 from nsbox.guest.python_runtime import ENDED
@@ -457,19 +456,24 @@ def heard_nothing(env: FunctionMethods) -> bool:
 
 
 def death_descriptor(env: ExecutionEnvironment) -> int:
-    """Return a pidfd of its PID 1, for the caller to close: readable once it has ended.
+    """Return what is readable once its PID 1 has ended; it is the environment's until it is closed.
 
     Raises:
         EnvironmentDied: It has ended.
-        SyscallError: This process has no room for one.
     """
     link = env._live_link()
-    try:
-        return link.open_pidfd()
-    except ProcessLookupError as error:
-        raise link.died(error) from error
-    except OSError as error:
-        raise SyscallError("pidfd_open", error.errno or 0) from error
+    return link.fileno()
+
+
+def is_closed(env: ExecutionEnvironment) -> bool:
+    """Whether whoever had it has closed it."""
+    return env._link is None
+
+
+def send_kill(env: ExecutionEnvironment) -> None:
+    """SIGKILL its PID 1, unless it is closed; who waits for an answer sees that."""
+    if (link := env._link) is not None:
+        link.send_kill()
 
 
 def ask_to_end(env: ExecutionEnvironment) -> Socket | None:

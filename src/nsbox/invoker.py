@@ -43,6 +43,7 @@ from nsbox.transfer import begin_reset, finish_reset
 from nsbox.verdict import describe_exit
 from nsbox.worker import Worker
 
+_Started = tuple[Process, socket.socket]
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
@@ -182,7 +183,7 @@ class Invoker:
         except WorkerSilent as error:
             raise self.judge(call, error) from None
 
-    def _take_worker(self) -> tuple[Process, socket.socket]:
+    def _take_worker(self) -> _Started:
         """Return the worker that waits since the birth, and this end of its socket."""
         workplace = self._link.workplace
         if workplace is None:
@@ -191,10 +192,9 @@ class Invoker:
         process = Process(self._link, argv, workplace, protections=self._protections)
         return process, workplace.socket
 
-    def _execute(
-        self, environment: Mapping[str, str], python: str
-    ) -> tuple[Process, socket.socket]:
+    def _execute(self, environment: Mapping[str, str], python: str) -> _Started:
         """Return a worker in an interpreter of its own, and this end of its socket."""
+        self._link.drop_workplace()
         ours, theirs = socket.socketpair()
         try:
             argv = (python, "-I", "-S", "-c", executed_worker(3))

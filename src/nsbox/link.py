@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's end of one environment: its sockets to PID 1 and to the launcher, and its counters.
+"""The host's end of one environment: its socket to PID 1, the launcher's word, its counters.
 
 From the launcher come the facts (born, gone, status, OOM); from PID 1 only answers to what was
 asked, in frames of fixed size that are checked and not trusted (`nsbox.guest.protocol`).
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import signal
 import socket
-import threading
 import time
 from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
@@ -27,11 +25,10 @@ from nsbox.isolation import cgroups, readback
 from nsbox.launcher import wire
 from nsbox.launcher.client import Launcher
 from nsbox.result import Outcome
+from nsbox.supervision import END_DEADLINE, Supervision
 
 BIRTH_DEADLINE: Final = 30.0
 """Seconds a birth may take."""
-END_DEADLINE: Final = 10.0
-"""Seconds a killed environment may take to be gone and removed."""
 _STEP_HINTS: Final = {
     "clone": "'nsbox doctor' tells which namespace this host does not allow",
     "trees": "an idmapped mount needs a file system that supports it (ext4, xfs, btrfs, tmpfs "
@@ -67,7 +64,7 @@ def _give_birth(
     launcher: Launcher, spec: Mapping[str, Any], env_id: str, furniture: Furniture
 ) -> Link:
     link = Link(launcher, spec, env_id)
-    link.ask_for_birth()
+    link.ask_for_birth("furniture" if furniture else "")
     link.await_birth(furniture)
     return link
 
@@ -94,7 +91,6 @@ class Link:
         pid: Process id of its PID 1, on the host.
         host_id: Uid and gid it has outside, as the launcher's user namespace counts them.
         proc: How much of a /proc it has.
-        end: What the launcher said of its end; None while it lives.
         closing: Whether the caller has asked for the end.
         has_callers_id: Whether its user is the caller outside, with all of the caller's rights.
         running: Who awaits the end of a command, and so the last counters; by `id`.
@@ -118,30 +114,35 @@ class Link:
         self.asked_at = time.monotonic()
         self._launcher = launcher
         self._spec = spec
-        self.end: dict[str, Any] | None = None
+        self._supervision = Supervision(launcher, env_id)
         self.closing = self.is_killed = False
         self.cause = ""
         self.running: set[int] = set()
         self.has_callers_id = launcher.hello["ids"] == "own" or spec["as_caller"]
         self.workplace: Workplace | None = None
         self._awaits_furniture = False
-        self._lock = threading.Lock()
         self.pid = self._pid_inode = 0
         self._pidfd = -1  # only where pidfds have no inode of their own
         with ExitStack() as unused:
             self._control, control = _pair()
             unused.callback(_close_both, self._control, control)
-            self._supervision, supervision = _pair()
-            unused.callback(_close_both, self._supervision, supervision)
+            # Where its birth is answered; closed when that is over.
+            self._birth, birth = _pair()
+            unused.callback(_close_both, self._birth, birth)
             if spec["runtime"]:
                 self.workplace = Workplace(self._control)
-            self._others = (control, supervision)
+            self._others = (control, birth)
             unused.pop_all()
 
-    def ask_for_birth(self, *, blank: bool = False) -> None:
-        """Ask the launcher for the environment.
+    @property
+    def end(self) -> dict[str, Any] | None:
+        """What the launcher said of its end; None while it lives."""
+        return self._supervision.end
 
-        With `blank` nobody needs it yet: the launcher ends it when nobody takes it (`claim`).
+    def ask_for_birth(self, awaits: str = "") -> None:
+        """Ask the launcher for the environment; `awaits` is as in `Launcher.request_birth`.
+
+        With ``"taker"`` nobody needs it yet: the launcher ends it when nobody takes it (`hold`).
 
         Raises:
             LauncherError: The launcher is gone.
@@ -149,7 +150,7 @@ class Link:
         self.asked_at = time.monotonic()
         fds = [other.fileno() for other in self._others]
         try:
-            self._launcher.request_birth(self.env_id, self._spec, *fds, blank=blank)
+            self._supervision.ask_for_birth(self._spec, fds, awaits)
         except BaseException:
             self.close()
             raise
@@ -171,13 +172,15 @@ class Link:
             if furniture and word and p.parse_failure(word) is None:
                 self._awaits_furniture = True
                 with suppress(OSError):  # it is gone, which is seen next
-                    wire.send(self._supervision, {"kind": "furnish", "mounts": furniture})
+                    wire.send(self._birth, {"kind": "furnish", "mounts": furniture})
             born = self._hear_of_birth()
             self.proc = _check_ready(word)
             self._verify(filtered=bool(self._spec["seccomp"]))
         except BaseException:
             self._abandon()
             raise
+        if not self._awaits_furniture:
+            self._birth.close()
         self.host_id: int = born["host_id"]
         absent = self._launcher.absent_files
         self._reader = cgroups.UsageReader(born["cgroup"], absent) if born["cgroup"] else None
@@ -190,7 +193,7 @@ class Link:
         Returns whether that could be told; otherwise it is gone, which its taker will see.
         """
         try:
-            wire.send(self._supervision, {"kind": kind})
+            wire.send(self._birth, {"kind": kind})
         except OSError:
             return False
         return True
@@ -203,12 +206,12 @@ class Link:
             EnvironmentDied: The environment is gone.
         """
         if self._awaits_furniture:
-            with self._lock:
-                self._awaits_furniture = False
-                try:
-                    answer = self._receive(END_DEADLINE)
-                except OSError:
-                    answer = None
+            self._awaits_furniture = False
+            answer = None
+            with self._birth, suppress(OSError):
+                if wire.is_readable(self._birth.fileno(), END_DEADLINE):
+                    received = wire.receive(self._birth)
+                    answer = None if received is None else received[0]
             self._check_answer("furnish", answer)
 
     def _await_ready(self) -> bytes:
@@ -216,7 +219,7 @@ class Link:
 
         Every other copy of its end is closed by then, so that its death reads as the end.
         """
-        if not _is_readable(self._control.fileno(), BIRTH_DEADLINE):
+        if not wire.is_readable(self._control.fileno(), BIRTH_DEADLINE):
             raise SetupError("birth", f"not over after {BIRTH_DEADLINE:g} seconds")
         try:
             return self._control.recv(p.LARGEST_MESSAGE)
@@ -225,10 +228,10 @@ class Link:
 
     def _hear_of_birth(self) -> dict[str, Any]:
         """Return the launcher's report on the clone; it comes at about the same time."""
-        if not _is_readable(self._supervision.fileno(), BIRTH_DEADLINE):
+        if not wire.is_readable(self._birth.fileno(), BIRTH_DEADLINE):
             raise SetupError("birth", f"the launcher was silent for {BIRTH_DEADLINE:g} seconds")
         try:
-            received = wire.receive(self._supervision)
+            received = wire.receive(self._birth)
         except OSError as error:
             raise SetupError("birth", str(error), errno=error.errno or 0) from error
         if received is None:
@@ -272,9 +275,9 @@ class Link:
         """
         try:
             return Channel(self._control, operation, request, fds)
-        except (ConnectionError, TimeoutError) as error:
-            raise self.died(error) from error
         except OSError as error:
+            if self.closing or isinstance(error, ConnectionError | TimeoutError):
+                raise self.died(error) from error
             call = "sendmsg" if error.errno == errno.ETOOMANYREFS else "socketpair"
             raise SyscallError(call, error.errno or 0) from error
 
@@ -308,13 +311,17 @@ class Link:
         if not self.is_killed and self.end is None:
             self.cause = cause
         self.is_killed = True
+        self.send_kill()
+
+    def send_kill(self) -> None:
+        """SIGKILL PID 1, and note nothing: as anybody outside could."""
         try:
             pidfd = self.open_pidfd()
         except ProcessLookupError:
             return
         except OSError:  # no room for a descriptor here; the launcher has one
             with suppress(OSError):
-                wire.send(self._supervision, {"kind": "kill"})
+                self._supervision.tell("kill")
             return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -323,66 +330,44 @@ class Link:
     def begin_end(self) -> None:
         """Have the environment end; `await_end` waits for it."""
         self.closing = True
-        if not self.running:
-            # Nobody would read the counters of its end, which cost the launcher seven files.
-            with suppress(OSError):
-                wire.send(self._supervision, {"kind": "close"})
+        self._supervision.begin_end(is_reported=bool(self.running))
         self.kill()  # whatever the launcher is doing just now
 
     # -- the launcher --------------------------------------------------------------------------
 
     def fileno(self) -> int:
-        """Descriptor that is readable when the launcher has something to say."""
-        return self._supervision.fileno()
+        """Descriptor that is readable when PID 1 has ended; -1 once this is closed."""
+        return self._control.fileno()
 
-    def request(self, kind: str, **details: object) -> None:
+    def request(self, kind: str) -> None:
         """Have the launcher do something to the environment.
 
         Raises:
             SetupError: It could not.
             EnvironmentDied: The environment is gone.
+            SyscallError: This process has no room for a socket.
         """
-        with self._lock:
-            try:
-                wire.send(self._supervision, {"kind": kind, **details})
-                answer = self._receive(END_DEADLINE)
-            except OSError:
-                answer = None
-        self._check_answer(kind, answer)
+        self._check_answer(kind, self._supervision.request(kind))
 
     def _check_answer(self, kind: str, answer: Mapping[str, Any] | None) -> None:
         if answer is None or answer["kind"] == "gone":
+            self.kill()
+            self.await_end()
             raise EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}")
         if answer["kind"] == "failed":
             raise SetupError(kind, answer["message"], errno=answer["errno"])
 
-    def _receive(self, timeout: float) -> dict[str, Any] | None:
-        """Return the launcher's next message; notes the end. Needs the lock."""
-        if self.end is not None:
-            return self.end
-        if self._supervision.fileno() < 0:
-            return None
-        if not _is_readable(self._supervision.fileno(), timeout):
-            return None
-        received = wire.receive(self._supervision)
-        message = {"kind": "gone", "launcher": True} if received is None else received[0]
-        if message["kind"] == "gone":
-            self.end = message
-        return message
-
     def note_end(self) -> bool:
-        """Whether the environment is gone, as far as the launcher has said by now."""
-        with self._lock:
-            self._receive(0)
-            return self.end is not None
+        """Whether PID 1 is gone; then `end` is told, which it is a moment later."""
+        fd = self._control.fileno()
+        # It says nothing but its first word.
+        if self.end is None and fd >= 0 and wire.is_readable(fd, 0):
+            self.await_end()
+        return self.end is not None
 
     def await_end(self) -> bool:
         """Wait for the end of a killed environment; False when it does not come."""
-        deadline = time.monotonic() + END_DEADLINE
-        with self._lock:
-            while self.end is None and (left := deadline - time.monotonic()) > 0:
-                if self._receive(left) is None:
-                    break
+        self._supervision.await_end()
         if self.end is not None and "launcher" in self.end:
             return self._await_death()  # nobody else can say it
         return self.end is not None
@@ -393,7 +378,7 @@ class Link:
         except ProcessLookupError:
             return True
         try:
-            return _is_readable(pidfd, END_DEADLINE)
+            return wire.is_readable(pidfd, END_DEADLINE)
         finally:
             os.close(pidfd)
 
@@ -427,13 +412,18 @@ class Link:
 
     def close(self) -> None:
         """Close the descriptors; the launcher then kills and removes what is left."""
-        _close_both(self._control, self._supervision)
+        self._supervision.close()
+        _close_both(self._control, self._birth)
         _close_both(*self._others)
-        if self.workplace is not None:
-            self.workplace.close()
+        self.drop_workplace()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+
+    def drop_workplace(self) -> None:
+        """Close what a clone of a worker has been given."""
+        if self.workplace is not None:
+            self.workplace.close()
 
     # -- accounting ----------------------------------------------------------------------------
 
@@ -465,7 +455,7 @@ def await_farewell(farewell: Socket | None, seconds: float) -> None:
     """Wait until all that was asked to end has ended, or the time is over; close `farewell`."""
     if farewell is not None:
         try:
-            _is_readable(farewell.fileno(), seconds)
+            wire.is_readable(farewell.fileno(), seconds)
         finally:
             farewell.close()
 
@@ -480,9 +470,3 @@ def _pair() -> tuple[socket.socket, socket.socket]:
 def _close_both(first: socket.socket, second: socket.socket) -> None:
     first.close()
     second.close()
-
-
-def _is_readable(fd: int, timeout: float) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))

@@ -440,7 +440,7 @@ def kill_one(pool: nsbox.WarmPool) -> None:
         for entry in pool._leases._entries:
             if entry.env is not None and entry.phase is not Phase.RETIRED:
                 with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                    signal.pidfd_send_signal(entry.fd, signal.SIGKILL)
+                    os.kill(entry.env.pid, signal.SIGKILL)
                 return
 
 

@@ -351,7 +351,7 @@ class Pool(RuleBasedStateMachine):
     def close(self, drain: bool) -> None:
         if not drain and self.births:
             return  # what a birth finds then is for the tests of the whole pool
-        killed: list[int] = []
+        killed: list[object] = []
         self.is_closed = True
         waiting = len(self.callers)
         idle, _ = self.leases.begin_close(None if drain else killed.append)

@@ -42,7 +42,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("command", ("command", "streams", "verdict")),
     ("blueprint", ("blueprint",)),
-    ("link", ("link", "channel", "transfer", "blanks", "reports")),
+    ("link", ("link", "channel", "transfer", "blanks", "reports", "supervision")),
     ("launcher", ("launcher",)),
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),
@@ -72,8 +72,8 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
 # the two descriptions of messages, belong to both.
 LAUNCHER_SIDE = {
     "launcher.main", "launcher.server", "launcher.birth", "launcher.identity", "launcher.janitor",
-    "launcher.layouts", "launcher.templates", "launcher.template", "launcher.inside",
-    "launcher.steps", "launcher.environment", "guest.init", "guest.spawn",
+    "launcher.layouts", "launcher.requests", "launcher.templates", "launcher.template",
+    "launcher.inside", "launcher.steps", "launcher.environment", "guest.init", "guest.spawn",
     "guest.files", "guest.processes", "guest.intake",
     "guest.reset", "guest.warm",
 }  # fmt: skip

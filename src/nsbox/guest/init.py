@@ -53,11 +53,17 @@ a message is served."""
 
 
 class _Command:
-    """A running command, or the worker: its process, and the channel it was asked for on."""
+    """A running command, or the worker.
+
+    Attributes:
+        pid: Its process.
+        channel: Where its end is told: what it was asked for on; of the worker what is asked on
+            how it ends, once that is.
+    """
 
     __slots__ = ("channel", "pid")
 
-    def __init__(self, pid: int, channel: _Socket) -> None:
+    def __init__(self, pid: int, channel: _Socket | None) -> None:
         self.pid = pid
         self.channel = channel
 
@@ -100,6 +106,8 @@ class Init:
         self._standing = processes.standing(0)  # a first time, before there are clones
         self._worker: _Command | None = None
         self._kept: tuple[int, ...] = ()  # by the reset that is under way
+        self._worker_end = b""  # what is answered to who asks for it
+        self._deferred: list[tuple[bytes, list[int]]] = []
         self._commands: dict[int, _Command] = {}
         self._farewell: _Socket | None = None  # where it is told that all of them have ended
         self._poll = select.poll()
@@ -133,13 +141,11 @@ class Init:
             message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
         except ConnectionError:
             _leave()
-        if message[:1] != p.WORK or len(fds) != 1 + p.WORK_STREAMS:
+        if message[:1] != p.WORK or len(fds) != p.WORK_STREAMS:
             _leave()
-        channel, given = _Socket(fileno=fds[0]), fds[1:]
-        pid = fork_worker(given, has_time=is_blank)
-        close_all(given)
-        worker = self._worker = self._commands[pid] = _Command(pid, channel)
-        self._watch(channel.fileno(), lambda: self._on_channel(worker, channel))
+        pid = fork_worker(fds, has_time=is_blank)
+        close_all(fds)
+        self._worker = self._commands[pid] = _Command(pid, None)
 
     def _forget(self, fd: int) -> None:
         del self._handlers[fd]
@@ -148,12 +154,20 @@ class Init:
     # -- requests ------------------------------------------------------------------------------
 
     def _on_control(self) -> None:
+        self._serve(*self._receive())
+        while self._deferred:
+            self._serve(*self._deferred.pop(0))
+
+    def _receive(self) -> tuple[bytes, list[int]]:
         try:
             message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
         except ConnectionError:
             _leave()
         if not message or not fds:
             _leave()  # the host closed this environment, or is gone
+        return message, fds
+
+    def _serve(self, message: bytes, fds: list[int]) -> None:
         operation, place, request = message[:1], message[1:2], message[2:]
         channel = _Socket(AF_UNIX, SOCK_STREAM, 0, fds[0])  # told, it need not ask the kernel
         stdio = fds[1:]
@@ -167,6 +181,9 @@ class Init:
                     return  # the channel lives on
                 if operation == p.TERMINATE:
                     self._terminate(channel)
+                    return
+                if operation == p.END:
+                    self._tell_end_of_worker(channel)
                     return
                 if operation == p.RESET:
                     self._reset(channel, *p.parse_reset(request))
@@ -212,6 +229,12 @@ class Init:
             except OSError:
                 pass  # the channel reads EOF at once, and the command is killed then
         close_all(terminal)
+        if stdio[p.WORKER]:
+            if self._worker is not None:
+                self._kill_all_of(self._worker)  # the clone, which is of no use now
+            self._worker = self._commands[pid] = _Command(pid, None)
+            channel.close()
+            return
         command = self._commands[pid] = _Command(pid, channel)
         self._watch(channel.fileno(), lambda: self._on_channel(command, channel))
 
@@ -250,6 +273,29 @@ class Init:
         if worker is not None and served not in self._commands:
             raise Failure(errno.ESRCH, "worker")
         channel.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
+
+    def _tell_end_of_worker(self, channel: _Socket) -> None:
+        """Answer how the worker has ended, when it has."""
+        worker = self._worker
+        if worker is not None and worker.pid in self._commands:
+            worker.channel = channel
+            return
+        channel.sendall(self._worker_end)
+        channel.close()
+
+    def _hear_question(self, worker: _Command) -> _Socket | None:
+        """Return what is asked on how the worker ends: it is, when the host sees that it does."""
+        poll = select.poll()
+        poll.register(self._control.fileno(), select.POLLIN)
+        deadline = time.monotonic() + p.SEEN_DEADLINE
+        while worker.channel is None and (left := deadline - time.monotonic()) > 0:
+            if poll.poll(left * 1000):
+                message, fds = self._receive()
+                if message[:1] == p.END:
+                    worker.channel = _Socket(AF_UNIX, SOCK_STREAM, 0, fds[0])
+                else:
+                    self._deferred.append((message, fds))
+        return worker.channel
 
     def _terminate(self, channel: _Socket) -> None:
         self._farewell = channel
@@ -341,11 +387,13 @@ class Init:
         command = self._commands.get(ended.si_pid)
         if command is None:
             return
+        channel = command.channel or self._hear_question(command)
+        if channel is None:
+            return  # nobody wants to know it now
         try:
             pidfd = os.pidfd_open(command.pid)
         except OSError:
             return  # no room: then it cannot be known
-        channel = command.channel
         try:
             send_bytes(channel, p.ANSWER.pack(p.SHOWN, 0, 0, 0), [pidfd])
             channel.settimeout(p.SEEN_DEADLINE)
@@ -362,9 +410,14 @@ class Init:
         channel = command.channel
         is_alone = self._kill_leftovers()
         user, system = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
+        kind = p.SWEPT if self._kept and command.pid not in self._kept else p.EXITED
+        answer = p.ANSWER.pack(kind, status, user, system)
+        if command is self._worker:
+            self._worker_end = answer
+        if channel is None:
+            return is_alone
         try:
-            kind = p.SWEPT if self._kept and command.pid not in self._kept else p.EXITED
-            channel.sendall(p.ANSWER.pack(kind, status, user, system))
+            channel.sendall(answer)
         except OSError:
             pass  # the caller let go of it
         if channel.fileno() in self._handlers:

@@ -30,9 +30,10 @@ REMOVE = b"D"
 
 WORK = b"P"
 """What the worker is to have; the first message to an environment of a function, sent with its
-birth. Descriptors: channel, the worker's socket, stdout, stderr. Answered like a run, without
-STARTED."""
+birth, and not answered. Descriptors: the worker's socket, stdout, stderr."""
 WORK_STREAMS = 3
+END = b"N"
+"""How the worker ends: answered as a run is, when it has, without STARTED."""
 RESET = b"Z"
 """Kill everything but PID 1 and the worker, and empty all writable places (`reset_request`); answer
 OK."""
@@ -56,8 +57,10 @@ TTY = 1
 ANNOUNCE = 2
 """Flag of a run: answer STARTED as soon as it runs."""
 _STDIO = 4
-STREAMS = 4
-"""Descriptors a run may be given: 0 to 2, and 3 for a worker's socket."""
+WORKER = 3
+"""Number of a worker's socket: who is given one is the worker, and STARTED is its only answer."""
+STREAMS = WORKER + 1
+"""Descriptors a run may be given."""
 _STDIO_OF = [
     [bool(bits >> number & 1) for number in range(STREAMS)] for bits in range(1 << STREAMS)
 ]

@@ -43,10 +43,10 @@ class Birth:
         self.spec = known.spec
         self.key = known.key
         self.env_id: str = request["id"]
-        self.is_blank = "blank" in request
+        self.awaits: str = request["awaits"]
         self.is_second_attempt = False
         self.control = control
-        self.supervision = host
+        self.host = host
         self.step = ""
         self.host_id = 0
         self.takes_id = False

@@ -17,7 +17,8 @@ import socket
 import sys
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 import nsbox
@@ -59,25 +60,24 @@ class Launcher:
         self.companions: dict[str, deque[Any]] = {}
         self.absent_files: set[object] = set()
         self._lock = threading.Lock()
+        self._lock_of_requests = threading.Lock()
         try:
-            self._channel, theirs = wire.pair()
+            with ExitStack() as given, ExitStack() as kept:
+                self._channel, theirs = wire.pair()
+                kept.callback(self._channel.close)
+                given.callback(theirs.close)
+                # Births may have to wait for their turn, all else that is asked does not.
+                self._requests, their_requests = wire.pair()
+                kept.callback(self._requests.close)
+                given.callback(their_requests.close)
+                self._done, done_write = os.pipe()
+                kept.callback(os.close, self._done)
+                given.callback(os.close, done_write)
+                self.pid = _spawn(theirs.fileno(), their_requests.fileno(), done_write)
+                self._pidfd = os.pidfd_open(self.pid)
+                kept.pop_all()
         except OSError as error:
             raise LauncherError(f"the launcher could not be started: {error}") from error
-        try:
-            self._done, done_write = os.pipe()
-        except OSError as error:
-            self._channel.close()
-            theirs.close()
-            raise LauncherError(f"the launcher could not be started: {error}") from error
-        try:
-            self.pid = _spawn(theirs.fileno(), done_write)
-            self._pidfd = os.pidfd_open(self.pid)
-        except OSError as error:
-            self.abandon()
-            raise LauncherError(f"the launcher could not be started: {error}") from error
-        finally:
-            theirs.close()
-            os.close(done_write)
         try:
             self.hello = self._await_hello()
         except BaseException:
@@ -133,12 +133,17 @@ class Launcher:
         self,
         env_id: str,
         spec: Mapping[str, Any],
-        control: int,
-        supervision: int,
-        *,
-        blank: bool = False,
+        fds: Sequence[int],
+        awaits: str = "",
     ) -> None:
-        """Ask for an environment; the answer comes on the supervision socket.
+        """Ask for an environment.
+
+        Args:
+            env_id: Its id.
+            spec: What it is to be.
+            fds: Its control socket, and where the answer is to come.
+            awaits: What is to come on that socket after the answer: ``"taker"``, ``"furniture"``,
+                or nothing. Until then the environment ends when this end of it is closed.
 
         The spec itself travels once, its key always. The launcher may forget it ("unknown-spec"):
         then `forget_spec` and ask again.
@@ -149,14 +154,12 @@ class Launcher:
             SetupError: The kernel takes no message with descriptors now (ETOOMANYREFS).
         """
         key = spec["key"]
-        message: dict[str, Any] = {"id": env_id, "key": key}
-        if blank:
-            message["blank"] = True
+        message: dict[str, Any] = {"id": env_id, "key": key, "awaits": awaits}
         if key not in self._specs_sent:
             message["spec"] = spec
         try:
             with self._lock:
-                wire.send(self._channel, message, [control, supervision])
+                wire.send(self._channel, message, fds)
         except ValueError as error:
             raise ConfigError(f"the configuration is too large: {error}") from error
         except ConnectionError as error:
@@ -170,6 +173,20 @@ class Launcher:
             self._specs_sent.clear()
         self._specs_sent.add(key)
 
+    def ask(
+        self, kind: str, env_id: str, answer: socket.socket | None = None, **details: object
+    ) -> None:
+        """Ask something of an environment that was born; it is answered on `answer`.
+
+        Raises:
+            OSError: The launcher is gone, or another process's.
+        """
+        if self._owner != os.getpid():
+            raise ProcessLookupError(errno.ESRCH, "the launcher is the parent process's")
+        fds = [] if answer is None else [answer.fileno()]
+        with self._lock_of_requests:
+            wire.send(self._requests, {"kind": kind, "id": env_id, **details}, fds)
+
     def forget_spec(self, spec: Mapping[str, Any]) -> None:
         """Have the next `request_birth` send the spec again."""
         self._specs_sent.discard(spec["key"])
@@ -177,7 +194,7 @@ class Launcher:
     def last_words(self) -> str:
         """Return what a launcher that failed has said of it, or ""."""
         with self._lock:
-            if self._channel.fileno() < 0 or not _is_readable(self._channel.fileno(), 0.1):
+            if self._channel.fileno() < 0 or not wire.is_readable(self._channel.fileno(), 0.1):
                 return ""
             received = wire.receive(self._channel)
         return "" if received is None else str(received[0].get("text", ""))
@@ -185,15 +202,17 @@ class Launcher:
     def close(self) -> None:
         """End the launcher and wait until nothing of it or its environments is left."""
         self._close_companions()
-        try:
-            # Ends a send that waits for room; only then is nobody else at the descriptor.
-            self._channel.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it is gone already
-        with self._lock:
-            self._channel.close()
+        for channel, lock in (
+            (self._channel, self._lock),
+            (self._requests, self._lock_of_requests),
+        ):
+            with suppress(OSError):  # it is gone already
+                # Ends a send that waits for room; only then is nobody else at the descriptor.
+                channel.shutdown(socket.SHUT_RDWR)
+            with lock:
+                channel.close()
         # EOF comes when the launcher and its janitor are both gone.
-        if not _is_readable(self._done, _FAREWELL):
+        if not wire.is_readable(self._done, _FAREWELL):
             _log.warning("the launcher %d had not cleaned up after %g s", self.pid, _FAREWELL)
         os.close(self._done)
         self._reap()
@@ -201,7 +220,7 @@ class Launcher:
 
     def _reap(self) -> None:
         # Its descriptors are closed a moment before it can be reaped.
-        _is_readable(self._pidfd, _REAP)
+        wire.is_readable(self._pidfd, _REAP)
         try:
             os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         except ChildProcessError:
@@ -216,15 +235,9 @@ class Launcher:
         """Close the descriptors only: in a forked child of the host, whose launcher it is not."""
         self._close_companions()
         self._channel.close()
-        for fd in (self._done, getattr(self, "_pidfd", -1)):
-            if fd >= 0:
-                os.close(fd)
-
-
-def _is_readable(fd: int, timeout: float) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN | select.POLLHUP)
-    return bool(poll.poll(timeout * 1000))
+        self._requests.close()
+        for fd in (self._done, self._pidfd):
+            os.close(fd)
 
 
 def import_paths() -> list[str]:
@@ -243,14 +256,14 @@ def import_paths() -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def _spawn(channel: int, done: int) -> int:
+def _spawn(channel: int, requests: int, done: int) -> int:
     if not sys.executable:
         raise LauncherError("sys.executable is not set: nsbox needs the interpreter's path")
     id_range = os.environ.get("NSBOX_ID_RANGE", "")
     if id_range:
         _check_id_range(id_range)
     words = [str(os.getpid()), id_range, *import_paths()]
-    return process.start("launcher", words, [channel, done])
+    return process.start("launcher", words, [channel, requests, done])
 
 
 def _check_id_range(text: str) -> None:

@@ -23,4 +23,5 @@ if __name__ == "__main__":
     else:
         from nsbox.launcher.server import main as launcher_main
 
-        launcher_main(channel_fd=3, done=4, host_pid=int(host), id_range=setting, paths=paths)
+        fds = (3, 4, 5)
+        launcher_main(*fds, host_pid=int(host), id_range=setting, paths=paths)

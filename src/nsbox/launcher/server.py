@@ -8,6 +8,7 @@ environments are clones of its memory.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import resource
 import select
@@ -17,12 +18,13 @@ import sys
 import time
 
 from nsbox.errors import NsboxError
-from nsbox.isolation import cgroups, landlock, namespaces, privileges, readback
+from nsbox.isolation import cgroups, landlock, namespaces, privileges
 from nsbox.isolation.network import NetworkPool
 from nsbox.launcher import identity, janitor, wire
 from nsbox.launcher.birth import Birth
 from nsbox.launcher.environment import Environment
 from nsbox.launcher.layouts import KnownSpecs, Layouts
+from nsbox.launcher.requests import Requests, answer, outcome, reply
 from nsbox.launcher.steps import failure
 from nsbox.launcher.templates import TemplateGone, TemplateProcess
 from nsbox.linux import calls, proc
@@ -49,6 +51,7 @@ class Server:
     def __init__(
         self,
         channel: socket.socket,
+        requests: socket.socket,
         host: int,
         done: int,
         host_pid: int,
@@ -56,6 +59,7 @@ class Server:
         id_range: tuple[int, int] | None,
     ) -> None:
         self._channel = channel
+        self._requests = Requests(requests)
         self._host_pid = host_pid
         self._paths = paths
         self._host = host
@@ -127,6 +131,7 @@ class Server:
     def run(self) -> NoReturn:
         """Serve until the host is gone."""
         self._watch(self._channel.fileno(), self._on_request)
+        self._watch(self._requests.fileno(), self._on_ask)
         self._watch(self._host, self._leave)
         self.layouts.look_ahead()  # the host decides meanwhile what to ask for
         while True:
@@ -154,7 +159,7 @@ class Server:
             action()
         for pidfd in [pidfd for pidfd, end in self._blanks.items() if end <= now]:
             del self._blanks[pidfd]
-            self._kill(self._environments[pidfd])
+            self._environments[pidfd].kill()
         if not due and self.networks is not None and self.networks.wants_more:
             self.networks.add()
 
@@ -211,16 +216,15 @@ class Server:
             return  # no room for its sockets, which are closed: the host reads that as the end
         if received is None:
             self._leave()
-        request, (control, supervision_fd) = received
+        request, (control, host_fd) = received
         # Told what it is, it need not ask the kernel.
-        supervision = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, supervision_fd)
+        host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, host_fd)
         known = self._specs.find(request["key"], request.get("spec"))
         if known is None:
-            self._answer(supervision, {"kind": "unknown-spec"})
-            supervision.close()
+            reply(host, {"kind": "unknown-spec"})
             os.close(control)
             return
-        birth = Birth(self, known, request, control, supervision)
+        birth = Birth(self, known, request, control, host)
         try:
             birth.run_launcher_side()
             birth.step = "clone"
@@ -263,10 +267,10 @@ class Server:
             return
         environment = Environment(birth, pid, pidfd)
         self._environments[pidfd] = environment
-        self._watch(birth.supervision.fileno(), lambda: self._on_supervision(environment))
+        self._requests.living[birth.env_id] = environment
         self._watch(pidfd, lambda: self._on_exit(environment))
         self._watch_memory(environment)
-        if birth.is_blank:
+        if birth.awaits == "taker":
             self._blanks[pidfd] = time.monotonic() + wire.BLANK_LIFE
         born = {
             "kind": "born",
@@ -275,7 +279,15 @@ class Server:
             "cgroup": birth.cgroup.paths if birth.cgroup is not None else {},
             "inode": os.fstat(pidfd).st_ino,
         }
-        self._answer(birth.supervision, born, [] if self._has_pid_inodes else [pidfd])
+        is_heard = answer(birth.host, born, [] if self._has_pid_inodes else [pidfd])
+        if birth.awaits and is_heard:
+            self._watch(birth.host.fileno(), lambda: self._on_host(environment))
+            return
+        birth.host.close()
+        environment.host = None
+        if not is_heard:
+            environment.is_let_go = True
+            environment.kill()
 
     def _replace_template(self, template: TemplateProcess, also: Birth | None = None) -> None:
         """Start another and send it the births under way, each once more; environments live on."""
@@ -310,8 +322,7 @@ class Server:
         def finish(_left: Sequence[str]) -> None:
             if birth.takes_id and self.ids is not None:
                 self.ids.give_back(birth.host_id)
-            self._answer(birth.supervision, {"kind": "failed", **failed})
-            birth.supervision.close()
+            reply(birth.host, {"kind": "failed", **failed})
 
         if birth.cgroup is None:
             finish(())
@@ -335,67 +346,42 @@ class Server:
 
     def _on_oom(self, environment: Environment) -> None:
         environment.oom_notices += os.eventfd_read(environment.oom_event)
-        self._kill(environment)
+        environment.kill()
 
-    def _on_supervision(self, environment: Environment) -> None:
-        supervision = environment.supervision
-        if supervision is None:
+    def _on_host(self, environment: Environment) -> None:
+        """Hear of a birth that is not over: its taker, its furniture, or that nobody wants it."""
+        host = environment.host
+        if host is None:
             return
-        received = wire.receive(supervision)
+        received = wire.receive(host)
         if received is None:
-            self._forget(supervision.fileno())
-            supervision.close()
-            environment.supervision = None
-            self._kill(environment)
+            environment.is_let_go = True
+            self._settle(environment)
+            environment.kill()
             return
         kind = received[0]["kind"]
-        try:
-            if kind == "close":
-                environment.is_reported = False
-                self._kill(environment)
-                return  # "gone" is the answer
-            if kind == "kill":
-                self._kill(environment)
-                return
-            if kind == "freeze":
-                self._freeze(environment)
-            elif kind in ("claim", "keep"):
-                if self._blanks.pop(environment.pidfd, None) is not None and kind == "keep":
-                    self._blanks[environment.pidfd] = time.monotonic() + wire.BLANK_LIFE
-                return
-            elif kind == "furnish":
-                self._blanks.pop(environment.pidfd, None)  # who furnishes it has taken it
-                self.layouts.furnish(environment.pid, received[0]["mounts"])
-            elif kind == "thaw":
-                self._thaw(environment)
-            elif kind == "verify":
-                missing = readback.missing_lock(environment.pid, filtered=True)
-                if missing:
-                    raise OSError(errno.EPERM, f"its status does not say {missing!r}")
-        except OSError as error:
-            self._answer(supervision, {"kind": "failed", **failure(kind, error)})
-        else:
-            self._answer(supervision, {"kind": "done"})
+        is_blank = self._blanks.pop(environment.pidfd, None) is not None
+        if kind == "keep" and is_blank:
+            self._blanks[environment.pidfd] = time.monotonic() + wire.BLANK_LIFE
+        elif kind == "furnish":  # who furnishes it has taken it
+            mounts = received[0]["mounts"]
+            act = functools.partial(self.layouts.furnish, environment.pid, mounts)
+            answer(host, outcome(kind, act))
+        if kind != "keep":
+            self._settle(environment)
 
-    def _freeze(self, environment: Environment) -> None:
-        if environment.cgroup is not None and environment.cgroup.can_freeze:
-            environment.cgroup.freeze()
-        else:
-            environment.stopper.stop()
+    def _settle(self, environment: Environment) -> None:
+        """Close the socket of a birth that is over, or of an environment that has ended."""
+        if environment.host is not None:
+            self._forget(environment.host.fileno())
+            environment.host.close()
+            environment.host = None
 
-    def _thaw(self, environment: Environment) -> None:
-        if environment.cgroup is not None and environment.cgroup.can_freeze:
-            environment.cgroup.thaw()
-        else:
-            environment.stopper.go_on()
+    def _on_ask(self) -> None:
+        if not self._requests.serve():
+            self._forget(self._requests.fileno())  # the host's own end is seen besides
 
     # -- ends ----------------------------------------------------------------------------------
-
-    def _kill(self, environment: Environment) -> None:
-        try:
-            signal.pidfd_send_signal(environment.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def _on_exit(self, environment: Environment) -> None:
         _, status = os.waitpid(environment.pid, 0)
@@ -403,6 +389,7 @@ class Server:
         self._blanks.pop(environment.pidfd, None)
         self._forget(environment.pidfd)
         os.close(environment.pidfd)
+        environment.pidfd = -1
         report: dict[str, Any] = {"kind": "gone", "status": status, "usage": {}, "leaked": []}
         if environment.oom_event >= 0:
             self._forget(environment.oom_event)
@@ -412,16 +399,13 @@ class Server:
             report["leaked"] = left
             if environment.takes_id and self.ids is not None:
                 self.ids.give_back(environment.host_id)
-            if environment.supervision is not None:
-                self._forget(environment.supervision.fileno())
-                self._answer(environment.supervision, report)
-                environment.supervision.close()
-                environment.supervision = None
+            self._settle(environment)
+            self._requests.conclude(environment, report)
 
         if environment.cgroup is None:
             finish([])
             return
-        if environment.is_reported and environment.supervision is not None:
+        if environment.is_reported and not environment.is_let_go:
             usage = report["usage"] = environment.cgroup.read_usage()
             usage["oom_notices"] = environment.oom_notices
         self._remove_cgroup(environment.cgroup, finish)
@@ -442,14 +426,6 @@ class Server:
 
         attempt()
 
-    def _answer(
-        self, supervision: socket.socket, message: dict[str, Any], fds: list[int] | None = None
-    ) -> None:
-        try:
-            wire.send(supervision, message, fds or [])
-        except OSError:
-            pass  # the host let go of the environment; its end of the socket reads as EOF
-
 
 def _end_child(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
@@ -462,11 +438,12 @@ def _parse_range(text: str) -> tuple[int, int] | None:
 
 
 def main(
-    channel_fd: int, done: int, host_pid: int, id_range: str, paths: Sequence[str]
+    channel_fd: int, requests_fd: int, done: int, host_pid: int, id_range: str, paths: Sequence[str]
 ) -> NoReturn:
     """Run the launcher on inherited descriptors. Called by `nsbox.launcher.main`."""
     channel = socket.socket(fileno=channel_fd)
-    for fd in (channel_fd, done):
+    requests = socket.socket(fileno=requests_fd)
+    for fd in (channel_fd, requests_fd, done):
         os.set_inheritable(fd, False)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # The soft limit is the host's, and an environment takes several descriptors here; what
@@ -478,7 +455,7 @@ def main(
         host = os.pidfd_open(host_pid)
         if os.getppid() != host_pid:
             os._exit(0)  # the host died meanwhile, and its number may be another's
-        Server(channel, host, done, host_pid, paths, _parse_range(id_range)).run()
+        Server(channel, requests, host, done, host_pid, paths, _parse_range(id_range)).run()
     except Exception as error:  # noqa: BLE001 - the host is told whatever it was
         import traceback  # needed once at most, and it is half as large as the rest
 

@@ -103,7 +103,7 @@ class TemplateProcess:
         destinations = list(birth.trees)
         message = (
             *("birth", key, birth.env_id, birth.host_id),
-            *(destinations, has_cgroup, has_network, birth.is_blank),
+            *(destinations, has_cgroup, has_network, birth.awaits == "taker"),
         )
         self._send(message, [*fds, *birth.trees.values(), *birth.tasks])
         self.pending.append(birth)

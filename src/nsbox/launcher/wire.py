@@ -8,6 +8,7 @@ Both ends are trusted. What comes from inside an environment has its own, fixed-
 from __future__ import annotations
 
 import json
+import select
 import socket
 
 from nsbox.linux.descriptors import close_all, receive_message, send_bytes
@@ -51,3 +52,10 @@ def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         close_all(fds)
         return None
     return json.loads(data.decode()), fds  # for bytes it looks which encoding they have
+
+
+def is_readable(fd: int, timeout: float) -> bool:
+    """Whether there is something to read, or the end, within `timeout` seconds."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -25,7 +24,7 @@ from nsbox.errors import (
     PoolClosed,
 )
 from nsbox.function import FunctionVersion
-from nsbox.functions import death_descriptor, heard_nothing
+from nsbox.functions import death_descriptor, heard_nothing, is_closed, send_kill
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.linux.proc import has_pending
 from nsbox.outfit import kind_of
@@ -71,6 +70,7 @@ class House:
         self.owner = os.getpid()
         self._endings = Endings(settings.shutdown_grace, self._close, self._await_frost)
         self._watched: dict[int, PoolEntry] = {}
+        self._watched_lock = threading.Lock()
         self._watch: Watch | None = None
         self._start_lock = threading.Lock()
         # Held while an environment is being frozen. Reentrant: `on_event` is called under it.
@@ -122,7 +122,9 @@ class House:
 
     def _is_dead(self, grant: PoolGrant) -> bool:
         """Look whether it has died a moment ago; then it is closed. A frozen one is thawed."""
-        death = grant.entry.death
+        death, env = grant.entry.death, grant.entry.env
+        if env is not None and is_closed(env):
+            death = None  # and its descriptor's number may be another's
         if death is not None and not death.poll(0) and (not grant.is_cold or self._thaw(grant)):
             return False
         self._give_back(grant, Retirement.FAILURE)
@@ -164,13 +166,10 @@ class House:
             grant.entry.is_plain = what.function.reuse != "never" and not is_told
             grant.entry.is_silent = what.function.handler is None
         grant.entry.death = _poll_of(fd)
-        self._watched[fd] = grant.entry
-        try:
-            self._get_watch().add(fd)
-        except BaseException:
-            del self._watched[fd]
-            os.close(fd)
-            raise
+        watch = self._get_watch()
+        with self._watched_lock:
+            watch.add(fd)
+            self._watched[fd] = grant.entry
         self._leases.born(grant, env, fd)
 
     def _drop(self, grant: PoolGrant | None, *, answered: bool | None = False) -> None:
@@ -257,10 +256,11 @@ class House:
                 if entry.is_cold:
                     self._await_frost()
                 watch = self._watch
-                if watch is not None:
-                    watch.discard(entry.fd)
-                self._watched.pop(entry.fd, None)
-                os.close(entry.fd)
+                with self._watched_lock:
+                    # The number is another's, perhaps, where it was closed by who had it.
+                    if watch is not None and self._watched.get(entry.fd) is entry:
+                        del self._watched[entry.fd]
+                        watch.discard(entry.fd)
                 entry.env.close(wait=wait)
                 self._tell("retired", entry, reason=entry.reason)
         finally:
@@ -487,6 +487,6 @@ def env_of(grant: PoolGrant) -> ExecutionEnvironment:
     return grant.entry.env
 
 
-def _kill(fd: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(fd, signal.SIGKILL)
+def _kill(entry: PoolEntry) -> None:
+    if entry.env is not None:
+        send_kill(entry.env)

@@ -419,9 +419,9 @@ class Leases(Room[E, W]):
             return self._retire_idle(idle[: -(-len(idle) // 4)], Retirement.PRESSURE)
 
     def begin_close(
-        self, kill: Callable[[int], object] | None
+        self, kill: Callable[[Entry[E, W]], object] | None
     ) -> tuple[list[Entry[E, W]], list[Grant[E, W]]]:
-        """Serve no new calls. With `kill` (given descriptors) none at all.
+        """Serve no new calls. With `kill` (given entries) none at all.
 
         Returns idle ones, for the caller to close, and leases that nobody came for.
         """
@@ -437,7 +437,7 @@ class Leases(Room[E, W]):
                         waiter.wake()
                 for entry in self._entries:
                     if entry.phase is Phase.LEASED:
-                        kill(entry.fd)
+                        kill(entry)
             orphans, self._orphans = self._orphans, []
             idle = [entry for places in self._parts for entry in places.idle()]
             return self._retire_idle(idle, Retirement.CLOSE), orphans

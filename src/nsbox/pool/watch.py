@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -41,10 +42,11 @@ class Watch:
         self._epoll.register(fd, select.EPOLLPRI)
 
     def discard(self, fd: int) -> None:
-        """Watch it no more; it is closed after that."""
+        """Watch it no more."""
         with self._lock:
             if not self._epoll.closed:
-                self._epoll.unregister(fd)
+                with contextlib.suppress(OSError):  # it has been closed
+                    self._epoll.unregister(fd)
 
     def ring(self) -> None:
         """Have `on_time` called now."""
