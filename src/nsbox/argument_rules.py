@@ -116,7 +116,6 @@ _PROFILE_RULES: dict[str, dict[str, Rules]] = {
         # Docker lists the families it allows; beyond these two that leaves out only dead ones.
         "socket": (*_when(EPERM, 0, _AF_ALG, _AF_VSOCK), *_OTHERWISE),
         "socketpair": _OTHERWISE,
-        "prlimit64": (*_when(ALLOW, 2, 0, mask=POINTER), *_NOT_PID_1),
         "seccomp": _OTHERWISE,
         "prctl": _OTHERWISE,
         "mknod": _OTHERWISE,

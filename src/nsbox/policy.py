@@ -72,7 +72,7 @@ class SeccompPolicy:
 
         Some things are stricter than Docker's: i386 and x32 are killed; the ioctls that type into
         a terminal, leases and directory notifications (fcntl) are refused, and so is to change
-        limits and priorities of PID 1, which is not the guest's here.
+        priorities of PID 1, which is not the guest's here, and limits but by pid 0 (itself).
         """
         return cls._profile(profiles.DOCKER)
 

@@ -92,17 +92,19 @@ def handler(event, context):
 """
 
 
-@pytest.mark.parametrize("start", ["clone", "exec"])
+@pytest.mark.parametrize(("start", "profile"), [("clone", "docker"), ("exec", "default")])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_invocations_are_forks_of_is_as_it_was_or_gone(
-    tmp_path: Path, start: str, change: str
+    tmp_path: Path, start: str, profile: str, change: str
 ) -> None:
     if change == "cpus" and nsbox.run(["nproc"]).text() == "1\n":
         pytest.skip("one CPU")
     code = tmp_path / "code"
     code.mkdir()
     (code / "app.py").write_text(HANDLER.replace("CHANGE", CHANGES[change].format("pid")))
-    function = nsbox.Function("app.handler", code=code, reuse="reset", start=start)
+    function = nsbox.Function(
+        "app.handler", code=code, reuse="reset", start=start, seccomp=profile
+    )
     with nsbox.ExecutionEnvironment(function.publish(tmp_path / "store")) as env:
         try:
             assert env.invoke(True)[0]

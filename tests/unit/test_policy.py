@@ -129,6 +129,7 @@ def test_pid_1_is_not_the_guests(name: str) -> None:
             )
     assert policy.decide("sched_setaffinity", (7, 8)) == ALLOW
     assert policy.decide("prlimit64", (1, 7, 1)) == EPERM
+    assert policy.decide("prlimit64", (7, 7, 1)) == EPERM
     assert policy.decide("prlimit64", (1, 7, 0)) == ALLOW
 
 
