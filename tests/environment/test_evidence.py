@@ -48,6 +48,7 @@ def test_cpu_time_of_a_command_whose_cgroup_has_gone_since_is_known() -> None:
     with nsbox.ExecutionEnvironment() as env, env.popen(command) as process:
         assert process._channel is not None
         # PID 1 has told its end, and nobody has heard it yet.
+        assert process._channel is not None
         assert select.select([process._channel.socket], [], [], 60 * PATIENCE)[0]
         os.kill(env.pid, signal.SIGKILL)
         wait_until(lambda: not os.path.exists(f"/proc/{env.pid}"), "the end of PID 1")

@@ -102,9 +102,7 @@ def test_what_invocations_are_forks_of_is_as_it_was_or_gone(
     code = tmp_path / "code"
     code.mkdir()
     (code / "app.py").write_text(HANDLER.replace("CHANGE", CHANGES[change].format("pid")))
-    function = nsbox.Function(
-        "app.handler", code=code, reuse="reset", start=start, seccomp=profile
-    )
+    function = nsbox.Function("app.handler", code=code, reuse="reset", start=start, seccomp=profile)
     with nsbox.ExecutionEnvironment(function.publish(tmp_path / "store")) as env:
         try:
             assert env.invoke(True)[0]
