@@ -32,13 +32,14 @@ class LoopCalls:
         self._has_own = invoker.resets  # each event has a socket of its own
 
     async def await_reset(self) -> None:
-        """Wait until the reset after the last event is over, or as long as PID 1 may take."""
+        """Wait until the reset after the last event is over; PID 1 has its time for that."""
         fd = self._invoker.reset_descriptor()
         if fd < 0:
             return
         future = self.loop.create_future()
         self.loop.add_reader(fd, _finish, future)
-        timer = self.loop.call_later(ANSWER_DEADLINE, _finish, future)
+        # Its end closes the channel, which is readable then.
+        timer = self.loop.call_later(ANSWER_DEADLINE, self._invoker.kill, "PID 1 did not answer")
         try:
             await future
         except asyncio.CancelledError:

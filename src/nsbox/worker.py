@@ -115,7 +115,7 @@ class Worker:
     def send_event(self, call: Call, first: bytes, body: bytes = b"") -> None:
         """Send a frame on the event's own socket; see `send`."""
         if not call.is_unsent:
-            self._send_on(self._own.socket, call, first, body)
+            self.send(call, first, body, self._own.socket)
 
     def await_event(self) -> None:
         """Have answer and log come from the event's own socket and pipes."""
@@ -162,14 +162,12 @@ class Worker:
             self._fd = -1
         self._buffer, self._body = b"", None
 
-    def send(self, call: Call, first: bytes, body: bytes = b"") -> None:
+    def send(self, call: Call, first: bytes, body: bytes = b"", own: Socket | None = None) -> None:
         """Send of a frame what the socket takes now; `send_rest` waits until it has all of it.
 
-        Its header and what else is in `first`, and `body`.
+        Its header and what else is in `first`, and `body`; on the worker's socket or an `own` one.
         """
-        self._send_on(self._base, call, first, body)
-
-    def _send_on(self, to: Socket, call: Call, first: bytes, body: bytes) -> None:
+        to = self._base if own is None else own
         done, size = 0, len(first) + len(body)
         if size <= _CHUNK:
             first, body = first + body, b""

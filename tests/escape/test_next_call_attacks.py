@@ -6,6 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +17,8 @@ import pytest
 from tests.support import PATIENCE
 
 import nsbox
+import nsbox.aio
+from nsbox.channel import ANSWER_DEADLINE
 from nsbox.invoker import Invoker
 
 pytestmark = pytest.mark.needs("userns")
@@ -208,7 +213,8 @@ def test_no_caller_makes_the_next_ones_call_fail(publish: Publish, start: str) -
     attacks = ["SIGSTOP", "SIGTSTP", "SIGKILL", "SIGTERM", "SIGABRT", "priority", "junk"]
     with nsbox.WarmPool(version, provisioned=2, max_environments=2, freeze_after=None) as pool:
 
-        async def on_loop() -> None:
+        async def on_loop(attack: str) -> None:
+            assert await pool.invoke_async(attack) == "done"
             assert await pool.invoke_async("victim") == "answered"
 
         for attack in attacks:
@@ -221,8 +227,10 @@ def test_no_caller_makes_the_next_ones_call_fail(publish: Publish, start: str) -
                 assert pool.invoke("victim") == "answered", attack
             pool.invoke_bytes(b'"victim"')
             assert pool.stats()["Errors"] == errors, attack
-        assert pool.invoke("SIGSTOP") == "done"
-        asyncio.run(on_loop())
+        for _ in range(2):
+            asyncio.run(on_loop("SIGSTOP"))
+            asyncio.run(on_loop("priority"))
+        assert pool.stats()["Errors"] == errors
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -318,3 +326,23 @@ def test_a_small_event_that_nobody_reads_holds_up_no_loop(publish: Publish) -> N
     with nsbox.ExecutionEnvironment(version) as env:
         assert env.invoke("first") == 42
         assert asyncio.run(ticks_of_the_last(env)) > 3
+
+
+def test_a_silent_pid_1_holds_up_no_loop(publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After its time it is killed, and the call is told so; a pool would make it elsewhere."""
+    monkeypatch.setattr(nsbox.aio, "ANSWER_DEADLINE", 0.2 * PATIENCE)
+    with nsbox.ExecutionEnvironment(publish(HINDERER, reuse="reset")) as env:
+        send = env._link.ask  # type: ignore[union-attr]
+
+        def ask_and_stop(*arguments: object) -> object:
+            os.kill(env.pid, signal.SIGSTOP)
+            return send(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(env._link, "ask", ask_and_stop)
+        assert env.invoke("victim") == "answered"
+        begin = time.monotonic()
+        with pytest.raises(nsbox.EnvironmentDied, match="PID 1 did not answer"):
+            asyncio.run(env.invoke_async("victim"))
+        assert time.monotonic() - begin < ANSWER_DEADLINE / 2, "it waited on the loop"
+        assert env._invocations is not None
+        assert env._invocations.is_unsent
