@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from nsbox.function import FunctionVersion as FunctionVersion
     from nsbox.function import Layer as Layer
     from nsbox.invocation import Invocation as Invocation
+    from nsbox.invocation import LeftRunning as LeftRunning
     from nsbox.launcher.client import shutdown as shutdown
     from nsbox.policy import SeccompPolicy as SeccompPolicy
     from nsbox.pool.aio import AsyncWarmPool as AsyncWarmPool
@@ -87,7 +88,7 @@ _HOMES = {
         "SetupError", "StoreError", "SyscallError", "Throttled", "UnsupportedHostError",
     ),
     "nsbox.function": ("Function", "FunctionVersion", "Layer"),
-    "nsbox.invocation": ("Invocation",),
+    "nsbox.invocation": ("Invocation", "LeftRunning"),
     "nsbox.launcher.client": ("shutdown",),
     "nsbox.policy": ("SeccompPolicy",),
     "nsbox.pool.function": ("PoolFunction",),

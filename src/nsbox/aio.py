@@ -13,6 +13,7 @@ from collections.abc import Callable
 from nsbox.call import Call, Frame, WorkerEnded, WorkerOver, WorkerSilent
 from nsbox.channel import ANSWER_DEADLINE
 from nsbox.invoker import Invoker
+from nsbox.left_running import Sweep
 
 
 class LoopCalls:
@@ -34,8 +35,26 @@ class LoopCalls:
     async def await_reset(self) -> None:
         """Wait until the reset after the last event is over; PID 1 has its time for that."""
         fd = self._invoker.reset_descriptor()
-        if fd < 0:
+        if fd >= 0:
+            await self._await_readable(fd)
+
+    async def sweep(self, call: Call, sweep: Sweep) -> None:
+        """Do as `Sweep.run`."""
+        channel = sweep.begin(call, self._invoker.worker)
+        if channel is None:
             return
+        try:
+            await self._await_readable(channel.socket.fileno())
+        except BaseException:
+            channel.socket.close()
+            raise
+        if channel.has_answer():
+            sweep.finish(call, channel)
+        else:
+            await asyncio.to_thread(sweep.finish, call, channel)  # it is gone, or does not answer
+
+    async def _await_readable(self, fd: int) -> None:
+        """Wait for a word of PID 1, or as long as it may take."""
         future = self.loop.create_future()
         self.loop.add_reader(fd, _finish, future)
         # Its end closes the channel, which is readable then.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nsbox.errors import FunctionError
-from nsbox.invocation import Invocation
+from nsbox.invocation import Invocation, LeftRunning
 from nsbox.json_text import decode_answer
 from nsbox.result import Result
 
@@ -46,13 +46,15 @@ class Call:
         is_first: Whether it is the environment's first event.
         start: Of the first event: the start of its worker, which may have written something.
         is_unsent: Whether nothing of it has reached the worker, nor ever will.
+        left_running: What was killed after it, where that is asked for and known.
+        answered: When it was answered, if something has been waited for since then; else 0.
         rest: What is still to be sent of it, for `Worker.send_rest`: the socket, the two parts of
             its frame, and how many bytes of them are sent.
     """
 
     __slots__ = (
-        "begin", "deadline", "is_first", "is_unsent", "logs", "number", "on_log", "request_id",
-        "rest", "room", "rooms", "start", "timeout",
+        "answered", "begin", "deadline", "is_first", "is_unsent", "left_running", "logs",
+        "number", "on_log", "request_id", "rest", "room", "rooms", "start", "timeout",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +76,8 @@ class Call:
         self.is_first = is_first
         self.start: Call | None = None
         self.is_unsent = False
+        self.left_running: LeftRunning | None = None
+        self.answered = 0.0
         self.rest: tuple[Socket, bytes, bytes, int] | None = None
         self.begin = time.monotonic()
         self.deadline = self.begin + timeout
@@ -120,7 +124,7 @@ class Answer:
         """`describe` is `Invoker.describe`."""
         self._describe = describe
         self._call = call
-        self._end = time.monotonic()
+        self._end = call.answered or time.monotonic()
         self.data = data
 
     def json(self) -> Any:  # noqa: ANN401 - any JSON value

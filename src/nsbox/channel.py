@@ -61,6 +61,14 @@ class Channel:
         with suppress(BrokenPipeError):
             self.socket.sendall(p.LENGTH.pack(len(request)) + request)
 
+    def has_answer(self) -> bool:
+        """Return whether a whole answer has come, so that `receive_answer` does not wait."""
+        try:
+            data = self.socket.recv(p.ANSWER.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        return len(data) == p.ANSWER.size
+
     def receive_answer(self) -> tuple[bytes, int, int, int, list[int]]:
         """Return the kind, three numbers and the descriptors of the next answer.
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import warnings
 import weakref
+from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -33,10 +34,11 @@ from nsbox.errors import (
     ConfigError,
     EnvironmentStateError,
     LauncherError,
+    NsboxError,
     UnsupportedHostError,
 )
 from nsbox.function import FunctionVersion
-from nsbox.functions import FunctionMethods, Invocations, ask_to_end
+from nsbox.functions import FunctionMethods, Invocations
 from nsbox.launcher.client import get_launcher
 from nsbox.link import Furniture, Link, await_farewell
 from nsbox.outfit import outfit_of
@@ -435,6 +437,21 @@ class ExecutionEnvironment(FunctionMethods):
         if self._frozen:
             raise EnvironmentStateError(f"environment {self.id} is frozen; call thaw() first")
         return link
+
+
+def ask_to_end(env: ExecutionEnvironment) -> Socket | None:
+    """SIGTERM everything in an environment that is about to be closed; thaw it for that.
+
+    Returns what `await_farewell` takes; None when there is nothing to wait for.
+    """
+    try:
+        env.thaw()
+        farewell = env._live_link().ask_to_end()
+    except NsboxError:
+        return None  # it is gone, or does not thaw, or is another process's
+    if env._invocations is not None:
+        env._invocations.end_events()
+    return farewell
 
 
 def run(

@@ -90,6 +90,9 @@ class Function:
             executes one of its own.
         reuse: What the next invocation finds of the one before: ``"keep"`` all, ``"reset"`` the
             memory as after the import and an empty /tmp, ``"never"`` an environment of its own.
+        left_running: What becomes of processes that an invocation, or the import, has left running,
+            with `reuse` "keep": ``"run"``, they go on; ``"kill"``, they are killed before the next
+            event is sent. By default killed in the environments of a tenant.
 
     Raises:
         ConfigError: A value is wrong, or a source does not exist.
@@ -112,6 +115,7 @@ class Function:
     mounts: tuple[Mount, ...]
     tmp_size: int
     reuse: str
+    left_running: str | None
     rootfs: str | None
     userland: str
     allow_missing: frozenset[str]
@@ -136,6 +140,7 @@ class Function:
         mounts: Iterable[Mount] = (),
         tmp_size: int | str = 64 << 20,
         reuse: str = "keep",
+        left_running: str | None = None,
         rootfs: str | os.PathLike[str] | None = None,
         userland: str = "full",
         allow_missing: Collection[str] = frozenset(),
@@ -185,6 +190,12 @@ class Function:
         put("name", self._default_name() if name is None else _check_name(name))
         put("start", _check_choice(start, "start", ("clone", "exec")))
         put("reuse", _check_choice(reuse, "reuse", ("keep", "reset", "never")))
+        if left_running is not None:
+            _check_choice(left_running, "left_running", ("run", "kill"))
+        if left_running == "run" and (handler is None or reuse != "keep"):
+            why = "with a command" if handler is None else f"with reuse={reuse!r}"
+            raise ConfigError(f"left_running: 'run' cannot be had {why}: nothing is left running")
+        put("left_running", left_running)
 
     def replace(self, **changes: Any) -> Function:  # noqa: ANN401 - of any field
         """Return a copy with some fields changed; checks apply as to a new one."""
@@ -327,6 +338,19 @@ class FunctionVersion:
     def env(self) -> tuple[tuple[str, str], ...]:
         """The function's environment variables, for its environments' own sockets alone."""
         return self.function.env
+
+    @property
+    def kills_left_running(self) -> bool:
+        """Whether what an invocation leaves running is killed before the next one.
+
+        With other policies than ``reuse="keep"``, and with commands, nothing is left.
+        """
+        function = self.function
+        if function.handler is None or function.reuse != "keep":
+            return False
+        if function.left_running is None:
+            return self.tenant is not None
+        return function.left_running == "kill"
 
     @property
     def code_path(self) -> str | None:

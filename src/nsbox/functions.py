@@ -22,13 +22,13 @@ from nsbox.errors import (
     EnvironmentStateError,
     FunctionError,
     InvokeTimeout,
-    NsboxError,
 )
 from nsbox.function import FunctionVersion
 from nsbox.guest.python_runtime import ENDED
-from nsbox.invocation import Invocation
+from nsbox.invocation import Invocation, LeftRunning
 from nsbox.invoker import Invoker
 from nsbox.launcher.client import Launcher
+from nsbox.left_running import Sweep, count
 from nsbox.link import Link
 from nsbox.program import run_program
 from nsbox.request import Options, Request, check_payload, encode_event
@@ -37,7 +37,6 @@ from nsbox.transfer import finish_reset, place_files, remove_files
 
 if TYPE_CHECKING:
     import asyncio
-    from _socket import socket as Socket
 
     from nsbox.aio import LoopCalls
     from nsbox.environment import ExecutionEnvironment
@@ -71,6 +70,7 @@ class Invocations:
         self._loop: LoopCalls | None = None
         self._removal: Channel | None = None  # of the last invocation's files
         self._last: Invocation | Answer | None = None
+        self.sweep = Sweep(link, version) if version.kills_left_running else None
         self._invoker: Invoker | None = None
         if self._function.handler is not None:
             self._invoker = Invoker(link, version, protections)
@@ -81,6 +81,8 @@ class Invocations:
             self._loop.close()
         if self._removal is not None:
             self._removal.socket.close()
+        if self.sweep is not None:
+            self.sweep.close()
         if self._invoker is not None:
             self._invoker.close()
 
@@ -162,7 +164,10 @@ class Invocations:
                 place_files(self._link, request.files)
                 call = invoker.send(request)
                 self._prepare_spare()
-            answer = self._last = invoker.finish(call, invoker.exchange(call))
+            frame = invoker.exchange(call)
+            if self.sweep is not None:
+                self.sweep.run(call, invoker.worker)
+            answer = self._last = invoker.finish(call, frame)
             return answer
         except BaseException as error:
             self._note_failure(error, call)
@@ -205,6 +210,8 @@ class Invocations:
             if request.files:
                 await asyncio.to_thread(place_files, self._link, request.files)
             call, frame = await calls.exchange(lambda: invoker.send(request))
+            if self.sweep is not None:
+                await calls.sweep(call, self.sweep)
             if frame[0] == ENDED:
                 await asyncio.to_thread(invoker.finish, call, frame)  # raises what PID 1 tells
             answer = self._last = invoker.finish(call, frame)
@@ -277,6 +284,14 @@ class Invocations:
                 f"environment {self._env.id}: {self._link.describe_end()}"
             ) from error
         self._link.kill(f"an invocation was ended by {type(error).__name__}")
+
+    def left_running(self) -> LeftRunning:
+        """See `ExecutionEnvironment.left_running`."""
+        self._take()
+        try:
+            return count(self._link, None if self._invoker is None else self._invoker.worker)
+        finally:
+            self._busy.release()
 
     def last(self) -> Invocation | None:
         """Return the record of the last invocation, None before the first."""
@@ -406,6 +421,15 @@ class FunctionMethods:
                 self._end_invocation()
         return answer.json()
 
+    def left_running(self) -> LeftRunning:
+        """Return what the function has running between invocations, as PID 1 counts it now.
+
+        Raises:
+            EnvironmentDied: PID 1 is gone, or has no /proc to count by; the environment is killed.
+            EnvironmentStateError: This is no environment of a function, or it is busy, or dead.
+        """
+        return self._function_calls().left_running()
+
     def _call(self, request: Request) -> Invocation | Answer:
         calls = self._function_calls()
         try:
@@ -448,44 +472,3 @@ class FunctionMethods:
         is_used = self._invocations is not None and self._invocations.is_used
         if is_used and self._version is not None and self._version.function.reuse == "never":
             self.close(wait=False)
-
-
-def heard_nothing(env: FunctionMethods) -> bool:
-    """Whether nothing of its last invocation, which has failed, has reached the function."""
-    return env._invocations is not None and env._invocations.is_unsent
-
-
-def death_descriptor(env: ExecutionEnvironment) -> int:
-    """Return what is readable once its PID 1 has ended; it is the environment's until it is closed.
-
-    Raises:
-        EnvironmentDied: It has ended.
-    """
-    link = env._live_link()
-    return link.fileno()
-
-
-def is_closed(env: ExecutionEnvironment) -> bool:
-    """Whether whoever had it has closed it."""
-    return env._link is None
-
-
-def send_kill(env: ExecutionEnvironment) -> None:
-    """SIGKILL its PID 1, unless it is closed; who waits for an answer sees that."""
-    if (link := env._link) is not None:
-        link.send_kill()
-
-
-def ask_to_end(env: ExecutionEnvironment) -> Socket | None:
-    """SIGTERM everything in an environment that is about to be closed; thaw it for that.
-
-    Returns what `await_farewell` takes; None when there is nothing to wait for.
-    """
-    try:
-        env.thaw()
-        farewell = env._live_link().ask_to_end()
-    except NsboxError:
-        return None  # it is gone, or does not thaw, or is another process's
-    if env._invocations is not None:
-        env._invocations.end_events()
-    return farewell

@@ -5,10 +5,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 from nsbox.errors import FunctionError
 from nsbox.json_text import decode_answer
+
+
+@dataclass(frozen=True, slots=True)
+class LeftRunning:
+    """What an invocation has left running in its environment. False when that is nothing."""
+
+    processes: int = 0
+    """Besides PID 1 and the worker."""
+    threads: int = 0
+    """Besides the first of each process that goes on; of the worker too."""
+
+    def __bool__(self) -> bool:
+        return self.processes > 0 or self.threads > 0
+
+
+NOTHING: Final = LeftRunning()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +52,11 @@ class Invocation:
     status: str = ""
     """Empty, or why it failed: ``error`` or ``timeout``, as AWS Lambda's report line has it."""
     error_type: str = ""
+    left_running: LeftRunning | None = None
+    """What it has left running: of processes those that were killed after it, where they are
+    (``Function(left_running="kill")``), else those that ran when this record was made. None: nobody
+    has counted, as without cgroups and with ``start="exec"``, or nothing goes on, with another
+    `reuse` than "keep". `ExecutionEnvironment.left_running` counts everywhere."""
 
     @property
     def billed_milliseconds(self) -> int:

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Final
 
+from nsbox import left_running
 from nsbox.call import Answer, Call, Frame, OnLog, WorkerEnded, WorkerSilent
 from nsbox.channel import Channel, RunRequest
 from nsbox.command import PIPE, Process
@@ -360,6 +361,7 @@ class Invoker:
         end: float | None = None,
     ) -> Invocation:
         """Return the record of a call that is over, at the moment `end` or now."""
+        peak = self._link.usage().get("memory_peak")
         return Invocation(
             request_id=call.request_id,
             payload=payload,
@@ -367,22 +369,19 @@ class Invoker:
             stderr=call.logged("stderr"),
             init_stdout=call.start.logged("stdout") if call.start is not None else b"",
             init_stderr=call.start.logged("stderr") if call.start is not None else b"",
-            duration_seconds=(time.monotonic() if end is None else end) - call.begin,
+            duration_seconds=(end or call.answered or time.monotonic()) - call.begin,
             init_seconds=self.init_seconds if call.is_first and not self.is_provisioned else None,
             initialization_type=self._initialization_type,
             memory_limit_mb=self._memory_mb,
-            memory_peak_mb=self._memory_peak_mb(),
+            memory_peak_mb=None if peak is None else -(-peak >> 20),
             status=status,
             error_type=error_type,
+            left_running=left_running.known(self._link, self._version, call),
         )
 
     @property
     def _initialization_type(self) -> str:
         return "provisioned-concurrency" if self.is_provisioned else "on-demand"
-
-    def _memory_peak_mb(self) -> int | None:
-        peak = self._link.usage().get("memory_peak")
-        return None if peak is None else -(-peak >> 20)
 
     # -- failures ------------------------------------------------------------------------------
 

@@ -97,6 +97,7 @@ class Link:
         is_killed: Whether this end has killed it.
         cause: Why it has, for people; empty: it was gone already, or closed.
         workplace: That of the worker; None in environments that have none.
+        reader: Of what its cgroups count; None where there are none.
     """
 
     def __init__(self, launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> None:
@@ -183,7 +184,7 @@ class Link:
             self._birth.close()
         self.host_id: int = born["host_id"]
         absent = self._launcher.absent_files
-        self._reader = cgroups.UsageReader(born["cgroup"], absent) if born["cgroup"] else None
+        self.reader = cgroups.UsageReader(born["cgroup"], absent) if born["cgroup"] else None
 
     # -- birth ---------------------------------------------------------------------------------
 
@@ -432,21 +433,21 @@ class Link:
         if self.end is not None:
             return self.end.get("usage") or {}
         try:
-            return {} if self._reader is None else self._reader.read()
+            return {} if self.reader is None else self.reader.read()
         except OSError:
             return {}  # they have just been removed
 
     def counters(self) -> Counters:
         """Return what only grows, and what it costs less to read."""
         try:
-            return {} if self._reader is None else self._reader.counters()
+            return {} if self.reader is None else self.reader.counters()
         except OSError:
             return {}
 
     def cpu_usec(self) -> int | None:
         """Return the CPU time used so far, in microseconds."""
         try:
-            return None if self._reader is None else self._reader.cpu_usec()
+            return None if self.reader is None else self.reader.cpu_usec()
         except OSError:
             return None
 

@@ -50,6 +50,10 @@ _COUNTERS: Final = {
         "Invocations that no provisioned environment served, where there are some.",
     ),
     "Births": ("births", "Environments born."),
+    "LeftRunning": (
+        "left_running",
+        "Invocations that have left processes running, which were killed.",
+    ),
 }
 _SECONDS: Final = {
     "InitDuration": ("init_duration_seconds", "Seconds that environments' initialisation took."),

@@ -8,8 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 
 from nsbox.channel import BrokenAnswer, Channel
 from nsbox.config import Config, check_text
-from nsbox.errors import ConfigError, EnvironmentStateError, NsboxError, SyscallError
+from nsbox.errors import (
+    ConfigError,
+    EnvironmentDied,
+    EnvironmentStateError,
+    NsboxError,
+    SyscallError,
+)
 from nsbox.guest import protocol as p
+from nsbox.invocation import NOTHING, LeftRunning
 from nsbox.link import Link
 from nsbox.linux.descriptors import close_all
 
@@ -131,6 +138,37 @@ def finish_reset(link: Link, channel: Channel) -> None:
         raise EnvironmentStateError(
             f"environment {link.env_id} could not be reset ({why}) and was killed; make a new one"
         )
+
+
+def begin_left_running(link: Link, worker: int, *, kill: bool) -> Channel:
+    """Ask PID 1 what runs besides `worker`, and kill it; the answer is for `finish_left_running`.
+
+    What other commands of the environment have started is not meant.
+    """
+    return link.ask(p.LEFT, p.left_request(worker, kill=kill), [])
+
+
+def finish_left_running(link: Link, channel: Channel) -> LeftRunning | None:
+    """Return what ran, or was killed and of what there are threads still.
+
+    None: the worker has ended, and with it all that it had left.
+
+    Raises:
+        EnvironmentDied: It could not be told, or killed; the environment was killed.
+    """
+    with channel:
+        try:
+            kind, first, second, _, fds = channel.receive_answer()
+        except OSError as failure:
+            raise link.died(failure) from failure
+    close_all(fds)
+    if kind == p.FAILED and p.STAGES[second] == "worker":
+        return None
+    if kind != p.OK or first < 0 or second < 0:
+        why = os.strerror(first) if kind == p.FAILED else "no answer"
+        link.kill(f"what is left running in it is not known ({why})")
+        raise EnvironmentDied(f"environment {link.env_id}: {link.describe_end()}")
+    return LeftRunning(first, second) if first or second else NOTHING
 
 
 def expect_ok(link: Link, channel: Channel, path: str) -> int:

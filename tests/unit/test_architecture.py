@@ -38,6 +38,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "worker",
             "call",
             "outfit",
+            "left_running",
         ),
     ),
     ("command", ("command", "streams", "verdict")),

@@ -196,3 +196,13 @@ def read_file(channel: _Socket, request: bytes) -> None:
             left -= len(data)
     finally:
         os.close(fd)
+
+
+_SERVED = {p.WRITE: write_file, p.READ: read_file, p.PLACE: place_file, p.REMOVE: remove_files}
+
+
+def serve(operation: bytes, channel: _Socket, request: bytes) -> None:
+    """Serve an operation on files; raises `Failure` when there is no such operation."""
+    if operation not in _SERVED:
+        raise Failure(errno.EINVAL, "request")
+    _SERVED[operation](channel, request)

@@ -20,14 +20,7 @@ from resource import RLIMIT_NOFILE, getrlimit
 
 from nsbox.guest import processes
 from nsbox.guest import protocol as p
-from nsbox.guest.files import (
-    Failure,
-    place_file,
-    read_exactly,
-    read_file,
-    remove_files,
-    write_file,
-)
+from nsbox.guest.files import Failure, read_exactly, serve
 from nsbox.guest.spawn import given_actions, open_terminal, spawn, stdio_actions
 from nsbox.linux import constants as c
 from nsbox.linux.calls import kill_all_others
@@ -187,18 +180,11 @@ class Init:
                     return
                 if operation == p.RESET:
                     self._reset(channel, *p.parse_reset(request))
+                elif operation == p.LEFT:
+                    self._tell_left(channel, *p.parse_left(request))
                 else:
                     channel.settimeout(_IO_DEADLINE)
-                if operation == p.WRITE:
-                    write_file(channel, request)
-                elif operation == p.READ:
-                    read_file(channel, request)
-                elif operation == p.PLACE:
-                    place_file(channel, request)
-                elif operation == p.REMOVE:
-                    remove_files(channel, request)
-                elif operation != p.RESET:
-                    raise Failure(errno.EINVAL, "request")
+                    serve(operation, channel, request)
             except Failure as failure:
                 stage = p.STAGES.index(failure.stage)
                 channel.sendall(p.ANSWER.pack(p.FAILED, failure.error, stage, 0))
@@ -296,6 +282,26 @@ class Init:
                 else:
                     self._deferred.append((message, fds))
         return worker.channel
+
+    def _tell_left(self, channel: _Socket, worker: int, is_to_die: bool) -> None:
+        if not worker and self._worker is not None:
+            worker = self._worker.pid
+        if worker not in self._commands:
+            raise Failure(errno.ESRCH, "worker")
+        self._reap()
+        try:
+            if processes.is_alone(worker, self._commands):
+                left, going_on = 0, []
+            elif is_to_die:
+                left, going_on = self._kill_strays(worker), [worker]
+                processes.send_signal(worker, c.SIGCONT)  # one of them may have stopped it
+            else:
+                found = processes.strays(self._commands, worker)
+                left, going_on = len(found), [worker, *found]
+            threads = processes.threads_of(going_on)
+        except OSError as error:
+            raise Failure(error.errno or errno.EIO, "left") from error
+        channel.sendall(p.ANSWER.pack(p.OK, left, threads, 0))
 
     def _terminate(self, channel: _Socket) -> None:
         self._farewell = channel
@@ -432,13 +438,25 @@ class Init:
         """
         if not self._commands:
             return self._kill_all()
+        try:
+            self._kill_strays()
+        except OSError:
+            pass  # no /proc could be had here: they die with the last command
+        return False
+
+    def _kill_strays(self, alone: int = 0) -> int:
+        """Kill what descends from no running command; return how many that were.
+
+        `alone` is a command of which only its own process is to stay.
+        """
+        killed: set[int] = set()
+        was_empty = not alone  # else two looks in a row are to find nothing
         for _ in range(_KILL_PASSES):
-            try:
-                strays = processes.strays(self._commands)
-            except OSError:
-                return False  # no /proc could be had here: they die with the last command
-            if not strays:
-                return False
+            strays = processes.strays(self._commands, alone)
+            if not strays and was_empty:
+                return len(killed)
+            was_empty = not alone or not strays
+            killed.update(strays)
             processes.end_all(strays)
             self._reap()
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it

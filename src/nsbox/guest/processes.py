@@ -15,11 +15,12 @@ from nsbox.linux.scheduling import ioprio_get, sched_getattr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Container, Iterable
 
 _DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end
 _THREADS = 17  # field of /proc/PID/stat behind the name (proc(5), num_threads)
 _OUTSIDE = -1  # what stands for a parent outside of the namespace
+_ONE_THREAD = 3  # links of /proc/PID/task: two of a directory, and one for each thread
 _ENOUGH = 4096  # bytes; a stat has some 300
 _loadavg: list[int] = []  # the descriptor of /proc/loadavg, once it has been read
 _TUNABLE = ("oom_score_adj", "coredump_filter", "autogroup")
@@ -35,7 +36,7 @@ def others(kept: Container[int]) -> list[int]:
     return [pid for pid in _pids() if pid not in kept and not _status_of(pid)[1]]
 
 
-def strays(commands: Container[int]) -> list[int]:
+def strays(commands: Container[int], alone: int = 0) -> list[int]:
     """Return the processes that descend from none of `commands`, which run.
 
     /proc is listed first, and then each process is looked at: one that has a child behind the list
@@ -45,11 +46,16 @@ def strays(commands: Container[int]) -> list[int]:
 
     Orphans of a command that still runs count as well: nobody can tell whose they are, and what a
     finished command leaves must not live on.
+
+    Args:
+        commands: By number.
+        alone: One of them whose descendants count as well. Of those a look may miss some, but a
+            second one does not: what they have left are orphans then.
     """
     parents: dict[int, int] = {}
     found = []
     for pid in _pids():
-        parent, has_ended = _status_of(pid)
+        parent, has_ended, _ = _status_of(pid)
         if not has_ended:
             parents[pid] = parent
         elif parent == 1 and pid not in commands:
@@ -58,9 +64,34 @@ def strays(commands: Container[int]) -> list[int]:
         ancestor = pid
         while ancestor not in commands and ancestor > 1:
             ancestor = parents.get(ancestor, 0)
-        if ancestor not in commands and pid != 1:
+        is_of_command = ancestor in commands and (ancestor != alone or pid == alone)
+        if not is_of_command and pid != 1:
             found.append(pid)
     return found
+
+
+def is_alone(worker: int, commands: Container[int]) -> bool:
+    """Whether a worker is seen to have no other thread and no child, and PID 1 none but `commands`.
+
+    A list of children is read from its beginning, and of PID 1's nobody is removed meanwhile: an
+    empty one, and PID 1's, are exact. They are read in this order, since what the worker's
+    children leave becomes PID 1's. Where the kernel has no such lists (CONFIG_PROC_CHILDREN), or
+    not just these are in them, `strays` has to look.
+    """
+    try:
+        if os.stat(f"/proc/{worker}/task").st_nlink != _ONE_THREAD or _read(
+            f"/proc/{worker}/task/{worker}/children"
+        ):
+            return False
+        own = _read("/proc/1/task/1/children")
+    except OSError:
+        return False
+    return len(own) < _ENOUGH and all(int(word) in commands for word in own.split())
+
+
+def threads_of(pids: Iterable[int]) -> int:
+    """Return how many threads processes have besides their first."""
+    return sum(max(0, _status_of(pid)[2] - 1) for pid in pids)
 
 
 def newest() -> bytes:
@@ -149,21 +180,24 @@ def _pids() -> list[int]:
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 
 
-def _status_of(pid: int) -> tuple[int, bool]:
-    """Return the parent of a process, and whether it has ended; 0 and True when it is gone.
+def _status_of(pid: int) -> tuple[int, bool, int]:
+    """Return parent, whether it has ended, and number of threads; 0, True, 0 of what is gone.
 
     A process whose first thread has ended is in state Z while its other threads run: the kernel
     tells of its end, and drops it, after the last of them (proc(5), wait(2)).
     """
     try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     except OSError:
-        return 0, True
+        return 0, True, 0
+    threads = int(fields[_THREADS])
+    has_ended = fields[0] in (b"Z", b"X") and threads <= 1
+    return int(fields[1]) or _OUTSIDE, has_ended, threads
+
+
+def _read(path: str) -> bytes:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        fields = os.read(fd, _ENOUGH).rpartition(b")")[2].split()
-    except OSError:
-        return 0, True
+        return os.read(fd, _ENOUGH)
     finally:
         os.close(fd)
-    has_ended = fields[0] in (b"Z", b"X") and int(fields[_THREADS]) <= 1
-    return int(fields[1]) or _OUTSIDE, has_ended

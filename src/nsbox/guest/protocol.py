@@ -37,6 +37,10 @@ END = b"N"
 RESET = b"Z"
 """Kill everything but PID 1 and the worker, and empty all writable places (`reset_request`); answer
 OK."""
+LEFT = b"K"
+"""Tell what runs besides PID 1, the worker, and what other commands have started
+(`left_request`); answer OK with how many processes, and threads besides the first of each that goes
+on."""
 TERMINATE = b"T"
 """SIGTERM to every process but PID 1; answer OK when all commands, and the worker, have ended."""
 
@@ -67,6 +71,7 @@ _STDIO_OF = [
 _WRITE = struct.Struct("!IQ")
 _READ = struct.Struct("!Q")
 _RESET = struct.Struct("!q?")
+_LEFT = struct.Struct("!q?")
 
 ANSWER = struct.Struct("!cqqq")
 """Kind and three numbers, 25 bytes."""
@@ -87,7 +92,7 @@ OK = b"O"
 
 STAGES = (
     "exec", "cwd", "tty", "open", "kind", "size", "io", "request", "worker", "reset",
-    "room", "place",
+    "room", "place", "left",
 )  # fmt: skip
 
 SIGNAL = struct.Struct("!cq")
@@ -183,6 +188,20 @@ def parse_reset(data: bytes) -> tuple[int, bool, list[bytes]]:
     kept, has_commands = _RESET.unpack_from(data)
     places = data[_RESET.size :]
     return kept, has_commands, places.split(b"\0") if places else []
+
+
+def left_request(worker: int, *, kill: bool) -> bytes:
+    """Return the request to tell what is left running beside `worker`, 0 for PID 1's own.
+
+    With `kill` all of it is killed: what is told is what that was, and the worker's threads.
+    """
+    return _LEFT.pack(worker, kill)
+
+
+def parse_left(data: bytes) -> tuple[int, bool]:
+    """Return the worker, and whether to kill what it has left, of such a request."""
+    worker, kill = _LEFT.unpack(data)
+    return worker, kill
 
 
 def read_request(path: bytes, most: int) -> bytes:

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from nsbox.environment import ask_to_end
 from nsbox.errors import NsboxError
-from nsbox.functions import ask_to_end
 from nsbox.link import await_farewell
 
 if TYPE_CHECKING:

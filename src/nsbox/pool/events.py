@@ -6,6 +6,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from nsbox.invocation import LeftRunning
+
 
 class Retirement(enum.Enum):
     """Why a pool closed an environment; the first two say why it made one, too."""
@@ -50,6 +52,8 @@ class PoolEvent:
     """Of ``retired``; of ``created`` DEMAND or PROVISIONED."""
     error: str = ""
     """Of ``invoked``: the class of what was raised, if anything was."""
+    left_running: LeftRunning | None = None
+    """Of ``invoked``: as `Invocation.left_running`."""
 
 
 class Counters:
@@ -57,6 +61,7 @@ class Counters:
 
     def __init__(self) -> None:
         self.calls = self.answers = self.errors = self.throttles = self.births = 0
+        self.left_running = 0
         self._provisioned = self._spillover = 0
         self._seconds = self.init_seconds = 0.0
 
@@ -93,4 +98,5 @@ class Counters:
             "ProvisionedConcurrencyInvocations": self._provisioned,
             "ProvisionedConcurrencySpilloverInvocations": self._spillover,
             "Births": self.births,
+            "LeftRunning": self.left_running,
         }

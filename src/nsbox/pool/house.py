@@ -24,10 +24,10 @@ from nsbox.errors import (
     PoolClosed,
 )
 from nsbox.function import FunctionVersion
-from nsbox.functions import death_descriptor, heard_nothing, is_closed, send_kill
 from nsbox.launcher.wire import BLANK_LIFE
 from nsbox.linux.proc import has_pending
 from nsbox.outfit import kind_of
+from nsbox.pool import members
 from nsbox.pool.endings import Endings
 from nsbox.pool.entries import Entry, Grant, Waiter
 from nsbox.pool.events import PoolEvent, Retirement
@@ -123,7 +123,7 @@ class House:
     def _is_dead(self, grant: PoolGrant) -> bool:
         """Look whether it has died a moment ago; then it is closed. A frozen one is thawed."""
         death, env = grant.entry.death, grant.entry.env
-        if env is not None and is_closed(env):
+        if env is not None and members.is_closed(env):
             death = None  # and its descriptor's number may be another's
         if death is not None and not death.poll(0) and (not grant.is_cold or self._thaw(grant)):
             return False
@@ -159,12 +159,14 @@ class House:
             raise
 
     def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
-        fd = death_descriptor(env)
+        fd = members.death_descriptor(env)
         what = grant.entry.what
         if isinstance(what, FunctionVersion):
             is_told = self.settings.on_event is not None
             grant.entry.is_plain = what.function.reuse != "never" and not is_told
             grant.entry.is_silent = what.function.handler is None
+        share = grant.entry.share
+        members.on_kill_of_left_running(env, lambda: self._leases.note_left_running(share))
         grant.entry.death = _poll_of(fd)
         watch = self._get_watch()
         with self._watched_lock:
@@ -207,7 +209,7 @@ class House:
         is told, if that is not `error`.
         """
         is_unheard = isinstance(error, EnvironmentStateError) or (
-            isinstance(error, InvokeError) and heard_nothing(env_of(grant))
+            isinstance(error, InvokeError) and members.heard_nothing(env_of(grant))
         )
         if is_unheard and not grant.is_birth and not self._leases.is_killed:
             self._give_back(grant, Retirement.FAILURE)
@@ -442,6 +444,7 @@ class House:
             provisioned=entry.is_provisioned,
             reason=reason,
             error=error,
+            left_running=members.left_running_of_last(entry.env) if kind == "invoked" else None,
         )
         try:
             on_event(event)
@@ -489,4 +492,4 @@ def env_of(grant: PoolGrant) -> ExecutionEnvironment:
 
 def _kill(entry: PoolEntry) -> None:
     if entry.env is not None:
-        send_kill(entry.env)
+        members.send_kill(entry.env)

@@ -277,6 +277,11 @@ class Leases(Room[E, W]):
             grant.entry.share.breaker.fail(error)
             grant.entry.share.breaker.end(grant.entry)
 
+    def note_left_running(self, share: Share[E, W]) -> None:
+        """Count an invocation that has left processes running, which were killed."""
+        with self._lock:
+            share.counters.left_running += 1
+
     def give_back(
         self,
         grant: Grant[E, W],

@@ -7,7 +7,7 @@ import errno
 import os
 
 from nsbox.errors import SyscallError
-from nsbox.isolation.cgroups.files import ControlFiles
+from nsbox.isolation.cgroups.files import ControlFiles, read_bytes
 from nsbox.isolation.cgroups.v1 import BlockIo, Cpu, CpuAccounting, Memory, Pids
 from nsbox.isolation.cgroups.v2 import Unified
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+_FEWEST = 2  # threads of PID 1 and one worker
 FIELDS = (
     "cpu_usec",
     "cpu_user_usec",
@@ -89,6 +90,29 @@ class UsageReader:
             values["pids_current"] = self._get(pids, current)
             values["pids_peak"] = self._get(pids, peak)
         return values
+
+    def open_counter(self) -> int:
+        """Return a descriptor of the file that counts its threads, -1 where there is none."""
+        files, name = self._pids or self._unified, "pids.current"
+        try:
+            return os.open(f"{files.directory}/{name}", os.O_RDONLY | os.O_CLOEXEC) if files else -1
+        except OSError:
+            return -1
+
+    def tasks(self) -> tuple[int, int] | None:
+        """Return how many processes and threads there are; None where they are not counted.
+
+        That there are but two of each costs one file to know.
+        """
+        files = self._pids or self._unified
+        # It counts threads, ended ones that nobody has waited for among them.
+        count = self._get(files, "current" if self._pids else "pids_current")
+        if files is None or count is None or count <= _FEWEST:
+            return None if count is None else (count, count)
+        threads = "tasks" if self._pids else "cgroup.threads"
+        lists = (read_bytes(f"{files.directory}/{name}") for name in ("cgroup.procs", threads))
+        processes, tasks = (len(data.split()) for data in lists)
+        return processes, tasks
 
     def cpu_usec(self) -> int | None:
         """Return the CPU time used, user and system, in microseconds."""
