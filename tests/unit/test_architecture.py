@@ -43,7 +43,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("command", ("command", "streams", "verdict")),
     ("blueprint", ("blueprint",)),
-    ("link", ("link", "channel", "transfer", "blanks", "reports", "supervision")),
+    ("link", ("link", "supervision", "channel", "transfer", "blanks", "reports")),
     ("launcher", ("launcher",)),
     ("guest", ("guest",)),
     ("isolation", ("isolation",)),
