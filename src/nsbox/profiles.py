@@ -90,8 +90,8 @@ GROUPS: tuple[tuple[str, str, str, str], ...] = (
     (
         STRICT,
         "identity",
-        "asking for the ids, limits, usage and name of the system; there are no capabilities, so "
-        "that capset has none to give",
+        "asking for the ids, limits, usage and name of the system, and setting limits of itself by "
+        "pid 0; there are no capabilities, so that capset has none to give",
         """capget capset getegid geteuid getgid getgroups getresgid getresuid getuid getpriority
         getrlimit getrusage setrlimit prlimit64 sysinfo uname getcpu getrandom""",
     ),
@@ -316,7 +316,8 @@ REFUSALS: tuple[tuple[int, str, str], ...] = (
     (
         EOPNOTSUPP,
         "a file system without extended attributes and ACLs: cp -p, mv, install and sed -i say "
-        "nothing then, tar and rsync go on; with EPERM they complain or fail",
+        "nothing then, tar and rsync go on, tar warns where ACLs were asked for; with EPERM they "
+        "complain or fail",
         """setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr""",
     ),
     (
