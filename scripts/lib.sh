@@ -86,7 +86,7 @@ hash_of() { sha256sum "$@" | sha256sum | cut -c1-32; }
 source_hash() {
     # Names with blanks do not occur below src/.
     # shellcheck disable=SC2046
-    (cd "$REPOSITORY" && hash_of setup.cfg pyproject.toml $(find src -type f ! -name '*.pyc' | LC_ALL=C sort))
+    (cd "$REPOSITORY" && hash_of setup.cfg setup.py pyproject.toml $(find src -type f ! -name '*.pyc' ! -name '*.so' | LC_ALL=C sort))
 }
 
 requirements_hash() { (cd "$REPOSITORY" && hash_of setup.cfg); }
@@ -164,10 +164,10 @@ install_into_venv() {
 
     copy=$(mktemp -d) || die "mktemp -d failed"
     trap 'rm -rf "$copy"' EXIT
-    (cd "$REPOSITORY" && for file in setup.cfg pyproject.toml README.md LICENSE src; do
+    (cd "$REPOSITORY" && for file in setup.cfg setup.py pyproject.toml README.md LICENSE src; do
         [ ! -e "$file" ] || cp -R "$file" "$copy/"
     done)
-    rm -rf "$copy"/src/*.egg-info
+    rm -rf "$copy"/src/*.egg-info "$copy"/src/nsbox/linux/*.so
 
     wanted=
     for extra in base "$@"; do

@@ -50,6 +50,7 @@ PROBED: Final = {
     "rlimits": "open_files, file_size and core_size reached",
     "timeout": "a command killed at its timeout",
     "network_none": "no way out of the network namespace",
+    "memory_image": "memory that a clone has copied for nothing, given back",
 }
 """Feature -> what its probe does, for people."""
 HOST_FACTS: Final = ("root", "cgroup2", "gcc", "node", "git", "strace")
@@ -223,6 +224,8 @@ def remedy(name: str, error: int = 0, hint: str = "", facts: dict[str, str] | No
         return _install("libseccomp2", known)
     if name == "overlay":
         return hint or "use Linux 5.11 or later with CONFIG_OVERLAY_FS (modprobe overlay)"
+    if name == "memory_image":
+        return hint or "use a Linux with memfd_create and its seals"
     if name == "time_namespace":
         return hint or "use Linux 5.6 or later with CONFIG_TIME_NS; or allow_missing it by name"
     return hint

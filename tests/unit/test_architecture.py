@@ -80,7 +80,7 @@ LAUNCHER_SIDE = {
 }  # fmt: skip
 SHARED = {
     "launcher", "launcher.wire", "launcher.process", "guest", "guest.protocol",
-    "guest.python_runtime", "guest.log_setup", "guest.failures", "json_text",
+    "guest.python_runtime", "guest.log_setup", "guest.failures", "guest.standard", "json_text",
 }  # fmt: skip
 
 MAX_LINES = 500
@@ -274,7 +274,7 @@ def test_only_declared_packages_are_imported() -> None:
 def test_only_the_launcher_forks(module: Module) -> None:
     forks = module.calls & {"os.fork", "os.forkpty", "pty.fork", "calls.clone3", "calls.fork"}
     if forks:
-        workers = ("guest.intake", "guest.python_runtime")
+        workers = ("guest.intake", "guest.python_runtime", "linux.image")
         assert module.name.startswith(("launcher.", "isolation.")) or module.name in workers
         assert module.name not in ("launcher.client", "launcher.idmaps", "launcher.wire")
 

@@ -15,9 +15,10 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
+from nsbox.errors import UnsupportedHostError
 from nsbox.isolation import landlock, namespaces, seccomp
 from nsbox.launcher import idmaps
-from nsbox.linux import calls, interfaces, proc
+from nsbox.linux import calls, image, interfaces, proc
 from nsbox.linux import constants as c
 from nsbox.linux.program import Program, run
 from nsbox.policy import SeccompPolicy
@@ -261,6 +262,16 @@ def _landlock() -> str:
     raise OSError(0, "a socket outside can still be reached")
 
 
+def _memory_image() -> str:
+    if image.WHY_NOT:
+        hint = "install a C compiler and Python's headers (python3-dev), and nsbox again"
+        raise UnsupportedHostError("memory_image", f"not compiled: {image.WHY_NOT}", hint)
+    taken = image.take_when_tried()
+    if taken is None:
+        raise OSError(0, "a child could take none, or give nothing back")
+    return f"{taken.size >> 10} KiB of this process"
+
+
 PROBES: Final[dict[str, Callable[[], str]]] = {
     "userns": _userns,
     "id_maps": _id_maps,
@@ -277,6 +288,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "loopback": _loopback,
     "seccomp": _seccomp,
     "landlock": _landlock,
+    "memory_image": _memory_image,
 }
 
 

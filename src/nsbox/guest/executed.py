@@ -7,11 +7,11 @@ import functools
 from typing import Final
 
 from nsbox import json_text
-from nsbox.guest import failures, log_setup, python_runtime
+from nsbox.guest import failures, log_setup, python_runtime, standard
 from nsbox.linux import visibility
 
 # Each module is made of its source, and each before those that import it.
-_MODULES: Final = (log_setup, failures, json_text, visibility, python_runtime)
+_MODULES: Final = (log_setup, failures, json_text, visibility, standard, python_runtime)
 _PROGRAM: Final = """import sys
 from types import ModuleType
 for name, source in {!r}:

@@ -32,17 +32,20 @@ if TYPE_CHECKING:
     from resource import struct_rusage
     from typing import NoReturn
 
+    from nsbox.linux.image import Image
+
 _SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal signals are merged
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
 _RESET_EFFORT = 1.0  # seconds of PID 1's own CPU time to kill all that an invocation has left
+_REST = 1000  # milliseconds without an event after which memory is given back
 _RESET_DEADLINE = 10.0  # seconds that may take: a busy machine, or cpu.max, is no fault of theirs
 
 
-_OTHER_FDS = 18
+_OTHER_FDS = 19
 """Descriptors of PID 1 besides those it watches, at most: 0 to 2, the four of the next
-message (one that finds no room is lost, unix(7)), those of `processes`, and what is opened while
-a message is served."""
+message (one that finds no room is lost, unix(7)), those of `processes`, its pagemap, and what is
+opened while a message is served."""
 
 
 class _Command:
@@ -62,29 +65,22 @@ class _Command:
 
 
 class Runtime:
-    """What PID 1 can do besides; made by the template. `fork_worker` is of functions' alone."""
+    """What PID 1 can do besides; made by the template. All but `reset` is of functions' alone."""
 
-    __slots__ = ("fork_worker", "reset")
+    __slots__ = ("fork_worker", "image", "reset")
 
     def __init__(
-        self,
-        reset: Callable[[list[bytes]], None],
-        fork_worker: Callable[..., int] | None = None,
+        self, reset: Callable[[list[bytes]], None], fork_worker: Callable[..., int] | None = None
     ) -> None:
         self.reset = reset
         self.fork_worker = fork_worker
+        self.image: Image | None = None  # what clones born from now on share
 
 
 class Init:
     """The event loop of PID 1. Made by the template, once for all that are cloned from it."""
 
-    def __init__(
-        self,
-        control: int,
-        lifeline: int,
-        signals: int,
-        runtime: Runtime,
-    ) -> None:
+    def __init__(self, control: int, lifeline: int, signals: int, runtime: Runtime) -> None:
         """Take descriptors that are the same in every clone.
 
         Args:
@@ -109,17 +105,24 @@ class Init:
         self._watch(signals, self._on_child)
         self._watch(lifeline, _leave)
 
-    def run(self, *, is_blank: bool) -> NoReturn:
+    def run(self, *, is_blank: bool, pagemap: int) -> NoReturn:
         """Serve until the host or the launcher is gone.
 
-        `is_blank` says that nobody waits for this environment yet.
+        `is_blank` says that nobody waits for this environment yet; `pagemap` is a descriptor of
+        this process's own, or -1.
         """
         self._standing = processes.standing(0)
         fork_worker = self._runtime.fork_worker
         if fork_worker is not None:
             self._start_worker(fork_worker, is_blank=is_blank)
+        image = self._runtime.image
+        rest = None if image is None else _REST
         while True:
-            for fd, _ in self._poll.poll():
+            events = self._poll.poll(rest)
+            if not events and image is not None:
+                image.drop(pagemap)
+                rest = None
+            for fd, _ in events:
                 handler = self._handlers.get(fd)
                 if handler is not None:
                     handler()
@@ -136,7 +139,7 @@ class Init:
             _leave()
         if message[:1] != p.WORK or len(fds) != p.WORK_STREAMS:
             _leave()
-        pid = fork_worker(fds, has_time=is_blank)
+        pid = fork_worker(fds, self._runtime.image, has_time=is_blank)
         close_all(fds)
         self._worker = self._commands[pid] = _Command(pid, None)
 

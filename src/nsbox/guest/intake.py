@@ -12,7 +12,7 @@ import os
 # The C half, as in `linux.calls`.
 from _signal import SIG_UNBLOCK, pthread_sigmask
 
-from nsbox.guest import python_runtime, warm
+from nsbox.guest import python_runtime, standard, warm
 from nsbox.isolation import privileges
 from nsbox.linux import constants as c
 from nsbox.linux.descriptors import close_all_but
@@ -22,27 +22,32 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import NoReturn
 
+    from nsbox.linux.image import Image
+
 _CHANNEL = 3
 
 
-def fork_worker(fds: Sequence[int], *, has_time: bool) -> int:
+def fork_worker(fds: Sequence[int], image: Image | None, *, has_time: bool) -> int:
     """Return the pid of a new worker.
 
     Args:
         fds: Its socket, stdout and stderr, all above its own numbers.
+        image: What to give memory back to when it is idle.
         has_time: It makes itself ready first; nobody waits for it yet.
     """
     pid = os.fork()
     if pid == 0:
         try:
-            _work(*fds, has_time=has_time)
+            _work(*fds, image=image, has_time=has_time)
         finally:
             os._exit(1)
     return pid
 
 
-def _work(channel: int, stdout: int, stderr: int, *, has_time: bool) -> NoReturn:
-    python_runtime.renew_stdin()  # it was the template's, and with it every other clone's
+def _work(
+    channel: int, stdout: int, stderr: int, *, image: Image | None, has_time: bool
+) -> NoReturn:
+    standard.renew_stdin()  # it was the template's, and with it every other clone's
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.dup2(channel, _CHANNEL, inheritable=False)
@@ -53,4 +58,4 @@ def _work(channel: int, stdout: int, stderr: int, *, has_time: bool) -> NoReturn
     pthread_sigmask(SIG_UNBLOCK, [c.SIGCHLD])
     if has_time:
         warm.warm_up_inside()
-    python_runtime.main(_CHANNEL)
+    python_runtime.main(_CHANNEL, None if image is None else image.drop)

@@ -41,19 +41,29 @@ import sys
 import time
 
 # The C half of `socket`, whose Python half takes 10 ms to import.
-from _socket import AF_UNIX, CMSG_SPACE, MSG_CMSG_CLOEXEC, MSG_NOSIGNAL, SHUT_WR, SOCK_STREAM
+from _socket import (
+    AF_UNIX,
+    CMSG_SPACE,
+    MSG_CMSG_CLOEXEC,
+    MSG_NOSIGNAL,
+    SHUT_WR,
+    SO_RCVTIMEO,
+    SOCK_STREAM,
+    SOL_SOCKET,
+)
 from _socket import socket as _Socket
 from importlib import import_module
 
 from nsbox.guest.failures import flush, tell_failure, tell_raised
 from nsbox.guest.log_setup import LogSetup
+from nsbox.guest.standard import identity, is_null, may_be_unread, open_stream, renew_stdin
 from nsbox.json_text import decode, encoder_of
 from nsbox.linux.visibility import hide, show
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, NoReturn, TextIO
+    from typing import Any, NoReturn
 
 HEADER = struct.Struct("!cIQ")
 """Kind, bytes that follow, and the number of the invocation."""
@@ -72,9 +82,10 @@ ANSWER_MAX = PAYLOAD_MAX + 100
 """Bytes of an answer that are let through; Lambda's real limit is that much over its quota."""
 TOO_LARGE = f"Response payload size exceeded maximum allowed payload size ({ANSWER_MAX} bytes)."
 _FIRST_READ = 1 << 16
+_REST, _LATER, _EVER = (struct.pack("ll", seconds, 0) for seconds in (1, 30, 0))
+"""struct timeval: how long there must be no event before memory is given back, the first time and
+later, and what stands for no end (socket(7), SO_RCVTIMEO)."""
 _RIGHTS = struct.Struct("3i")  # socket, stdout and stderr of an event
-_FIONREAD = 0x541B  # asm-generic/ioctls.h
-_NULL = os.makedev(1, 3)  # Documentation/admin-guide/devices.txt
 EXECUTED_FILE = "<nsbox>"
 """Stands for this file in tracebacks where it is executed."""
 _OWN_FILE = __file__ if "__file__" in globals() else EXECUTED_FILE
@@ -116,8 +127,10 @@ class Context:
 class Worker:
     """One worker process and its socket to the host."""
 
-    def __init__(self, channel: _Socket) -> None:
+    def __init__(self, channel: _Socket, give_back: Callable[[], object] | None = None) -> None:
+        """Serve nothing yet. `give_back` is called after a while without an event."""
         self._channel = channel
+        self._give_back = give_back
         self.request_id = ""  # of the latest invocation
         self._handler: Callable[[Any, Context], Any] | None = None
         self._name = ""  # of the handler, once that is known
@@ -125,7 +138,7 @@ class Worker:
         self._function: dict[str, Any] = {}
         self._forks = False
         self._buffer = b""
-        self._pipes = _identity(1), _identity(2)
+        self._pipes = identity(1), identity(2)
         # Socket, stdout and stderr of the next event, where each has some of its own.
         self._own: tuple[int, ...] = ()
         self._streams: list[tuple[int, int]] = []
@@ -147,6 +160,8 @@ class Worker:
         elif kind == LOAD and self._name and self._handler is None:
             self._load(number)
             self._begin(number, data)
+            if self._give_back is not None:
+                self._channel.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _REST)
         elif kind == START and self._handler is None:
             self._start(json.loads(bytes(data)))
         else:
@@ -204,7 +219,7 @@ class Worker:
         if not data:
             self._send(READY, number, b"")
             return
-        is_silent = not any(map(_may_be_unread, (1, 2), self._pipes))
+        is_silent = not any(map(may_be_unread, (1, 2), self._pipes))
         if is_silent and time.monotonic() < MOMENT.unpack_from(data)[0]:
             self._send(READY, number, GOES_ON)
             if self._forks:
@@ -287,13 +302,13 @@ class Worker:
             self._send(ENDED, number, str(status).encode())
         own.close()
         # It shared this open file, and so its flags, with all forks to come (fcntl(2)).
-        if _is_null(0):  # the import may have closed it, or put another there
+        if is_null(0):  # the import may have closed it, or put another there
             renew_stdin()
 
     def _find_streams(self) -> None:
         """Note where the worker's pipes are, unless the import has put something else there."""
         for fd in (1, 2):
-            found = _identity(fd)
+            found = identity(fd)
             if found in self._pipes:
                 self._streams.append((fd, self._pipes.index(found)))
 
@@ -321,7 +336,10 @@ class Worker:
     def _receive(self) -> tuple[bytes, int, bytes | memoryview]:
         data = self._buffer
         while len(data) < HEADER.size:
-            more = self._read(_FIRST_READ)
+            try:
+                more = self._read(_FIRST_READ)
+            except BlockingIOError:
+                more = self._rest()
             if not more:
                 _await_end()
             data = data + more if data else more
@@ -335,12 +353,28 @@ class Worker:
         body[:filled] = data[HEADER.size :]
         view = memoryview(body)
         while filled < size:
-            count = self._channel.recv_into(view[filled:])
+            try:
+                count = self._channel.recv_into(view[filled:])
+            except BlockingIOError:
+                continue  # a pause in the middle
             if not count:
                 _await_end()
             filled += count
         self._buffer = b""
         return kind, number, view
+
+    def _rest(self) -> bytes:
+        """Give memory back after a time without events; return the first bytes after that.
+
+        Not before the first event: what has been made ready for that is to stay so.
+        """
+        was_called = self._forks or self.request_id != ""
+        if was_called and self._give_back is not None:
+            self._give_back()
+        self._channel.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _EVER)
+        data = self._read(_FIRST_READ)
+        self._channel.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _LATER if was_called else _REST)
+        return data
 
     def _read_rights(self, size: int) -> bytes:
         """Read from the worker's socket, where descriptors may come along."""
@@ -379,40 +413,6 @@ def _put_variables(variables: dict[str, str | None]) -> dict[str, str | None]:
         else:
             os.environ[name] = value
     return before
-
-
-def renew_stdin() -> None:
-    """Open /dev/null anew as stdin: flags and owner are of the open file (fcntl(2))."""
-    null = os.open("/dev/null", os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-
-
-def _is_null(fd: int) -> bool:
-    try:
-        return os.fstat(fd).st_rdev == _NULL
-    except OSError:
-        return False
-
-
-def _identity(fd: int) -> tuple[int, int] | None:
-    try:
-        status = os.fstat(fd)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _may_be_unread(fd: int, pipe: tuple[int, int] | None) -> bool:
-    """Whether something may be in a pipe; also when the descriptor is of another file now."""
-    from fcntl import ioctl  # a clone of the template has it; what is executed never gets here
-
-    count = bytearray(4)
-    try:
-        ioctl(fd, _FIONREAD, count)
-        return any(count) or _identity(fd) != pipe
-    except OSError:
-        return True
 
 
 class _HandlerError(Exception):
@@ -474,17 +474,12 @@ def _exit_as(error: SystemExit) -> NoReturn:
     os._exit((code or 0) & 0xFF)
 
 
-def open_stream(fd: int) -> TextIO:
-    """Return the standard stream for a descriptor, which stays open when it is closed."""
-    return open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
-
-
-def main(channel: int) -> NoReturn:
-    """Serve on an inherited descriptor."""
+def main(channel: int, give_back: Callable[[], object] | None = None) -> NoReturn:
+    """Serve on an inherited descriptor; `give_back` as for `Worker`."""
     # New ones: those of a clone were made for other files.
     sys.stdout, sys.stderr = open_stream(1), open_stream(2)
     try:
-        worker = Worker(_Socket(fileno=channel))
+        worker = Worker(_Socket(fileno=channel), give_back)
         # Not by each one made, as those to warm up are: a fork runs all hooks there are.
         os.register_at_fork(after_in_child=worker.let_go)
         LogSetup(lambda: worker.request_id)

@@ -14,7 +14,7 @@ import sys
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
 from importlib.machinery import FileFinder, PathFinder, SourceFileLoader
 
-from nsbox.guest import python_runtime
+from nsbox.guest import python_runtime, standard
 from nsbox.linux import calls
 from nsbox.linux.visibility import PR_GET_DUMPABLE
 
@@ -94,7 +94,7 @@ def warm_up(place: str = _DIRECTORY) -> None:
         "keeps_path": False,
     }
     try:
-        python_runtime.open_stream(1).write("")
+        standard.open_stream(1).write("")
         calls.prctl(PR_GET_DUMPABLE)
         worker = python_runtime.Worker(theirs)
         for kind, data in (

@@ -28,7 +28,8 @@ CONTROL = 4
 SYNC = 5
 SIGNALS = 6
 RULESET = 7  # of Landlock, where the kernel has scopes; closed before anything of the guest's
-FIRST_OTHER = 8
+PAGEMAP = 8  # PID 1 closes it when it has given memory back
+FIRST_OTHER = 9
 
 MAPPED = b"m"
 

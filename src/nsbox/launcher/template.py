@@ -28,7 +28,7 @@ from nsbox.guest.reset import reset
 from nsbox.isolation import landlock, namespaces, privileges
 from nsbox.launcher import inside
 from nsbox.launcher.steps import failure
-from nsbox.linux import calls
+from nsbox.linux import calls, image
 from nsbox.linux import constants as c
 from nsbox.linux.descriptors import close_all, receive_message, send_bytes
 from nsbox.linux.program import Name, Program, run
@@ -46,6 +46,10 @@ _THREAD_COUNTS = (
 )  # fmt: skip
 
 
+_SETTLED = 3
+"""Births after which a template writes to few pages that it has not written to before."""
+
+
 class _Failure(Exception):
     """A step of a birth failed."""
 
@@ -58,8 +62,11 @@ class _Failure(Exception):
 class Template:
     """The loop of the template process."""
 
-    def __init__(self, channel: int, runtime: Runtime) -> None:
-        """Give what clones inherit the numbers of `inside`, and everything else higher ones."""
+    def __init__(self, channel: int, runtime: Runtime, *, has_image: bool) -> None:
+        """Give what clones inherit the numbers of `inside`, and everything else higher ones.
+
+        `has_image` says that clones are to share an image of its memory (`nsbox.linux.image`).
+        """
         self._channel = _Socket(fileno=fcntl(channel, F_DUPFD_CLOEXEC, inside.FIRST_OTHER))
         # The numbers below are taken in turn, so that no descriptor lies on another's.
         os.dup2(0, inside.SYNC, inheritable=False)
@@ -69,12 +76,15 @@ class Template:
             _renumber(landlock.make_ruleset(), inside.RULESET)
         else:
             os.dup2(0, inside.RULESET, inheritable=False)
+        os.dup2(0, inside.PAGEMAP, inheritable=False)
         self._home_network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._home_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         # What is opened from here on is one birth's, and closed after it.
         self._first_own = self._home_mounts + 1
         # Made once, before all clones: their numbers are the same in each.
         self._init = Init(inside.CONTROL, inside.LIFELINE, inside.SIGNALS, runtime)
+        self._runtime = runtime
+        self._births_to_image = _SETTLED if has_image else 0
         self._specs: dict[str, tuple[dict[str, Any], dict[tuple[int, ...], list[Entry]]]] = {}
         self._clones: dict[int, calls.Clone] = {}
         self._extent = b""
@@ -96,6 +106,10 @@ class Template:
             message = marshal.loads(data)  # noqa: S302 - from the launcher
             if message[0] == "birth":
                 self._answer_birth(message, fds)
+                if self._births_to_image:
+                    self._births_to_image -= 1
+                    if not self._births_to_image:
+                        self._runtime.image = image.take_when_tried()
             elif message[0] == "spec":
                 self._specs[message[1]] = (message[2], {})
             elif message[0] == "forget":
@@ -198,6 +212,7 @@ class Template:
 
     def _be_born(self, entries: list[Entry]) -> NoReturn:
         at = ["session"]
+        pagemap = self._open_pagemap()
         try:
             run(entries, at)
             os.write(inside.CONTROL, self._extent)
@@ -207,9 +222,20 @@ class Template:
             finally:
                 os._exit(1)
         try:
-            self._init.run(is_blank=self._is_blank)
+            self._init.run(is_blank=self._is_blank, pagemap=pagemap)
         finally:
             os._exit(1)
+
+    def _open_pagemap(self) -> int:
+        """Open, in a clone, what is the clone's own no more when it is not dumpable; else -1."""
+        if self._runtime.image is not None:
+            try:
+                fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+                return os.dup2(fd, inside.PAGEMAP, inheritable=False)
+            except OSError:
+                pass  # there is no /proc
+        os.close(inside.PAGEMAP)
+        return -1
 
 
 def _renumber(fd: int, number: int) -> None:
@@ -272,7 +298,8 @@ def main(lifeline: int, channel: int, kind: str) -> NoReturn:
             runtime = _load_runtime(kind.split(",")[1:])
         except Exception as error:  # noqa: BLE001 - modules may raise anything
             _refuse_all(channel, error)
-    template = Template(channel, runtime)
+    # A preloaded module may have an allocator that expects zeros after MADV_DONTNEED.
+    template = Template(channel, runtime, has_image=kind == "python")
     gc.disable()
     gc.collect()
     gc.freeze()
