@@ -299,6 +299,7 @@ class Init:
                 left, going_on = self._kill_strays(worker), [worker]
                 processes.send_signal(worker, c.SIGCONT)  # one of them may have stopped it
             else:
+                processes.strays(self._commands, worker)  # the second look misses none
                 found = processes.strays(self._commands, worker)
                 left, going_on = len(found), [worker, *found]
             threads = processes.threads_of(going_on)
