@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nsbox.errors import CommandStartError as CommandStartError
     from nsbox.errors import ConfigError as ConfigError
     from nsbox.errors import CredentialsError as CredentialsError
+    from nsbox.errors import DescriptorsExhausted as DescriptorsExhausted
     from nsbox.errors import EnvironmentDied as EnvironmentDied
     from nsbox.errors import EnvironmentStateError as EnvironmentStateError
     from nsbox.errors import FunctionError as FunctionError
@@ -83,8 +84,9 @@ _HOMES = {
     "nsbox.environment": ("ExecutionEnvironment", "State", "run"),
     "nsbox.errors": (
         "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "CredentialsError",
-        "EnvironmentDied", "EnvironmentStateError", "FunctionError", "InvokeError",
-        "InvokeTimeout", "LauncherError", "NsboxError", "PoolClosed", "PoolError", "PoolTimeout",
+        "DescriptorsExhausted", "EnvironmentDied", "EnvironmentStateError", "FunctionError",
+        "InvokeError", "InvokeTimeout", "LauncherError", "NsboxError", "PoolClosed", "PoolError",
+        "PoolTimeout",
         "SetupError", "StoreError", "SyscallError", "Throttled", "UnsupportedHostError",
     ),
     "nsbox.function": ("Function", "FunctionVersion", "Layer"),

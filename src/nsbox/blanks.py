@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final
 from nsbox.errors import ConfigError, NsboxError
 from nsbox.launcher.client import Launcher, running_launcher
 from nsbox.launcher.wire import BLANK_LIFE
-from nsbox.link import Furniture, Link, give_birth
+from nsbox.link import ForgottenSpec, Furniture, Link
 
 KINDS_KEPT: Final = 4
 """Kinds of environments that blanks are kept of, the latest used."""
@@ -107,7 +107,13 @@ def _trim() -> None:
                     blanks.popleft().close()
 
 
-def take(launcher: Launcher, spec: Mapping[str, Any], furniture: Furniture = ()) -> Link:
+def take(
+    launcher: Launcher,
+    spec: Mapping[str, Any],
+    furniture: Furniture = (),
+    *,
+    is_brief: bool = False,
+) -> Link:
     """Return a link to an environment that nobody has used: a blank one, else one born now.
 
     It is being furnished then (`Link.await_furnished`).
@@ -130,7 +136,19 @@ def take(launcher: Launcher, spec: Mapping[str, Any], furniture: Furniture = ())
                 continue  # whatever became of it: a birth now tells the caller what is wrong
             return link
         link.close()
-    return give_birth(launcher, spec, secrets.token_hex(4), furniture)
+    try:
+        return _give_birth(launcher, spec, furniture, is_brief=is_brief)
+    except ForgottenSpec:  # it is sent this time
+        return _give_birth(launcher, spec, furniture, is_brief=is_brief)
+
+
+def _give_birth(
+    launcher: Launcher, spec: Mapping[str, Any], furniture: Furniture, *, is_brief: bool
+) -> Link:
+    link = Link(launcher, spec, secrets.token_hex(4), is_brief=is_brief)
+    link.ask_for_birth("furniture" if furniture else "")
+    link.await_birth(furniture)
+    return link
 
 
 def prepare(launcher: Launcher, spec: Mapping[str, Any]) -> Link | None:

@@ -68,6 +68,8 @@ class ExecutionEnvironment(FunctionMethods):
         pid: Process id of its PID 1, on the host.
     """
 
+    _is_brief = False
+
     def __init__(self, config: Config | FunctionVersion | None = None, **fields: object) -> None:
         """Give birth to an environment and wait until it is locked in.
 
@@ -133,7 +135,8 @@ class ExecutionEnvironment(FunctionMethods):
 
     def _take(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
         blueprint = plan(self.config, self._launcher.hello, runtime)
-        return blueprint, blanks.take(self._launcher, blueprint.spec, furniture)
+        link = blanks.take(self._launcher, blueprint.spec, furniture, is_brief=self._is_brief)
+        return blueprint, link
 
     # -- what users do -------------------------------------------------------------------------
 
@@ -454,6 +457,12 @@ def ask_to_end(env: ExecutionEnvironment) -> Socket | None:
     return farewell
 
 
+class _BriefEnvironment(ExecutionEnvironment):
+    """Lives for one command, and has room where no other is born any more (`wire.scarcity`)."""
+
+    _is_brief = True
+
+
 def run(
     argv: Sequence[Word],
     *,
@@ -479,19 +488,11 @@ def run(
         As `ExecutionEnvironment` and `ExecutionEnvironment.run`.
     """
     check_argv(argv)
-    environment = ExecutionEnvironment(config, **fields)
+    environment = _BriefEnvironment(config, **fields)
     try:
         return environment.run(
-            argv,
-            input=input,
-            timeout=timeout,
-            env=env,
-            cwd=cwd,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            cpu_time=cpu_time,
-            check=check,
-        )
+            argv, input=input, timeout=timeout, env=env, cwd=cwd, stdin=stdin, stdout=stdout,
+            stderr=stderr, cpu_time=cpu_time, check=check,
+        )  # fmt: skip
     finally:
         environment.close(wait=False)

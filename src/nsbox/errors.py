@@ -7,6 +7,7 @@
     ├─ ConfigError (ValueError)        a bad value; nothing was touched
     ├─ UnsupportedHostError            .feature .reason .hint; before anything is created
     ├─ SetupError                      .step .errno .hint; what was made is removed again
+    │  └─ DescriptorsExhausted         .count .limit: no room for another environment
     ├─ LauncherError                   the launcher could not be started, or died
     ├─ StoreError                      .path: the code store, or an entry of it, is not usable
     ├─ CredentialsError                .role: a provider gave none
@@ -96,6 +97,24 @@ class SetupError(NsboxError):
         self.step = step
         self.errno = errno
         self.hint = hint
+
+
+class DescriptorsExhausted(SetupError):
+    """Another environment would take the descriptors that those that live, and `run`, need.
+
+    Attributes:
+        count: Descriptors that are open.
+        limit: The soft limit of open files (RLIMIT_NOFILE) of that process.
+    """
+
+    def __init__(self, process: str, count: int, limit: int, hint: str) -> None:
+        message = (
+            f"{process} has {count} descriptors open, of {limit} that its limit of open files "
+            "allows (RLIMIT_NOFILE); the rest is kept for the environments that there are"
+        )
+        super().__init__("descriptors", message, errno=_errno.EMFILE, hint=hint)
+        self.count = count
+        self.limit = limit
 
 
 class LauncherError(NsboxError):

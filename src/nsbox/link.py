@@ -19,7 +19,14 @@ from typing import Any, Final
 
 from nsbox import reports
 from nsbox.channel import BrokenAnswer, Channel, Workplace
-from nsbox.errors import EnvironmentDied, LauncherError, NsboxError, SetupError, SyscallError
+from nsbox.errors import (
+    DescriptorsExhausted,
+    EnvironmentDied,
+    LauncherError,
+    NsboxError,
+    SetupError,
+    SyscallError,
+)
 from nsbox.guest import protocol as p
 from nsbox.isolation import cgroups, readback
 from nsbox.launcher import wire
@@ -36,6 +43,15 @@ _STEP_HINTS: Final = {
 }
 
 
+_MORE_HERE: Final = (
+    "Close some, or raise the limit: resource.setrlimit(resource.RLIMIT_NOFILE, ...), 'ulimit -n'"
+)
+_MORE_IN_LAUNCHER: Final = (
+    "It takes the hard limit: close some, or raise that, by 'ulimit -Hn' as root or LimitNOFILE= "
+    "of a service"
+)
+
+
 class ForgottenSpec(NsboxError):
     """The launcher no longer knows a spec by its key: ask again."""
 
@@ -44,29 +60,6 @@ Furniture = Sequence[tuple[str, str]]
 """Directories of the host, and where they are bound read-only inside."""
 Counters = dict[str, int | None]
 """What `isolation.cgroups.UsageReader` reads; empty where there is no cgroup."""
-
-
-def give_birth(
-    launcher: Launcher, spec: Mapping[str, Any], env_id: str, furniture: Furniture = ()
-) -> Link:
-    """Return the link to a new environment that is being furnished (`Link.await_birth`).
-
-    Raises:
-        As `Link`.
-    """
-    try:
-        return _give_birth(launcher, spec, env_id, furniture)
-    except ForgottenSpec:
-        return _give_birth(launcher, spec, env_id, furniture)  # the spec is sent this time
-
-
-def _give_birth(
-    launcher: Launcher, spec: Mapping[str, Any], env_id: str, furniture: Furniture
-) -> Link:
-    link = Link(launcher, spec, env_id)
-    link.ask_for_birth("furniture" if furniture else "")
-    link.await_birth(furniture)
-    return link
 
 
 def _setup_error(step: str, number: int, message: str) -> SetupError:
@@ -100,21 +93,31 @@ class Link:
         reader: Of what its cgroups count; None where there are none.
     """
 
-    def __init__(self, launcher: Launcher, spec: Mapping[str, Any], env_id: str) -> None:
+    def __init__(
+        self,
+        launcher: Launcher,
+        spec: Mapping[str, Any],
+        env_id: str,
+        *,
+        is_brief: bool = False,
+    ) -> None:
         """Make its sockets. `ask_for_birth` is next, and `await_birth` waits for it.
 
         Args:
             launcher: Whom to ask.
             spec: What the environment is to be (`nsbox.blueprint`).
             env_id: Its id.
+            is_brief: It is for one command (`wire.scarcity`).
 
         Raises:
             SetupError: This process has no room for its sockets.
+            DescriptorsExhausted: It would have none for others.
         """
         self.env_id = env_id
         self.asked_at = time.monotonic()
         self._launcher = launcher
         self._spec = spec
+        self._is_brief = is_brief
         self._supervision = Supervision(launcher, env_id)
         self.closing = self.is_killed = False
         self.cause = ""
@@ -132,6 +135,13 @@ class Link:
             unused.callback(_close_both, self._birth, birth)
             if spec["runtime"]:
                 self.workplace = Workplace(self._control)
+                unused.callback(self.workplace.close)
+            made = [end.fileno() for end in (self._control, control, self._birth, birth)]
+            if self.workplace is not None:
+                made.append(self.workplace.stderr.fileno())
+            scarce = wire.scarcity(made, is_brief=is_brief)
+            if scarce is not None:
+                raise DescriptorsExhausted("this process", *scarce, _MORE_HERE)
             self._others = (control, birth)
             unused.pop_all()
 
@@ -151,7 +161,7 @@ class Link:
         self.asked_at = time.monotonic()
         fds = [other.fileno() for other in self._others]
         try:
-            self._supervision.ask_for_birth(self._spec, fds, awaits)
+            self._supervision.ask_for_birth(self._spec, fds, awaits, is_brief=self._is_brief)
         except BaseException:
             self.close()
             raise
@@ -248,6 +258,9 @@ class Link:
         if message["kind"] == "unknown-spec":
             self._launcher.forget_spec(self._spec)
             raise ForgottenSpec(self.env_id)
+        if message["kind"] == "no-descriptors":
+            count, limit = message["count"], message["limit"]
+            raise DescriptorsExhausted("nsbox's launcher", count, limit, _MORE_IN_LAUNCHER)
         raise _setup_error(message["step"], message["errno"], message["message"])
 
     def _abandon(self) -> None:

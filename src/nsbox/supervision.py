@@ -15,6 +15,8 @@ from nsbox.errors import SyscallError
 from nsbox.launcher import wire
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nsbox.launcher.client import Launcher
 
 END_DEADLINE: Final = 10.0
@@ -36,9 +38,11 @@ class Supervision:
         self._is_asked = self._is_let_go = False
         self.end: dict[str, Any] | None = None
 
-    def ask_for_birth(self, spec: Any, fds: list[int], awaits: str) -> None:  # noqa: ANN401 - JSON
+    def ask_for_birth(
+        self, spec: Mapping[str, Any], fds: list[int], awaits: str, *, is_brief: bool
+    ) -> None:
         """Ask for the environment; see `Launcher.request_birth`."""
-        self._launcher.request_birth(self._env_id, spec, fds, awaits)
+        self._launcher.request_birth(self._env_id, spec, fds, awaits, is_brief=is_brief)
         self._is_asked = True
 
     def tell(self, kind: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -78,3 +80,33 @@ def test_an_environment_of_a_function_takes_few_descriptors(tmp_path: Path) -> N
         check(before, 4)  # a pool needs none besides
     versions.clear()
     gc.collect()  # a version holds a lock in the store
+
+
+LIMITED = """
+import resource, sys
+import nsbox
+
+HARD = 96
+nsbox.set_blanks(0)
+# First the launcher may be the one that has no room, then it is this process.
+for soft, whose in ((HARD, ""), (44, "this process")):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, HARD))
+    made = []
+    try:
+        while True:
+            made.append(nsbox.ExecutionEnvironment())
+    except nsbox.DescriptorsExhausted as error:
+        assert error.limit == soft and soft // 2 < error.count < soft, error
+        assert "RLIMIT_NOFILE" in str(error) and whose in str(error) and error.hint, error
+    assert len(made) >= 10, len(made)
+    for env in made[::8]:
+        assert env.run(["true"]).ok
+        assert nsbox.run(["echo", "here"]).stdout == b"here\\n"
+    while made:
+        made.pop().close()
+nsbox.ExecutionEnvironment().close()
+"""
+
+
+def test_births_are_refused_before_others_suffer() -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", LIMITED], check=True)

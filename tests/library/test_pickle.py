@@ -36,6 +36,7 @@ EXAMPLES: list[errors.NsboxError] = [
     errors.ConfigError("memory_max: no"),
     errors.UnsupportedHostError("cgroup.memory", "no delegation", "ask root"),
     errors.SetupError("clone", "no", errno=1, hint="doctor"),
+    errors.DescriptorsExhausted("this process", 200, 256, "raise it"),
     errors.LauncherError("gone"),
     errors.StoreError("/store", "spoiled"),
     errors.CredentialsError("role", "none"),

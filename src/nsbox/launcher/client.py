@@ -135,6 +135,8 @@ class Launcher:
         spec: Mapping[str, Any],
         fds: Sequence[int],
         awaits: str = "",
+        *,
+        is_brief: bool = False,
     ) -> None:
         """Ask for an environment.
 
@@ -144,6 +146,7 @@ class Launcher:
             fds: Its control socket, and where the answer is to come.
             awaits: What is to come on that socket after the answer: ``"taker"``, ``"furniture"``,
                 or nothing. Until then the environment ends when this end of it is closed.
+            is_brief: It is for one command (`wire.scarcity`).
 
         The spec itself travels once, its key always. The launcher may forget it ("unknown-spec"):
         then `forget_spec` and ask again.
@@ -155,6 +158,8 @@ class Launcher:
         """
         key = spec["key"]
         message: dict[str, Any] = {"id": env_id, "key": key, "awaits": awaits}
+        if is_brief:
+            message["brief"] = True
         if key not in self._specs_sent:
             message["spec"] = spec
         try:

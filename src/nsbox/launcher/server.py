@@ -219,6 +219,12 @@ class Server:
         request, (control, host_fd) = received
         # Told what it is, it need not ask the kernel.
         host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, host_fd)
+        scarce = wire.scarcity((control, host_fd), is_brief="brief" in request)
+        if scarce is not None:
+            count, limit = scarce
+            reply(host, {"kind": "no-descriptors", "count": count, "limit": limit})
+            os.close(control)
+            return
         known = self._specs.find(request["key"], request.get("spec"))
         if known is None:
             reply(host, {"kind": "unknown-spec"})

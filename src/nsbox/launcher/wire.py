@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import select
 import socket
+from resource import RLIMIT_NOFILE, getrlimit
 
 from nsbox.linux.descriptors import close_all, receive_message, send_bytes
 
@@ -20,8 +21,23 @@ if TYPE_CHECKING:
 
 BLANK_LIFE = 60.0
 """Seconds after which the launcher ends a blank environment that nobody has claimed."""
+KEPT_FREE = 256
+"""Descriptors that births leave free, or a quarter of the limit of open files if that is less."""
 LARGEST = 160 << 10
 """Bytes of one message; below the kernel's default send buffer (net.core.wmem_default)."""
+
+
+def scarcity(newest: Sequence[int], *, is_brief: bool) -> tuple[int, int] | None:
+    """Return how many descriptors this process has open, and its limit; None: there is room.
+
+    Args:
+        newest: What was just opened: each has the lowest number that was free (open(2)).
+        is_brief: It is for an environment of one command, which may take half of what is kept free.
+    """
+    limit = getrlimit(RLIMIT_NOFILE)[0]
+    kept = min(KEPT_FREE, limit // 4)
+    count = max(newest) + 1
+    return (count, limit) if limit - count < (kept // 2 if is_brief else kept) else None
 
 
 def pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[socket.socket, socket.socket]:
