@@ -242,13 +242,11 @@ class Init:
                 self._kept = (1,)
                 self._kill_all()
             # What came before has the uid of PID 1, and of the worker, the next are forks of.
-            if worker is not None and (
-                processes.standing(served) != self._standing
-                or processes.is_tuned(served)
-                or processes.is_tuned(1)
-            ):
-                raise PermissionError(errno.EPERM, "priority")
-            if has_commands and processes.standing(0) != self._standing:
+            origins = ([0] if has_commands else []) + ([served] if worker is not None else [])
+            for pid in origins:
+                if processes.standing(pid) != self._standing:
+                    raise PermissionError(errno.EPERM, "priority")
+            if processes.is_tuned(1) or (served and processes.is_tuned(served)):
                 raise PermissionError(errno.EPERM, "priority")
             self._runtime.reset(places)
         except OSError as error:

@@ -22,6 +22,7 @@ from _socket import AF_UNIX, SOCK_SEQPACKET
 from _socket import socket as _Socket
 from fcntl import F_DUPFD_CLOEXEC, fcntl
 
+from nsbox.guest import processes
 from nsbox.guest.init import Init, Runtime
 from nsbox.guest.protocol import failure_word
 from nsbox.guest.reset import reset
@@ -261,7 +262,7 @@ def _load_runtime(preload: list[str]) -> Runtime:
     """Import what functions' environments begin with: the worker, and what the operator names."""
     from importlib import import_module
 
-    from nsbox.guest import intake, processes, warm
+    from nsbox.guest import intake, warm
 
     # A clone has one thread only, and a process of many may not change its mount namespace
     # (setns(2)): what numerical libraries start threads by is told not to.
@@ -274,7 +275,6 @@ def _load_runtime(preload: list[str]) -> Runtime:
         del os.environ[name]
     for _ in range(20):
         warm.warm_up()
-    processes.remember_tuning()
     return Runtime(reset, intake.fork_worker)
 
 
@@ -292,6 +292,7 @@ def main(lifeline: int, channel: int, kind: str) -> NoReturn:
     # A signal from inside reaches PID 1 only if it has a handler (pid_namespaces(7)).
     signal(SIGINT, SIG_DFL)
     privileges.set_name("nsbox-template")
+    processes.remember_tuning()
     runtime = Runtime(reset)
     if kind:
         try:
