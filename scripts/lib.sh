@@ -104,20 +104,20 @@ is_ready() {
 
 can_write() { [ -w "$1" ] && [ -x "$1" ]; }
 
-# Sets VENV: $NSBOX_VENV, else .venv of the clone, else (clone of another user) one below ~/.cache, else
+# Sets VENV: $NSBOX_VENV, else .venv (or $VENV_NAME) of the clone, else (clone of another user) one below ~/.cache, else
 # (no writable home either) a new temporary one.
 choose_venv() {
     if [ -n "${NSBOX_VENV:-}" ]; then
         VENV=$NSBOX_VENV
         return
     fi
-    VENV=$REPOSITORY/.venv
+    VENV=$REPOSITORY/${VENV_NAME:=.venv}
     if is_ready "$@" || can_write "$VENV" || { [ ! -e "$VENV" ] && can_write "$REPOSITORY"; }; then
         return
     fi
     cache=${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/nsbox
     if mkdir -p "$cache" 2>/dev/null && can_write "$cache"; then
-        VENV=$cache/venv-$(printf %s "$REPOSITORY" | sha256sum | cut -c1-12)
+        VENV=$cache/venv-$(printf %s "$REPOSITORY${VENV_NAME#.venv}" | sha256sum | cut -c1-12)
         return
     fi
     VENV=$(mktemp -d "${TMPDIR:-/tmp}/nsbox-venv-XXXXXXXX") || die "no place for a virtual environment; set NSBOX_VENV"

@@ -71,6 +71,13 @@ def pytest_unconfigure() -> None:
     _store.cleanup()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "frameworks" not in config.option.markexpr:  # what they start may not be installed
+        left_out = [item for item in items if item.get_closest_marker("frameworks")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("needs"):

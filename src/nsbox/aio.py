@@ -98,9 +98,9 @@ class LoopCalls:
             self.forget()
             raise
         except WorkerOver:
-            raise await asyncio.to_thread(self._judge_end, call) from None
+            raise await _in_thread(self._judge_end, call) from None
         except WorkerSilent as error:
-            raise await asyncio.to_thread(self._invoker.judge, call, error) from None
+            raise await _in_thread(self._invoker.judge, call, error) from None
         finally:
             timer.cancel()
             self._call = self._future = None
@@ -169,6 +169,15 @@ class LoopCalls:
         if self._call is not None and self._future is not None and not self._future.done():
             self.forget()
             self._future.set_exception(WorkerSilent())
+
+
+async def _in_thread(judge: Callable[..., Exception], *args: object) -> Exception:
+    """Return what is concluded, which may take a while."""
+    try:
+        future = asyncio.get_running_loop().run_in_executor(None, judge, *args)
+    except RuntimeError:  # the interpreter ends, and starts no thread any more
+        return judge(*args)
+    return await future
 
 
 def _finish(future: asyncio.Future[None]) -> None:

@@ -413,6 +413,12 @@ def plan(config: Config, hello: Mapping[str, Any], runtime: str = "") -> Bluepri
     return made
 
 
+_MASKED_PROC: Final = (
+    "something is mounted over a part of this host's /proc (findmnt -R /proc shows what), and then "
+    "the kernel lets no whole one be mounted"
+)
+
+
 def born_layers(
     config: Config,
     hello: Mapping[str, Any],
@@ -428,8 +434,8 @@ def born_layers(
     groups = "no supplementary groups" if hello["drops_groups"] else "the caller's groups remain"
     proc_text = {
         "full": "its own, sensitive files masked, settings read-only",
-        "subset=pid": "its own, processes only: this host's /proc is itself masked",
-        "none": "none: this host does not let one be mounted",
+        "subset=pid": f"its own, processes only: {_MASKED_PROC}",
+        "none": f"none: {_MASKED_PROC}",
     }[link.proc]
     userland = config.rootfs or "the host's /usr"
     return [

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
+from _socket import getdefaulttimeout, socketpair
 from _socket import socket as Socket
-from _socket import socketpair
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import IO, Final, Self
@@ -34,8 +34,7 @@ class Channel:
         self, control: socket.socket, operation: bytes, request: bytes, fds: list[int]
     ) -> None:
         """Ask for `operation`; raises OSError when PID 1 is gone."""
-        # The C half's: Python's own would ask the kernel what they are.
-        self.socket, theirs = socketpair()
+        self.socket, theirs = make_socket()
         self.socket.settimeout(ANSWER_DEADLINE)
         is_short = len(request) + 2 <= p.LARGEST_MESSAGE
         message = operation + (p.HERE + request if is_short else p.ON_CHANNEL)
@@ -151,6 +150,26 @@ def make_pipe(*, to_guest: bool) -> tuple[int, int]:
     return ours, theirs
 
 
+def make_socket() -> tuple[Socket, Socket]:
+    """Return this process's end of a stream and the other one, which is to be given away.
+
+    Both wait. O_NONBLOCK, which a default timeout of the host program (`socket.setdefaulttimeout`)
+    or sockets in place of Python's (gevent) set, would be set for the other process, too.
+
+    Raises:
+        SyscallError: There is no room for it.
+    """
+    try:
+        # The C half's: Python's own would ask the kernel what they are.
+        ours, theirs = socketpair()
+    except OSError as error:
+        raise SyscallError("socketpair", error.errno or 0) from error
+    if getdefaulttimeout() is not None:
+        ours.setblocking(True)
+        theirs.setblocking(True)
+    return ours, theirs
+
+
 class Workplace:
     """The host's ends of what a worker has: its socket and its log.
 
@@ -174,7 +193,7 @@ class Workplace:
         """
         try:
             with ExitStack() as unsent, ExitStack() as unused:
-                self.socket, theirs = socket.socketpair()
+                self.socket, theirs = make_socket()
                 unused.callback(self.socket.close)
                 unsent.callback(theirs.close)
                 sent = [theirs.fileno()]
@@ -220,10 +239,7 @@ class EventPlace:
         """
         self.logs: dict[int, str] = {}
         self.is_unread = False
-        try:
-            self.socket, theirs = socketpair()
-        except OSError as error:
-            raise SyscallError("socketpair", error.errno or 0) from error
+        self.socket, theirs = make_socket()
         self._theirs = [theirs.detach()]
         try:
             self.socket.setblocking(False)

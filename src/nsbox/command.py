@@ -12,15 +12,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import IO, Any, Final, Self
+from typing import IO, Any, Final, NoReturn, Self
 
 from nsbox.channel import BrokenAnswer, Channel, RunRequest, Workplace, make_pipe
 from nsbox.counters import oom_evidence, usage_between
-from nsbox.errors import (
-    ConfigError,
-    EnvironmentDied,
-    SyscallError,
-)
+from nsbox.errors import ConfigError, EnvironmentDied, SyscallError, refuse_pickling
 from nsbox.guest import protocol as p
 from nsbox.link import Counters, Link
 from nsbox.linux.descriptors import close_all
@@ -199,6 +195,9 @@ class Process:
         """Close pipes and channel, and wait for nothing: its environment is being closed."""
         self._close_channel()
         self._close_streams()
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling("a process", "send its Result")
 
     def __enter__(self) -> Self:
         return self

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import NoReturn, Self
 
 from nsbox import blanks
 from nsbox.blueprint import Blueprint, born_layers, interpreter, plan
@@ -36,6 +36,7 @@ from nsbox.errors import (
     LauncherError,
     NsboxError,
     UnsupportedHostError,
+    refuse_pickling,
 )
 from nsbox.function import FunctionVersion
 from nsbox.functions import FunctionMethods, Invocations
@@ -336,7 +337,8 @@ class ExecutionEnvironment(FunctionMethods):
         """Have another environment of this kind born, now that this one has been of use."""
         kind, self._kind = self._kind, None
         spare = None if self._invocations is None else self._invocations.take_spare()
-        if kind is not None:
+        # While the interpreter finalizes nothing is needed next, and nothing can be imported.
+        if kind is not None and not sys.is_finalizing():
             blanks.refill(self._launcher, kind, spare)
         elif spare is not None:
             spare.close()
@@ -399,14 +401,20 @@ class ExecutionEnvironment(FunctionMethods):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_link", None) is not None:
+        if getattr(self, "_link", None) is None:
+            return
+        try:
             if self._owner == os.getpid():
                 what = f"{self!r} was not closed"
                 warnings.warn(what, ResourceWarning, stacklevel=2, source=self)
+        finally:  # where warnings are errors, too
             self.close(wait=False)
 
     def __repr__(self) -> str:
         return f"<nsbox.ExecutionEnvironment {self.id} {self.state.value}>"
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling("an environment", "make one there, from the Config or FunctionVersion")
 
     # -- states --------------------------------------------------------------------------------
 

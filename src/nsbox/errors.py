@@ -37,7 +37,7 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
+    from typing import Any, NoReturn
 
     from nsbox.invocation import Invocation
     from nsbox.result import Outcome, Result
@@ -143,6 +143,13 @@ class CredentialsError(NsboxError):
     def __init__(self, role: str, message: str) -> None:
         super().__init__(f"no credentials for the role {role!r}: {message}")
         self.role = role
+
+
+def refuse_pickling(what: str, remedy: str) -> NoReturn:
+    """Raise for an object that another process could do nothing with."""
+    raise TypeError(
+        f"{what} belongs to the process that made it and cannot be pickled or copied; {remedy}"
+    )
 
 
 class SyscallError(NsboxError, OSError):

@@ -10,16 +10,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import struct
 import time
 import uuid
+from _socket import socket as Socket
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from nsbox import left_running
 from nsbox.call import Answer, Call, Frame, OnLog, WorkerEnded, WorkerSilent
-from nsbox.channel import Channel, RunRequest
+from nsbox.channel import Channel, RunRequest, make_socket
 from nsbox.command import PIPE, Process
 from nsbox.counters import oom_evidence
 from nsbox.errors import (
@@ -44,7 +44,7 @@ from nsbox.transfer import begin_reset, finish_reset
 from nsbox.verdict import describe_exit
 from nsbox.worker import Worker
 
-_Started = tuple[Process, socket.socket]
+_Started = tuple[Process, Socket]
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
@@ -146,9 +146,7 @@ class Invoker:
         self._send_start(call, runtime.LOAD, b"")
         return call
 
-    def _tell(
-        self, process: Process, channel: socket.socket, environment: Mapping[str, str]
-    ) -> None:
+    def _tell(self, process: Process, channel: Socket, environment: Mapping[str, str]) -> None:
         self.worker = Worker(self._link, process, channel)
         self._tell_again(environment)
 
@@ -196,7 +194,7 @@ class Invoker:
     def _execute(self, environment: Mapping[str, str], python: str) -> _Started:
         """Return a worker in an interpreter of its own, and this end of its socket."""
         self._link.drop_workplace()
-        ours, theirs = socket.socketpair()
+        ours, theirs = make_socket()
         try:
             argv = (python, "-I", "-S", "-c", executed_worker(3))
             request = RunRequest(environment, "/", announced=True, extra=theirs.fileno())

@@ -474,13 +474,13 @@ def await_farewell(farewell: Socket | None, seconds: float) -> None:
             farewell.close()
 
 
-def _pair() -> tuple[socket.socket, socket.socket]:
+def _pair() -> tuple[socket.socket, Socket]:
     try:
         return wire.pair()
     except OSError as error:
         raise SetupError("birth", f"socketpair: {error}", errno=error.errno or 0) from error
 
 
-def _close_both(first: socket.socket, second: socket.socket) -> None:
+def _close_both(first: Socket, second: Socket) -> None:
     first.close()
     second.close()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import socket
 import threading
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from nsbox.errors import SyscallError
 from nsbox.launcher import wire
 
 if TYPE_CHECKING:
+    from _socket import socket as Socket
     from collections.abc import Mapping
 
     from nsbox.launcher.client import Launcher
@@ -58,7 +59,7 @@ class Supervision:
         ours, theirs = _pair()
         with ours:
             try:
-                with theirs:
+                with closing(theirs):
                     self._launcher.ask(kind, self._env_id, theirs)
                 return _receive(ours, END_DEADLINE)
             except OSError:
@@ -83,7 +84,7 @@ class Supervision:
             self._let_go()  # that it has hung up is all that is seen of it
             return
         try:
-            with theirs:
+            with closing(theirs):
                 self._launcher.ask("close", self._env_id, theirs, is_reported=is_reported)
         except OSError:
             self.end = {"kind": "gone", "launcher": True}
@@ -115,7 +116,7 @@ class Supervision:
                 self.tell("close")
 
 
-def _pair() -> tuple[socket.socket, socket.socket]:
+def _pair() -> tuple[socket.socket, Socket]:
     try:
         return wire.pair()
     except OSError as error:

@@ -44,7 +44,7 @@ class Worker:
     the worker itself says how a fork ended that gave no whole answer.
     """
 
-    def __init__(self, link: Link, process: Process, channel: socket.socket) -> None:
+    def __init__(self, link: Link, process: Process, channel: Socket) -> None:
         """`channel` is this end of its socket; both are closed by `close`."""
         self._link = link
         self.process = process

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import functools
 import importlib
 import inspect
@@ -373,3 +374,13 @@ def test_names_of_the_package_exist(path: Path) -> None:
 
 def test_changelog_has_unreleased_changes() -> None:
     assert "\n## [Unreleased]\n" in read("CHANGELOG.md")
+
+
+def test_versions_of_frameworks_are_those_that_are_installed() -> None:
+    told = rows(read("docs/frameworks.md"), "## What holds everywhere")
+    versions = " ".join(row[1] for row in told)
+    config = configparser.ConfigParser()
+    config.read_string(read("setup.cfg"))
+    for line in config["options.extras_require"]["frameworks"].split("\n")[1:]:
+        name, _, version = line.partition(" >= ")
+        assert version in versions, name

@@ -105,3 +105,18 @@ print("well")
 def test_users_with_subordinate_ids_have_their_own_files() -> None:
     done = call(sys.executable, "-c", SUBORDINATE)
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
+
+
+def test_where_a_part_of_proc_is_covered_that_is_told() -> None:
+    """As in a container: there is no /proc inside, which `ps` explains by a wrong remedy."""
+    flags = "-m" if IS_ROOT else "-Urm"
+    covered = 'mount -t tmpfs none /proc/tty && exec "$@"'
+    words = [word for word in RUN if word != "-q"]
+    done = call("unshare", flags, "sh", "-c", covered, "sh", *words, "ls", "/proc")
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    told = [line for line in done.stderr.splitlines() if line.startswith("nsbox: /proc inside: ")]
+    assert len(told) == 1
+    for word in ("none: something is mounted over", "findmnt -R /proc", "Remedy: ", "--quiet"):
+        assert word in told[0]
+    done = call("unshare", flags, "sh", "-c", covered, "sh", *RUN, "ls", "/proc")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

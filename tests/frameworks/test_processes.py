@@ -69,6 +69,26 @@ else:
     run_program(text, prefix=STARTS["descriptors"])
 
 
+def test_a_default_timeout_of_sockets_is_not_for_those_of_nsbox() -> None:
+    """Nor for the ends of them that others have: it makes sockets that do not wait."""
+    text = f"import socket\nsocket.setdefaulttimeout(0.001)\n{PLAIN}"
+    assert json.loads(run_program(text)) == EXPECTED
+
+
+def test_without_poll_it_is_refused_by_name() -> None:
+    text = """
+import select, nsbox
+del select.poll, select.epoll  # as eventlet does
+try:
+    nsbox.run(["true"])
+except nsbox.LauncherError as raised:
+    assert "eventlet" in str(raised), raised
+else:
+    raise AssertionError("not refused")
+"""
+    run_program(text)
+
+
 def test_development_mode() -> None:
     assert json.loads(run_program(PLAIN, flags=("-X", "dev", "-W", "error"))) == EXPECTED
 

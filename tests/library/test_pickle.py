@@ -193,3 +193,22 @@ def test_they_cross_a_process_pool(tmp_path: Path, method: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60 * PATIENCE)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+@pytest.mark.needs("userns")
+def test_what_is_of_one_process_is_refused_by_name() -> None:
+    """As by Ray and Dask, which pickle whatever a task is given."""
+    with nsbox.WarmPool() as pool, nsbox.ExecutionEnvironment() as env:
+        handle = nsbox.AsyncWarmPool()
+        handle._pool = pool
+        with env.popen(["true"]) as process:
+            for kept, remedy in (
+                (pool, "make one there"),
+                (handle, "make one there"),
+                (env, "make one there"),
+                (process, "send its Result"),
+            ):
+                for send in (pickle.dumps, copy.copy, copy.deepcopy):
+                    if (kept, send) != (handle, copy.copy):  # copies no pool
+                        with pytest.raises(TypeError, match=f"belongs to the process .*{remedy}"):
+                            send(kept)

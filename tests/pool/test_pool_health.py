@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +166,17 @@ def test_a_birth_that_gets_no_thread_gives_its_place_back(
             assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (3, 3, 2)
 
     asyncio.run(main())
+
+
+def test_a_start_that_fails_again_and_again_is_told_once(
+    out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = nsbox.Config(mounts=(nsbox.Mount.bind(out, "/data"),))
+    with nsbox.WarmPool(config, provisioned=1, max_environments=1) as pool:
+        with pool.acquire() as env:
+            out.rmdir()  # no other can be born
+            os.kill(env.pid, signal.SIGKILL)
+        wait_until(lambda: pool._share.breaker.pause() > 0, "three starts have failed")
+        told = [r for r in caplog.records if "does not start" in r.getMessage()]
+        assert len(told) == 1
+        out.mkdir()

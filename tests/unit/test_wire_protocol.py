@@ -32,6 +32,10 @@ KINDS = (p.STARTED, p.EXITED, p.FAILED, p.OK)
 NUMBERS = st.integers(-(1 << 63), (1 << 63) - 1)
 
 
+def datagrams() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
 def open_descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 
@@ -45,7 +49,7 @@ class FakeInit:
     """PID 1's ends of the sockets, in the hands of an attacker."""
 
     def __init__(self) -> None:
-        self.host, self._control = wire.pair()
+        self.host, self._control = datagrams()
         self.channel = Channel(self.host, p.RUN, b"request", [])
         message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
         assert message == p.RUN + p.HERE + b"request"
@@ -202,7 +206,7 @@ def test_descriptors_with_the_second_half_of_an_answer_are_seen_or_dropped(fake:
 
 
 def test_no_descriptor_is_left_when_pid_1_is_gone() -> None:
-    ours, theirs = wire.pair()
+    ours, theirs = datagrams()
     theirs.close()
     before = open_descriptors()
     with pytest.raises(OSError, match=r"pipe|reset"):
@@ -212,7 +216,7 @@ def test_no_descriptor_is_left_when_pid_1_is_gone() -> None:
 
 
 def test_no_descriptor_is_left_when_there_is_no_room_for_more() -> None:
-    ours, theirs = wire.pair()
+    ours, theirs = datagrams()
     before = open_descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, before))
@@ -303,7 +307,7 @@ def test_file_requests_make_the_round_trip(path: bytes, mode: int, size: int) ->
 
 @pytest.mark.parametrize("size", [0, p.LARGEST_MESSAGE - 2, p.LARGEST_MESSAGE - 1, 100_000])
 def test_request_arrives_as_it_was_sent(size: int) -> None:
-    host, control = wire.pair()
+    host, control = datagrams()
     with host, control:
         channel = Channel(host, p.RUN, b"x" * size, [])
         message, fds = receive_bytes(control, p.LARGEST_MESSAGE)
@@ -361,7 +365,7 @@ def test_message_makes_the_round_trip_with_its_descriptors(
     message: dict[str, Any], count: int
 ) -> None:
     before = open_descriptors()
-    ours, theirs = wire.pair()
+    ours, theirs = datagrams()
     null = os.open("/dev/null", os.O_RDONLY)
     wire.send(ours, message, [null] * count)
     os.close(null)
@@ -378,7 +382,7 @@ def test_message_makes_the_round_trip_with_its_descriptors(
 
 
 def test_largest_message_passes_and_a_larger_one_is_refused() -> None:
-    ours, theirs = wire.pair()
+    ours, theirs = datagrams()
     with ours, theirs:
         room = wire.LARGEST - len(json.dumps({"x": ""}))
         wire.send(ours, {"x": "y" * room})
@@ -395,7 +399,7 @@ def test_largest_message_fits_the_kernels_default_buffer() -> None:
 
 
 def test_end_with_messages_unread_is_an_end() -> None:
-    ours, theirs = wire.pair()
+    ours, theirs = datagrams()
     wire.send(ours, {"a": 1})
     theirs.close()  # with an unread message, so that the kernel resets the connection
     with ours:
@@ -405,7 +409,7 @@ def test_end_with_messages_unread_is_an_end() -> None:
 
 
 def test_cut_off_datagram_is_no_message() -> None:
-    ours, theirs = wire.pair()
+    ours, theirs = datagrams()
     with ours, theirs:
         ours.send(b"x" * 100)
         with pytest.raises(ConnectionError, match="cut off"):

@@ -127,7 +127,16 @@ def say(text: str) -> None:
 
 
 def say_missing(protections: Protections) -> None:
-    """Say on stderr what is wanted and not in force, if there is anything."""
+    """Say on stderr what is wanted and not in force, and what programs may miss, if anything."""
+    found = protections["proc"].detail
+    if not found.startswith("its own, sensitive"):
+        # Programs that miss it say something else ("Error, do this: mount -t proc proc /proc").
+        from nsbox.features import host_facts, remedy
+
+        known = host_facts()
+        facts = dict.fromkeys(known, "") | {"container": known["container"]}  # nothing else failed
+        what = remedy("proc", hint="run nsbox where nothing is mounted over it", facts=facts)
+        say(f"/proc inside: {found}. Remedy: {what} [--quiet hides this]")
     if protections.missing:
         told = "; ".join(f"{layer.name} ({layer.detail})" for layer in protections.missing)
         say(f"not in force on this host: {told} [--quiet hides this; see 'nsbox doctor']")

@@ -16,13 +16,22 @@ import select
 import socket
 import sys
 import threading
+from _socket import socket as Socket
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 import nsbox
-from nsbox.errors import ConfigError, LauncherError, SetupError, UnsupportedHostError
+from nsbox.errors import (
+    ConfigError,
+    EnvironmentDied,
+    EnvironmentStateError,
+    LauncherError,
+    PoolClosed,
+    SetupError,
+    UnsupportedHostError,
+)
 from nsbox.launcher import process, wire
 from nsbox.launcher.idmaps import write_launcher_maps
 from nsbox.linux import proc
@@ -54,6 +63,11 @@ class Launcher:
             UnsupportedHostError: A user or mount namespace cannot be made here.
             LauncherError: It did not start.
         """
+        if not hasattr(select, "poll"):
+            raise LauncherError(
+                "select.poll is gone, by which nsbox waits: eventlet's monkey_patch() takes it "
+                "away; use threads, asyncio or gevent (docs/frameworks.md)"
+            )
         self._owner = os.getpid()
         self._specs_sent: set[str] = set()
         self.is_lost = False
@@ -178,9 +192,7 @@ class Launcher:
             self._specs_sent.clear()
         self._specs_sent.add(key)
 
-    def ask(
-        self, kind: str, env_id: str, answer: socket.socket | None = None, **details: object
-    ) -> None:
+    def ask(self, kind: str, env_id: str, answer: Socket | None = None, **details: object) -> None:
         """Ask something of an environment that was born; it is answered on `answer`.
 
         Raises:
@@ -360,5 +372,41 @@ def shutdown() -> None:
     _holder.shutdown()
 
 
-atexit.register(shutdown)
+_ENDED_BY_EXIT: Final = (
+    EnvironmentDied,
+    EnvironmentStateError,
+    LauncherError,
+    PoolClosed,
+    SetupError,
+)
+_is_ending = False
+
+
+def begin_exit() -> None:
+    """Have no traceback printed of calls that the end of the interpreter ends.
+
+    At that point only daemon threads are left, which are ended in the middle of what they do. One
+    that was waiting in a call of nsbox has that raised first: its `except` and `finally` run, as
+    ever; what it does not catch is no news. Everything else goes to `threading.excepthook` as it
+    was. May be called again.
+    """
+    global _is_ending  # noqa: PLW0603 - an interpreter ends once
+    if _is_ending:
+        return
+    _is_ending = True
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, _ENDED_BY_EXIT):
+            before(args)
+
+    threading.excepthook = hook
+
+
+@atexit.register
+def _exit() -> None:
+    begin_exit()
+    shutdown()
+
+
 os.register_at_fork(after_in_child=_holder.forget)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import select
 import socket
+from _socket import getdefaulttimeout, socketpair
 from resource import RLIMIT_NOFILE, getrlimit
 
 from nsbox.linux.descriptors import close_all, receive_message, send_bytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket as Socket
     from collections.abc import Sequence
     from typing import Any
 
@@ -40,9 +42,18 @@ def scarcity(newest: Sequence[int], *, is_brief: bool) -> tuple[int, int] | None
     return (count, limit) if limit - count < (kept // 2 if is_brief else kept) else None
 
 
-def pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[socket.socket, socket.socket]:
-    """Return a connected pair of Unix sockets, close-on-exec."""
-    return socket.socketpair(socket.AF_UNIX, kind)
+def pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[socket.socket, Socket]:
+    """Return a connected pair of Unix sockets, close-on-exec; the second is to be given away.
+
+    The second waits, whatever this process has made of its own sockets (`channel.make_socket`).
+    """
+    ours, theirs = socketpair(socket.AF_UNIX, kind)
+    if getdefaulttimeout() is not None:
+        theirs.setblocking(True)
+    end = socket.socket(socket.AF_UNIX, kind, 0, ours.detach())
+    if end.gettimeout() is not None:
+        end.settimeout(None)
+    return end, theirs
 
 
 def send(channel: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:

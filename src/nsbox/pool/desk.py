@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import os
+from typing import NoReturn
 
 from nsbox.config import parse_seconds
 from nsbox.credentials import Credentials, Provider, resolve
-from nsbox.errors import PoolError, PoolTimeout
+from nsbox.errors import PoolError, PoolTimeout, refuse_pickling
 from nsbox.function import FunctionVersion
 from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter
 
@@ -32,11 +33,15 @@ class Desk:
     def _check_usable(self, *, is_function: bool) -> None:
         if self._house.owner != os.getpid():
             raise PoolError(
-                f"this pool belongs to process {self._house.owner}; make another one here"
+                f"this pool belongs to process {self._house.owner}, and this is {os.getpid()}: "
+                "make another one here, after the fork"
             )
         if is_function is not self._is_function:
             has = "a function: use invoke" if self._is_function else "a Config: use acquire"
             raise PoolError(f"this pool is of {has}")
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling("a pool", "make one there, from the Function or Config")
 
     def _patience(self, timeout: float | None) -> float | None:
         """Return for how many seconds a call waits for an environment."""

@@ -79,6 +79,7 @@ class House:
         self._next_wish = 0.0
         self._filler: threading.Thread | None = None
         self._is_filling = False
+        self._said: object = None
         self._is_closed = False
 
     # -- functions -------------------------------------------------------------------------------
@@ -345,7 +346,7 @@ class House:
 
     def _give_up(self, place: PoolGrant, error: RuntimeError) -> None:
         """Give back a place to be filled, as when the start had failed."""
-        _log.warning("an environment to be kept ready does not start: %s", str(error))
+        self._say_not_ready(error)
         self._leases.failed(place, error)
         self._drop(place, answered=None)
 
@@ -414,8 +415,16 @@ class House:
         place = grant or self._leases.reserve(share)
         while place is not None:
             self._give_birth(place, is_call=False)
+            self._said = None
             self._give_back(place, None)
             place = self._leases.reserve(share)
+
+    def _say_not_ready(self, error: Exception) -> None:
+        """Warn once of starts that fail, until one succeeds. Text keeps no frames alive."""
+        kind = (type(error), getattr(error, "error_type", ""))
+        if kind != self._said:
+            self._said = kind
+            _log.warning("an environment to be kept ready does not start: %s", str(error))
 
     def _refill(self, grant: PoolGrant) -> None:
         try:
@@ -423,8 +432,7 @@ class House:
         except PoolClosed:
             pass  # nobody needs it any more
         except (NsboxError, OSError) as error:
-            # It is tried again; calls that need one meanwhile are told why there is none.
-            _log.warning("an environment to be kept ready does not start: %s", error)
+            self._say_not_ready(error)
         self._is_filling = False  # another may begin while this thread ends
         self._ring()
 

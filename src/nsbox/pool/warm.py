@@ -18,6 +18,7 @@ from nsbox.config import Config, make_config
 from nsbox.credentials import Provider
 from nsbox.errors import ConfigError, NsboxError
 from nsbox.function import Function, FunctionVersion
+from nsbox.launcher.client import begin_exit
 from nsbox.pool.events import PoolEvent
 from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
 from nsbox.pool.house import House
@@ -240,6 +241,7 @@ _pools: set[WarmPool] = set()
 
 @atexit.register
 def _close_pools() -> None:
+    begin_exit()
     for pool in list(_pools):
         with contextlib.suppress(NsboxError):
             pool.close(drain=False)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import select
+import sys
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -16,6 +17,17 @@ _EXIT_DEADLINE: Final = 5.0
 _AFTER_ERROR: Final = 1.0  # seconds until it looks again
 
 
+def _make_epoll() -> select.epoll:
+    """Return an epoll object. What waits for it is select.poll, which gevent has in its own way.
+
+    In a program that gevent has patched `select` has no epoll: its poll() would hold up all
+    greenlets. Looked into without a wait it does not.
+    """
+    if hasattr(select, "epoll"):
+        return select.epoll()
+    return sys.modules["gevent.monkey"].get_original("select", "epoll")()  # type: ignore[no-any-return]
+
+
 class Watch:
     """Waits on descriptors that become readable when something ends, and on time."""
 
@@ -23,7 +35,9 @@ class Watch:
         """`on_time` does what is due, and returns in how many seconds it is to be called again."""
         self._on_ready = on_ready
         self._on_time = on_time
-        self._epoll = select.epoll()
+        self._epoll = _make_epoll()
+        self._waiter = select.poll()
+        self._waiter.register(self._epoll, select.POLLIN)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
         self._triggers: set[int] = set()
@@ -73,7 +87,8 @@ class Watch:
             except Exception:  # noqa: BLE001 - a pool must not lose the thread that sees deaths
                 _log.exception("a pool could not do what was due")
                 seconds = _AFTER_ERROR
-            for fd, events in self._epoll.poll(max(seconds, 0.001)):
+            self._waiter.poll(max(seconds, 0.001) * 1000)
+            for fd, events in self._epoll.poll(0):
                 if fd == self._bell:
                     os.eventfd_read(fd)
                 elif events & select.EPOLLERR and fd in self._triggers:
