@@ -12,7 +12,7 @@ import warnings
 import weakref
 from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, Self
+from typing import Self
 
 from nsbox import blanks
 from nsbox.blueprint import Blueprint, born_layers, interpreter, plan
@@ -36,7 +36,6 @@ from nsbox.errors import (
     LauncherError,
     NsboxError,
     UnsupportedHostError,
-    refuse_pickling,
 )
 from nsbox.function import FunctionVersion
 from nsbox.functions import FunctionMethods, Invocations
@@ -401,20 +400,15 @@ class ExecutionEnvironment(FunctionMethods):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_link", None) is None:
-            return
-        try:
-            if self._owner == os.getpid():
-                what = f"{self!r} was not closed"
-                warnings.warn(what, ResourceWarning, stacklevel=2, source=self)
-        finally:  # where warnings are errors, too
-            self.close(wait=False)
+        if getattr(self, "_link", None) is not None:
+            try:
+                if self._owner == os.getpid():
+                    warnings.warn(f"{self!r} was not closed", ResourceWarning, 2, source=self)
+            finally:  # where warnings are errors, too
+                self.close(wait=False)
 
     def __repr__(self) -> str:
         return f"<nsbox.ExecutionEnvironment {self.id} {self.state.value}>"
-
-    def __reduce__(self) -> NoReturn:
-        refuse_pickling("an environment", "make one there, from the Config or FunctionVersion")
 
     # -- states --------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Unpack
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Unpack
 
 from nsbox import blanks
 from nsbox.blueprint import interpreter
@@ -22,6 +22,7 @@ from nsbox.errors import (
     EnvironmentStateError,
     FunctionError,
     InvokeTimeout,
+    refuse_pickling,
 )
 from nsbox.function import FunctionVersion
 from nsbox.guest.python_runtime import ENDED
@@ -311,6 +312,9 @@ class FunctionMethods:
     _environment: Mapping[str, str]
     _version: FunctionVersion | None
     _invocations: Invocations | None
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling("an environment", "make one there, from the Config or FunctionVersion")
 
     def _known_link(self) -> Link:
         raise NotImplementedError

@@ -345,7 +345,6 @@ class House:
         return seconds
 
     def _give_up(self, place: PoolGrant, error: RuntimeError) -> None:
-        """Give back a place to be filled, as when the start had failed."""
         self._say_not_ready(error)
         self._leases.failed(place, error)
         self._drop(place, answered=None)
@@ -421,18 +420,16 @@ class House:
 
     def _say_not_ready(self, error: Exception) -> None:
         """Warn once of starts that fail, until one succeeds. Text keeps no frames alive."""
-        kind = (type(error), getattr(error, "error_type", ""))
-        if kind != self._said:
-            self._said = kind
+        said, self._said = self._said, (type(error), getattr(error, "error_type", ""))
+        if said != self._said:
             _log.warning("an environment to be kept ready does not start: %s", str(error))
 
     def _refill(self, grant: PoolGrant) -> None:
         try:
             self._fill(grant=grant)
-        except PoolClosed:
-            pass  # nobody needs it any more
         except (NsboxError, OSError) as error:
-            self._say_not_ready(error)
+            if not isinstance(error, PoolClosed):  # else nobody needs it any more
+                self._say_not_ready(error)
         self._is_filling = False  # another may begin while this thread ends
         self._ring()
 
