@@ -42,9 +42,9 @@ _REST = 1000  # milliseconds without an event after which memory is given back
 _RESET_DEADLINE = 10.0  # seconds that may take: a busy machine, or cpu.max, is no fault of theirs
 
 
-_OTHER_FDS = 19
-"""Descriptors of PID 1 besides those it watches, at most: 0 to 2, the four of the next
-message (one that finds no room is lost, unix(7)), those of `processes`, its pagemap, and what is
+_OTHER_FDS = 12
+"""Descriptors of PID 1 besides those it watches and those that `processes` holds, at most: 0 to 2,
+the four of the next message (one that finds no room is lost, unix(7)), its pagemap, and what is
 opened while a message is served."""
 
 
@@ -199,7 +199,8 @@ class Init:
 
     def _start(self, channel: _Socket, request: bytes, fds: list[int]) -> None:
         flags, size, stdio, cwd, argv, environment = p.parse_run(request)
-        if len(self._handlers) + _OTHER_FDS > getrlimit(RLIMIT_NOFILE)[0]:
+        needed = len(self._handlers) + processes.held() + _OTHER_FDS
+        if needed > getrlimit(RLIMIT_NOFILE)[0]:
             raise Failure(errno.EMFILE, "room")
         terminal: list[int] = []
         try:

@@ -132,12 +132,17 @@ def is_tuned(pid: int) -> bool:
     return any(_tuning(fd, name) != _as_born.get(name) for name, fd in files)
 
 
+def held() -> int:
+    """Return how many descriptors are held here, once they have been needed."""
+    return len(_loadavg) + sum(map(len, _tunable.values()))
+
+
 def _open_tunable(process: str) -> list[tuple[str, int]]:
     found = []
     for name in _TUNABLE:
         try:
             fd = os.open(f"/proc/{process}/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
+        except FileNotFoundError:
             continue  # the kernel has none
         found.append((name, fd))
     return found
