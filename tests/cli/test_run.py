@@ -370,6 +370,22 @@ def test_default_limits_that_are_missing_are_told_in_one_line() -> None:
     assert nsbox_run("run", "--quiet", command=["true"]).stderr == b""
 
 
+def test_an_interrupt_while_it_starts() -> None:
+    program = """if True:
+        import os, signal, sys
+        class Finder:
+            def find_spec(self, name, path, target=None):
+                if name == sys.argv[1]:
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Finder())
+        from nsbox.cli import main
+        sys.exit(main(["run", "--", "true"]))
+    """
+    for module in ("nsbox.cli.app", "nsbox.cli.run"):
+        done = subprocess.run([sys.executable, "-c", program, module], capture_output=True)
+        assert (done.returncode, done.stderr.strip()) == (130, b"")
+
+
 def test_a_job_in_the_background_of_a_shell() -> None:
     """Its SIGINT is ignored from the start: it stays so outside, and is as ever inside."""
     inside = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"

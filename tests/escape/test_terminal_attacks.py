@@ -15,7 +15,7 @@ from nsbox.cli.ps import live_environments
 
 CODE = r"""
 import sys
-ODD = "a\x1b]0;owned\x07\x1b[2J\x9b2J\x7f\rforged"
+ODD = "a\x1b]0;owned\x07\x1b[2J\x9b2J\x7f\rforged\u202edrawkcab\u2066"
 def answer(event, context):
     sys.stderr.buffer.write(b"log \x1b[31m \xc2\x9b2J \x9b2J \t\n")
     return ODD

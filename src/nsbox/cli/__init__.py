@@ -36,9 +36,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"nsbox {nsbox.__version__}")
         return 0
-    from nsbox.cli.app import run_app
+    try:
+        from nsbox.cli.app import run_app
 
-    return run_app(words)
+        return run_app(words)
+    except KeyboardInterrupt:  # while it was imported
+        return INTERRUPTED
 
 
 def _fill_standard_streams() -> None:

@@ -57,8 +57,12 @@ _CALLS: Final = (
 )
 
 
-# The control codes of ASCII and ISO 6429 but tabs and ends of lines.
-_CODES: Final = re.compile("[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f]|\\r(?!\\n)")
+# The control codes of ASCII and ISO 6429 but tabs and ends of lines; and those of Unicode that
+# change the direction of what follows (UAX 9, table 2), by which one text looks like another.
+_CODES: Final = re.compile(
+    "[\\x00-\\x08\\x0b\\x0c\\x0e-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069]"
+    "|\\r(?!\\n)"
+)
 
 
 class _Commands(click.Group):
