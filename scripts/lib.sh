@@ -115,7 +115,7 @@ choose_venv() {
     if is_ready "$@" || can_write "$VENV" || { [ ! -e "$VENV" ] && can_write "$REPOSITORY"; }; then
         return
     fi
-    cache=${XDG_CACHE_HOME:-${HOME:-/nonexistent}/.cache}/nsbox
+    cache=${XDG_CACHE_HOME:-${HOME:-/dev/null}/.cache}/nsbox # without HOME nothing can be made there
     if mkdir -p "$cache" 2>/dev/null && can_write "$cache"; then
         VENV=$cache/venv-$(printf %s "$REPOSITORY${VENV_NAME#.venv}" | sha256sum | cut -c1-12)
         return
