@@ -95,4 +95,4 @@ def test_a_forgotten_environment_is_closed_where_warnings_are_errors() -> None:
         assert poll.poll(20_000)
         """
     )
-    assert told.count("was not closed") == 1
+    assert told.count("> was not closed\n") == 1

@@ -10,22 +10,33 @@ import select
 import sys
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 _log: Final = logging.getLogger("nsbox.pool")
 _EXIT_DEADLINE: Final = 5.0
 _AFTER_ERROR: Final = 1.0  # seconds until it looks again
 
 
-def _make_epoll() -> select.epoll:
-    """Return an epoll object. What waits for it is select.poll, which gevent has in its own way.
+class _CooperativeEpoll:
+    """Stands in for `select.epoll` in a program from which gevent has taken it.
 
-    In a program that gevent has patched `select` has no epoll: its poll() would hold up all
-    greenlets. Looked into without a wait it does not.
+    What waits is select.poll, which gevent has in its own way: the real one's poll() would hold up
+    all greenlets. But that looks into the epoll descriptor, and a look takes the event of a PSI
+    trigger away (psi_trigger_poll, kernel/sched/psi.c): pressure is seen by the pool's own looks.
     """
-    if hasattr(select, "epoll"):
-        return select.epoll()
-    return sys.modules["gevent.monkey"].get_original("select", "epoll")()  # type: ignore[no-any-return]
+
+    def __init__(self) -> None:
+        self._real = sys.modules["gevent.monkey"].get_original("select", "epoll")()
+        self._waiter = select.poll()
+        self._waiter.register(self._real, select.POLLIN)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._real, name)
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        """Wait at most `timeout` seconds."""
+        self._waiter.poll(timeout * 1000)
+        return self._real.poll(0)  # type: ignore[no-any-return]
 
 
 class Watch:
@@ -35,9 +46,7 @@ class Watch:
         """`on_time` does what is due, and returns in how many seconds it is to be called again."""
         self._on_ready = on_ready
         self._on_time = on_time
-        self._epoll = _make_epoll()
-        self._waiter = select.poll()
-        self._waiter.register(self._epoll, select.POLLIN)
+        self._epoll = select.epoll() if hasattr(select, "epoll") else _CooperativeEpoll()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
         self._triggers: set[int] = set()
@@ -87,8 +96,7 @@ class Watch:
             except Exception:  # noqa: BLE001 - a pool must not lose the thread that sees deaths
                 _log.exception("a pool could not do what was due")
                 seconds = _AFTER_ERROR
-            self._waiter.poll(max(seconds, 0.001) * 1000)
-            for fd, events in self._epoll.poll(0):
+            for fd, events in self._epoll.poll(max(seconds, 0.001)):
                 if fd == self._bell:
                     os.eventfd_read(fd)
                 elif events & select.EPOLLERR and fd in self._triggers:
