@@ -26,13 +26,14 @@ _ENTER_SCREEN: Final = "\x1b[?1049h\x1b[?25l"
 _LEAVE_SCREEN: Final = "\x1b[?25h\x1b[?1049l"
 _HOME, _END_LINE, _END_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 _STDIN, _STDOUT = 0, 1
+_SHORTEST: Final = 0.05
 _LONGEST: Final = 3600.0
 
 
 @click.command("top")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.05, _LONGEST),
+    type=click.FloatRange(_SHORTEST, _LONGEST),
     default=2.0,
     show_default=True,
     metavar="SECONDS",
@@ -53,7 +54,7 @@ def top_command(interval: float, once: bool) -> int:
     with _screen(is_terminal=not once and os.isatty(_STDOUT)) as screen:
         if screen.is_terminal:
             screen.show(sampler.sample())
-        while screen.pause(interval):
+        while screen.pause(max(_SHORTEST, sampler.taken + interval - time.monotonic())):
             screen.show(sampler.sample())
             if once:
                 break
@@ -61,12 +62,16 @@ def top_command(interval: float, once: bool) -> int:
 
 
 class Sampler:
-    """What is known of the last sample, for the rates of the next."""
+    """What is known of the last sample, for the rates of the next.
+
+    Attributes:
+        taken: When it was begun, by time.monotonic(): beside thousands a look takes a while.
+    """
 
     def __init__(self) -> None:
         """Take the first one."""
         self._codes: dict[str, str] = {}
-        self._taken = time.monotonic()
+        self.taken = time.monotonic()
         self._cpu = _cpu_seconds(list(live_environments()))
 
     def _add_codes(self, found: list[dict[str, Any]]) -> None:
@@ -83,13 +88,13 @@ class Sampler:
         found = list(live_environments())
         cpu = _cpu_seconds(found)
         self._add_codes(found)
-        seconds = max(taken - self._taken, 1e-3)
+        seconds = max(taken - self.taken, 1e-3)
         for one in found:
             before = self._cpu.get(one["id"], 0.0)
             share = (one["cpu_seconds"] - before) / min(seconds, max(one["age_seconds"], 1e-3))
             one["cpu_percent"] = max(0.0, 100 * share)
         born, ended = len(cpu.keys() - self._cpu.keys()), len(self._cpu.keys() - cpu.keys())
-        self._taken, self._cpu = taken, cpu
+        self.taken, self._cpu = taken, cpu
         found.sort(key=lambda one: (-one["cpu_percent"], -one["memory_bytes"], one["id"]))
         frozen = sum(one["state"] == "frozen" for one in found)
         totals = (
