@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -167,7 +168,9 @@ def test_what_is_idle_gives_memory_back_and_keeps_what_it_has_made(make: Make) -
         "memory is given back",
     )
     assert ask(env, "answer = all(kept[n] == [str(n)] for n in range(3000))") is True
-    assert not any("pagemap" in link for link in map(str, Path(f"/proc/{worker}/fd").iterdir()))
+    if IS_ROOT:
+        links = [os.readlink(link) for link in Path(f"/proc/{worker}/fd").iterdir()]
+        assert not any("pagemap" in link for link in links)
 
 
 def copied(pid: int) -> int:
