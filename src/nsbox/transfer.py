@@ -125,11 +125,7 @@ def finish_reset(link: Link, channel: Channel) -> None:
         EnvironmentStateError: It could not be removed; the environment was killed.
     """
     with channel:
-        try:
-            kind, error, stage, _, fds = channel.receive_answer()
-        except OSError as failure:
-            raise link.died(failure) from failure
-    close_all(fds)
+        kind, error, stage = _answer(link, channel)
     if kind != p.OK:
         why = f"{p.STAGES[stage]}: {os.strerror(error)}" if kind == p.FAILED else "no answer"
         if kind == p.FAILED and p.STAGES[stage] == "worker":
@@ -157,11 +153,7 @@ def finish_left_running(link: Link, channel: Channel) -> LeftRunning | None:
         EnvironmentDied: It could not be told, or killed; the environment was killed.
     """
     with channel:
-        try:
-            kind, first, second, _, fds = channel.receive_answer()
-        except OSError as failure:
-            raise link.died(failure) from failure
-    close_all(fds)
+        kind, first, second = _answer(link, channel)
     if kind == p.FAILED and p.STAGES[second] == "worker":
         return None
     if kind != p.OK or first < 0 or second < 0:
@@ -171,13 +163,19 @@ def finish_left_running(link: Link, channel: Channel) -> LeftRunning | None:
     return LeftRunning(first, second) if first or second else NOTHING
 
 
-def expect_ok(link: Link, channel: Channel, path: str) -> int:
-    """Return the number in PID 1's answer, or raise what it says went wrong with `path`."""
+def _answer(link: Link, channel: Channel) -> tuple[bytes, int, int]:
+    """Return kind and two numbers of PID 1's answer, or raise what it died of."""
     try:
-        kind, first, stage, _, fds = channel.receive_answer()
+        kind, first, second, _, fds = channel.receive_answer()
     except OSError as error:
         raise link.died(error) from error
     close_all(fds)
+    return kind, first, second
+
+
+def expect_ok(link: Link, channel: Channel, path: str) -> int:
+    """Return the number in PID 1's answer, or raise what it says went wrong with `path`."""
+    kind, first, stage = _answer(link, channel)
     if kind == p.FAILED:
         raise SyscallError(_CALLS.get(p.STAGES[stage], p.STAGES[stage]), first, path)
     return first

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -274,12 +275,19 @@ broker_connection_retry_on_startup = True
 """
 
 
+@contextlib.contextmanager
+def celery_place_of(directory: Path) -> Iterator[Place]:
+    """A place of the recipe for Celery, with a broker of files."""
+    with place_of(directory, "Celery") as place:
+        (directory / "celeryconfig.py").write_text(CELERY)
+        for name in ("queue", "control", "results"):
+            (directory / name).mkdir()
+        yield place
+
+
 @frameworks
 def test_celery(tmp_path: Path) -> None:
-    with place_of(tmp_path, "Celery") as place:
-        (tmp_path / "celeryconfig.py").write_text(CELERY)
-        for name in ("queue", "control", "results"):
-            (tmp_path / name).mkdir()
+    with celery_place_of(tmp_path) as place:
         ask = "import tasks; calls = [tasks.sort.delay(['pear', 'fig']) for _ in range(8)]"
         ask += "; print(*{str(call.get(timeout=60)) for call in calls})"
         with place.start("-m", "celery", *place.words) as worker:
@@ -301,10 +309,7 @@ def test_celery(tmp_path: Path) -> None:
 
 @frameworks
 def test_celery_whose_main_process_is_killed(tmp_path: Path) -> None:
-    with place_of(tmp_path, "Celery") as place:
-        (tmp_path / "celeryconfig.py").write_text(CELERY)
-        for name in ("queue", "control", "results"):
-            (tmp_path / name).mkdir()
+    with celery_place_of(tmp_path) as place:
         ask = "import tasks; print(tasks.sort.delay(['pear', 'fig']).get(timeout=60))"
         with place.start("-m", "celery", *place.words) as worker:
             assert place.run("-c", ask).splitlines()[-1] == "['fig', 'pear']"

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from nsbox.cli.app import run_app
 
         return run_app(words)
-    except KeyboardInterrupt:  # while it was imported
+    except KeyboardInterrupt:  # while it was imported, too
         return INTERRUPTED
 
 

@@ -184,7 +184,7 @@ def run_app(words: list[str]) -> int:
     except NsboxError as error:
         say(explain(error))
         return OWN_FAILURE
-    except (KeyboardInterrupt, click.Abort):
+    except click.Abort:
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our own output has gone. Python would complain again at exit.

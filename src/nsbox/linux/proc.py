@@ -285,5 +285,4 @@ def is_in_chroot() -> bool:
 
     False for a chroot to a mount point, which looks the same from inside.
     """
-    with open("/proc/self/mountinfo") as file:
-        return all(line.split()[4] != "/" for line in file)
+    return all(mount.mount_point != "/" for mount in read_mountinfo())
