@@ -177,7 +177,7 @@ install_into_venv() {
         # "base" is no extra of setup.cfg; it stands for the plain dependencies.
         extras=$(printf %s "$wanted" | sed 's/^,//; s/^base,*//')
         say "installing the dependencies${extras:+ and those for $extras}"
-        pip install 'setuptools >= 71' "$copy${extras:+[$extras]}" || die "pip install failed"
+        pip install 'setuptools >= 77' "$copy${extras:+[$extras]}" || die "pip install failed"
         for extra in base "$@"; do
             printf '%s\n' "$REQUIREMENTS_HASH" >"$VENV/.nsbox/$extra"
         done

@@ -7,6 +7,7 @@ import ast
 import configparser
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import os
 import re
@@ -372,8 +373,18 @@ def test_names_of_the_package_exist(path: Path) -> None:
         assert name in nsbox.__all__
 
 
-def test_changelog_has_unreleased_changes() -> None:
-    assert "\n## [Unreleased]\n" in read("CHANGELOG.md")
+def test_changelog_tells_the_newest_release() -> None:
+    unreleased, newest, *_ = re.findall(r"^## (.*)$", read("CHANGELOG.md"), re.M)
+    assert unreleased == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(nsbox.__version__)}\] - \d{{4}}-\d\d-\d\d", newest)
+
+
+def test_package_index_shows_no_link_that_leads_nowhere() -> None:
+    shown = importlib.metadata.metadata("nsbox")
+    text = str(shown.json["description"])
+    assert "docs/api.md has the other names" in text
+    assert all(link.startswith(("#", "https://")) for link in re.findall(r"\]\(([^)]*)\)", text))
+    assert (shown["Version"], shown["License-Expression"]) == (nsbox.__version__, "Apache-2.0")
 
 
 def test_versions_of_frameworks_are_those_that_are_installed() -> None:
