@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,36 @@ time.sleep(60)
         out, _ = host_program(SHALLOW_PS, stdout=subprocess.PIPE).communicate(timeout=60 * PATIENCE)
     entries = {entry["id"]: entry for entry in json.loads(out)}
     assert entries[env.id]["processes"] == 1 + depth
+
+
+# Runs as a program of its own, since a hook stays and modules are there.
+WHAT_IS_READ = """
+import json, sys
+opened = []
+sys.addaudithook(lambda event, words: event == "open" and opened.append(str(words[0])))
+from nsbox.cli import app, ps
+looks = []
+for look in (ps.live_environments, ps.cpu_seconds):
+    opened.clear()
+    list(look())
+    looks.append(list(opened))
+print(json.dumps({"modules": list(sys.modules), "looks": looks}))
+"""
+
+
+def test_ps_reads_little(make_env: Callable[..., nsbox.ExecutionEnvironment]) -> None:
+    """At 2,800 environments each file is 30 ms, and 2,800 more files of each make it slow."""
+    envs = [make_env() for _ in range(3)]
+    out, _ = host_program(WHAT_IS_READ, stdout=subprocess.PIPE).communicate(timeout=60 * PATIENCE)
+    seen = json.loads(out)
+    assert "nsbox.config" not in seen["modules"]
+    for look, at_most in zip(seen["looks"], (3, 1), strict=True):
+        of_cgroups = [path for path in look if path in {f"/proc/{env.pid}/cgroup" for env in envs}]
+        assert len(of_cgroups) <= 1, "they are side by side"
+        for env in envs:
+            files = [path for path in look if env.id in path]
+            assert len(files) <= at_most, files
+            assert look.count(f"{env.pid}/stat") == 1
 
 
 @pytest.mark.needs("root")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from nsbox.cli import INTERRUPTED, OWN_FAILURE
-from nsbox.config import ALLOWABLE
 from nsbox.errors import CommandStartError, ConfigError, NsboxError, UnsupportedHostError
 
 if TYPE_CHECKING:
@@ -151,9 +150,11 @@ def explain(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, ConfigError | UnsupportedHostError):
         text = _NAMED_FIELD.sub(lambda match: _OPTION_NAMES[match[0]], text, count=1)
-    can_do_without = isinstance(error, UnsupportedHostError) and error.feature in ALLOWABLE
-    if can_do_without and "allow_missing" not in text:
-        text += f"; or do without it: --allow-missing {getattr(error, 'feature', '')}"
+    if isinstance(error, UnsupportedHostError) and "allow_missing" not in text:
+        from nsbox.config import ALLOWABLE  # ps and top do without it
+
+        if error.feature in ALLOWABLE:
+            text += f"; or do without it: --allow-missing {error.feature}"
     for pattern, replacement in _CALLS:
         text = pattern.sub(replacement, text)
     return text

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ _ENVIRONMENT: Final = re.compile(r"nsbox-([0-9a-f]{8})")
 _CODE: Final = re.compile(rb" \S*/sha256-([0-9a-f]{12})[0-9a-f]*/\S* /var/task ")
 _USAGE: Final = re.compile(r"^usage_usec (\d+)", re.MULTILINE)
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _COLUMNS: Final = (
     ("ID", "id"),
     ("STATE", "state"),
@@ -44,8 +46,7 @@ def ps_command(as_json: bool) -> int:
         return 0
     rows = [[title for title, _ in _COLUMNS]]
     rows += [[_cell(entry, key) for _, key in _COLUMNS] for entry in found]
-    for line in format_rows(rows):
-        click.echo(line)
+    click.echo("\n".join(format_rows(rows)))
     return 0
 
 
@@ -75,18 +76,22 @@ class _Process:
 
 def _processes() -> dict[int, _Process]:
     found = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            text = _read(f"/proc/{name}/stat")
-            if text:
-                found[int(name)] = _Process(int(name), text)
+    proc_fd = os.open("/proc", _DIRECTORY)
+    try:
+        for name in os.listdir(proc_fd):
+            if name.isdigit():
+                text = _read(f"{name}/stat", proc_fd)
+                if text:
+                    found[int(name)] = _Process(int(name), text)
+    finally:
+        os.close(proc_fd)
     return found
 
 
-def _read(path: str) -> str:
+def _read(path: str, directory: int) -> str:
     """Return the beginning of a small file, "" when it is gone or not shown to this user."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
         try:
             return os.fsdecode(os.read(fd, 4096))
         finally:
@@ -95,8 +100,112 @@ def _read(path: str) -> str:
         return ""
 
 
+class _Accounts:
+    """The control files of the environments of one launcher, which has their cgroups side by side.
+
+    Only what is shown is read, from the hierarchies that this user can see.
+    """
+
+    def __init__(self) -> None:
+        self._directories: dict[str, int] | None = None  # by hierarchy; None: not looked for
+
+    def locate(self, pid: int, env_id: str, mounts: list[proc.MountInfo]) -> None:
+        """Find the directories by those of one environment, unless they are known."""
+        if self._directories is None:
+            with contextlib.suppress(OSError):  # it has just ended: the next one tells
+                found = _cgroup_base(pid, env_id, mounts)
+                self._directories = {
+                    name: os.open(directory, _DIRECTORY) for name, directory in found.items()
+                }
+
+    def close(self) -> None:
+        """Close the directories."""
+        for fd in (self._directories or {}).values():
+            os.close(fd)
+        self._directories = None
+
+    def _text(self, hierarchy: str, env_id: str, file: str) -> str:
+        directory = (self._directories or {}).get(hierarchy)
+        return "" if directory is None else _read(f"{env_id}/{file}", directory)
+
+    def memory(self, env_id: str) -> int | None:
+        """Bytes in use."""
+        text = self._text("memory", env_id, "memory.usage_in_bytes")
+        text = text or self._text("unified", env_id, "memory.current")
+        return int(text) if text else None
+
+    def cpu_seconds(self, env_id: str) -> float | None:
+        """CPU time so far."""
+        if text := self._text("cpuacct", env_id, "cpuacct.usage"):
+            return int(text) / 1e9
+        match = _USAGE.search(self._text("unified", env_id, "cpu.stat"))
+        return None if match is None else int(match[1]) / 1e6
+
+    def is_frozen(self, env_id: str) -> bool:
+        """Whether its cgroup is frozen. A cgroup v2 before Linux 5.2 has no such line."""
+        text = self._text("unified", env_id, "cgroup.events")
+        if "frozen " in text:
+            return "frozen 1" in text
+        return "FROZEN" in self._text("freezer", env_id, "freezer.state")
+
+
+class _Environment:
+    """A live environment, and what is known of it until the next one is asked for."""
+
+    __slots__ = ("accounts", "host", "id", "launcher", "processes", "uid")
+
+    def __init__(
+        self,
+        env_id: str,
+        processes: list[_Process],
+        launcher: _Process,
+        host: _Process | None,
+        uid: int,
+        accounts: _Accounts,
+    ) -> None:
+        self.id = env_id
+        self.processes = processes  # PID 1 first
+        self.launcher = launcher
+        self.host = host
+        self.uid = uid
+        self.accounts = accounts
+
+    def cpu_seconds(self) -> float:
+        counted = self.accounts.cpu_seconds(self.id)
+        return sum(map(_cpu_time, self.processes)) if counted is None else counted
+
+    def describe(self) -> dict[str, Any]:
+        init, memory = self.processes[0], self.accounts.memory(self.id)
+        started = proc.parse_stat(init.text).starttime / _TICKS
+        is_frozen = self.accounts.is_frozen(self.id) or init.state == "T"
+        return {
+            "id": self.id,
+            "pid": init.pid,
+            "launcher_pid": self.launcher.pid,
+            "host_pid": None if self.host is None else self.host.pid,
+            "host_program": None if self.host is None else self.host.name,
+            "uid": self.uid,
+            "state": "frozen" if is_frozen else "running",
+            "processes": len(self.processes),
+            "memory_bytes": sum(map(_resident, self.processes)) if memory is None else memory,
+            "cpu_seconds": self.cpu_seconds(),
+            "age_seconds": round(max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started), 3),
+        }
+
+
 def live_environments() -> Iterator[dict[str, Any]]:
     """Yield what is known about each live environment; ends of them meanwhile are left out."""
+    for environment in _look():
+        yield environment.describe()
+
+
+def cpu_seconds() -> Iterator[tuple[str, int, float]]:
+    """Yield id, PID 1 and CPU time of each live environment: all that a rate begins with."""
+    for environment in _look():
+        yield environment.id, environment.processes[0].pid, environment.cpu_seconds()
+
+
+def _look() -> Iterator[_Environment]:
     mounts = [mount for mount in proc.read_mountinfo() if mount.fstype in ("cgroup", "cgroup2")]
     own, everyone = os.getuid(), os.geteuid() == 0
     processes = _processes()
@@ -112,24 +221,14 @@ def live_environments() -> Iterator[dict[str, Any]]:
         # themselves nsbox-launcher and nsbox-... are below their environment's PID 1.
         if not (everyone or uid == own) or _is_inside(launcher, processes):
             continue
-        base: dict[str, str] = {}
         host = processes.get(launcher.ppid)
-        for child in children.get(launcher.pid, ()):
-            match = _ENVIRONMENT.fullmatch(child.name)
-            if match is None:
-                continue
-            # Those of one launcher have their cgroups side by side.
-            base = base or _cgroup_base(child.pid, match[1], mounts)
-            described = _describe(match[1], _with_descendants(child, children), base)
-            yield {
-                "id": match[1],
-                "pid": child.pid,
-                "launcher_pid": launcher.pid,
-                "host_pid": None if host is None else host.pid,
-                "host_program": None if host is None else host.name,
-                "uid": uid,
-                **described,
-            }
+        with contextlib.closing(_Accounts()) as accounts:
+            for child in children.get(launcher.pid, ()):
+                match = _ENVIRONMENT.fullmatch(child.name)
+                if match is not None:
+                    accounts.locate(child.pid, match[1], mounts)
+                    below = _with_descendants(child, children)
+                    yield _Environment(match[1], below, launcher, host, uid, accounts)
 
 
 def _is_inside(process: _Process, processes: dict[int, _Process]) -> bool:
@@ -156,47 +255,20 @@ def _with_descendants(process: _Process, children: dict[int, list[_Process]]) ->
     return list(found.values())
 
 
-def _describe(env_id: str, processes: list[_Process], base: dict[str, str]) -> dict[str, Any]:
-    directories = {name: f"{directory}/{env_id}" for name, directory in base.items()}
-    started = proc.parse_stat(processes[0].text).starttime / _TICKS
-    memory, cpu_usec = _memory(directories), _cpu_usec(directories)
-    return {
-        "state": "frozen" if _is_frozen(processes[0], directories) else "running",
-        "processes": len(processes),
-        "memory_bytes": sum(map(_resident, processes)) if memory is None else memory,
-        "cpu_seconds": sum(map(_cpu_time, processes)) if cpu_usec is None else cpu_usec / 1e6,
-        "age_seconds": round(max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started), 3),
-    }
-
-
-def _memory(directories: dict[str, str]) -> int | None:
-    for name, file in (("memory", "memory.usage_in_bytes"), ("unified", "memory.current")):
-        text = _read(f"{directories[name]}/{file}") if name in directories else ""
-        if text:
-            return int(text)
-    return None
-
-
-def _cpu_usec(directories: dict[str, str]) -> int | None:
-    if "cpuacct" in directories:
-        text = _read(f"{directories['cpuacct']}/cpuacct.usage")
-        if text:
-            return int(text) // 1000
-    if "unified" in directories:
-        match = _USAGE.search(_read(f"{directories['unified']}/cpu.stat"))
-        if match is not None:
-            return int(match[1])
-    return None
-
-
 def code_of(pid: int) -> str:
     """Return the first digits of the digest of the code that an environment's PID 1 has bound.
 
     Empty: it has none, or the host does not show it to this user (proc_pid_mountinfo(5)).
     """
+    data = b""
     try:
-        with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
-            match = _CODE.search(file.read())
+        fd = os.open(f"/proc/{pid}/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Code is bound after most else, but mostly all fits into one piece.
+            while (match := _CODE.search(data)) is None and (more := os.read(fd, 1 << 16)):
+                data += more
+        finally:
+            os.close(fd)
     except OSError:
         return ""
     return match[1].decode() if match is not None else ""
@@ -214,11 +286,7 @@ def _cpu_time(process: _Process) -> float:
 def _cgroup_base(pid: int, env_id: str, mounts: list[proc.MountInfo]) -> dict[str, str]:
     """Return where the cgroups of environments are, by hierarchy, as far as they are visible."""
     found: dict[str, str] = {}
-    try:
-        entries = proc.read_cgroup(pid)
-    except OSError:
-        return found
-    for number, controllers, path in entries:
+    for number, controllers, path in proc.read_cgroup(pid):
         if not path.endswith(f"/{env_id}"):
             continue  # the launcher had nothing in this hierarchy
         for mount in mounts:
@@ -233,16 +301,6 @@ def _cgroup_base(pid: int, env_id: str, mounts: list[proc.MountInfo]) -> dict[st
                 directory = os.path.dirname(mount.mount_point + below)
                 found.update(dict.fromkeys(names, directory))
     return found
-
-
-def _is_frozen(init: _Process, directories: dict[str, str]) -> bool:
-    for name, file, word in (
-        ("unified", "cgroup.events", "frozen 1"),
-        ("freezer", "freezer.state", "FROZEN"),
-    ):
-        if name in directories and word in _read(f"{directories[name]}/{file}"):
-            return True
-    return init.state == "T"
 
 
 def _cell(entry: dict[str, Any], key: str) -> str:

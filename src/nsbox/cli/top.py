@@ -15,7 +15,15 @@ from typing import Any, Final
 
 import click
 
-from nsbox.cli.ps import code_of, duration, format_rows, live_environments, megabytes, printable
+from nsbox.cli.ps import (
+    code_of,
+    cpu_seconds,
+    duration,
+    format_rows,
+    live_environments,
+    megabytes,
+    printable,
+)
 from nsbox.terminal import RawMode, is_foreground, window_size
 
 _TITLES: Final = ("ID", "STATE", "CPU%", "MEMORY", "PROCS", "AGE", "CODE", "LAUNCHER", "HOST")
@@ -70,23 +78,24 @@ class Sampler:
 
     def __init__(self) -> None:
         """Take the first one."""
-        self._codes: dict[str, str] = {}
         self.taken = time.monotonic()
-        self._cpu = _cpu_seconds(list(live_environments()))
+        found = list(cpu_seconds())
+        self._cpu = {env_id: seconds for env_id, _, seconds in found}
+        # While the first interval goes by: a mountinfo is as long as all else that is read.
+        self._codes = {env_id: code_of(pid) for env_id, pid, _ in found}
 
     def _add_codes(self, found: list[dict[str, Any]]) -> None:
-        codes = {}
+        # A blank one is furnished when it is taken: asked again.
+        codes = {one["id"]: self._codes.get(one["id"]) or code_of(one["pid"]) for one in found}
         for one in found:
-            code = self._codes.get(one["id"])
-            # A blank one is furnished when it is taken.
-            codes[one["id"]] = one["code"] = code or code_of(one["pid"])
+            one["code"] = codes[one["id"]]
         self._codes = codes
 
     def sample(self) -> list[str]:
         """Return the lines of a new sample: totals, a blank one, titles, environments."""
         taken = time.monotonic()
         found = list(live_environments())
-        cpu = _cpu_seconds(found)
+        cpu = {one["id"]: one["cpu_seconds"] for one in found}
         self._add_codes(found)
         seconds = max(taken - self.taken, 1e-3)
         for one in found:
@@ -105,10 +114,6 @@ class Sampler:
             f"{born / seconds:.1f} born/s, {ended / seconds:.1f} ended/s"
         )
         return [totals, "", *format_rows([list(_TITLES), *map(_cells, found)])]
-
-
-def _cpu_seconds(found: list[dict[str, Any]]) -> dict[str, float]:
-    return {one["id"]: one["cpu_seconds"] for one in found}
 
 
 def _cells(one: dict[str, Any]) -> list[str]:
