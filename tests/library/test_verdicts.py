@@ -54,7 +54,7 @@ def test_output_that_was_cut_is_never_passed_off_as_whole(
 
 
 def kernel_log_opens() -> bool:
-    """Root may read it, and all may where kernel.dmesg_restrict is 0; the mode of the file says neither."""
+    """Root may, and all where kernel.dmesg_restrict is 0; the mode of the file says neither."""
     try:
         os.close(os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK))
     except OSError:
