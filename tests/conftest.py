@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def _probe(name: str) -> tuple[bool, str]:
 
 # The user's own store is none of the tests' business; processes that they start inherit this.
 _store = tempfile.TemporaryDirectory(prefix="store-of-tests-")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-leak-check",
+        action="store_true",
+        help="look for what is left behind on the whole machine after each test, not each module",
+    )
+    parser.addoption(
+        "--leak-grace",
+        type=float,
+        default=3.0,
+        metavar="SECONDS",
+        help="how long the teardown of what has been let go may take; default 3",
+    )
 
 
 def pytest_configure() -> None:
@@ -107,12 +123,15 @@ def _temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _launcher_ends_with_the_session(_temporary: str) -> Iterator[None]:
-    before = leaks.snapshot(_temporary)
+def _launcher_ends_with_the_session(
+    request: pytest.FixtureRequest, _temporary: str
+) -> Iterator[None]:
+    look = partial(leaks.snapshot, _temporary)
+    before = look()
     yield
     if "nsbox.launcher.client" in sys.modules:
         nsbox.shutdown()
-    leaked = leaks.await_clean(before, _temporary)
+    leaked = leaks.await_clean(before, look, request.config.getoption("--leak-grace"))
     # Modules imported meanwhile may keep a descriptor or a thread; the checks of each test have
     # seen to those.
     leaked.pop("descriptors", None)
@@ -120,11 +139,36 @@ def _launcher_ends_with_the_session(_temporary: str) -> Iterator[None]:
     assert not leaked, f"left behind by the session: {leaked}"
 
 
-@pytest.fixture(autouse=True)
-def _nothing_leaks(_temporary: str) -> Iterator[None]:
-    before = leaks.snapshot(_temporary)
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_leaks_from_the_module(
+    request: pytest.FixtureRequest, _launcher_ends_with_the_session: None, _temporary: str
+) -> Iterator[None]:
+    """Look at the whole machine: what is nobody's child or is in a place that all share."""
+    if request.node.get_closest_marker("static"):
+        yield
+        return
+    look = partial(leaks.snapshot, _temporary)
+    before = look()
     yield
-    leaked = leaks.await_clean(before, _temporary)
+    leaked = leaks.await_clean(before, look, request.config.getoption("--leak-grace"))
+    leaked.pop("descriptors", None)  # as above
+    leaked.pop("threads", None)
+    advice = "; --whole-leak-check tells which test"
+    assert not leaked, f"left behind by {request.node.nodeid}: {leaked}{advice}"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(
+    request: pytest.FixtureRequest, _nothing_leaks_from_the_module: None, _temporary: str
+) -> Iterator[None]:
+    if request.node.get_closest_marker("static"):
+        yield
+        return
+    whole = request.config.getoption("--whole-leak-check")
+    look = partial(leaks.snapshot if whole else leaks.own, _temporary)
+    before = look()
+    yield
+    leaked = leaks.await_clean(before, look, request.config.getoption("--leak-grace"))
     assert not leaked, f"left behind by the test: {leaked}"
 
 

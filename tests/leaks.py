@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 import nsbox
 
-GRACE = 3.0
-"""Seconds the asynchronous teardown may take (run() answers first and removes after)."""
 _PACKAGES = tuple(
     f"{directory}/launcher/main.py".encode()
     for directory in (
@@ -45,18 +44,35 @@ def current_launcher() -> Launcher | None:
 
 
 def snapshot(temporary: str) -> Snapshot:
-    """Return what there is now; `temporary` is this session's own directory for such files."""
+    """Return all that there is now; `temporary` is this session's own directory for such files.
+
+    It reads the whole of /proc: 16 ms and more, as many as there are processes.
+    """
     launcher = current_launcher()
-    processes = _processes()
-    return {
-        "descriptors": _descriptors(launcher),
+    everything = processes()
+    return own(temporary) | {
         "mounts": _lines("/proc/self/mountinfo"),
         "mounts of the launcher": _launcher_mounts(launcher),
-        "descriptors of the launcher": _launcher_descriptors(launcher, processes),
         "cgroups": cgroups(launcher),
-        "processes": _leaked_processes(processes, launcher),
-        "sockets": _sockets(processes),
-        "temporary files": frozenset([*_names(temporary), *_stray_files()]),
+        "processes": _leaked_processes(everything, launcher),
+        "sockets": _sockets(everything),
+        "stray files": frozenset(_stray_files()),
+    }
+
+
+def own(temporary: str) -> Snapshot:
+    """Return what this process and its launcher have now: descriptors, children, threads, files.
+
+    It is asked before and after every test: some tens of system calls.
+    """
+    launcher = current_launcher()
+    of_launcher = [] if launcher is None else children(launcher.pid)
+    return {
+        "descriptors": _descriptors(launcher),
+        "descriptors of the launcher": _launcher_descriptors(launcher, of_launcher),
+        "children": _leaked_children(launcher, of_launcher),
+        "own cgroups": frozenset(_own_cgroups(launcher)),
+        "temporary files": frozenset(_names(temporary)),
         "threads": _threads(),
     }
 
@@ -67,8 +83,13 @@ def difference(before: Snapshot, after: Snapshot) -> dict[str, list[str]]:
     return {kind: items for kind, items in found.items() if items}
 
 
-def await_clean(before: Snapshot, temporary: str, grace: float = GRACE) -> dict[str, list[str]]:
-    """Wait for the teardown of what has been let go; return what stays.
+def await_clean(
+    before: Snapshot, look: Callable[[], Snapshot], grace: float
+) -> dict[str, list[str]]:
+    """Wait for the teardown of what has been let go; return what of it `look` still sees.
+
+    `grace` is the time in seconds that the asynchronous teardown may take (`run()` answers first
+    and removes after).
 
     What other programs do meanwhile comes and goes: only what was there at every look counts.
     """
@@ -76,12 +97,12 @@ def await_clean(before: Snapshot, temporary: str, grace: float = GRACE) -> dict[
     if launcher is not None and not launcher.alive:
         sys.modules["nsbox.launcher.client"].shutdown()
     deadline = time.monotonic() + grace
-    leaked = difference(before, snapshot(temporary))
+    leaked = difference(before, look())
     delay = 0.002
     while leaked and time.monotonic() < deadline:
         time.sleep(delay)
         delay = min(delay * 2, 0.1)
-        again = difference(before, snapshot(temporary))
+        again = difference(before, look())
         leaked = {
             kind: [item for item in items if item in again.get(kind, ())]
             for kind, items in leaked.items()
@@ -132,16 +153,11 @@ def _launcher_mounts(launcher: Launcher | None) -> frozenset[str]:
     return frozenset([f"{theirs} and not {ours}"]) if theirs > ours else frozenset()
 
 
-def _launcher_descriptors(
-    launcher: Launcher | None, processes: dict[int, _Process]
-) -> frozenset[str]:
+def _launcher_descriptors(launcher: Launcher | None, of_launcher: list[_Process]) -> frozenset[str]:
     """Return kinds and counts of the launcher's open files, without what it keeps on purpose."""
     if launcher is None:
         return frozenset()
-    templates = sum(
-        process.name == "nsbox-template" and process.parent == launcher.pid
-        for process in processes.values()
-    )
+    templates = sum(process.name == "nsbox-template" for process in of_launcher)
     directory = f"/proc/{launcher.pid}/fd"
     links = []
     try:
@@ -167,15 +183,10 @@ def _launcher_descriptors(
 
 def cgroups(launcher: Launcher | None) -> frozenset[str]:
     """Return directories of environments of our launcher, and those whose launcher is dead."""
-    found: set[str] = set()
+    found = set(_own_cgroups(launcher))
     bases = _cgroup_bases()
     if launcher is not None:
-        for tree in set(launcher.hello["trees"].values()):
-            bases.add(os.path.dirname(tree))
-            try:
-                found.update(entry.path for entry in os.scandir(tree) if entry.is_dir())
-            except FileNotFoundError:
-                continue  # it has just ended
+        bases |= {os.path.dirname(tree) for tree in launcher.hello["trees"].values()}
     for base in bases:
         for entry in _directories(base):
             if entry.startswith("nsbox.") and entry.count(".") == 4 and _is_dead(entry):
@@ -183,12 +194,22 @@ def cgroups(launcher: Launcher | None) -> frozenset[str]:
     return frozenset(found)
 
 
+def _own_cgroups(launcher: Launcher | None) -> list[str]:
+    found = []
+    for tree in set() if launcher is None else set(launcher.hello["trees"].values()):
+        try:
+            found += [entry.path for entry in os.scandir(tree) if entry.is_dir()]
+        except FileNotFoundError:
+            continue  # it has just ended
+    return found
+
+
 _bases: set[str] | None = None
 
 
 def _cgroup_bases() -> set[str]:
     """Return this process's cgroup directories, where launchers make theirs."""
-    global _bases  # noqa: PLW0603 - asked before and after every test, and never changes
+    global _bases  # noqa: PLW0603 - asked often, and never changes
     if _bases is None:
         _bases = set()
         with open("/proc/self/cgroup") as file:
@@ -223,20 +244,33 @@ class _Process:
         self.pid, self.name, self.state, self.parent = pid, name, state, parent
 
 
-def _processes() -> dict[int, _Process]:
-    found = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
+def _process(pid: int | str) -> _Process | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            text = file.read(512).decode(errors="replace")
+    except OSError:
+        return None
+    name = text[text.index("(") + 1 : text.rindex(")")]
+    state, parent = text[text.rindex(")") + 2 :].split(" ", 2)[:2]
+    return _Process(int(pid), name, state, int(parent))
+
+
+def processes() -> dict[int, _Process]:
+    """Return every process of the machine that this user can see, by pid."""
+    found = (_process(entry) for entry in os.listdir("/proc") if entry.isdigit())
+    return {process.pid: process for process in found if process is not None}
+
+
+def children(pid: int) -> list[_Process]:
+    """Return a process's children as the kernel lists them, for each of its threads."""
+    found = []
+    for thread in _directories(f"/proc/{pid}/task"):
         try:
-            with open(f"/proc/{entry}/stat", "rb", buffering=0) as file:
-                text = file.read(512).decode(errors="replace")
+            with open(f"/proc/{pid}/task/{thread}/children", "rb", buffering=0) as file:
+                found += [_process(child.decode()) for child in file.read(65536).split()]
         except OSError:
-            continue
-        name = text[text.index("(") + 1 : text.rindex(")")]
-        state, parent = text[text.rindex(")") + 2 :].split(" ", 2)[:2]
-        found[int(entry)] = _Process(int(entry), name, state, int(parent))
-    return found
+            continue  # it has just ended
+    return [process for process in found if process is not None]
 
 
 def _words_of(pid: int) -> list[bytes]:
@@ -259,43 +293,49 @@ def host_of(pid: int) -> int:
     return int(words[5]) if is_ours else 0
 
 
-def _leaked_processes(
-    all_of_them: dict[int, _Process], launcher: Launcher | None
-) -> frozenset[str]:
-    """Return children and descendants of this process, and nsbox's processes without an owner."""
-    kept = set()
-    if launcher is not None:
-        kept = {launcher.pid}
-    me = os.getpid()
+def _label(process: _Process) -> str:
+    return f"{process.pid} {process.name}"  # its state may be another at the next look
+
+
+def _leaked_children(launcher: Launcher | None, of_launcher: list[_Process]) -> frozenset[str]:
+    """Return children of this process and of its launcher, without what it keeps on purpose."""
     # One template for commands, and some for functions, by what they have preloaded.
     helpers = ["nsbox-janitor", *["nsbox-template"] * (1 + _TEMPLATES_OF_FUNCTIONS)]
-    found = set()
-    for process in all_of_them.values():
-        parent = all_of_them.get(process.parent)
-        label = f"{process.pid} {process.name} {process.state}"
-        if process.pid in kept:
-            continue
-        if process.parent in kept and process.name in helpers:
+    found = {_label(p) for p in children(os.getpid()) if launcher is None or p.pid != launcher.pid}
+    for process in of_launcher:
+        if process.name in helpers:
             helpers.remove(process.name)  # no clone that was never renamed
-        elif process.parent == me or process.parent in kept:
-            found.add(label)
-        elif process.state != "Z" and _OUR_NAME.fullmatch(process.name):
-            # A zombie that is nobody's child here waits for the machine's own init to reap it.
-            if process.name == "nsbox-launcher":
-                orphan = process.parent != host_of(process.pid) and not (
-                    # A clone of a launcher on its way to being an environment or a janitor.
-                    parent is not None and parent.name == "nsbox-launcher"
-                )
-            else:
-                orphan = parent is None or parent.name != "nsbox-launcher"
-            if orphan and _is_ours(process):
-                found.add(label)
+        else:
+            found.add(_label(process))
     return frozenset(found)
 
 
-def _sockets(processes: dict[int, _Process]) -> frozenset[str]:
+def _leaked_processes(
+    all_of_them: dict[int, _Process], launcher: Launcher | None
+) -> frozenset[str]:
+    """Return nsbox's processes without an owner, whoever started them."""
+    mine = {os.getpid(), 0 if launcher is None else launcher.pid}
+    found = set()
+    for process in all_of_them.values():
+        # A zombie that is nobody's child here waits for the machine's own init to reap it.
+        if process.parent in mine or process.state == "Z" or not _OUR_NAME.fullmatch(process.name):
+            continue
+        parent = all_of_them.get(process.parent)
+        if process.name == "nsbox-launcher":
+            orphan = process.parent != host_of(process.pid) and not (
+                # A clone of a launcher on its way to being an environment or a janitor.
+                parent is not None and parent.name == "nsbox-launcher"
+            )
+        else:
+            orphan = parent is None or parent.name != "nsbox-launcher"
+        if orphan and _is_ours(process):
+            found.add(_label(process))
+    return frozenset(found)
+
+
+def _sockets(all_of_them: dict[int, _Process]) -> frozenset[str]:
     """Return named sockets of nsbox: only each launcher's lock on its block of ids may be there."""
-    launchers = sum(process.name == "nsbox-launcher" for process in processes.values())
+    launchers = sum(process.name == "nsbox-launcher" for process in all_of_them.values())
     names = [line.split()[7] for line in _lines("/proc/net/unix") if "nsbox" in line]
     # User-Mode Linux of CI's other lane keeps its management console there.
     names = [name for name in names if "/nsbox-uml-" not in name]

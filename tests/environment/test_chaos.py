@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -89,7 +90,7 @@ def launcher_of(host: int) -> int:
     found: list[int] = []
 
     def look() -> bool:
-        found[:] = [pid for pid in family_of(host) if parent_of(pid) == host]
+        found[:] = [child.pid for child in leaks.children(host) if leaks.host_of(child.pid) == host]
         return bool(found)
 
     wait_until(look, "the host has a launcher", 10)
@@ -102,13 +103,6 @@ def is_over(pid: int) -> bool:
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.Error:
         return True
-
-
-def parent_of(pid: int) -> int:
-    try:
-        return int(psutil.Process(pid).ppid())
-    except psutil.Error:
-        return 0
 
 
 def children_of(launcher: int) -> list[int]:
@@ -134,8 +128,9 @@ def janitors_of(launcher: int) -> list[int]:
 
 
 def everyone_of(launcher: int) -> list[int]:
-    # Not psutil's children(): it compares times of the wall clock, which may be set meanwhile.
-    return [pid for pid in psutil.pids() if parent_of(pid) == launcher]
+    # Not psutil's children(): it compares times of the wall clock, which may be set meanwhile, and
+    # looks at every process of the machine, which takes longer than some that are looked for live.
+    return [process.pid for process in leaks.children(launcher)]
 
 
 def kill(pid: int) -> None:
@@ -178,7 +173,8 @@ def strike_at_random(number: int) -> None:
     delay = dice.uniform(0, LONGEST_DELAY)
     what = f"number {number}: {victim}, {delay:.4f} s, {'runs' if during_runs else 'start'}"
     mark = f"60.{number:06d}"
-    before = leaks.snapshot(temporary)
+    look = partial(leaks.snapshot, temporary)
+    before = look()
     with chaotic_host(mark) as host:
         assert host.stdout is not None
         if during_runs:
@@ -199,7 +195,7 @@ def strike_at_random(number: int) -> None:
             assert errors <= TYPED, what
     wait_until(lambda: not family_of(host.pid), what, GONE_WITHIN)
     assert not processes_with(mark), what
-    leaked = leaks.await_clean(before, temporary, GONE_WITHIN * PATIENCE)
+    leaked = leaks.await_clean(before, look, GONE_WITHIN * PATIENCE)
     assert not leaked, (what, leaked)
 
 

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.leaks import _processes
+from tests.leaks import processes
 from tests.support import PATIENCE, SOURCE, family_of, name_of, wait_until
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "frameworks.md"
@@ -130,7 +130,7 @@ def place_of(directory: Path, heading: str) -> Iterator[Place]:
 
 
 def _processes_alive() -> list[int]:
-    return [process.pid for process in _processes().values() if process.state != "Z"]
+    return [process.pid for process in processes().values() if process.state != "Z"]
 
 
 def _variables(pid: int) -> list[str]:
@@ -142,7 +142,7 @@ def _variables(pid: int) -> list[str]:
 
 def workers_of(pid: int) -> set[int]:
     """Return the children of a server that are its workers."""
-    found = {process.pid for process in _processes().values() if process.parent == pid}
+    found = {process.pid for process in processes().values() if process.parent == pid}
     return {child for child in found if b"resource_tracker" not in _command_line(child)}
 
 
@@ -163,7 +163,7 @@ def kill_busy(server: int) -> None:
     busy: list[int] = []
 
     def is_busy() -> bool:
-        inside = {p.parent for p in _processes().values() if p.name == _HANGING}
+        inside = {p.parent for p in processes().values() if p.name == _HANGING}
         busy[:] = [worker for worker in workers_of(server) if inside & set(family_of(worker))]
         return bool(busy)
 

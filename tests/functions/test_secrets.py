@@ -57,11 +57,7 @@ def regions(maps: IO[str], memory: IO[bytes]) -> Iterator[bytes]:
 
 
 def children_of(parent: int) -> list[int]:
-    try:
-        text = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return []  # it has ended since its parent was asked
-    return [int(word) for word in text.split()]
+    return [process.pid for process in leaks.children(parent)]
 
 
 def everything_below(pid: int) -> list[int]:
@@ -112,7 +108,7 @@ def test_secrets_are_in_no_other_process(make_function: MakeFunction, reuse: str
     assert first.pid in others
     assert second.pid in others
     assert set(blank_pids()) <= set(others)
-    names = {leaks._processes()[pid].name for pid in children_of(launcher)}
+    names = {leaks.processes()[pid].name for pid in children_of(launcher)}
     assert "nsbox-template" in names
     found = {pid: set(holds(pid, words)) for pid in others}
     found[first.pid] -= {words[5]}
@@ -121,7 +117,7 @@ def test_secrets_are_in_no_other_process(make_function: MakeFunction, reuse: str
 
 def blank_pids() -> list[int]:
     kept = {f"nsbox-{link.env_id}" for kind in get_launcher().companions.values() for link in kind}
-    processes = leaks._processes()
+    processes = leaks.processes()
     return [pid for pid, process in processes.items() if process.name in kept]
 
 
