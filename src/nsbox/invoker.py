@@ -216,6 +216,8 @@ class Invoker:
         if kind == runtime.READY:
             self.init_seconds = time.monotonic() - call.begin
             self._start = call
+            if self.resets:
+                self._worker.close_logs(call)
             return
         if kind != runtime.BROKEN:
             raise self._violation("it is ready before it was asked")
@@ -276,7 +278,6 @@ class Invoker:
             worker = self._worker
             worker.make_event()  # while PID 1 is busy
             self.finish_reset()
-            worker.drop_logs()
         if not self._numbers:
             self._numbers += _NUMBERS.unpack(os.urandom(_NUMBERS.size))
         call = self._call_of(request, self._numbers.pop())

@@ -61,13 +61,11 @@ class Worker:
         self._poll.register(self._fd, select.POLLIN)
         process.register(self._poll)
         self._logs: dict[int, str] = {}
-        self._log_poll = select.poll()
         for name, stream in (("stdout", process.stdout), ("stderr", process.stderr)):
             if stream is not None:
                 os.set_blocking(stream.fileno(), False)
                 self._logs[stream.fileno()] = name
                 self._poll.register(stream.fileno(), select.POLLIN)
-                self._log_poll.register(stream.fileno(), select.POLLIN)
 
     def close(self) -> None:
         """Let go of it, and wait for nothing: its environment is being closed."""
@@ -137,17 +135,20 @@ class Worker:
             self._event = None
             self._socket, self._fd = self._base, self._base_fd
 
-    def event_descriptors(self) -> list[int]:
-        """Return those that are the event's own."""
-        own = self._event
-        return [] if own is None else [own.socket.fileno(), *own.logs]
+    def close_logs(self, call: Call) -> None:
+        """Take what the import has written and close its pipes: each event has its own."""
+        self.drain_logs(call)
+        for fd in self._logs:
+            self._poll.unregister(fd)
+        self._logs = {}
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
 
-    def drop_logs(self) -> None:
-        """Read what has come since the last answer, which belongs to no call."""
-        for fd, _ in self._log_poll.poll(0):
-            for _ in range(_LOG_READS):
-                if len(_read(fd) or b"") < _CHUNK:
-                    break
+    def event_descriptors(self) -> list[int]:
+        """Return those that are closed when an event, or the start, is answered."""
+        own = self._event
+        return list(self._logs) if own is None else [own.socket.fileno(), *own.logs]
 
     @property
     def _own(self) -> EventPlace:
@@ -264,12 +265,15 @@ class Worker:
             ready = self._poll.poll(left * 1000) if left > 0 else []
             if not ready:
                 raise WorkerSilent
-            if len(ready) == 1 and ready[0][0] == self._fd:
-                answer = self._read_frame(call)
-                if answer is None and self._is_ended:
-                    raise self.end_of(call)
-            else:
-                answer = self._advance(call, [fd for fd, _ in ready])
+            try:
+                if len(ready) == 1 and ready[0][0] == self._fd:
+                    answer = self._read_frame(call)
+                    if answer is None and self._is_ended:
+                        raise WorkerOver
+                else:
+                    answer = self.advance(call, [fd for fd, _ in ready])
+            except WorkerOver:
+                raise self.end_of(call) from None
             if answer is not None:
                 return answer
 
@@ -392,7 +396,7 @@ class Worker:
         self._stop_reading()
         word = self._read_word(call)
         if word is None and not self._is_ended:
-            raise self.violation("it has closed its socket")
+            raise WorkerOver
         return word
 
     def _parse(self, call: Call, data: bytes) -> Frame | None:

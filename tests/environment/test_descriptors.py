@@ -66,8 +66,8 @@ def test_an_environment_of_a_function_takes_few_descriptors(tmp_path: Path) -> N
         for reuse in ("keep", "reset")
     }
     with ExitStack() as made:
-        # The sockets of PID 1 and the worker, and the worker's two outputs; the answer to a reset.
-        for reuse, in_host in (("keep", 4), ("reset", 5)):
+        # The sockets of PID 1 and the worker; the worker's two outputs, or the answer to a reset.
+        for reuse, in_host in (("keep", 4), ("reset", 3)):
             made.enter_context(nsbox.ExecutionEnvironment(versions[reuse])).invoke(1)
             before = both()
             for _ in range(MANY):

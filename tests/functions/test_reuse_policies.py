@@ -245,3 +245,41 @@ def test_reset_against_what_breeds(make_function: MakeFunction) -> None:
         assert env.invoke("look") == count
     except (nsbox.EnvironmentStateError, nsbox.EnvironmentDied, nsbox.FunctionError):
         wait_until(lambda: env.state is State.DEAD, "it is killed")
+
+
+DUPLICATES = """
+import os, subprocess
+out, err = os.dup(1), os.dup(2)
+os.set_inheritable(err, True)
+
+def handler(event, context):
+    os.write(out, b"out")
+    subprocess.run(["sh", "-c", f"printf %s err >&{err}"], close_fds=False)
+    return [os.get_inheritable(fd) for fd in (out, err)]
+"""
+
+
+@pytest.mark.parametrize("start", ["clone", "exec"])
+def test_duplicates_of_outputs_are_each_events_own(make_function: MakeFunction, start: str) -> None:
+    env = make_function(DUPLICATES, reuse="reset", start=start)
+    for _ in range(2):
+        invocation = env.invoke_bytes(b"1")
+        assert invocation.payload == b"[false, true]"
+        assert (invocation.stdout, invocation.stderr) == (b"out", b"err")
+
+
+NO_ROOM = """
+import resource
+resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+
+def handler(event, context):
+    return event
+"""
+
+
+def test_a_worker_that_cannot_fork_has_ended_and_says_why(make_function: MakeFunction) -> None:
+    env = make_function(NO_ROOM, reuse="reset")
+    heard = []
+    with pytest.raises(nsbox.InvokeError, match="exit status 1"):
+        env.invoke(1, on_log=lambda _, data: heard.append(data))
+    assert b"BlockingIOError" in b"".join(heard)

@@ -141,7 +141,7 @@ class Worker:
         self._pipes = identity(1), identity(2)
         # Socket, stdout and stderr of the next event, where each has some of its own.
         self._own: tuple[int, ...] = ()
-        self._streams: list[tuple[int, int]] = []
+        self._streams: list[tuple[int, int, bool]] = []  # where each event has its own, and which
         self._is_forking = False
         self._read: Callable[[int], bytes] = self._read_rights
 
@@ -211,15 +211,12 @@ class Worker:
         except BaseException as error:  # noqa: BLE001 - module code may raise anything
             self._break(number, tell_raised(error, _OWN_FILE, ""))
         flush()
-        if self._forks:
-            self._find_streams()
 
     def _begin(self, number: int, data: bytes | memoryview) -> None:
         """Say that the module is imported, and serve the event that came along, if one did."""
-        if not data:
-            self._send(READY, number, b"")
-            return
-        is_silent = not any(map(may_be_unread, (1, 2), self._pipes))
+        is_silent = bool(data) and not any(map(may_be_unread, (1, 2), self._pipes))
+        if self._forks:
+            self._leave_pipes()
         if is_silent and time.monotonic() < MOMENT.unpack_from(data)[0]:
             self._send(READY, number, GOES_ON)
             if self._forks:
@@ -278,7 +275,11 @@ class Worker:
         (fd, *streams), self._own = self._own, ()
         own = _Socket(AF_UNIX, SOCK_STREAM, 0, fd)
         self._is_forking = True
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            self._put_streams(streams)  # why it ends is in the event's log
+            raise
         self._is_forking = False
         if pid == 0:
             try:
@@ -305,17 +306,23 @@ class Worker:
         if is_null(0):  # the import may have closed it, or put another there
             renew_stdin()
 
-    def _find_streams(self) -> None:
-        """Note where the worker's pipes are, unless the import has put something else there."""
-        for fd in (1, 2):
-            found = identity(fd)
-            if found in self._pipes:
-                self._streams.append((fd, self._pipes.index(found)))
+    def _leave_pipes(self) -> None:
+        """Have /dev/null where the import has left the worker's pipes, duplicates among them."""
+        try:
+            fds = [int(name) for name in os.listdir("/proc/self/fd")]
+        except OSError:
+            fds = [1, 2]  # there is no /proc
+        null = os.open("/dev/null", os.O_WRONLY)
+        for fd in fds:
+            if (found := identity(fd)) in self._pipes:
+                self._streams.append((fd, self._pipes.index(found), os.get_inheritable(fd)))
+                os.dup2(null, fd, self._streams[-1][-1])
+        os.close(null)
 
     def _put_streams(self, streams: list[int]) -> None:
-        """Have an event's own pipes where the worker's are."""
-        for fd, which in self._streams:
-            os.dup2(streams[which], fd)
+        """Have an event's own pipes where the worker's were."""
+        for fd, which, is_inheritable in self._streams:
+            os.dup2(streams[which], fd, is_inheritable)
         for fd in streams:
             os.close(fd)
 
