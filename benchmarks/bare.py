@@ -27,12 +27,12 @@ sys.path[:0] = PATHS
 
 from _socket import socketpair  # noqa: E402 - the C half, as in nsbox's template
 
-from nsbox.isolation import etc, filesystem, landlock, namespaces, userland  # noqa: E402
+from nsbox.isolation import etc, filesystem, landlock, namespaces, rootfs  # noqa: E402
 from nsbox.launcher import inside  # noqa: E402
 from nsbox.linux import calls  # noqa: E402
 from nsbox.linux import constants as c  # noqa: E402
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes  # noqa: E402
-from nsbox.linux.program import Name, Program, run  # noqa: E402
+from nsbox.linux.prepared import Name, Program, run  # noqa: E402
 
 if KIND == "whole":
     from nsbox.isolation import cgroups
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from nsbox.isolation.cgroups import EnvironmentCgroup
-    from nsbox.linux.program import Entry
+    from nsbox.linux.prepared import Entry
 
 PROGRAM = "/bin/true"
 WARM_UP = 10
@@ -69,7 +69,7 @@ class Starter:
         calls.mount(None, "/", None, c.MS_REC | c.MS_SLAVE)
         self._home = self._own(os.open("/proc/self/ns/mnt", os.O_RDONLY), 0)
         layout = spec["layout"] | {"cgroups": None}
-        self._layout = self._own(userland.hold(layout, etc.HostFiles()), 1)
+        self._layout = self._own(rootfs.hold(layout, etc.HostFiles()), 1)
         calls.setns(self._layout, c.CLONE_NEWNS)
         self._extent = filesystem.probe_proc()
         calls.setns(self._home, c.CLONE_NEWNS)

@@ -144,10 +144,10 @@ class BareServer:
         """
         if os.geteuid() != 0:
             raise UnavailableError("needs root, for cgroups and host ids of its own")
-        client = importlib.import_module("nsbox.launcher.client")
-        config = importlib.import_module("nsbox.config").make_config(None, {})
+        client = importlib.import_module("nsbox.supervisor.launcher")
+        config = importlib.import_module("nsbox.values.config").make_config(None, {})
         hello = client.get_launcher().hello
-        spec = importlib.import_module("nsbox.blueprint").plan(config, hello).spec
+        spec = importlib.import_module("nsbox.supervisor.plan").plan(config, hello).spec
         program, paths = str(Path(__file__).with_name("bare.py")), client.import_paths()
         self._processes = [
             subprocess.Popen(

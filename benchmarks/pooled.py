@@ -196,7 +196,7 @@ class PoolSuite(Suite):
     def measure_idle(self, steps: Sequence[int], advance: Callable[[int], object]) -> None:
         """A warm call through a pool with so many idle environments, and one that is held."""
         small = {}
-        if importlib.import_module("nsbox.features").probe("cgroup.memory")[0]:
+        if importlib.import_module("nsbox.host.features").probe("cgroup.memory")[0]:
             small = {"limits": self._nsbox.Limits(memory_max=SMALL)}
         for step in steps:
             try:

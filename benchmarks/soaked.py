@@ -145,7 +145,9 @@ class Subject:
         """Publishes the versions; the pools are made when it is entered."""
         self.nsbox = import_nsbox()
         self.ledger = Ledger()
-        self.can_hog = bool(importlib.import_module("nsbox.features").probe("cgroup.memory")[0])
+        self.can_hog = bool(
+            importlib.import_module("nsbox.host.features").probe("cgroup.memory")[0]
+        )
         self._plan = plan
         self._directory = directory
         self._versions = [self._publish(n, "keep") for n in range(VERSIONS)]

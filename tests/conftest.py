@@ -23,7 +23,7 @@ if _REPOSITORY not in sys.path:
 from tests import leaks  # noqa: E402
 
 import nsbox  # noqa: E402 - needs no path of ours, but stays with what does
-from nsbox import features  # noqa: E402
+from nsbox.host import features  # noqa: E402
 
 # No database: a failing example is to be copied into the test that found it. No deadline: another
 # program on the machine, or User-Mode Linux, would decide then what passes.
@@ -129,7 +129,7 @@ def _launcher_ends_with_the_session(
     look = partial(leaks.snapshot, _temporary)
     before = look()
     yield
-    if "nsbox.launcher.client" in sys.modules:
+    if "nsbox.supervisor.launcher" in sys.modules:
         nsbox.shutdown()
     leaked = leaks.await_clean(before, look, request.config.getoption("--leak-grace"))
     # Modules imported meanwhile may keep a descriptor or a thread; the checks of each test have

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nsbox.launcher.client import Launcher
+    from nsbox.supervisor.launcher import Launcher
 
 import nsbox
 
@@ -38,7 +38,7 @@ Snapshot = dict[str, frozenset[str]]
 
 def current_launcher() -> Launcher | None:
     """Return the launcher of this process, or None; never starts one."""
-    client = sys.modules.get("nsbox.launcher.client")
+    client = sys.modules.get("nsbox.supervisor.launcher")
     launcher: Launcher | None = None if client is None else client._holder._launcher
     return launcher
 
@@ -95,7 +95,7 @@ def await_clean(
     """
     launcher = current_launcher()
     if launcher is not None and not launcher.alive:
-        sys.modules["nsbox.launcher.client"].shutdown()
+        sys.modules["nsbox.supervisor.launcher"].shutdown()
     deadline = time.monotonic() + grace
     leaked = difference(before, look())
     delay = 0.002

@@ -148,6 +148,6 @@ def resident_bytes() -> int:
 
 def cgroup_feature(name: str) -> bool:
     """Whether environments here have this cgroup feature."""
-    from nsbox.launcher.client import get_launcher
+    from nsbox.supervisor.launcher import get_launcher
 
     return "missing" not in get_launcher().hello["cgroups"][name]

@@ -23,19 +23,9 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from nsbox.blanks import set_blanks as set_blanks
-    from nsbox.command import DEVNULL as DEVNULL
-    from nsbox.command import PIPE as PIPE
-    from nsbox.command import Process as Process
-    from nsbox.config import Config as Config
-    from nsbox.config import IoMax as IoMax
-    from nsbox.config import Limits as Limits
-    from nsbox.config import Mount as Mount
-    from nsbox.credentials import CredentialCache as CredentialCache
-    from nsbox.credentials import Credentials as Credentials
-    from nsbox.environment import ExecutionEnvironment as ExecutionEnvironment
-    from nsbox.environment import State as State
-    from nsbox.environment import run as run
+    from nsbox.environment.environment import ExecutionEnvironment as ExecutionEnvironment
+    from nsbox.environment.environment import State as State
+    from nsbox.environment.environment import run as run
     from nsbox.errors import CleanupError as CleanupError
     from nsbox.errors import CommandFailed as CommandFailed
     from nsbox.errors import CommandStartError as CommandStartError
@@ -57,31 +47,41 @@ if TYPE_CHECKING:
     from nsbox.errors import SyscallError as SyscallError
     from nsbox.errors import Throttled as Throttled
     from nsbox.errors import UnsupportedHostError as UnsupportedHostError
-    from nsbox.function import Function as Function
-    from nsbox.function import FunctionVersion as FunctionVersion
-    from nsbox.function import Layer as Layer
-    from nsbox.invocation import Invocation as Invocation
-    from nsbox.invocation import LeftRunning as LeftRunning
-    from nsbox.launcher.client import shutdown as shutdown
-    from nsbox.policy import SeccompPolicy as SeccompPolicy
+    from nsbox.functions.credentials import CredentialCache as CredentialCache
+    from nsbox.functions.credentials import Credentials as Credentials
+    from nsbox.functions.function import Function as Function
+    from nsbox.functions.function import FunctionVersion as FunctionVersion
+    from nsbox.functions.function import Layer as Layer
     from nsbox.pool.aio import AsyncWarmPool as AsyncWarmPool
     from nsbox.pool.events import PoolEvent as PoolEvent
     from nsbox.pool.events import Retirement as Retirement
     from nsbox.pool.function import PoolFunction as PoolFunction
     from nsbox.pool.warm import WarmPool as WarmPool
-    from nsbox.result import Outcome as Outcome
-    from nsbox.result import Protection as Protection
-    from nsbox.result import Protections as Protections
-    from nsbox.result import Result as Result
-    from nsbox.result import Usage as Usage
-    from nsbox.store import Store as Store
+    from nsbox.seccomp.policy import SeccompPolicy as SeccompPolicy
+    from nsbox.store.store import Store as Store
+    from nsbox.supervisor.launcher import shutdown as shutdown
+    from nsbox.supervisor.process import DEVNULL as DEVNULL
+    from nsbox.supervisor.process import PIPE as PIPE
+    from nsbox.supervisor.process import Process as Process
+    from nsbox.supervisor.standby import set_blanks as set_blanks
+    from nsbox.values.config import Config as Config
+    from nsbox.values.config import IoMax as IoMax
+    from nsbox.values.config import Limits as Limits
+    from nsbox.values.config import Mount as Mount
+    from nsbox.values.invocation import Invocation as Invocation
+    from nsbox.values.invocation import LeftRunning as LeftRunning
+    from nsbox.values.result import Outcome as Outcome
+    from nsbox.values.result import Protection as Protection
+    from nsbox.values.result import Protections as Protections
+    from nsbox.values.result import Result as Result
+    from nsbox.values.result import Usage as Usage
 
 _HOMES = {
-    "nsbox.blanks": ("set_blanks",),
-    "nsbox.command": ("DEVNULL", "PIPE", "Process"),
-    "nsbox.config": ("Config", "IoMax", "Limits", "Mount"),
-    "nsbox.credentials": ("CredentialCache", "Credentials"),
-    "nsbox.environment": ("ExecutionEnvironment", "State", "run"),
+    "nsbox.supervisor.standby": ("set_blanks",),
+    "nsbox.supervisor.process": ("DEVNULL", "PIPE", "Process"),
+    "nsbox.values.config": ("Config", "IoMax", "Limits", "Mount"),
+    "nsbox.functions.credentials": ("CredentialCache", "Credentials"),
+    "nsbox.environment.environment": ("ExecutionEnvironment", "State", "run"),
     "nsbox.errors": (
         "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "CredentialsError",
         "DescriptorsExhausted", "EnvironmentDied", "EnvironmentStateError", "FunctionError",
@@ -89,16 +89,16 @@ _HOMES = {
         "PoolTimeout",
         "SetupError", "StoreError", "SyscallError", "Throttled", "UnsupportedHostError",
     ),
-    "nsbox.function": ("Function", "FunctionVersion", "Layer"),
-    "nsbox.invocation": ("Invocation", "LeftRunning"),
-    "nsbox.launcher.client": ("shutdown",),
-    "nsbox.policy": ("SeccompPolicy",),
+    "nsbox.functions.function": ("Function", "FunctionVersion", "Layer"),
+    "nsbox.values.invocation": ("Invocation", "LeftRunning"),
+    "nsbox.supervisor.launcher": ("shutdown",),
+    "nsbox.seccomp.policy": ("SeccompPolicy",),
     "nsbox.pool.function": ("PoolFunction",),
     "nsbox.pool.warm": ("WarmPool",),
     "nsbox.pool.aio": ("AsyncWarmPool",),
     "nsbox.pool.events": ("PoolEvent", "Retirement"),
-    "nsbox.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),
-    "nsbox.store": ("Store",),
+    "nsbox.values.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),
+    "nsbox.store.store": ("Store",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, NoReturn
 
-    from nsbox.invocation import Invocation
-    from nsbox.result import Outcome, Result
+    from nsbox.values.invocation import Invocation
+    from nsbox.values.result import Outcome, Result
 
 
 class NsboxError(Exception):

@@ -17,7 +17,7 @@ from tests.cli.terminals import ENVIRONMENT, NSBOX, nsbox_run
 from tests.support import PATIENCE, host_program
 
 import nsbox
-from nsbox import features
+from nsbox.host import features
 from nsbox.isolation.cgroups import Hierarchies
 
 
@@ -194,7 +194,7 @@ def test_ps_reads_little(make_env: Callable[..., nsbox.ExecutionEnvironment]) ->
     envs = [make_env() for _ in range(3)]
     out, _ = host_program(WHAT_IS_READ, stdout=subprocess.PIPE).communicate(timeout=60 * PATIENCE)
     seen = json.loads(out)
-    assert "nsbox.config" not in seen["modules"]
+    assert "nsbox.values.config" not in seen["modules"]
     for look, at_most in zip(seen["looks"], (3, 1), strict=True):
         of_cgroups = [path for path in look if path in {f"/proc/{env.pid}/cgroup" for env in envs}]
         assert len(of_cgroups) <= 1, "they are side by side"

@@ -14,11 +14,11 @@ import pytest
 from tests.support import attack, host_program, wait_until
 
 import nsbox
-from nsbox import blanks
-from nsbox.launcher.client import get_launcher
-from nsbox.launcher.wire import BLANK_LIFE
-from nsbox.link import Link
-from nsbox.outfit import kind_of
+from nsbox.functions.deployment import kind_of
+from nsbox.launcher.protocol import BLANK_LIFE
+from nsbox.supervisor import standby
+from nsbox.supervisor.connection import Link
+from nsbox.supervisor.launcher import get_launcher
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _one_blank() -> Iterator[None]:
     nsbox.set_blanks(1)
     yield
     nsbox.set_blanks(0)
-    blanks.drop(get_launcher())
+    standby.drop(get_launcher())
 
 
 def ready() -> list[Link]:
@@ -56,16 +56,16 @@ def test_it_is_asked_for_after_the_first_answer_and_at_the_latest_at_the_end() -
         assert len(ready()) == 1
         env.run(["true"])
         assert len(ready()) == 1
-    blanks.drop(get_launcher())
+    standby.drop(get_launcher())
     with nsbox.ExecutionEnvironment():
         assert ready() == []
     assert len(ready()) == 1
 
 
 def test_kinds_are_kept_apart_and_only_the_latest_are_kept() -> None:
-    for pids in range(10, 10 + blanks.KINDS_KEPT + 2):
+    for pids in range(10, 10 + standby.KINDS_KEPT + 2):
         use_one(limits=nsbox.Limits(pids_max=pids), allow_missing={"cgroup.pids"})
-    assert len(ready()) == blanks.KINDS_KEPT
+    assert len(ready()) == standby.KINDS_KEPT
     known = {link.env_id for link in ready()}
     assert use_one(limits=nsbox.Limits(pids_max=10), allow_missing={"cgroup.pids"}) not in known
 
@@ -115,17 +115,17 @@ def test_what_is_wished_for_counts_as_long_as_it_is() -> None:
     launcher, spec = kind_of(nsbox.Config())
     assert spec is not None
     one, other = object(), object()
-    blanks.wish(one, launcher, [spec], 3)
-    blanks.wish(other, launcher, [spec], 2)
+    standby.wish(one, launcher, [spec], 3)
+    standby.wish(other, launcher, [spec], 2)
     known = [link.env_id for link in ready()]
     assert len(known) == 3
     use_one(limits=nsbox.Limits(pids_max=99), allow_missing={"cgroup.pids"})
     assert len(ready()) == 4, "one of the other kind"
-    blanks.forget(one)
+    standby.forget(one)
     assert [link.env_id for link in ready()][:2] == known[1:]
-    blanks.forget(other)
+    standby.forget(other)
     assert len(ready()) == 2
-    blanks.forget(other)
+    standby.forget(other)
 
 
 def test_wished_for_ones_are_kept_alive_and_replaced() -> None:
@@ -133,19 +133,19 @@ def test_wished_for_ones_are_kept_alive_and_replaced() -> None:
     assert spec is not None
     owner = object()
     try:
-        blanks.wish(owner, launcher, [spec], 2)
+        standby.wish(owner, launcher, [spec], 2)
         first, second = ready()
         wait_until(lambda: pid_of(first.env_id), "it is born")
         for link in (first, second):
             link.asked_at -= BLANK_LIFE
         os.kill(pid_of(first.env_id), signal.SIGKILL)
         wait_until(lambda: not first.hold("keep"), "its end is known")
-        blanks.wish(owner, launcher, [spec], 2)
+        standby.wish(owner, launcher, [spec], 2)
         assert ready()[0] is second
         assert len(ready()) == 2
         assert use_one() == second.env_id, "it is as new"
     finally:
-        blanks.forget(owner)
+        standby.forget(owner)
 
 
 def test_many_threads_never_share_one() -> None:
@@ -248,7 +248,7 @@ def test_a_wrong_number_is_refused(count: object) -> None:
 def test_a_wrong_variable_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("NSBOX_BLANKS", text)
     with pytest.raises(nsbox.ConfigError, match=f"NSBOX_BLANKS: '{text}' is not a number"):
-        blanks._initial_count()
+        standby._initial_count()
 
 
 def pid_of(env_id: str) -> int:

@@ -31,7 +31,7 @@ from tests.support import (
 
 import nsbox
 from nsbox.isolation.cgroups import Hierarchies, Owner, collect_garbage
-from nsbox.launcher.client import get_launcher
+from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
 

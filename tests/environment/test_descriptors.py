@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import nsbox
-from nsbox.launcher.client import get_launcher
+from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
 

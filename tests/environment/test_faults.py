@@ -17,8 +17,8 @@ from tests.support import IS_ROOT, host_program, name_of, wait_until
 
 import nsbox
 from nsbox.isolation import readback
-from nsbox.launcher.client import get_launcher
 from nsbox.linux import proc
+from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
 

@@ -18,7 +18,7 @@ import pytest
 from tests.support import family_of, host_program, name_of, processes_with, wait_until
 
 import nsbox
-from nsbox.launcher.client import Launcher, get_launcher
+from nsbox.supervisor.launcher import Launcher, get_launcher
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -220,7 +220,7 @@ def test_a_killed_janitor_is_replaced(env: nsbox.ExecutionEnvironment) -> None:
 FORK = """
 import os, sys, warnings
 import nsbox
-from nsbox.launcher.client import get_launcher
+from nsbox.supervisor.launcher import get_launcher
 
 env = nsbox.ExecutionEnvironment()
 env.write_file("/tmp/x", b"of the parent")
@@ -446,7 +446,7 @@ nsbox.run(["true"]).check()
     head = """
 import logging, os, signal, threading, time
 import nsbox
-from nsbox.launcher.client import get_launcher
+from nsbox.supervisor.launcher import get_launcher
 logging.getLogger("nsbox").setLevel(logging.ERROR)
 """
     assert run_host(head + REAPERS[how] + code) == (0, "", "")

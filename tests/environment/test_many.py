@@ -14,7 +14,7 @@ import pytest
 from tests.support import wait_until
 
 import nsbox
-from nsbox.launcher.client import get_launcher
+from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support import IS_ROOT, PATIENCE
 
 import nsbox
-from nsbox.blueprint import interpreter_prefixes
+from nsbox.supervisor.plan import interpreter_prefixes
 
 pytestmark = pytest.mark.needs("userns")
 

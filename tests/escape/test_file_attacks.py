@@ -15,8 +15,8 @@ import pytest
 from tests.support import attack
 
 import nsbox
-from nsbox.blueprint import interpreter_prefixes
 from nsbox.isolation.etc import STATE
+from nsbox.supervisor.plan import interpreter_prefixes
 
 pytestmark = pytest.mark.needs("userns")
 

@@ -12,7 +12,7 @@ import pytest
 from tests.support import IS_ROOT, attack
 
 import nsbox
-from nsbox.launcher.client import get_launcher
+from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
 

@@ -17,9 +17,9 @@ import pytest
 from tests.support import PATIENCE
 
 import nsbox
-import nsbox.aio
-from nsbox.channel import ANSWER_DEADLINE
-from nsbox.invoker import Invoker
+import nsbox.functions.loop
+from nsbox.functions.session import Invoker
+from nsbox.supervisor.channel import ANSWER_DEADLINE
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -334,7 +334,7 @@ def test_a_small_event_that_nobody_reads_holds_up_no_loop(publish: Publish) -> N
 
 def test_a_silent_pid_1_holds_up_no_loop(publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
     """After its time it is killed, and the call is told so; a pool would make it elsewhere."""
-    monkeypatch.setattr(nsbox.aio, "ANSWER_DEADLINE", 0.2 * PATIENCE)
+    monkeypatch.setattr(nsbox.functions.loop, "ANSWER_DEADLINE", 0.2 * PATIENCE)
     with nsbox.ExecutionEnvironment(publish(HINDERER, reuse="reset")) as env:
         send = env._link.ask  # type: ignore[union-attr]
 

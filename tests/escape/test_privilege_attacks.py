@@ -13,7 +13,7 @@ import pytest
 from tests.support import IS_ROOT, NUMBERS, attack, x86_64_only
 
 import nsbox
-from nsbox import features
+from nsbox.host import features
 
 pytestmark = pytest.mark.needs("userns")
 

@@ -10,7 +10,8 @@ import pytest
 from tests.support import PATIENCE, attack, resident_bytes
 
 import nsbox
-from nsbox import Limits, Outcome, command
+from nsbox import Limits, Outcome
+from nsbox.supervisor import process
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -175,7 +176,7 @@ def test_fork_bomb(
     make_env: Callable[..., nsbox.ExecutionEnvironment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Past it the environment is killed as a whole, as it should be on a machine this slow.
-    monkeypatch.setattr(command, "KILL_DEADLINE", command.KILL_DEADLINE * PATIENCE)
+    monkeypatch.setattr(process, "KILL_DEADLINE", process.KILL_DEADLINE * PATIENCE)
     env = make_env(limits=Limits(pids_max=32))
     result = env.run(
         ["python3", "-c", "import os\nwhile True:\n try: os.fork()\n except OSError: pass"],

@@ -55,7 +55,7 @@ print(json.dumps([told, resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, har
 def flooded(make_env: Callable[..., nsbox.ExecutionEnvironment]) -> Iterator[str]:
     """An environment with as many descriptors in flight as its limit of 1,024 lets it have."""
     env = make_env()
-    with env.popen([sys.executable, "-c", FLOOD], stdout=nsbox.command.PIPE) as process:
+    with env.popen([sys.executable, "-c", FLOOD], stdout=nsbox.supervisor.process.PIPE) as process:
         assert process.stdout is not None
         told = process.stdout.readline().decode()
         assert int(told.split()[0]) >= 1000, told

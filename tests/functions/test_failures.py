@@ -18,7 +18,7 @@ from tests.support import PATIENCE, wait_until
 
 import nsbox
 from nsbox import State
-from nsbox.launcher.client import running_launcher
+from nsbox.supervisor.launcher import running_launcher
 
 EVERY_WAY = pytest.mark.parametrize(
     "options", [{}, {"reuse": "reset"}, {"start": "exec"}], ids=["keep", "reset", "exec"]
@@ -99,7 +99,7 @@ def test_causes_are_in_stack_trace_and_log(
             env.invoke(event)
         error = caught.value
         assert error.invocation is not None
-        assert "python_runtime" not in "".join(error.stack_trace), "the function's frames alone"
+        assert "guest/runtime" not in "".join(error.stack_trace), "the function's frames alone"
         log = error.invocation.stderr.decode()
         assert log.startswith(f"[ERROR] {error.error_type}: {error.message}\n")
         return "".join(error.stack_trace), log, error.error_type

@@ -20,7 +20,7 @@ from tests.support import PATIENCE, wait_until
 
 import nsbox
 from nsbox import State
-from nsbox.call import Call
+from nsbox.functions.call import Call
 
 ECHO = """
 def handler(event, context):

@@ -296,7 +296,7 @@ def test_more_than_there_is_room_for(make_function: MakeFunction) -> None:
     ],
 )
 def test_wrong_files(files: Any, words: str) -> None:
-    from nsbox.request import Request
+    from nsbox.functions.request import Request
 
     with pytest.raises(nsbox.ConfigError, match=words):
         Request(b"{}", files=files)

@@ -15,8 +15,8 @@ from tests.functions.conftest import MakeFunction
 from tests.support import wait_until
 
 import nsbox
-from nsbox import blanks
-from nsbox.launcher.client import get_launcher
+from nsbox.supervisor import standby
+from nsbox.supervisor.launcher import get_launcher
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def one_blank() -> Iterator[None]:
     nsbox.set_blanks(1)
     yield
     nsbox.set_blanks(0)
-    blanks.drop(get_launcher())
+    standby.drop(get_launcher())
 
 
 def holds(pid: int, words: list[bytes]) -> list[bytes]:

@@ -16,8 +16,8 @@ import pytest
 from tests.support import PATIENCE, host_program, wait_until
 
 import nsbox
-from nsbox.launcher.client import get_launcher
 from nsbox.pool.entries import Phase
+from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
 

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support import SOURCE
 
 import nsbox
-from nsbox.prometheus import PoolCollector
+from nsbox.observe.prometheus import PoolCollector
 
 Make = Callable[..., nsbox.FunctionVersion]
 
@@ -112,7 +112,7 @@ def test_what_are_no_pools(pools: object) -> None:
 
 
 def test_without_the_client_the_remedy_is_named(tmp_path: Path) -> None:
-    code = "import sys; sys.modules['prometheus_client'] = None; import nsbox.prometheus"
+    code = "import sys; sys.modules['prometheus_client'] = None; import nsbox.observe.prometheus"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": SOURCE},
@@ -121,12 +121,14 @@ def test_without_the_client_the_remedy_is_named(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 1
-    assert "ImportError: nsbox.prometheus needs prometheus-client: pip install " in done.stderr
+    assert (
+        "ImportError: nsbox.observe.prometheus needs prometheus-client: pip install " in done.stderr
+    )
     assert "nsbox[prometheus]" in done.stderr
 
 
 def test_the_document_names_what_is_told() -> None:
-    from nsbox import prometheus
+    from nsbox.observe import prometheus
 
     text = (Path(__file__).resolve().parents[2] / "docs/pool.md").read_text()
     section = text.split("\n## Prometheus\n")[1].split("\n## ")[0]

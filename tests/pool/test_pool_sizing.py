@@ -16,10 +16,10 @@ import pytest
 from tests.support import PATIENCE, wait_until
 
 import nsbox
-from nsbox import blanks
-from nsbox.launcher.client import get_launcher
 from nsbox.pool import pressure
 from nsbox.pool.pressure import Pressure
+from nsbox.supervisor import standby
+from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -521,6 +521,6 @@ def test_blanks_of_its_kinds_are_kept_as_long_as_the_pool(make: Make) -> None:
         pool.function(make(tmp_size="32M"))
         wait_until(lambda: len(ready()) == 4, "two of the other kind")
     assert ready() == set()
-    assert not blanks._Setting.wishes
+    assert not standby._Setting.wishes
     with pytest.raises(nsbox.ConfigError, match="blank: must be a number up to 64"):
         nsbox.WarmPool(blank=65)

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from nsbox import Config, ConfigError, IoMax, Limits, Mount, Protections, UnsupportedHostError
-from nsbox import blueprint as b
-from nsbox.isolation import namespaces, seccomp
+from nsbox.isolation import namespaces
 from nsbox.linux import constants as c
+from nsbox.seccomp import filters
+from nsbox.supervisor import plan as b
 
 if TYPE_CHECKING:
-    from nsbox.link import Link
+    from nsbox.supervisor.connection import Link
 
 pytestmark = pytest.mark.static
 
@@ -65,7 +66,7 @@ POOR_HOST = host(
 
 @pytest.fixture(autouse=True)
 def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seccomp, "filter_for", lambda policy: policy.name.encode())
+    monkeypatch.setattr(filters, "filter_for", lambda policy: policy.name.encode())
 
 
 @pytest.fixture(autouse=True)
@@ -326,7 +327,7 @@ def test_filter_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch) 
     def refuse(_policy: object) -> bytes:
         raise UnsupportedHostError("seccomp", "libseccomp is missing", "apt install libseccomp2")
 
-    monkeypatch.setattr(seccomp, "filter_for", refuse)
+    monkeypatch.setattr(filters, "filter_for", refuse)
     with pytest.raises(UnsupportedHostError, match="libseccomp is missing"):
         decide()
     made = decide(allow_missing={"seccomp"})

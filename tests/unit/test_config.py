@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsbox import Config, ConfigError, IoMax, Limits, Mount, SeccompPolicy
-from nsbox.config import (
+from nsbox.values.config import (
     ALLOWABLE,
     check_argv,
     check_environment,
@@ -364,13 +364,13 @@ def test_every_name_of_allow_missing_is_accepted() -> None:
 
 def test_bad_value_is_refused_before_a_launcher_is_started() -> None:
     import nsbox
-    from nsbox.launcher import client
+    from nsbox.supervisor import launcher
 
-    before = client._holder._launcher
+    before = launcher._holder._launcher
     with pytest.raises(ConfigError):
         nsbox.run(["true"], tmp_size="x")
     with pytest.raises(ConfigError):
         nsbox.run([], limits=Limits())
     with pytest.raises(ConfigError):
         nsbox.ExecutionEnvironment(colour="red")
-    assert client._holder._launcher is before
+    assert launcher._holder._launcher is before

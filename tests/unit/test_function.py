@@ -36,8 +36,8 @@ from nsbox import (
     StoreError,
     run,
 )
-from nsbox.function import ENV_MAX
-from nsbox.trees import UNPACKED_MAX
+from nsbox.functions.function import ENV_MAX
+from nsbox.store.tree import UNPACKED_MAX
 
 
 @pytest.fixture

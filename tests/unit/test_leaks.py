@@ -19,7 +19,7 @@ REPOSITORY = str(Path(__file__).resolve().parents[2])
 LEAKS_OF_A_TEST = """
     import os, subprocess, sys, tempfile, threading
     import nsbox, pytest
-    from nsbox.launcher.client import get_launcher
+    from nsbox.supervisor.launcher import get_launcher
 
     kept = []
 

@@ -27,7 +27,7 @@ import nsbox
 from nsbox.errors import SyscallError, UnsupportedHostError
 from nsbox.linux import binding, calls, interfaces, proc
 from nsbox.linux import constants as c
-from nsbox.linux.program import Program, run
+from nsbox.linux.prepared import Program, run
 
 PRELUDE = """
 import errno, os, signal, struct, sys

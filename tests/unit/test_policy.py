@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsbox import profiles
 from nsbox.errors import ConfigError
-from nsbox.policy import SeccompPolicy
-from nsbox.profiles import (
+from nsbox.seccomp import profiles
+from nsbox.seccomp.policy import SeccompPolicy
+from nsbox.seccomp.profiles import (
     ALLOW,
     DANGEROUS_NAMES,
     EINVAL,

@@ -25,9 +25,10 @@ import pytest
 from tests.support import PATIENCE, SLOW_MACHINE, i386_only
 
 from nsbox.errors import UnsupportedHostError
-from nsbox.isolation import seccomp, seccomp_cache, seccomp_compile
-from nsbox.policy import SeccompPolicy
-from nsbox.profiles import ALLOW, DOCKER, ENOSYS, NEW_NUMBERS
+from nsbox.seccomp import cache as filter_cache
+from nsbox.seccomp import compiler, filters
+from nsbox.seccomp.policy import SeccompPolicy
+from nsbox.seccomp.profiles import ALLOW, DOCKER, ENOSYS, NEW_NUMBERS
 
 PROFILES = ("strict", "default", "docker")
 ALLOWED = 1234
@@ -139,7 +140,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "probe.c").write_text(PROBE)
     subprocess.run(["gcc", "-O1", "-o", path / "probe", path / "probe.c"], check=True)
     for name in PROFILES:
-        (path / name).write_bytes(seccomp.compile_policy(SeccompPolicy.named(name)))
+        (path / name).write_bytes(filters.compile_policy(SeccompPolicy.named(name)))
     return path
 
 
@@ -161,7 +162,7 @@ def probe(directory: Path) -> Probe:
 def numbers() -> dict[str, int]:
     import pyseccomp
 
-    return seccomp_compile.known_numbers(pyseccomp, pyseccomp.system_arch())
+    return compiler.known_numbers(pyseccomp, pyseccomp.system_arch())
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -364,7 +365,7 @@ def test_custom_and_oci_policies_compile_and_bite(
     numbers: dict[str, int],
 ) -> None:
     custom = SeccompPolicy.strict().allow("setpriority").deny("socket")
-    (directory / "custom").write_bytes(seccomp.compile_policy(custom))
+    (directory / "custom").write_bytes(filters.compile_policy(custom))
     assert probe("custom", "call", numbers["socket"], 1, 1, 0).stdout == "-1\n"
     assert probe("custom", "call", numbers["personality"], 0xFFFFFFFF).stdout == "0\n"
     assert probe("custom", "call", numbers["setpriority"], 0, 0, 5).stdout == "0\n"
@@ -389,7 +390,7 @@ def test_custom_and_oci_policies_compile_and_bite(
             ],
         }
     )
-    (directory / "oci").write_bytes(seccomp.compile_policy(oci))
+    (directory / "oci").write_bytes(filters.compile_policy(oci))
     assert probe("oci", "call", numbers["getppid"]).returncode == -signal.SIGSYS
     for family in (38, 40, HIGH | 40, HIGH | 38):
         assert probe("oci", "call", numbers["socket"], family, 1, 0).stdout == "-13\n"
@@ -398,7 +399,7 @@ def test_custom_and_oci_policies_compile_and_bite(
 
 
 def test_load_in_a_child_process(tmp_path: Path) -> None:
-    program = seccomp.compile_policy(SeccompPolicy.strict())
+    program = filters.compile_policy(SeccompPolicy.strict())
     path = tmp_path / "program"
     path.write_bytes(program)
     code = f"""if True:
@@ -409,7 +410,7 @@ def test_load_in_a_child_process(tmp_path: Path) -> None:
         heavy = {{"subprocess", "pyseccomp", "typing", "dataclasses", "re"}} & set(sys.modules)
         assert not heavy, heavy
         calls.prctl(38, 1)
-        seccomp.load(open({str(path)!r}, "rb").read())
+        filters.load(open({str(path)!r}, "rb").read())
         import os
         print([line for line in open("/proc/self/status") if line.startswith("Seccomp:")])
         try:
@@ -447,15 +448,15 @@ def test_a_long_filter_jumps_far_enough() -> None:
             ],
         }
     )
-    assert len(seccomp.compile_policy(policy)) // 8 > 2 * 256
+    assert len(filters.compile_policy(policy)) // 8 > 2 * 256
 
 
 def test_a_program_that_differs_from_the_policy_is_refused(numbers: dict[str, int]) -> None:
-    arch = seccomp_compile.AUDIT_ARCH_X86_64
+    arch = compiler.AUDIT_ARCH_X86_64
     everything = [(0x06, 0, 0, ALLOW)]
     with pytest.raises(UnsupportedHostError, match="instead of"):
-        seccomp_compile.verify(everything, SeccompPolicy.strict(), numbers, arch)
-    assert seccomp_compile.run_program(everything, arch, 1) == ALLOW
+        compiler.verify(everything, SeccompPolicy.strict(), numbers, arch)
+    assert compiler.run_program(everything, arch, 1) == ALLOW
 
 
 class TestCache:
@@ -464,7 +465,7 @@ class TestCache:
     @pytest.fixture(autouse=True)
     def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        monkeypatch.setattr(seccomp_cache, "_programs", {})
+        monkeypatch.setattr(filter_cache, "_programs", {})
         return tmp_path / "nsbox" / "seccomp"
 
     @pytest.fixture
@@ -475,16 +476,16 @@ class TestCache:
             made.append(policy.name)
             return b"12345678"
 
-        monkeypatch.setattr(seccomp_cache, "_compile_in_child", fake)
+        monkeypatch.setattr(filter_cache, "_compile_in_child", fake)
         return made
 
     def get(self) -> bytes:
-        seccomp_cache._programs.clear()
-        return seccomp_cache.filter_for(SeccompPolicy.strict())
+        filter_cache._programs.clear()
+        return filter_cache.filter_for(SeccompPolicy.strict())
 
     def test_miss_is_compiled_in_a_child_and_kept(self, cache: Path) -> None:
         program = self.get()
-        assert program == seccomp.compile_policy(SeccompPolicy.strict())
+        assert program == filters.compile_policy(SeccompPolicy.strict())
         (file,) = cache.iterdir()
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert stat.S_IMODE(cache.stat().st_mode) == 0o700
@@ -492,7 +493,7 @@ class TestCache:
     def test_hit_is_not_compiled(self, cache: Path, compiled: list[str]) -> None:
         assert self.get() == self.get() == b"12345678"
         assert compiled == ["strict"]
-        seccomp_cache.filter_for(SeccompPolicy.strict())
+        filter_cache.filter_for(SeccompPolicy.strict())
         assert compiled == ["strict"]
 
     @pytest.mark.parametrize("spoil", ["content", "mode", "directory", "link", "fifo", "owner"])
@@ -530,9 +531,9 @@ WITHOUT_LIBSECCOMP = """
 import sys
 from nsbox.errors import UnsupportedHostError
 from nsbox.isolation import seccomp
-from nsbox.policy import SeccompPolicy
+from nsbox.seccomp.policy import SeccompPolicy
 try:
-    seccomp.filter_for(SeccompPolicy.default())
+    filters.filter_for(SeccompPolicy.default())
 except UnsupportedHostError as error:
     print(error.feature, error.hint, error.reason, sep="\\n")
 """

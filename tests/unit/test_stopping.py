@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from tests.support import wait_until
 
-from nsbox.isolation import stopping
+from nsbox.isolation import sigstop
 from nsbox.linux.proc import read_status
 
 
@@ -28,7 +28,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def test_stop_and_go_on(child: int) -> None:
-    stopper = stopping.Stopper(child)
+    stopper = sigstop.Stopper(child)
     stopper.stop()
     wait_until(lambda: is_stopped(child), "it stands still")
     stopper.go_on()
@@ -37,8 +37,8 @@ def test_stop_and_go_on(child: int) -> None:
 
 def test_what_cannot_be_stopped_is_let_go(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with the freezers: nothing stands still half."""
-    monkeypatch.setattr(stopping, "_PASSES", 1)
+    monkeypatch.setattr(sigstop, "_PASSES", 1)
     with pytest.raises(OSError, match="faster than they can be stopped") as info:
-        stopping.Stopper(child).stop()
+        sigstop.Stopper(child).stop()
     assert info.value.errno == errno.EBUSY
     wait_until(lambda: not is_stopped(child), "it goes on")

@@ -26,10 +26,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.support import SLOW_MACHINE, host_program, wait_until
 
-from nsbox import ConfigError, Store, StoreError, seals, sources, trees
-from nsbox.sources import read_source
-from nsbox.store import Entry, remove_tree
-from nsbox.trees import TREE_TIME, UNPACKED_MAX, Manifest, TreeWriter, check_path
+from nsbox import ConfigError, Store, StoreError
+from nsbox.store import integrity, sources
+from nsbox.store import tree as trees
+from nsbox.store.sources import read_source
+from nsbox.store.store import Entry, remove_tree
+from nsbox.store.tree import TREE_TIME, UNPACKED_MAX, Manifest, TreeWriter, check_path
 
 pytestmark = pytest.mark.static
 
@@ -825,14 +827,14 @@ def count_hashing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         hashed.append(tree.what)
         sources.read_directory(tree, fd)
 
-    monkeypatch.setattr(seals, "read_directory", read)
+    monkeypatch.setattr(integrity, "read_directory", read)
     return hashed
 
 
 def test_what_was_hashed_is_hashed_again_only_after_a_change(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seals, "_SETTLED", -(1 << 62))  # as if everything were old
+    monkeypatch.setattr(integrity, "_SETTLED", -(1 << 62))  # as if everything were old
     hashed = count_hashing(monkeypatch)
     source = fill(tmp_path / "src")
     entry = publish(store, source)
@@ -853,7 +855,7 @@ def test_what_changed_a_moment_ago_is_hashed_again(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Two changes within a tick of the clock have the same time of change.
-    monkeypatch.setattr(seals, "_SETTLED", 1 << 62)
+    monkeypatch.setattr(integrity, "_SETTLED", 1 << 62)
     hashed = count_hashing(monkeypatch)
     entry = publish(store, fill(tmp_path / "src"))
     entry.verify()
@@ -888,7 +890,7 @@ def test_get_takes_digests_only(store: Store) -> None:
 
 PUBLISH = """
     import sys, functools, nsbox
-    from nsbox.sources import read_source
+    from nsbox.store.sources import read_source
     store = nsbox.Store(sys.argv[1])
     print(flush=True)
     sys.stdin.readline()
@@ -1000,8 +1002,8 @@ def test_want_of_descriptors_is_told_and_spoils_nothing(store: Store, tmp_path: 
     publish(store, source)
     program = """
         import functools, os, resource, sys, nsbox
-        from nsbox.sources import read_source
-        from nsbox import seals
+        from nsbox.store.sources import read_source
+        from nsbox.store import integrity
         store = nsbox.Store(sys.argv[1])
         add = lambda path: store.add(functools.partial(read_source, path=path), "code")
         add(sys.argv[2])
@@ -1010,7 +1012,7 @@ def test_want_of_descriptors_is_told_and_spoils_nothing(store: Store, tmp_path: 
         done = []
         for free in range(30):
             resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + free, 4096))
-            seals._seals.clear()
+            integrity._seals.clear()
             for path in sys.argv[2:]:
                 try:
                     add(path)
@@ -1041,7 +1043,7 @@ def test_full_disk_is_told_and_leaves_nothing(form: str, store: Store, tmp_path:
         source = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", source))
     program = """
         import functools, os, subprocess, sys, nsbox
-        from nsbox.sources import read_source
+        from nsbox.store.sources import read_source
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "x", sys.argv[1]], check=True)
         os.chmod(sys.argv[1], 0o700)
         try:

@@ -19,12 +19,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nsbox import channel
-from nsbox.channel import Channel
 from nsbox.guest import files, init
 from nsbox.guest import protocol as p
-from nsbox.launcher import wire
+from nsbox.launcher import protocol
 from nsbox.linux.descriptors import MOST_FDS_FROM_INSIDE, close_all, receive_bytes, send_bytes
+from nsbox.supervisor import channel
+from nsbox.supervisor.channel import Channel
 
 pytestmark = pytest.mark.static
 
@@ -367,16 +367,16 @@ def test_message_makes_the_round_trip_with_its_descriptors(
     before = open_descriptors()
     ours, theirs = datagrams()
     null = os.open("/dev/null", os.O_RDONLY)
-    wire.send(ours, message, [null] * count)
+    protocol.send(ours, message, [null] * count)
     os.close(null)
-    received = wire.receive(theirs)
+    received = protocol.receive(theirs)
     assert received is not None
     assert received[0] == message
     assert len(received[1]) == count
     assert not any(os.get_inheritable(fd) for fd in received[1])
     close_all(received[1])
     ours.close()
-    assert wire.receive(theirs) is None
+    assert protocol.receive(theirs) is None
     theirs.close()
     assert open_descriptors() == before
 
@@ -384,28 +384,28 @@ def test_message_makes_the_round_trip_with_its_descriptors(
 def test_largest_message_passes_and_a_larger_one_is_refused() -> None:
     ours, theirs = datagrams()
     with ours, theirs:
-        room = wire.LARGEST - len(json.dumps({"x": ""}))
-        wire.send(ours, {"x": "y" * room})
-        assert wire.receive(theirs) == ({"x": "y" * room}, [])
-        with pytest.raises(ValueError, match=f"{wire.LARGEST + 1} bytes is over the limit"):
-            wire.send(ours, {"x": "y" * (room + 1)})
+        room = protocol.LARGEST - len(json.dumps({"x": ""}))
+        protocol.send(ours, {"x": "y" * room})
+        assert protocol.receive(theirs) == ({"x": "y" * room}, [])
+        with pytest.raises(ValueError, match=f"{protocol.LARGEST + 1} bytes is over the limit"):
+            protocol.send(ours, {"x": "y" * (room + 1)})
         theirs.settimeout(0)
         with pytest.raises(BlockingIOError):
-            wire.receive(theirs)
+            protocol.receive(theirs)
 
 
 def test_largest_message_fits_the_kernels_default_buffer() -> None:
-    assert int(Path("/proc/sys/net/core/wmem_default").read_text()) > wire.LARGEST
+    assert int(Path("/proc/sys/net/core/wmem_default").read_text()) > protocol.LARGEST
 
 
 def test_end_with_messages_unread_is_an_end() -> None:
     ours, theirs = datagrams()
-    wire.send(ours, {"a": 1})
+    protocol.send(ours, {"a": 1})
     theirs.close()  # with an unread message, so that the kernel resets the connection
     with ours:
-        assert wire.receive(ours) is None
+        assert protocol.receive(ours) is None
         with pytest.raises(OSError, match="pipe"):
-            wire.send(ours, {"b": 2})
+            protocol.send(ours, {"b": 2})
 
 
 def test_cut_off_datagram_is_no_message() -> None:

@@ -15,7 +15,7 @@ from nsbox.cli import INTERRUPTED, OWN_FAILURE
 from nsbox.errors import CommandStartError, ConfigError, NsboxError, UnsupportedHostError
 
 if TYPE_CHECKING:
-    from nsbox.result import Protections
+    from nsbox.values.result import Protections
 
 _COMMANDS: Final = {
     "run": ("run", "run_command", "Run a command in a fresh sandbox."),
@@ -134,7 +134,7 @@ def say_missing(protections: Protections) -> None:
     found = protections["proc"].detail
     if not found.startswith("its own, sensitive"):
         # Programs that miss it say something else ("Error, do this: mount -t proc proc /proc").
-        from nsbox.features import host_facts, remedy
+        from nsbox.host.features import host_facts, remedy
 
         known = host_facts()
         facts = dict.fromkeys(known, "") | {"container": known["container"]}  # nothing else failed
@@ -151,7 +151,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, ConfigError | UnsupportedHostError):
         text = _NAMED_FIELD.sub(lambda match: _OPTION_NAMES[match[0]], text, count=1)
     if isinstance(error, UnsupportedHostError) and "allow_missing" not in text:
-        from nsbox.config import ALLOWABLE  # ps and top do without it
+        from nsbox.values.config import ALLOWABLE  # ps and top do without it
 
         if error.feature in ALLOWABLE:
             text += f"; or do without it: --allow-missing {error.feature}"

@@ -10,7 +10,7 @@ from typing import Final
 
 import click
 
-from nsbox import features
+from nsbox.host import features
 
 _WIDTH: Final = 100
 

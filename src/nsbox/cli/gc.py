@@ -25,9 +25,9 @@ def gc_command(store_days: float, store_size: str | None, quiet: bool) -> int:
 
     Code that a living process has published stays, whatever its age.
     """
-    from nsbox.config import parse_size
     from nsbox.isolation.cgroups import Hierarchies, collect_garbage
-    from nsbox.store import Store, default_path
+    from nsbox.store.store import Store, default_path
+    from nsbox.values.config import parse_size
 
     max_bytes = None if store_size is None else parse_size(store_size, "store-size")
     hierarchies = Hierarchies.detect()

@@ -17,19 +17,19 @@ from typing import Any, Final
 
 import click
 
-from nsbox.blanks import set_blanks
 from nsbox.cli.app import echo, say_missing
 from nsbox.cli.options import function_options, make_fields
-from nsbox.environment import ExecutionEnvironment, State
+from nsbox.environment.environment import ExecutionEnvironment, State
 from nsbox.errors import (
     ConfigError,
     EnvironmentStateError,
     FunctionError,
     InvokeTimeout,
 )
-from nsbox.function import Function, FunctionVersion
-from nsbox.guest.python_runtime import PAYLOAD_MAX
-from nsbox.invocation import Invocation
+from nsbox.functions.function import Function, FunctionVersion
+from nsbox.guest.runtime import PAYLOAD_MAX
+from nsbox.supervisor.standby import set_blanks
+from nsbox.values.invocation import Invocation
 
 _FUNCTION_ERROR: Final = 1
 _TIMEOUT: Final = 124

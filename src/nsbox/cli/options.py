@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import click
 
-from nsbox.config import ALLOWABLE, Config, IoMax, Limits, Mount
 from nsbox.errors import ConfigError
-from nsbox.policy import SeccompPolicy
+from nsbox.seccomp.policy import SeccompPolicy
+from nsbox.values.config import ALLOWABLE, Config, IoMax, Limits, Mount
 
 _SECTION: Final = (
     click.option("--memory", metavar="SIZE", help="Memory of everything in it; default 512M."),

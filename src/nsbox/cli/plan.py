@@ -19,9 +19,9 @@ def plan_command(as_json: bool, **options: object) -> int:
 
     A launcher is started for it, which finds out what this host can enforce.
     """
-    from nsbox.blueprint import Blueprint
     from nsbox.launcher.birth import STEPS
-    from nsbox.launcher.client import get_launcher
+    from nsbox.supervisor.launcher import get_launcher
+    from nsbox.supervisor.plan import Blueprint
 
     options.pop("timeout")
     config = make_config(options)

@@ -11,15 +11,15 @@ from typing import Any, Final
 
 import click
 
-from nsbox.blanks import set_blanks
 from nsbox.cli import OWN_FAILURE
 from nsbox.cli.app import explain, say, say_missing
 from nsbox.cli.options import environment_options, make_config
 from nsbox.cli.session import Session
-from nsbox.config import Config, check_argv, parse_seconds
-from nsbox.environment import ExecutionEnvironment
+from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import CommandStartError, ConfigError, NsboxError
-from nsbox.result import Outcome, Result
+from nsbox.supervisor.standby import set_blanks
+from nsbox.values.config import Config, check_argv, parse_seconds
+from nsbox.values.result import Outcome, Result
 
 _TIMEOUT: Final = 124
 _SIGNAL_BASE: Final = 128

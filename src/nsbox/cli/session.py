@@ -3,7 +3,7 @@
 
 A terminal of the host is never handed in: whoever holds one can type into it (TIOCSTI, ioctl_tty
 (2)) once its session ends. Either the command gets a terminal of the environment's own, or pipes.
-What is no terminal `nsbox.streams` hands in, or relays.
+What is no terminal `nsbox.supervisor.streams` hands in, or relays.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from types import FrameType
 from typing import Final
 
 from nsbox.cli.relay import Pump, open_sink
-from nsbox.command import PIPE, Process
-from nsbox.environment import ExecutionEnvironment
+from nsbox.cli.terminal import RawMode, is_foreground, set_window_size, suspend_byte, window_size
+from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import NsboxError
-from nsbox.result import Outcome, Result
-from nsbox.terminal import RawMode, is_foreground, set_window_size, suspend_byte, window_size
+from nsbox.supervisor.process import PIPE, Process
+from nsbox.values.result import Outcome, Result
 
 _FORWARDED: Final = (
     signal.SIGINT,

@@ -24,7 +24,7 @@ from nsbox.cli.ps import (
     megabytes,
     printable,
 )
-from nsbox.terminal import RawMode, is_foreground, window_size
+from nsbox.cli.terminal import RawMode, is_foreground, window_size
 
 _TITLES: Final = ("ID", "STATE", "CPU%", "MEMORY", "PROCS", "AGE", "CODE", "LAUNCHER", "HOST")
 _LEAVE: Final = (b"q", b"Q", b"\x03", b"\x04")  # q, Ctrl-C, Ctrl-D

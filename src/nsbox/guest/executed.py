@@ -6,12 +6,12 @@ from __future__ import annotations
 import functools
 from typing import Final
 
-from nsbox import json_text
-from nsbox.guest import failures, log_setup, python_runtime, standard
+from nsbox.guest import failures, log_setup, runtime, standard
 from nsbox.linux import visibility
+from nsbox.values import json_text
 
 # Each module is made of its source, and each before those that import it.
-_MODULES: Final = (log_setup, failures, json_text, visibility, standard, python_runtime)
+_MODULES: Final = (log_setup, failures, json_text, visibility, standard, runtime)
 _PROGRAM: Final = """import sys
 from types import ModuleType
 for name, source in {!r}:
@@ -28,4 +28,4 @@ def executed_worker(channel: int) -> str:
     for module in _MODULES:
         with open(str(module.__file__), encoding="utf-8") as file:
             sources.append((module.__name__, file.read()))
-    return _PROGRAM.format(sources, python_runtime.EXECUTED_FILE, channel)
+    return _PROGRAM.format(sources, runtime.EXECUTED_FILE, channel)

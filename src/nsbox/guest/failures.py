@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a worker tells that its function has failed, as AWS Lambda's runtime does.
 
-A part of `python_runtime`, and so imports nothing of nsbox.
+A part of `runtime`, and so imports nothing of nsbox.
 """
 
 from __future__ import annotations

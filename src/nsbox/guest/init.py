@@ -20,8 +20,8 @@ from resource import RLIMIT_NOFILE, getrlimit
 
 from nsbox.guest import processes
 from nsbox.guest import protocol as p
+from nsbox.guest.exec import given_actions, open_terminal, spawn, stdio_actions
 from nsbox.guest.files import Failure, read_exactly, serve
-from nsbox.guest.spawn import given_actions, open_terminal, spawn, stdio_actions
 from nsbox.linux import constants as c
 from nsbox.linux.calls import kill_all_others
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes

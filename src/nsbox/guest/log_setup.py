@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Give `logging` in a worker the root handler that AWS Lambda's runtime gives it.
 
-Only when something imports `logging`: that takes 5 ms and a megabyte. A part of `python_runtime`,
+Only when something imports `logging`: that takes 5 ms and a megabyte. A part of `runtime`,
 and so imports nothing of nsbox.
 """
 

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One module per mechanism that shuts an environment in; each knows the kernel, not each other."""
+"""What shuts an environment in: one module per mechanism; each knows the kernel, not the others.
+
+It owns cgroups, namespaces, file system trees, privileges and their read-back. It may import
+`nsbox.linux`; host and launcher both use it.
+"""

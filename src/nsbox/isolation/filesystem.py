@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from nsbox.linux.program import Name, Program
+    from nsbox.linux.prepared import Name, Program
 
 NEW_ROOT = "/newroot"
 """Where a layout has the future root of its environments (`userland`)."""

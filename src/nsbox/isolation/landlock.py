@@ -12,7 +12,7 @@ from nsbox.linux import landlock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from nsbox.linux.program import Program
+    from nsbox.linux.prepared import Program
 
 _SCOPES = landlock.SCOPE_ABSTRACT_UNIX_SOCKET | landlock.SCOPE_SIGNAL
 _ABI_WITH_SCOPES = 6  # Linux 6.12

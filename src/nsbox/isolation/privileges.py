@@ -18,7 +18,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nsbox.linux.program import Program
+    from nsbox.linux.prepared import Program
 
 # capabilities(7), securebits: with these locked no set-user-ID program, no uid change and no
 # ambient set can ever bring a capability back.

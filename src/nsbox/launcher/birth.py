@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 
-from nsbox.isolation import namespaces, userland
+from nsbox.isolation import namespaces, rootfs
 from nsbox.launcher import inside
 from nsbox.launcher.steps import Step
 from nsbox.linux import calls
@@ -94,7 +94,7 @@ class Birth:
         mappings: dict[tuple[int, int], int] = {}
         try:
             for mount in self.known.own_binds:
-                fd = userland.clone_tree(mount["source"], writable=mount["writable"])
+                fd = rootfs.clone_tree(mount["source"], writable=mount["writable"])
                 self.trees[mount["destination"]] = fd
                 if mount["idmapped"]:
                     self._map_owner(fd, mount, mappings)
@@ -137,9 +137,7 @@ def _layout_text(spec: dict[str, Any]) -> str:
     shared = [mount["destination"] for mount in layout["mounts"] if mount["shared"]]
     parts = [layout["rootfs"] or "/usr", *shared]
     etc = (
-        "/etc without what is secret or the host's own"
-        if userland.is_full(layout)
-        else "small /etc"
+        "/etc without what is secret or the host's own" if rootfs.is_full(layout) else "small /etc"
     )
     return (
         "make once, or find, the mount namespace with the read-only userland: "

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The environment's own steps of a birth, in the order in which the kernel needs them.
 
-Each is *prepared* by the template as a list of calls (`nsbox.linux.program`) and made by the clone.
+Each is *prepared* by the template as a list of calls (`nsbox.linux.prepared`), made by the clone.
 The first closes what the clone inherited, the last loads the filter; after it no step may come.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from nsbox.linux.program import Name, Program
+    from nsbox.linux.prepared import Name, Program
 
 # Descriptors that every clone finds under these numbers; all others are the template's own.
 LIFELINE = 3

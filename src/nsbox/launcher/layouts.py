@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 
-from nsbox.isolation import cgroups, etc, filesystem, userland
+from nsbox.isolation import cgroups, etc, filesystem, rootfs
 from nsbox.isolation.namespaces import come_home
 from nsbox.linux import calls
 from nsbox.linux import constants as c
@@ -42,8 +42,8 @@ class KnownSpec:
         self.key = key
         self.spec = spec | {"cgroup_view": places}
         self.layout_key = json.dumps(layout, sort_keys=True)
-        self.sources = userland.sources(layout)
-        self.is_full = userland.is_full(layout)
+        self.sources = rootfs.sources(layout)
+        self.is_full = rootfs.is_full(layout)
         self.own_binds = [
             mount for mount in layout["mounts"] if not mount["shared"] and mount["type"] == "bind"
         ]
@@ -101,7 +101,7 @@ class Layouts:
         if known is None:
             host_files, self._host_files = self._host_files, None
             host_files = (host_files or etc.HostFiles()) if wanted.is_full else None
-            known = (userland.hold(wanted.layout, host_files), stamps, etc_stamps)
+            known = (rootfs.hold(wanted.layout, host_files), stamps, etc_stamps)
             if len(self._held) >= LAYOUTS_KEPT:
                 oldest = next(iter(self._held))
                 os.close(self._held.pop(oldest)[0])
@@ -122,7 +122,7 @@ class Layouts:
         trees: list[int] = []
         try:
             for source, _ in mounts:
-                trees.append(userland.clone_tree(source))
+                trees.append(rootfs.clone_tree(source))
             calls.setns(inside, c.CLONE_NEWNS)
             try:
                 for _, destination in mounts:

@@ -4,7 +4,7 @@
 ROLE is ``launcher`` or ``template`` and HOST the host's pid. SETTING is the launcher's range of
 ids, ``FIRST:COUNT`` or empty, or the template's kind (`nsbox.launcher.template`). PATHs are
 imported from. With -I and -S the interpreter starts without site-packages and user code, three
-times faster. Descriptors are those of `nsbox.launcher.process`, in the order of the calls below.
+times faster. Descriptors are those of `nsbox.launcher.spawn`, in the order of the calls below.
 """
 
 import os

@@ -7,7 +7,7 @@ import errno
 import socket
 
 from nsbox.isolation import readback
-from nsbox.launcher import wire
+from nsbox.launcher import protocol
 from nsbox.launcher.steps import failure
 
 TYPE_CHECKING = False
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any
 
-    from nsbox.launcher.environment import Environment
+    from nsbox.launcher.instance import Environment
 
 
 class Requests:
@@ -37,7 +37,7 @@ class Requests:
     def serve(self) -> bool:
         """Do what is asked; False when the host is gone."""
         try:
-            received = wire.receive(self._channel)
+            received = protocol.receive(self._channel)
         except OSError:
             return True  # no room for the socket of its answer, which is closed
         if received is None:
@@ -80,7 +80,7 @@ class Requests:
 def answer(host: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> bool:
     """Send an answer; False when the host has closed its end."""
     try:
-        wire.send(host, message, fds)
+        protocol.send(host, message, fds)
     except OSError:
         return False
     return True

@@ -20,9 +20,9 @@ import time
 from nsbox.errors import NsboxError
 from nsbox.isolation import cgroups, landlock, namespaces, privileges
 from nsbox.isolation.network import NetworkPool
-from nsbox.launcher import identity, janitor, wire
+from nsbox.launcher import identity, janitor, protocol
 from nsbox.launcher.birth import Birth
-from nsbox.launcher.environment import Environment
+from nsbox.launcher.instance import Environment
 from nsbox.launcher.layouts import KnownSpecs, Layouts
 from nsbox.launcher.requests import Requests, answer, outcome, reply
 from nsbox.launcher.steps import failure
@@ -81,8 +81,8 @@ class Server:
         own_namespace = not identity.is_privileged()
         if own_namespace:
             calls.unshare(c.CLONE_NEWUSER)
-            wire.send(channel, {"kind": "user-namespace", "pid": os.getpid()})
-            if wire.receive(channel) is None:
+            protocol.send(channel, {"kind": "user-namespace", "pid": os.getpid()})
+            if protocol.receive(channel) is None:
                 os._exit(0)
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
@@ -106,7 +106,7 @@ class Server:
         # somebody who removes it.
         self._start_janitor()
         capabilities = self._tree.capabilities()
-        wire.send(
+        protocol.send(
             channel,
             {
                 "kind": "hello",
@@ -211,7 +211,7 @@ class Server:
 
     def _on_request(self) -> None:
         try:
-            received = wire.receive(self._channel)
+            received = protocol.receive(self._channel)
         except OSError:
             return  # no room for its sockets, which are closed: the host reads that as the end
         if received is None:
@@ -219,7 +219,7 @@ class Server:
         request, (control, host_fd) = received
         # Told what it is, it need not ask the kernel.
         host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, host_fd)
-        scarce = wire.scarcity((control, host_fd), is_brief="brief" in request)
+        scarce = protocol.scarcity((control, host_fd), is_brief="brief" in request)
         if scarce is not None:
             count, limit = scarce
             reply(host, {"kind": "no-descriptors", "count": count, "limit": limit})
@@ -277,7 +277,7 @@ class Server:
         self._watch(pidfd, lambda: self._on_exit(environment))
         self._watch_memory(environment)
         if birth.awaits == "taker":
-            self._blanks[pidfd] = time.monotonic() + wire.BLANK_LIFE
+            self._blanks[pidfd] = time.monotonic() + protocol.BLANK_LIFE
         born = {
             "kind": "born",
             "pid": pid,
@@ -359,7 +359,7 @@ class Server:
         host = environment.host
         if host is None:
             return
-        received = wire.receive(host)
+        received = protocol.receive(host)
         if received is None:
             environment.is_let_go = True
             self._settle(environment)
@@ -368,7 +368,7 @@ class Server:
         kind = received[0]["kind"]
         is_blank = self._blanks.pop(environment.pidfd, None) is not None
         if kind == "keep" and is_blank:
-            self._blanks[environment.pidfd] = time.monotonic() + wire.BLANK_LIFE
+            self._blanks[environment.pidfd] = time.monotonic() + protocol.BLANK_LIFE
         elif kind == "furnish":  # who furnishes it has taken it
             mounts = received[0]["mounts"]
             act = functools.partial(self.layouts.furnish, environment.pid, mounts)
@@ -467,7 +467,7 @@ def main(
 
         text = "".join(traceback.format_exception(error))
         try:
-            wire.send(
+            protocol.send(
                 channel,
                 {"kind": "fatal", "text": text[-8192:], **failure("launcher", error)},
             )

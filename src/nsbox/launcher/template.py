@@ -32,13 +32,13 @@ from nsbox.launcher.steps import failure
 from nsbox.linux import calls, image
 from nsbox.linux import constants as c
 from nsbox.linux.descriptors import close_all, receive_message, send_bytes
-from nsbox.linux.program import Name, Program, run
+from nsbox.linux.prepared import Name, Program, run
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-    from nsbox.linux.program import Entry
+    from nsbox.linux.prepared import Entry
 
 
 _THREAD_COUNTS = (
@@ -262,7 +262,7 @@ def _load_runtime(preload: list[str]) -> Runtime:
     """Import what functions' environments begin with: the worker, and what the operator names."""
     from importlib import import_module
 
-    from nsbox.guest import intake, warm
+    from nsbox.guest import bootstrap, prewarm
 
     # A clone has one thread only, and a process of many may not change its mount namespace
     # (setns(2)): what numerical libraries start threads by is told not to.
@@ -274,8 +274,8 @@ def _load_runtime(preload: list[str]) -> Runtime:
     for name in _THREAD_COUNTS:
         del os.environ[name]
     for _ in range(20):
-        warm.warm_up()
-    return Runtime(reset, intake.fork_worker)
+        prewarm.warm_up()
+    return Runtime(reset, bootstrap.fork_worker)
 
 
 def main(lifeline: int, channel: int, kind: str) -> NoReturn:

@@ -8,7 +8,7 @@ import marshal
 import os
 
 from nsbox.errors import SyscallError
-from nsbox.launcher import process, wire
+from nsbox.launcher import protocol, spawn
 from nsbox.linux.descriptors import close_all, receive_message, send_bytes
 
 TYPE_CHECKING = False
@@ -56,9 +56,9 @@ class TemplateProcess:
         self.kind = kind
         self.pending: collections.deque[Birth] = collections.deque()
         self._known: dict[str, None] = {}
-        self._channel, theirs = wire.pair()
+        self._channel, theirs = protocol.pair()
         try:
-            self.pid = process.start("template", words, [lifeline, theirs.fileno()])
+            self.pid = spawn.start("template", words, [lifeline, theirs.fileno()])
         finally:
             theirs.close()
         self.pidfd = os.pidfd_open(self.pid)

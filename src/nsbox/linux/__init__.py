@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The raw kernel: `constants`, `calls` (one function per system call) and `proc` (parsers).
+"""The raw kernel: a function per system call, constants, parsers of /proc, prepared calls.
 
-The lowest room: it knows no policy, writes no log and tries nothing twice. The launcher imports
-it at start-up, so its modules import nothing that is slow to load.
+It owns ctypes and the C extension; it knows no policy, writes no log and tries nothing twice.
+It may import `nsbox.errors`, and nothing that is slow to load: launcher and PID 1 start with it.
 """

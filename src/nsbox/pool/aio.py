@@ -9,13 +9,13 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Self, Unpack
 
-from nsbox.config import Config
-from nsbox.environment import ExecutionEnvironment
+from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import PoolError
-from nsbox.function import Function, FunctionVersion
+from nsbox.functions.function import Function, FunctionVersion
+from nsbox.functions.request import TimedCallOptions
 from nsbox.pool.function import PoolFunction
 from nsbox.pool.warm import WarmPool
-from nsbox.request import TimedCallOptions
+from nsbox.values.config import Config
 
 
 class AsyncWarmPool:

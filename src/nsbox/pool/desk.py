@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 from typing import NoReturn
 
-from nsbox.config import parse_seconds
-from nsbox.credentials import Credentials, Provider, resolve
 from nsbox.errors import PoolError, PoolTimeout, refuse_pickling
-from nsbox.function import FunctionVersion
+from nsbox.functions.credentials import Credentials, Provider, resolve
+from nsbox.functions.function import FunctionVersion
 from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter
+from nsbox.values.config import parse_seconds
 
 
 class Desk:

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from nsbox.environment import ask_to_end
+from nsbox.environment.environment import ask_to_end
 from nsbox.errors import NsboxError
-from nsbox.link import await_farewell
+from nsbox.supervisor.connection import await_farewell
 
 if TYPE_CHECKING:
     from nsbox.pool.house import PoolEntry

@@ -6,7 +6,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from nsbox.invocation import LeftRunning
+from nsbox.values.invocation import LeftRunning
 
 
 class Retirement(enum.Enum):

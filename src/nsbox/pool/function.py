@@ -12,12 +12,11 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Final, Unpack
 
-from nsbox.config import Config, parse_seconds
-from nsbox.credentials import Credentials, Provider
-from nsbox.environment import ExecutionEnvironment
+from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import ConfigError
-from nsbox.function import Function, FunctionVersion
-from nsbox.invocation import Invocation
+from nsbox.functions.credentials import Credentials, Provider
+from nsbox.functions.function import Function, FunctionVersion
+from nsbox.functions.request import CallOptions, PoolOptions, TimedCallOptions
 from nsbox.pool.entries import Waiter
 from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter, env_of
 from nsbox.pool.jobs import Jobs
@@ -25,7 +24,8 @@ from nsbox.pool.judgement import Source
 from nsbox.pool.loop import PoolCalls
 from nsbox.pool.settings import check_count
 from nsbox.pool.shares import Resolve
-from nsbox.request import CallOptions, PoolOptions, TimedCallOptions
+from nsbox.values.config import Config, parse_seconds
+from nsbox.values.invocation import Invocation
 
 _TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
 

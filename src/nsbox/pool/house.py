@@ -13,9 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from nsbox import blanks
-from nsbox.config import Config
-from nsbox.environment import ExecutionEnvironment, State
+from nsbox.environment.environment import ExecutionEnvironment, State
 from nsbox.errors import (
     EnvironmentDied,
     EnvironmentStateError,
@@ -23,10 +21,10 @@ from nsbox.errors import (
     NsboxError,
     PoolClosed,
 )
-from nsbox.function import FunctionVersion
-from nsbox.launcher.wire import BLANK_LIFE
+from nsbox.functions.deployment import kind_of
+from nsbox.functions.function import FunctionVersion
+from nsbox.launcher.protocol import BLANK_LIFE
 from nsbox.linux.proc import has_pending
-from nsbox.outfit import kind_of
 from nsbox.pool import members
 from nsbox.pool.endings import Endings
 from nsbox.pool.entries import Entry, Grant, Waiter
@@ -37,6 +35,8 @@ from nsbox.pool.quick import QuickLeases
 from nsbox.pool.settings import Settings
 from nsbox.pool.shares import Resolve, Share
 from nsbox.pool.watch import Watch
+from nsbox.supervisor import standby
+from nsbox.values.config import Config
 
 PoolGrant = Grant[ExecutionEnvironment, Source]
 PoolEntry = Entry[ExecutionEnvironment, Source]
@@ -368,7 +368,7 @@ class House:
             kinds = [kind_of(source) for source in self._leases.sources()]
             for launcher in {launcher for launcher, _ in kinds}:
                 specs = [spec for _, spec in kinds if spec is not None]
-                blanks.wish(self, launcher, specs, self.settings.blank)
+                standby.wish(self, launcher, specs, self.settings.blank)
         except (NsboxError, OSError) as error:
             # Environments that are needed will say so, too.
             _log.debug("no blank environments: %s", error)
@@ -477,7 +477,7 @@ class House:
         if self._watch is not None:
             self._watch.close()
             self._watch = None
-        blanks.forget(self)
+        standby.forget(self)
         if self._pressure is not None:
             self._pressure.close()
 

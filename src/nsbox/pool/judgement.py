@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from nsbox.config import Config
 from nsbox.errors import ConfigError, FunctionError
-from nsbox.function import FunctionVersion
+from nsbox.functions.function import FunctionVersion
 from nsbox.pool.events import Retirement
+from nsbox.values.config import Config
 
 Source = FunctionVersion | Config
 _HARMLESS: Final = ("", "Runtime.MarshalError", "Function.ResponseSizeTooLarge")

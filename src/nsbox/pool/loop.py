@@ -10,13 +10,13 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, Unpack
 
-from nsbox.credentials import Credentials, Provider, resolve_async
-from nsbox.environment import ExecutionEnvironment
+from nsbox.environment.environment import ExecutionEnvironment
+from nsbox.functions.credentials import Credentials, Provider, resolve_async
+from nsbox.functions.request import PoolOptions
 from nsbox.pool.desk import Desk
 from nsbox.pool.entries import Waiter
 from nsbox.pool.house import PoolGrant, env_of
 from nsbox.pool.judgement import Source
-from nsbox.request import PoolOptions
 
 
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):

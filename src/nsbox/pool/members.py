@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nsbox.call import Answer
-from nsbox.environment import ExecutionEnvironment
-from nsbox.invocation import LeftRunning
-from nsbox.left_running import known
+from nsbox.environment.environment import ExecutionEnvironment
+from nsbox.functions.call import Answer
+from nsbox.functions.left_running import known
+from nsbox.values.invocation import LeftRunning
 
 
 def heard_nothing(env: ExecutionEnvironment) -> bool:

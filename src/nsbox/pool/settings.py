@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nsbox.blanks import MOST
-from nsbox.config import parse_seconds, parse_size
-from nsbox.credentials import CredentialCache, Provider, check_credentials
 from nsbox.errors import ConfigError
+from nsbox.functions.credentials import CredentialCache, Provider, check_credentials
 from nsbox.pool.events import PoolEvent
+from nsbox.supervisor.standby import MOST
+from nsbox.values.config import parse_seconds, parse_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

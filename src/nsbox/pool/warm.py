@@ -14,17 +14,17 @@ import threading
 from collections.abc import Callable
 from typing import Self
 
-from nsbox.config import Config, make_config
-from nsbox.credentials import Provider
 from nsbox.errors import ConfigError, NsboxError
-from nsbox.function import Function, FunctionVersion
-from nsbox.launcher.client import begin_exit
+from nsbox.functions.credentials import Provider
+from nsbox.functions.function import Function, FunctionVersion
 from nsbox.pool.events import PoolEvent
 from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
 from nsbox.pool.house import House
 from nsbox.pool.judgement import Source
 from nsbox.pool.settings import check_count, check_settings
 from nsbox.pool.shares import Resolve
+from nsbox.supervisor.launcher import begin_exit
+from nsbox.values.config import Config, make_config
 
 
 class WarmPool(PoolFunction):

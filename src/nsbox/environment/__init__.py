@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ExecutionEnvironment`, and what is built of one: `run`, programs that answer events.
+
+It owns the states of an environment and which call is allowed in which. It may import
+`nsbox.functions` and the rooms below.
+"""

@@ -1,0 +1,500 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`ExecutionEnvironment`: one isolated environment, from birth to removal; and `run`."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import os
+import sys
+import threading
+import warnings
+import weakref
+from _socket import socket as Socket
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+from nsbox.environment.functions import FunctionMethods, Invocations
+from nsbox.errors import (
+    CleanupError,
+    ConfigError,
+    EnvironmentStateError,
+    LauncherError,
+    NsboxError,
+    UnsupportedHostError,
+)
+from nsbox.functions.deployment import outfit_of
+from nsbox.functions.function import FunctionVersion
+from nsbox.supervisor import standby
+from nsbox.supervisor.channel import RunRequest
+from nsbox.supervisor.connection import Furniture, Link, await_farewell
+from nsbox.supervisor.files import begin_reset, finish_reset, read_file, write_file
+from nsbox.supervisor.launcher import get_launcher
+from nsbox.supervisor.plan import Blueprint, born_layers, interpreter, plan
+from nsbox.supervisor.process import DEVNULL, PIPE, Process, Stream
+from nsbox.values.config import (
+    Config,
+    Word,
+    check_argv,
+    check_environment,
+    check_text,
+    check_window_size,
+    make_config,
+    parse_seconds,
+)
+from nsbox.values.counters import usage_between
+from nsbox.values.result import Protections, Result, Usage
+
+
+class State(enum.Enum):
+    """Where an environment is in its life."""
+
+    READY = "ready"
+    FROZEN = "frozen"
+    DEAD = "dead"
+    """PID 1 is gone, by a limit or from outside; only `close` is left."""
+    CLOSED = "closed"
+
+
+class ExecutionEnvironment(FunctionMethods):
+    """A complete sandbox in which many commands run, one after another or at once.
+
+    Files in its /tmp stay until it is closed; processes do not outlive their command. Use it as a
+    context manager. It may be used from several threads; not from a forked child.
+
+    Attributes:
+        id: Eight hexadecimal digits, as `nsbox ps` shows them.
+        config: What it was made from.
+        pid: Process id of its PID 1, on the host.
+    """
+
+    _is_brief = False
+
+    def __init__(self, config: Config | FunctionVersion | None = None, **fields: object) -> None:
+        """Give birth to an environment and wait until it is locked in.
+
+        Args:
+            config: A `Config`; None is the default one. Or a `FunctionVersion`, to which the
+                environment then belongs for all its life: for `init` and `invoke`.
+            fields: Fields of `Config`, over those of `config`.
+
+        Raises:
+            ConfigError: A value is wrong.
+            UnsupportedHostError: A protection asked for cannot be enforced on this host.
+            SetupError: A step of the birth failed; nothing is left of it.
+            LauncherError: The launcher cannot be started.
+        """
+        self._owner = os.getpid()
+        self._link: Link | None = None
+        self._frozen = False
+        self._protections: Protections | None = None
+        self._close_lock = threading.Lock()
+        self._invocations: Invocations | None = None
+        self._version = version = config if isinstance(config, FunctionVersion) else None
+        furniture: Furniture = ()
+        runtime = ""
+        if isinstance(config, FunctionVersion):
+            outfit = outfit_of(config)
+            runtime, config, furniture = outfit.runtime, outfit.config, outfit.furniture
+        self.config = make_config(config, fields)
+        blueprint, link = self._give_birth(runtime, furniture)
+        self._kind = blueprint.spec if blueprint.may_be_blank else None
+        self.id = link.env_id
+        self.pid = link.pid
+        self._accounts_cpu = blueprint.accounts_cpu
+        self._environment = blueprint.environment
+        self._describe = functools.partial(
+            born_layers, self.config, self._launcher.hello, link, blueprint.layers
+        )
+        self._link = link
+        if version is not None:
+            # In no cycle: a closed environment would hold on to its code until a collection.
+            own = weakref.proxy(self)
+            self._invocations = Invocations(own, version, link, lambda: own.protections)
+            if self._kind is not None:
+                self._invocations.next_kind = (self._launcher, self._kind)
+            try:
+                self._invocations.prepare()
+                # While the launcher binds it to its place; nothing of it is run before.
+                version.verify()
+                link.await_furnished()
+            except BaseException:
+                self.close()
+                raise
+
+    def _give_birth(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
+        self._launcher = get_launcher()
+        try:
+            return self._take(runtime, furniture)
+        except LauncherError:
+            if self._launcher.alive:
+                raise
+        # It died under a birth, of which nothing is left: another one is started.
+        self._launcher = get_launcher()
+        return self._take(runtime, furniture)
+
+    def _take(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
+        blueprint = plan(self.config, self._launcher.hello, runtime)
+        link = standby.take(self._launcher, blueprint.spec, furniture, is_brief=self._is_brief)
+        return blueprint, link
+
+    # -- what users do -------------------------------------------------------------------------
+
+    @property
+    def protections(self) -> Protections:
+        """What is in force, layer by layer."""
+        # No cached_property: before Python 3.12 it has one lock for all threads, which a forked
+        # child finds held for ever when another thread was in it.
+        if self._protections is None:
+            self._protections = Protections(tuple(self._describe()))
+        return self._protections
+
+    @property
+    def state(self) -> State:
+        """The state now; a death is noticed when it is asked for."""
+        if self._link is None:
+            return State.CLOSED
+        if self._owner == os.getpid() and (self._link.is_killed or self._link.note_end()):
+            return State.DEAD
+        return State.FROZEN if self._frozen else State.READY
+
+    def run(
+        self,
+        argv: Sequence[Word],
+        *,
+        input: bytes | None = None,
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        stdin: Stream = None,
+        stdout: Stream = None,
+        stderr: Stream = None,
+        cpu_time: float | None = None,
+        check: bool = False,
+    ) -> Result:
+        """Run a command to its end and return its `Result`.
+
+        When this returns, no process of the command is left, daemons included.
+
+        Args:
+            argv: The command line; the program is looked for in the environment's PATH.
+            input: What the command reads on stdin; nothing by default.
+            timeout: Seconds of wall-clock time, after which it is killed (TIMED_OUT).
+            env: Variables over those of the environment.
+            cwd: Working directory inside, instead of `Config.cwd`.
+            stdin: A file or descriptor for the command, instead of `input`.
+            stdout: A file or descriptor to write to, or `DEVNULL`; captured by default.
+            stderr: As `stdout`.
+            cpu_time: Seconds of CPU time, instead of `Limits.cpu_time` (CPU_TIMED_OUT).
+            check: Raise `CommandFailed` unless it exits with 0.
+
+        Raises:
+            CommandStartError: The program does not exist inside, or cannot be executed.
+            EnvironmentStateError: The environment is closed, frozen or dead.
+            EnvironmentDied: It was ended from outside while the command ran.
+        """
+        if input is not None and stdin is not None:
+            raise ConfigError("input and stdin: give one of them")
+        if input is not None and not isinstance(input, bytes | bytearray | memoryview):
+            raise ConfigError(f"input: must be bytes, got {type(input).__name__}; encode it")
+        seconds = None if timeout is None else parse_seconds(timeout, "timeout")
+        if input:
+            stdin = PIPE
+        streams = (
+            DEVNULL if stdin is None else stdin,
+            PIPE if stdout is None else stdout,
+            PIPE if stderr is None else stderr,
+        )
+        process = self._start(argv, env, cwd, streams, None, cpu_time, announced=False)
+        output_max = self.config.limits.output_max
+        try:
+            result = process.communicate(bytes(input or b""), seconds, int(output_max))
+        except BaseException:
+            # KeyboardInterrupt and the like: the command must not outlive the call.
+            process.close()
+            raise
+        self._replace_blank()
+        return result.check() if check else result
+
+    def popen(
+        self,
+        argv: Sequence[Word],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        stdin: Stream = PIPE,
+        stdout: Stream = PIPE,
+        stderr: Stream = PIPE,
+        tty: tuple[int, int] | None = None,
+        cpu_time: float | None = None,
+    ) -> Process:
+        """Start a command and return it while it runs; several may run at once.
+
+        With `tty` (rows, columns) it gets a terminal of the environment's own as stdin, and as
+        stdout and stderr unless a descriptor is given for them; its master end is `Process.tty`.
+        Raises as `run` does.
+
+        When a command ends, everything is killed that is no descendant of one still running.
+        """
+        if tty is not None:
+            tty = check_window_size(tty)
+            stdin = None
+            stdout, stderr = (None if item == PIPE else item for item in (stdout, stderr))
+        return self._start(argv, env, cwd, (stdin, stdout, stderr), tty, cpu_time, announced=True)
+
+    def _start(
+        self,
+        argv: Sequence[Word],
+        env: Mapping[str, str] | None,
+        cwd: str | None,
+        streams: tuple[Stream, Stream, Stream],
+        tty: tuple[int, int] | None,
+        cpu_time: float | None,
+        *,
+        announced: bool,
+    ) -> Process:
+        command = check_argv(argv)
+        if command[0] == sys.executable and self.config.rootfs is None:
+            command = (interpreter(), *command[1:])
+        limit = self.config.limits.cpu_time
+        if cpu_time is not None:
+            limit = parse_seconds(cpu_time, "cpu_time")
+            if not self._accounts_cpu and "cpu_time" not in self.config.allow_missing:
+                layer = "this host gives no cgroup that counts its CPU time"
+                raise UnsupportedHostError("cpu_time", layer, "See 'nsbox doctor'.")
+        variables = {**self._environment, **check_environment(env)} if env else self._environment
+        directory = self.config.cwd if cwd is None else check_text(cwd, "cwd")
+        if not directory.startswith("/"):
+            raise ConfigError(f"cwd: must be absolute, got {cwd!r}")
+        request = RunRequest(variables, directory, tty, announced=announced)
+        return Process(
+            self._ready_link(),
+            command,
+            request,
+            streams,
+            protections=lambda: self.protections,
+            cpu_time=limit,
+        )
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
+        """Write a regular file inside, as the environment's user.
+
+        It is done by PID 1 within the environment, follows no symbolic link anywhere in `path`
+        and opens no special file.
+
+        Raises:
+            SyscallError: As open(2) or write(2) inside; ELOOP for a link, ENOSPC when /tmp is full.
+            ConfigError: `path` is not absolute, or `mode` has more than permission bits.
+        """
+        write_file(self._ready_link, path, data, mode)
+
+    def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
+        """Read a regular file inside; see `write_file` for what is refused.
+
+        Raises:
+            SyscallError: As open(2) or read(2) inside; EFBIG when it has more than `max_bytes`.
+        """
+        return read_file(self._ready_link, path, max_bytes)
+
+    def freeze(self) -> None:
+        """Stop every process of the environment; nothing in it runs until `thaw`.
+
+        By the cgroup freezer where there is one, else by SIGSTOP to every process.
+        """
+        self._ready_link().request("freeze")
+        self._frozen = True
+
+    def thaw(self) -> None:
+        """Let a frozen environment run again; does nothing to one that is not frozen."""
+        link = self._live_link()
+        if self._frozen:
+            link.request("thaw")
+            self._frozen = False
+
+    def reset(self) -> None:
+        """Take away everything that commands have left, so that others find nothing of theirs.
+
+        Commands that run are killed (KILLED), and every process but PID 1; /tmp, /dev/shm, the
+        tmpfs mounts of the configuration and POSIX queues are emptied; System V ipc and keys are
+        removed. docs/api.md tells what stays. What cannot be taken away ends the environment.
+
+        Raises:
+            EnvironmentStateError: It could not be reset, and was killed; or it is a function's,
+                which has its policy (``Function(reuse="reset")``); or closed, frozen or dead.
+            EnvironmentDied: It was ended from outside meanwhile.
+        """
+        if self._invocations is not None:
+            raise EnvironmentStateError(
+                f"environment {self.id} is a function's: give the Function reuse='reset'"
+            )
+        link = self._ready_link()
+        finish_reset(link, begin_reset(link, self.config))
+
+    def _replace_blank(self) -> None:
+        """Have another environment of this kind born, now that this one has been of use."""
+        kind, self._kind = self._kind, None
+        spare = None if self._invocations is None else self._invocations.take_spare()
+        # While the interpreter finalizes nothing is needed next, and nothing can be imported.
+        if kind is not None and not sys.is_finalizing():
+            standby.refill(self._launcher, kind, spare)
+        elif spare is not None:
+            spare.close()
+
+    def usage(self) -> Usage:
+        """Return the resources used since birth, or until its end, by everything in it."""
+        link = self._own_link()
+        if link.is_killed:
+            link.await_end()
+        return usage_between({}, link.usage(), None)
+
+    def close(self, *, wait: bool = True, grace: float = 0.0) -> None:
+        """Kill everything in it and remove it. May be called again, and in any state.
+
+        Args:
+            wait: Return only when its processes, mounts and cgroups are gone. Otherwise that
+                happens soon after.
+            grace: Seconds that its commands, and the function's worker, have to end by themselves
+                before that: they get SIGTERM, and are waited for no longer than necessary. A frozen
+                one is thawed for it. What a function then writes to its log is not kept.
+
+        Raises:
+            CleanupError: Something could not be removed.
+            ConfigError: `grace` is no number of seconds.
+        """
+        if grace != 0:
+            seconds = parse_seconds(grace, "grace")
+            await_farewell(ask_to_end(self), seconds)
+        with self._close_lock:
+            link, self._link = self._link, None
+        if link is None:
+            return
+        if self._owner != os.getpid():
+            if self._invocations is not None:
+                self._invocations.close()
+            link.close()  # a forked child's copies of the descriptors; it is not its own
+            return
+        if wait:
+            link.begin_end()
+        else:
+            link.closing = True
+            link.kill()
+        if self._invocations is not None:
+            self._invocations.await_idle()
+            self._invocations.close()
+        self._replace_blank()
+        leaked: list[str] = []
+        if wait:
+            if not link.await_end():
+                leaked.append(f"process {self.pid}")
+            leaked += (link.end or {}).get("leaked", [])
+        link.close()
+        if leaked:
+            raise CleanupError(leaked)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_link", None) is not None:
+            try:
+                if self._owner == os.getpid():
+                    warnings.warn(f"{self!r} was not closed", ResourceWarning, 2, source=self)
+            finally:  # where warnings are errors, too
+                self.close(wait=False)
+
+    def __repr__(self) -> str:
+        return f"<nsbox.ExecutionEnvironment {self.id} {self.state.value}>"
+
+    # -- states --------------------------------------------------------------------------------
+
+    def _own_link(self) -> Link:
+        """Return the link, unless the environment is closed or another process's."""
+        if self._owner != os.getpid():
+            raise EnvironmentStateError(
+                f"environment {self.id} belongs to process {self._owner}; this is its forked "
+                f"child {os.getpid()}: make an environment of its own here"
+            )
+        link = self._link
+        if link is None:
+            raise EnvironmentStateError(f"environment {self.id} is closed; make a new one")
+        return link
+
+    def _known_link(self) -> Link:
+        """Return the link, unless the environment is known to be of no use."""
+        link = self._own_link()
+        if link.end is not None or link.is_killed:
+            raise EnvironmentStateError(
+                f"environment {self.id} is dead: {link.describe_end()}; make a new one"
+            )
+        return link
+
+    def _live_link(self) -> Link:
+        link = self._known_link()
+        return self._known_link() if link.note_end() else link
+
+    def _ready_link(self) -> Link:
+        link = self._live_link()
+        if self._frozen:
+            raise EnvironmentStateError(f"environment {self.id} is frozen; call thaw() first")
+        return link
+
+
+def ask_to_end(env: ExecutionEnvironment) -> Socket | None:
+    """SIGTERM everything in an environment that is about to be closed; thaw it for that.
+
+    Returns what `await_farewell` takes; None when there is nothing to wait for.
+    """
+    try:
+        env.thaw()
+        farewell = env._live_link().ask_to_end()
+    except NsboxError:
+        return None  # it is gone, or does not thaw, or is another process's
+    if env._invocations is not None:
+        env._invocations.end_events()
+    return farewell
+
+
+class _BriefEnvironment(ExecutionEnvironment):
+    """Lives for one command, and has room where no other is born any more (`wire.scarcity`)."""
+
+    _is_brief = True
+
+
+def run(
+    argv: Sequence[Word],
+    *,
+    config: Config | None = None,
+    input: bytes | None = None,
+    timeout: float | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    stdin: Stream = None,
+    stdout: Stream = None,
+    stderr: Stream = None,
+    cpu_time: float | None = None,
+    check: bool = False,
+    **fields: object,
+) -> Result:
+    """Run one command in a fresh environment of its own and return its `Result`.
+
+    Takes what `ExecutionEnvironment.run` takes, and the fields of `Config`: ``limits=``,
+    ``mounts=``, ``tmp_size=``, ``network=``, ``seccomp=``, ``rootfs=``, ``allow_missing=``...
+    The environment is dead when this returns, and removed soon after.
+
+    Raises:
+        As `ExecutionEnvironment` and `ExecutionEnvironment.run`.
+    """
+    check_argv(argv)
+    environment = _BriefEnvironment(config, **fields)
+    try:
+        return environment.run(
+            argv, input=input, timeout=timeout, env=env, cwd=cwd, stdin=stdin, stdout=stdout,
+            stderr=stderr, cpu_time=cpu_time, check=check,
+        )  # fmt: skip
+    finally:
+        environment.close(wait=False)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plain program as a function: the event is its input, what it writes is the answer."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING, Final
+
+from nsbox.errors import FunctionError, InvokeTimeout
+from nsbox.functions.function import FunctionVersion
+from nsbox.functions.request import Request
+from nsbox.functions.session import error_payload
+from nsbox.guest import runtime as runtime
+from nsbox.supervisor.connection import Link
+from nsbox.supervisor.files import begin_reset, finish_reset
+from nsbox.values.invocation import Invocation
+from nsbox.values.json_text import decode_answer
+from nsbox.values.result import Outcome, Result
+
+if TYPE_CHECKING:
+    from nsbox.environment.environment import ExecutionEnvironment
+
+_SIGNALED: Final = "Runtime exited with error: signal"
+
+
+def run_program(
+    env: ExecutionEnvironment, link: Link, version: FunctionVersion, request: Request
+) -> Invocation:
+    """Serve one event with a run of the function's command.
+
+    Raises:
+        FunctionError: It failed, or what it wrote is no answer.
+        InvokeTimeout: It took too long; the environment was killed.
+        EnvironmentDied, SetupError: As `ExecutionEnvironment.run`.
+    """
+    function = version.function
+    request_id = str(uuid.uuid4()) if request.request_id is None else request.request_id
+    limit = function.timeout if request.timeout is None else request.timeout
+    begin = time.monotonic()
+    variables = {**dict(version.env), **request.env, "AWS_REQUEST_ID": request_id}
+    result = env.run(function.command or (), input=request.payload, timeout=limit, env=variables)
+    duration = time.monotonic() - begin
+    if request.on_log is not None and result.stderr:
+        request.on_log("stderr", result.stderr)
+    kind, message = _judge(result, request_id, limit)
+    memory = function.limits.memory_max
+    invocation = Invocation(
+        request_id=request_id,
+        payload=error_payload(kind, message) if kind else result.stdout,
+        stderr=result.stderr,
+        duration_seconds=duration,
+        memory_limit_mb=int(memory) >> 20 if memory is not None else None,
+        status="timeout" if result.outcome is Outcome.TIMED_OUT else "error" if kind else "",
+        error_type=kind,
+    )
+    if result.outcome is Outcome.TIMED_OUT:
+        link.kill(f"an invocation timed out after {limit:.2f} seconds")
+        raise InvokeTimeout(message, invocation)
+    if result.outcome is Outcome.OOM_KILLED:
+        link.kill(result.evidence)
+    elif function.reuse == "reset":
+        finish_reset(link, begin_reset(link, version.config))
+    if kind:
+        raise FunctionError(kind, message, (), invocation)
+    return invocation
+
+
+def _judge(result: Result, request_id: str, limit: float) -> tuple[str, str]:
+    """Return the type and message of a program's failure; two empty words for an answer."""
+    if result.outcome is Outcome.TIMED_OUT:
+        return "Sandbox.Timedout", f"Task timed out after {limit:.2f} seconds"
+    prefix = f"RequestId: {request_id} Error: "
+    if result.outcome is Outcome.OOM_KILLED:
+        return "Runtime.OutOfMemory", f"{prefix}{_SIGNALED}: killed ({result.evidence})"
+    if result.outcome is Outcome.OUTPUT_LIMIT or len(result.stdout) > runtime.ANSWER_MAX:
+        return "Function.ResponseSizeTooLarge", runtime.TOO_LARGE
+    if result.returncode < 0:
+        return "Runtime.ExitError", f"{prefix}{_SIGNALED} {-result.returncode}"
+    if result.returncode:
+        status = f"exit status {result.returncode}"
+        return "Runtime.ExitError", f"{prefix}Runtime exited with error: {status}"
+    try:
+        decode_answer(result.stdout)
+    except ValueError as error:
+        return "Runtime.MarshalError", f"The answer is no JSON: {error}"
+    return "", ""

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What follows from a function version for all of its environments, worked out once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import secrets
+import site
+import sys
+import sysconfig
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any, Final
+
+from nsbox.errors import ConfigError
+from nsbox.functions.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
+from nsbox.supervisor.launcher import Launcher, get_launcher
+from nsbox.supervisor.plan import interpreter_prefixes, plan
+from nsbox.values.config import Config
+
+_LOG_STREAM: Final = secrets.token_hex(16)
+"""Stands for the name of the log stream in what is kept; no string of a function's has it."""
+_INITIALIZATION_TYPE: Final = secrets.token_hex(16)
+"""Stands for how it comes to be initialised."""
+
+
+class Outfit:
+    """Made by `outfit_of`.
+
+    Attributes:
+        config: The `Config` that environments of the version are born with.
+        furniture: What is attached to them after their birth: directories of the host, and places.
+        runtime: The kind of template whose clones can serve it (`nsbox.launcher.template.main`).
+        source: The version's own config.
+    """
+
+    def __init__(self, version: FunctionVersion) -> None:
+        """Raises ConfigError when no template can serve it."""
+        self.source = version.config
+        self.runtime = _runtime_of(version.function)
+        places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
+        for path, place in places:
+            for prefix in interpreter_prefixes():
+                if path is not None and f"{prefix}/".startswith(f"{place}/"):
+                    what = "layers" if place == LAYER_ROOT else "code"
+                    raise ConfigError(
+                        f"{what}: their place is {place}, where the Python in use is ({prefix}); "
+                        "use one that is elsewhere"
+                    )
+        self.furniture = [(os.fspath(path), place) for path, place in places if path is not None]
+        self.config = version.config.replace(mounts=version.function.mounts)
+        self._start: tuple[Mapping[str, str], str] | None = None
+
+    def start_text(
+        self,
+        version: FunctionVersion,
+        environment: Mapping[str, str],
+        env_id: str,
+        initialization_type: str,
+    ) -> str:
+        """Return what the worker of an environment is told first, in JSON.
+
+        `environment` has the variables besides the function's own.
+        """
+        known = self._start
+        if known is None or known[0] != environment:
+            known = self._start = (environment, json.dumps(_details(version, environment)))
+        stream = f"{time.strftime('%Y/%m/%d')}/[{version.id}]{env_id}"
+        text = known[1].replace(_LOG_STREAM, stream)
+        return text.replace(_INITIALIZATION_TYPE, initialization_type)
+
+
+_outfits: Final[weakref.WeakKeyDictionary[FunctionVersion, Outfit]] = weakref.WeakKeyDictionary()
+
+
+def outfit_of(version: FunctionVersion) -> Outfit:
+    """Return what follows from `version`; the same object each time.
+
+    Raises:
+        ConfigError: It cannot be served.
+    """
+    known = _outfits.get(version)
+    # Equal versions may lie in different stores.
+    if known is None or known.source is not version.config:
+        known = _outfits[version] = Outfit(version)
+    return known
+
+
+def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Mapping[str, Any] | None]:
+    """Return the launcher, and what blank environments of `source` are made from.
+
+    That is None where there are none: of what binds directories, or has the host's network.
+    """
+    launcher = get_launcher()
+    if isinstance(source, FunctionVersion):
+        outfit = outfit_of(source)
+        blueprint = plan(outfit.config, launcher.hello, outfit.runtime)
+    else:
+        blueprint = plan(source, launcher.hello)
+    return launcher, blueprint.spec if blueprint.may_be_blank else None
+
+
+def _details(version: FunctionVersion, environment: Mapping[str, str]) -> dict[str, Any]:
+    function = version.function
+    limit = function.limits.memory_max
+    told = {
+        "name": function.name,
+        "version": version.id,
+        "arn": f"arn:aws:lambda:local:000000000000:function:{function.name}:{version.id}",
+        "memory": str(int(limit) >> 20 if limit is not None else 0),
+        "log_group": f"/aws/lambda/{function.name}",
+        "log_stream": _LOG_STREAM,
+        "tenant": function.tenant,
+    }
+    variables = {
+        "AWS_LAMBDA_FUNCTION_NAME": told["name"],
+        "AWS_LAMBDA_FUNCTION_VERSION": told["version"],
+        "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": told["memory"],
+        "AWS_LAMBDA_LOG_GROUP_NAME": told["log_group"],
+        "AWS_LAMBDA_LOG_STREAM_NAME": told["log_stream"],
+        "AWS_LAMBDA_INITIALIZATION_TYPE": _INITIALIZATION_TYPE,
+        "LAMBDA_TASK_ROOT": version.config.cwd,
+        "_HANDLER": function.handler or "",
+        "TZ": ":UTC",
+    }
+    return {
+        "handler": function.handler,
+        "path": _module_path(has_rootfs=function.rootfs is not None),
+        "cwd": version.config.cwd,
+        "env": {**environment, **variables, **dict(version.env)},
+        "function": told,
+        "forks": function.reuse == "reset",
+        # One that was executed knows where its own standard library is.
+        "keeps_path": function.start == "exec",
+        "visible": function.reuse != "reset",
+    }
+
+
+def _runtime_of(function: Function) -> str:
+    """Return the kind of template whose clones can serve `function`.
+
+    Raises:
+        ConfigError: None can.
+    """
+    if function.handler is None:
+        # Without root only those templates can be furnished that were executed in the launcher's
+        # user namespace, which the one of commands is older than (ptrace_may_access, mm->user_ns).
+        is_furnished = function.code is not None or function.layers
+        return "python" if function.reuse == "reset" or is_furnished else ""
+    if function.limits.cpu_time is not None:
+        raise ConfigError(
+            "limits: cpu_time is of commands, which end; a handler has its timeout, and cpu_max "
+            "for its share of the processors: leave cpu_time out"
+        )
+    if function.rootfs is not None and function.start == "clone":
+        raise ConfigError(
+            "start: 'clone' is of the host's own interpreter, which does not fit to a rootfs; "
+            "give start='exec'"
+        )
+    return ",".join(["python", *function.preload])
+
+
+@functools.cache
+def _module_path(*, has_rootfs: bool) -> list[str]:
+    """Return sys.path for a handler: its code, its layers, the standard library, site packages."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    own = [TASK_ROOT, f"{LAYER_ROOT}/python", f"{LAYER_ROOT}/python/lib/{version}/site-packages"]
+    if has_rootfs:
+        return own  # and what its own interpreter adds
+    library = os.path.abspath(sysconfig.get_path("stdlib"))
+    # What the handler's interpreter has too: below /usr, or a prefix that is bound.
+    visible = ("/usr/", *(f"{prefix}/" for prefix in interpreter_prefixes()))
+    packages = map(os.path.abspath, site.getsitepackages())
+    return [
+        *(*own, library, f"{library}/lib-dynload"),
+        *(path for path in packages if path.startswith(visible)),
+    ]

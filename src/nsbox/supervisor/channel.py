@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What PID 1 is asked: one operation with a socket of its own, a command, and the worker's place.
+
+What comes back is from inside: frames of fixed size that are checked and not trusted
+(`nsbox.guest.protocol`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from _socket import getdefaulttimeout, socketpair
+from _socket import socket as Socket
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import IO, Final, Self
+
+from nsbox.errors import SetupError, SyscallError
+from nsbox.guest import protocol as p
+from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
+
+ANSWER_DEADLINE: Final = 30.0
+"""Seconds PID 1 may take to start a command, or to answer a file operation."""
+
+
+class BrokenAnswer(ConnectionError):
+    """PID 1 has said what it may not say."""
+
+
+class Channel:
+    """The host's end of one operation of PID 1. What it reads is not trusted."""
+
+    def __init__(
+        self, control: socket.socket, operation: bytes, request: bytes, fds: list[int]
+    ) -> None:
+        """Ask for `operation`; raises OSError when PID 1 is gone."""
+        self.socket, theirs = make_socket()
+        self.socket.settimeout(ANSWER_DEADLINE)
+        is_short = len(request) + 2 <= p.LARGEST_MESSAGE
+        message = operation + (p.HERE + request if is_short else p.ON_CHANNEL)
+        try:
+            try:
+                send_bytes(control, message, [theirs.fileno(), *fds])
+            finally:
+                theirs.close()
+            if not is_short:
+                self._send_request(request)
+        except OSError:
+            self.socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.socket.close()
+
+    def _send_request(self, request: bytes) -> None:
+        # A broken pipe: it refused the request before reading all of it, and its answer says why.
+        with suppress(BrokenPipeError):
+            self.socket.sendall(p.LENGTH.pack(len(request)) + request)
+
+    def has_answer(self) -> bool:
+        """Return whether a whole answer has come, so that `receive_answer` does not wait."""
+        try:
+            data = self.socket.recv(p.ANSWER.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError:
+            return False
+        return len(data) == p.ANSWER.size
+
+    def receive_answer(self) -> tuple[bytes, int, int, int, list[int]]:
+        """Return the kind, three numbers and the descriptors of the next answer.
+
+        Raises:
+            ConnectionError: PID 1 is gone.
+            BrokenAnswer: It has said what it may not say.
+        """
+        data, fds = receive_bytes(self.socket, p.ANSWER.size)
+        while data and len(data) < p.ANSWER.size:
+            more = self.socket.recv(p.ANSWER.size - len(data))
+            if not more:
+                break
+            data += more
+        if len(data) != p.ANSWER.size:
+            close_all(fds)
+            raise ConnectionError("PID 1 is gone")
+        kind, first, second, third = p.ANSWER.unpack(data)
+        if kind == p.FAILED and not (0 <= second < len(p.STAGES) and 0 < first < 4096):
+            close_all(fds)
+            raise BrokenAnswer("PID 1 sent a malformed answer")
+        return kind, first, second, third, fds
+
+
+class RunRequest:
+    """What PID 1 is asked to run, apart from argv and streams.
+
+    Attributes:
+        env: All its environment variables.
+        cwd: Its working directory inside.
+        tty: Rows and columns of its terminal, or None.
+        is_announced: Whether the start is waited for, and not only the end.
+        extra: A descriptor that it gets as number 3, or None.
+    """
+
+    __slots__ = ("cwd", "env", "extra", "is_announced", "tty")
+    operation = p.RUN
+
+    def __init__(
+        self,
+        env: Mapping[str, str],
+        cwd: str,
+        tty: tuple[int, int] | None = None,
+        *,
+        announced: bool,
+        extra: int | None = None,
+    ) -> None:
+        self.env = env
+        self.cwd = cwd
+        self.tty = tty
+        self.extra = extra
+        self.is_announced = announced or tty is not None
+
+    def encode(self, argv: Sequence[str | bytes], stdio: list[bool]) -> bytes:
+        """Return the frame (`guest.protocol.run_request`)."""
+        words = [os.fsencode(word) for word in argv]
+        environment = [os.fsencode(f"{name}={value}") for name, value in self.env.items()]
+        flags = p.ANNOUNCE if self.is_announced else 0
+        given = [*stdio, self.extra is not None]
+        return p.run_request(words, environment, os.fsencode(self.cwd), given, flags, self.tty)
+
+    def arrange(self, given: list[int]) -> list[int]:
+        """Return the descriptors to send, for those that are given as streams."""
+        return given if self.extra is None else [*given, self.extra]
+
+
+def make_pipe(*, to_guest: bool) -> tuple[int, int]:
+    """Return this process's end of a pipe and the other one, which a guest may have.
+
+    Raises:
+        SyscallError: There is no room for it.
+    """
+    try:
+        read, write = os.pipe()
+    except OSError as error:
+        raise SyscallError("pipe2", error.errno or 0) from error
+    ours, theirs = (write, read) if to_guest else (read, write)
+    # So that the command, which has another uid, may open it again as /dev/stdout. Nobody else
+    # gets at it: a pipe has no name but in the /proc/PID/fd of who holds it (proc(5)).
+    os.fchmod(theirs, 0o666)
+    return ours, theirs
+
+
+def make_socket() -> tuple[Socket, Socket]:
+    """Return this process's end of a stream and the other one, which is to be given away.
+
+    Both wait. O_NONBLOCK, which a default timeout of the host program (`socket.setdefaulttimeout`)
+    or sockets in place of Python's (gevent) set, would be set for the other process, too.
+
+    Raises:
+        SyscallError: There is no room for it.
+    """
+    try:
+        # The C half's: Python's own would ask the kernel what they are.
+        ours, theirs = socketpair()
+    except OSError as error:
+        raise SyscallError("socketpair", error.errno or 0) from error
+    if getdefaulttimeout() is not None:
+        ours.setblocking(True)
+        theirs.setblocking(True)
+    return ours, theirs
+
+
+class Workplace:
+    """The host's ends of what a worker has: its socket and its log.
+
+    PID 1 of a function's environment is sent the other ends with its birth, so that its worker
+    waits for nothing but its function.
+
+    Attributes:
+        socket: The worker's (`nsbox.guest.runtime`).
+        stdout, stderr: What it writes, unbuffered.
+    """
+
+    stdout: IO[bytes]
+    stderr: IO[bytes]
+
+    def __init__(self, control: socket.socket) -> None:
+        """Send the other ends to the PID 1 that has, or will have, the other end of `control`.
+
+        Raises:
+            ConnectionError: Nobody has it any more.
+            SetupError: This process has no room for it.
+        """
+        try:
+            with ExitStack() as unsent, ExitStack() as unused:
+                self.socket, theirs = make_socket()
+                unused.callback(self.socket.close)
+                unsent.callback(theirs.close)
+                sent = [theirs.fileno()]
+                for name in ("stdout", "stderr"):
+                    ours, other = make_pipe(to_guest=False)
+                    unsent.callback(os.close, other)
+                    sent.append(other)
+                    stream = os.fdopen(ours, "rb", buffering=0)
+                    unused.callback(stream.close)
+                    setattr(self, name, stream)
+                send_bytes(control, p.WORK, sent)
+                unused.pop_all()
+        except ConnectionError:
+            raise
+        except OSError as error:
+            what = f"the worker's sockets: {error}"
+            raise SetupError("birth", what, errno=error.errno or 0) from error
+
+    def close(self) -> None:
+        """Close all of it; may be called again."""
+        for end in (self.socket, self.stdout, self.stderr):
+            end.close()
+
+
+class EventPlace:
+    """The host's ends of what one event of a reset worker has for itself: its socket and its log.
+
+    Made for each: flags, owners, locks, sizes, times and contents of what is open reach no other.
+
+    Attributes:
+        socket: Event and answer (`nsbox.guest.runtime`).
+        logs: The pipes' descriptors, and of which stream they are.
+        is_unread: Whether it was closed before the event was read whole.
+    """
+
+    __slots__ = ("_theirs", "is_unread", "logs", "socket")
+
+    def __init__(self) -> None:
+        """Make it; `send` is next.
+
+        Raises:
+            SyscallError: This process has no room for it.
+        """
+        self.logs: dict[int, str] = {}
+        self.is_unread = False
+        self.socket, theirs = make_socket()
+        self._theirs = [theirs.detach()]
+        try:
+            self.socket.setblocking(False)
+            for name in ("stdout", "stderr"):
+                ours, other = make_pipe(to_guest=False)
+                self.logs[ours] = name
+                self._theirs.append(other)
+                os.set_blocking(ours, False)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the other ends are gone."""
+        return not self._theirs
+
+    def send(self, to: Socket, frame: bytes) -> None:
+        """Send the other ends along with `frame`.
+
+        Raises:
+            OSError: As `send_bytes`.
+        """
+        try:
+            send_bytes(to, frame, self._theirs)
+        finally:
+            self._close_theirs()
+
+    def _close_theirs(self) -> None:
+        theirs, self._theirs = self._theirs, []
+        close_all(theirs)
+
+    def close(self) -> None:
+        """Close all of it."""
+        self._close_theirs()
+        self.socket.close()
+        close_all(list(self.logs))
+        self.logs = {}

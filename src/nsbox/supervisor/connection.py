@@ -1,0 +1,486 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's end of one environment: its socket to PID 1, the launcher's word, its counters.
+
+From the launcher come the facts (born, gone, status, OOM); from PID 1 only answers to what was
+asked, in frames of fixed size that are checked and not trusted (`nsbox.guest.protocol`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import time
+from _socket import socket as Socket
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, Final
+
+from nsbox.errors import (
+    DescriptorsExhausted,
+    EnvironmentDied,
+    LauncherError,
+    NsboxError,
+    SetupError,
+    SyscallError,
+)
+from nsbox.guest import protocol as p
+from nsbox.isolation import cgroups, readback
+from nsbox.launcher import protocol
+from nsbox.supervisor import reports
+from nsbox.supervisor.channel import BrokenAnswer, Channel, Workplace
+from nsbox.supervisor.launcher import Launcher
+from nsbox.supervisor.requests import END_DEADLINE, Supervision
+from nsbox.values.result import Outcome
+
+BIRTH_DEADLINE: Final = 30.0
+"""Seconds a birth may take."""
+_STEP_HINTS: Final = {
+    "clone": "'nsbox doctor' tells which namespace this host does not allow",
+    "trees": "an idmapped mount needs a file system that supports it (ext4, xfs, btrfs, tmpfs "
+    "since Linux 6.3); allow_missing={'idmapped_mounts'} binds without",
+}
+
+
+_MORE_HERE: Final = (
+    "Close some, or raise the limit: resource.setrlimit(resource.RLIMIT_NOFILE, ...), 'ulimit -n'"
+)
+_MORE_IN_LAUNCHER: Final = (
+    "It takes the hard limit: close some, or raise that, by 'ulimit -Hn' as root or LimitNOFILE= "
+    "of a service"
+)
+
+
+class ForgottenSpec(NsboxError):
+    """The launcher no longer knows a spec by its key: ask again."""
+
+
+Furniture = Sequence[tuple[str, str]]
+"""Directories of the host, and where they are bound read-only inside."""
+Counters = dict[str, int | None]
+"""What `isolation.cgroups.UsageReader` reads; empty where there is no cgroup."""
+
+
+def _setup_error(step: str, number: int, message: str) -> SetupError:
+    return SetupError(step, message, errno=number, hint=_STEP_HINTS.get(step, ""))
+
+
+def _check_ready(word: bytes) -> str:
+    """Return how much of a /proc it has, as the first word of an environment says."""
+    failed = p.parse_failure(word)
+    if failed is not None:
+        raise _setup_error(*failed)
+    if not word:
+        raise SetupError("birth", "the environment was killed before it was ready")
+    return word.decode()
+
+
+class Link:
+    """Made with the birth, closed with the environment. Safe to use from many threads.
+
+    Attributes:
+        env_id: The environment's id.
+        pid: Process id of its PID 1, on the host.
+        host_id: Uid and gid it has outside, as the launcher's user namespace counts them.
+        proc: How much of a /proc it has.
+        closing: Whether the caller has asked for the end.
+        has_callers_id: Whether its user is the caller outside, with all of the caller's rights.
+        running: Who awaits the end of a command, and so the last counters; by `id`.
+        is_killed: Whether this end has killed it.
+        cause: Why it has, for people; empty: it was gone already, or closed.
+        workplace: That of the worker; None in environments that have none.
+        reader: Of what its cgroups count; None where there are none.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        spec: Mapping[str, Any],
+        env_id: str,
+        *,
+        is_brief: bool = False,
+    ) -> None:
+        """Make its sockets. `ask_for_birth` is next, and `await_birth` waits for it.
+
+        Args:
+            launcher: Whom to ask.
+            spec: What the environment is to be (`nsbox.supervisor.plan`).
+            env_id: Its id.
+            is_brief: It is for one command (`wire.scarcity`).
+
+        Raises:
+            SetupError: This process has no room for its sockets.
+            DescriptorsExhausted: It would have none for others.
+        """
+        self.env_id = env_id
+        self.asked_at = time.monotonic()
+        self._launcher = launcher
+        self._spec = spec
+        self._is_brief = is_brief
+        self._supervision = Supervision(launcher, env_id)
+        self.closing = self.is_killed = False
+        self.cause = ""
+        self.running: set[int] = set()
+        self.has_callers_id = launcher.hello["ids"] == "own" or spec["as_caller"]
+        self.workplace: Workplace | None = None
+        self._awaits_furniture = False
+        self.pid = self._pid_inode = 0
+        self._pidfd = -1  # only where pidfds have no inode of their own
+        with ExitStack() as unused:
+            self._control, control = _pair()
+            unused.callback(_close_both, self._control, control)
+            # Where its birth is answered; closed when that is over.
+            self._birth, birth = _pair()
+            unused.callback(_close_both, self._birth, birth)
+            if spec["runtime"]:
+                self.workplace = Workplace(self._control)
+                unused.callback(self.workplace.close)
+            made = [end.fileno() for end in (self._control, control, self._birth, birth)]
+            if self.workplace is not None:
+                made.append(self.workplace.stderr.fileno())
+            scarce = protocol.scarcity(made, is_brief=is_brief)
+            if scarce is not None:
+                raise DescriptorsExhausted("this process", *scarce, _MORE_HERE)
+            self._others = (control, birth)
+            unused.pop_all()
+
+    @property
+    def end(self) -> dict[str, Any] | None:
+        """What the launcher said of its end; None while it lives."""
+        return self._supervision.end
+
+    def ask_for_birth(self, awaits: str = "") -> None:
+        """Ask the launcher for the environment; `awaits` is as in `Launcher.request_birth`.
+
+        With ``"taker"`` nobody needs it yet: the launcher ends it when nobody takes it (`hold`).
+
+        Raises:
+            LauncherError: The launcher is gone.
+        """
+        self.asked_at = time.monotonic()
+        fds = [other.fileno() for other in self._others]
+        try:
+            self._supervision.ask_for_birth(self._spec, fds, awaits, is_brief=self._is_brief)
+        except BaseException:
+            self.close()
+            raise
+        _close_both(*self._others)
+
+    def await_birth(self, furniture: Furniture = ()) -> None:
+        """Wait until the environment is locked in, and see that it is.
+
+        With `furniture` the launcher is told to attach it, which it does meanwhile, and that
+        somebody has taken the environment; `await_furnished` waits for its answer.
+
+        Raises:
+            SetupError: A step failed; nothing is left of it.
+            LauncherError: The launcher is gone.
+            ForgottenSpec: Ask again.
+        """
+        try:
+            word = self._await_ready()
+            if furniture and word and p.parse_failure(word) is None:
+                self._awaits_furniture = True
+                with suppress(OSError):  # it is gone, which is seen next
+                    protocol.send(self._birth, {"kind": "furnish", "mounts": furniture})
+            born = self._hear_of_birth()
+            self.proc = _check_ready(word)
+            self._verify(filtered=bool(self._spec["seccomp"]))
+        except BaseException:
+            self._abandon()
+            raise
+        if not self._awaits_furniture:
+            self._birth.close()
+        self.host_id: int = born["host_id"]
+        absent = self._launcher.absent_files
+        self.reader = cgroups.UsageReader(born["cgroup"], absent) if born["cgroup"] else None
+
+    # -- birth ---------------------------------------------------------------------------------
+
+    def hold(self, kind: str) -> bool:
+        """Tell the launcher to ``claim`` this blank environment for its taker, or ``keep`` it.
+
+        Returns whether that could be told; otherwise it is gone, which its taker will see.
+        """
+        try:
+            protocol.send(self._birth, {"kind": kind})
+        except OSError:
+            return False
+        return True
+
+    def await_furnished(self) -> None:
+        """Wait until all of the furniture is in its place.
+
+        Raises:
+            SetupError: A source is gone, or a mount was refused.
+            EnvironmentDied: The environment is gone.
+        """
+        if self._awaits_furniture:
+            self._awaits_furniture = False
+            answer = None
+            with self._birth, suppress(OSError):
+                if protocol.is_readable(self._birth.fileno(), END_DEADLINE):
+                    received = protocol.receive(self._birth)
+                    answer = None if received is None else received[0]
+            self._check_answer("furnish", answer)
+
+    def _await_ready(self) -> bytes:
+        """Return the environment's own first word, b"" when it ended without one.
+
+        Every other copy of its end is closed by then, so that its death reads as the end.
+        """
+        if not protocol.is_readable(self._control.fileno(), BIRTH_DEADLINE):
+            raise SetupError("birth", f"not over after {BIRTH_DEADLINE:g} seconds")
+        try:
+            return self._control.recv(p.LARGEST_MESSAGE)
+        except ConnectionError:
+            return b""
+
+    def _hear_of_birth(self) -> dict[str, Any]:
+        """Return the launcher's report on the clone; it comes at about the same time."""
+        if not protocol.is_readable(self._birth.fileno(), BIRTH_DEADLINE):
+            raise SetupError("birth", f"the launcher was silent for {BIRTH_DEADLINE:g} seconds")
+        try:
+            received = protocol.receive(self._birth)
+        except OSError as error:
+            raise SetupError("birth", str(error), errno=error.errno or 0) from error
+        if received is None:
+            words = self._launcher.last_words()
+            self._launcher.is_lost = True
+            raise LauncherError(f"the launcher died during the birth. {words}")
+        message, fds = received
+        if message["kind"] == "born":
+            self.pid, self._pid_inode = message["pid"], message["inode"]
+            if fds:
+                self._pidfd = fds[0]
+            return message
+        if message["kind"] == "unknown-spec":
+            self._launcher.forget_spec(self._spec)
+            raise ForgottenSpec(self.env_id)
+        if message["kind"] == "no-descriptors":
+            count, limit = message["count"], message["limit"]
+            raise DescriptorsExhausted("nsbox's launcher", count, limit, _MORE_IN_LAUNCHER)
+        raise _setup_error(message["step"], message["errno"], message["message"])
+
+    def _abandon(self) -> None:
+        """Close a link whose birth failed, when nothing is left of the environment."""
+        if self.pid:
+            self.kill()
+            self.await_end()
+        self.close()
+
+    def _verify(self, *, filtered: bool) -> None:
+        try:
+            missing = readback.missing_lock(self.pid, filtered=filtered)
+        except OSError:
+            self.request("verify")  # /proc hides it from us (hidepid), not from its launcher
+            return
+        if missing:
+            raise SetupError("verify", f"its status does not say {missing!r}")
+
+    # -- PID 1 ---------------------------------------------------------------------------------
+
+    def ask(self, operation: bytes, request: bytes, fds: list[int]) -> Channel:
+        """Ask PID 1 for an operation; its answer is on the channel.
+
+        Raises:
+            EnvironmentDied: PID 1 is gone, or does not listen.
+        """
+        try:
+            return Channel(self._control, operation, request, fds)
+        except OSError as error:
+            if self.closing or isinstance(error, ConnectionError | TimeoutError):
+                raise self.died(error) from error
+            call = "sendmsg" if error.errno == errno.ETOOMANYREFS else "socketpair"
+            raise SyscallError(call, error.errno or 0) from error
+
+    def died(self, cause: OSError) -> EnvironmentDied:
+        """Return the exception for an operation under which PID 1 went away or fell silent."""
+        if isinstance(cause, TimeoutError):
+            self.kill("PID 1 did not answer")
+        elif isinstance(cause, BrokenAnswer):
+            self.kill(str(cause))
+        else:
+            self.kill()  # it is gone already
+        if not isinstance(cause, TimeoutError):
+            self.await_end()
+        what = f"environment {self.env_id}: {self.describe_end()}"
+        return EnvironmentDied(what, self.end_outcome())
+
+    def ask_to_end(self) -> Socket:
+        """SIGTERM everything in it; return what `await_farewell` takes.
+
+        Raises:
+            EnvironmentDied: PID 1 is gone.
+        """
+        self.closing = True  # before the signal: no command is said to have been ended by others
+        return self.ask(p.TERMINATE, b"", []).socket
+
+    def kill(self, cause: str = "") -> None:
+        """SIGKILL PID 1, and so everything in the environment.
+
+        `cause` is what `describe_end` will say; the first one stands, while it lives.
+        """
+        if not self.is_killed and self.end is None:
+            self.cause = cause
+        self.is_killed = True
+        self.send_kill()
+
+    def send_kill(self) -> None:
+        """SIGKILL PID 1, and note nothing: as anybody outside could."""
+        try:
+            pidfd = self.open_pidfd()
+        except ProcessLookupError:
+            return
+        except OSError:  # no room for a descriptor here; the launcher has one
+            with suppress(OSError):
+                self._supervision.tell("kill")
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+
+    def begin_end(self) -> None:
+        """Have the environment end; `await_end` waits for it."""
+        self.closing = True
+        self._supervision.begin_end(is_reported=bool(self.running))
+        self.kill()  # whatever the launcher is doing just now
+
+    # -- the launcher --------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Descriptor that is readable when PID 1 has ended; -1 once this is closed."""
+        return self._control.fileno()
+
+    def request(self, kind: str) -> None:
+        """Have the launcher do something to the environment.
+
+        Raises:
+            SetupError: It could not.
+            EnvironmentDied: The environment is gone.
+            SyscallError: This process has no room for a socket.
+        """
+        self._check_answer(kind, self._supervision.request(kind))
+
+    def _check_answer(self, kind: str, answer: Mapping[str, Any] | None) -> None:
+        if answer is None or answer["kind"] == "gone":
+            self.kill()
+            self.await_end()
+            raise EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}")
+        if answer["kind"] == "failed":
+            raise SetupError(kind, answer["message"], errno=answer["errno"])
+
+    def note_end(self) -> bool:
+        """Whether PID 1 is gone; then `end` is told, which it is a moment later."""
+        fd = self._control.fileno()
+        # It says nothing but its first word.
+        if self.end is None and fd >= 0 and protocol.is_readable(fd, 0):
+            self.await_end()
+        return self.end is not None
+
+    def await_end(self) -> bool:
+        """Wait for the end of a killed environment; False when it does not come."""
+        self._supervision.await_end()
+        if self.end is not None and "launcher" in self.end:
+            return self._await_death()  # nobody else can say it
+        return self.end is not None
+
+    def _await_death(self) -> bool:
+        try:
+            pidfd = self.open_pidfd()
+        except ProcessLookupError:
+            return True
+        try:
+            return protocol.is_readable(pidfd, END_DEADLINE)
+        finally:
+            os.close(pidfd)
+
+    def describe_end(self) -> str:
+        """Say how the environment ended, for people."""
+        return reports.describe_end(self.end or {}, self.cause, closing=self.closing)
+
+    def end_outcome(self) -> Outcome | None:
+        """Return what its end was, as far as the launcher has told; None: it has not."""
+        return reports.end_outcome(self.end or {}, self.cause if self.is_killed else "")
+
+    def open_pidfd(self) -> int:
+        """Return a descriptor, for the caller to close, that is readable when PID 1 has ended.
+
+        None is kept: thousands of environments would have as many. Another process that has got
+        the number of PID 1 since has another inode (Linux 6.9; before, one is kept).
+
+        Raises:
+            ProcessLookupError: It is gone.
+            OSError: There is no room for it.
+        """
+        if self._pidfd >= 0:
+            return os.dup(self._pidfd)
+        if not self.pid:
+            raise ProcessLookupError(errno.ESRCH, "it was not born")
+        pidfd = os.pidfd_open(self.pid)
+        if os.fstat(pidfd).st_ino != self._pid_inode:
+            os.close(pidfd)
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+        return pidfd
+
+    def close(self) -> None:
+        """Close the descriptors; the launcher then kills and removes what is left."""
+        self._supervision.close()
+        _close_both(self._control, self._birth)
+        _close_both(*self._others)
+        self.drop_workplace()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def drop_workplace(self) -> None:
+        """Close what a clone of a worker has been given."""
+        if self.workplace is not None:
+            self.workplace.close()
+
+    # -- accounting ----------------------------------------------------------------------------
+
+    def usage(self) -> Counters:
+        """Return everything that can be read of its cgroups now; at its end, what was read then."""
+        if self.end is not None:
+            return self.end.get("usage") or {}
+        try:
+            return {} if self.reader is None else self.reader.read()
+        except OSError:
+            return {}  # they have just been removed
+
+    def counters(self) -> Counters:
+        """Return what only grows, and what it costs less to read."""
+        try:
+            return {} if self.reader is None else self.reader.counters()
+        except OSError:
+            return {}
+
+    def cpu_usec(self) -> int | None:
+        """Return the CPU time used so far, in microseconds."""
+        try:
+            return None if self.reader is None else self.reader.cpu_usec()
+        except OSError:
+            return None
+
+
+def await_farewell(farewell: Socket | None, seconds: float) -> None:
+    """Wait until all that was asked to end has ended, or the time is over; close `farewell`."""
+    if farewell is not None:
+        try:
+            protocol.is_readable(farewell.fileno(), seconds)
+        finally:
+            farewell.close()
+
+
+def _pair() -> tuple[socket.socket, Socket]:
+    try:
+        return protocol.pair()
+    except OSError as error:
+        raise SetupError("birth", f"socketpair: {error}", errno=error.errno or 0) from error
+
+
+def _close_both(first: Socket, second: Socket) -> None:
+    first.close()
+    second.close()

@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side of the launcher: start it once, ask it for births, notice its death.
+
+The host process never forks: it may have forty threads. The launcher is started by
+posix_spawn(3) with an empty environment, in a session of its own (Ctrl-C is not for it).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import importlib.util
+import logging
+import os
+import select
+import socket
+import sys
+import threading
+from _socket import socket as Socket
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from typing import Any, Final
+
+import nsbox
+from nsbox.errors import (
+    ConfigError,
+    EnvironmentDied,
+    EnvironmentStateError,
+    LauncherError,
+    PoolClosed,
+    SetupError,
+    UnsupportedHostError,
+)
+from nsbox.launcher import protocol, spawn
+from nsbox.linux import proc
+from nsbox.supervisor.idmaps import write_launcher_maps
+
+_log = logging.getLogger("nsbox")
+
+START_DEADLINE: Final = 30.0
+"""Seconds the launcher may take to say hello."""
+_FAREWELL: Final = 5.0  # seconds the interpreter waits at its exit until all is removed
+_SPECS_NOTED: Final = 1024
+_REAP: Final = 1.0  # seconds from the launcher's last word to its exit status
+
+
+class Launcher:
+    """A running launcher process.
+
+    Attributes:
+        hello: What it found out about this host (see `nsbox.launcher`).
+        pid: Its process id.
+        is_lost: Whether somebody has seen its end before the kernel tells it.
+        companions: What is closed with it: blank environments by key of their spec.
+        absent_files: Control files that cgroups of its environments do not have (`UsageReader`).
+    """
+
+    def __init__(self) -> None:
+        """Start a launcher and wait for its hello.
+
+        Raises:
+            UnsupportedHostError: A user or mount namespace cannot be made here.
+            LauncherError: It did not start.
+        """
+        if not hasattr(select, "poll"):
+            raise LauncherError(
+                "select.poll is gone, by which nsbox waits: eventlet's monkey_patch() takes it "
+                "away; use threads, asyncio or gevent (docs/frameworks.md)"
+            )
+        self._owner = os.getpid()
+        self._specs_sent: set[str] = set()
+        self.is_lost = False
+        self.companions: dict[str, deque[Any]] = {}
+        self.absent_files: set[object] = set()
+        self._lock = threading.Lock()
+        self._lock_of_requests = threading.Lock()
+        try:
+            with ExitStack() as given, ExitStack() as kept:
+                self._channel, theirs = protocol.pair()
+                kept.callback(self._channel.close)
+                given.callback(theirs.close)
+                # Births may have to wait for their turn, all else that is asked does not.
+                self._requests, their_requests = protocol.pair()
+                kept.callback(self._requests.close)
+                given.callback(their_requests.close)
+                self._done, done_write = os.pipe()
+                kept.callback(os.close, self._done)
+                given.callback(os.close, done_write)
+                self.pid = _spawn(theirs.fileno(), their_requests.fileno(), done_write)
+                self._pidfd = os.pidfd_open(self.pid)
+                kept.pop_all()
+        except OSError as error:
+            raise LauncherError(f"the launcher could not be started: {error}") from error
+        try:
+            self.hello = self._await_hello()
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_hello(self) -> dict[str, Any]:
+        self._channel.settimeout(START_DEADLINE)
+        while True:
+            try:
+                received = protocol.receive(self._channel)
+            except TimeoutError:
+                raise LauncherError(
+                    f"the launcher said nothing for {START_DEADLINE:g} seconds"
+                ) from None
+            if received is None:
+                raise LauncherError("the launcher ended before it said hello")
+            message = received[0]
+            if message["kind"] == "user-namespace":
+                self._write_maps(message["pid"])
+            elif message["kind"] == "fatal":
+                _raise_start_failure(message)
+            else:
+                self._channel.settimeout(None)
+                return message
+
+    def _write_maps(self, pid: int) -> None:
+        try:
+            write_launcher_maps(pid)
+            protocol.send(self._channel, {"kind": "mapped"})
+        except (OSError, UnsupportedHostError) as error:
+            # Files of a process that ends meanwhile are gone, or root's (proc(5)).
+            if isinstance(error, UnsupportedHostError) and self.alive:
+                raise
+            raise LauncherError(f"the launcher's id maps could not be written: {error}") from error
+
+    @property
+    def alive(self) -> bool:
+        """Whether this process started it and it still runs."""
+        if self.is_lost or self._owner != os.getpid():
+            return False
+        # The kernel closes a dying process's files before its pidfd says that it is dead: the
+        # socket's hang-up comes first, and nobody else is asked in vain meanwhile.
+        with self._lock:
+            if self._channel.fileno() < 0:
+                return False  # closed by another thread
+            poll = select.poll()
+            poll.register(self._pidfd, select.POLLIN)
+            poll.register(self._channel, 0)  # POLLHUP is always told
+            return not poll.poll(0)
+
+    def request_birth(
+        self,
+        env_id: str,
+        spec: Mapping[str, Any],
+        fds: Sequence[int],
+        awaits: str = "",
+        *,
+        is_brief: bool = False,
+    ) -> None:
+        """Ask for an environment.
+
+        Args:
+            env_id: Its id.
+            spec: What it is to be.
+            fds: Its control socket, and where the answer is to come.
+            awaits: What is to come on that socket after the answer: ``"taker"``, ``"furniture"``,
+                or nothing. Until then the environment ends when this end of it is closed.
+            is_brief: It is for one command (`wire.scarcity`).
+
+        The spec itself travels once, its key always. The launcher may forget it ("unknown-spec"):
+        then `forget_spec` and ask again.
+
+        Raises:
+            ConfigError: The configuration is too large for one message.
+            LauncherError: The launcher is gone.
+            SetupError: The kernel takes no message with descriptors now (ETOOMANYREFS).
+        """
+        key = spec["key"]
+        message: dict[str, Any] = {"id": env_id, "key": key, "awaits": awaits}
+        if is_brief:
+            message["brief"] = True
+        if key not in self._specs_sent:
+            message["spec"] = spec
+        try:
+            with self._lock:
+                protocol.send(self._channel, message, fds)
+        except ValueError as error:
+            raise ConfigError(f"the configuration is too large: {error}") from error
+        except ConnectionError as error:
+            raise LauncherError(f"the launcher is gone: {error}") from error
+        except OSError as error:
+            if error.errno == errno.EBADF:  # closed by another thread
+                raise LauncherError(f"the launcher is gone: {error}") from error
+            text = error.strerror or str(error)
+            raise SetupError("birth", text, errno=error.errno or 0) from error
+        if len(self._specs_sent) >= _SPECS_NOTED:
+            self._specs_sent.clear()
+        self._specs_sent.add(key)
+
+    def ask(self, kind: str, env_id: str, answer: Socket | None = None, **details: object) -> None:
+        """Ask something of an environment that was born; it is answered on `answer`.
+
+        Raises:
+            OSError: The launcher is gone, or another process's.
+        """
+        if self._owner != os.getpid():
+            raise ProcessLookupError(errno.ESRCH, "the launcher is the parent process's")
+        fds = [] if answer is None else [answer.fileno()]
+        with self._lock_of_requests:
+            protocol.send(self._requests, {"kind": kind, "id": env_id, **details}, fds)
+
+    def forget_spec(self, spec: Mapping[str, Any]) -> None:
+        """Have the next `request_birth` send the spec again."""
+        self._specs_sent.discard(spec["key"])
+
+    def last_words(self) -> str:
+        """Return what a launcher that failed has said of it, or ""."""
+        with self._lock:
+            if self._channel.fileno() < 0 or not protocol.is_readable(self._channel.fileno(), 0.1):
+                return ""
+            received = protocol.receive(self._channel)
+        return "" if received is None else str(received[0].get("text", ""))
+
+    def close(self) -> None:
+        """End the launcher and wait until nothing of it or its environments is left."""
+        self._close_companions()
+        for channel, lock in (
+            (self._channel, self._lock),
+            (self._requests, self._lock_of_requests),
+        ):
+            with suppress(OSError):  # it is gone already
+                # Ends a send that waits for room; only then is nobody else at the descriptor.
+                channel.shutdown(socket.SHUT_RDWR)
+            with lock:
+                channel.close()
+        # EOF comes when the launcher and its janitor are both gone.
+        if not protocol.is_readable(self._done, _FAREWELL):
+            _log.warning("the launcher %d had not cleaned up after %g s", self.pid, _FAREWELL)
+        os.close(self._done)
+        self._reap()
+        os.close(self._pidfd)
+
+    def _reap(self) -> None:
+        # Its descriptors are closed a moment before it can be reaped.
+        protocol.is_readable(self._pidfd, _REAP)
+        # A SIGCHLD handler of the host program may have taken it.
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+
+    def _close_companions(self) -> None:
+        while self.companions:
+            for companion in self.companions.popitem()[1]:
+                companion.close()
+
+    def abandon(self) -> None:
+        """Close the descriptors only: in a forked child of the host, whose launcher it is not."""
+        self._close_companions()
+        self._channel.close()
+        self._requests.close()
+        for fd in (self._done, self._pidfd):
+            os.close(fd)
+
+
+def import_paths() -> list[str]:
+    """Return the directories that hold nsbox and the extension modules the launcher imports.
+
+    Raises:
+        LauncherError: A package is not installed.
+    """
+    paths = [os.path.dirname(os.path.dirname(os.path.abspath(nsbox.__file__)))]
+    for name, remedy in (("_prctl", "python-prctl"), ("cgroupspy", "cgroupspy")):
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:
+            raise LauncherError(f"the package {remedy} is not installed; pip install {remedy}")
+        directory = os.path.dirname(found.origin)
+        paths.append(os.path.dirname(directory) if found.submodule_search_locations else directory)
+    return list(dict.fromkeys(paths))
+
+
+def _spawn(channel: int, requests: int, done: int) -> int:
+    if not sys.executable:
+        raise LauncherError("sys.executable is not set: nsbox needs the interpreter's path")
+    id_range = os.environ.get("NSBOX_ID_RANGE", "")
+    if id_range:
+        _check_id_range(id_range)
+    words = [str(os.getpid()), id_range, *import_paths()]
+    return spawn.start("launcher", words, [channel, requests, done])
+
+
+def _check_id_range(text: str) -> None:
+    first, _, count = text.partition(":")
+    if not (first.isdigit() and count.isdigit()) or int(first) < 1 or int(count) < 1:
+        raise ConfigError(f"NSBOX_ID_RANGE: {text!r} is not FIRST:COUNT, such as 1879048192:65536")
+
+
+def _raise_start_failure(message: dict[str, Any]) -> None:
+    if proc.CHROOT in message["message"] or (
+        "unshare" in message["message"] and proc.is_in_chroot()
+    ):
+        raise UnsupportedHostError("namespace.user", proc.CHROOT, LEAVE_CHROOT)
+    if "unshare" in message["message"]:
+        raise UnsupportedHostError(
+            "namespace.user",
+            message["message"],
+            "Unprivileged user namespaces are switched off here; 'nsbox doctor' names the remedy.",
+        )
+    raise LauncherError(f"the launcher failed to start: {message['message']}\n{message['text']}")
+
+
+LEAVE_CHROOT: Final = (
+    "Start it outside, or make that directory a root with bwrap or systemd-nspawn."
+)
+
+
+class _Holder:
+    """This process's launcher, if one runs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._launcher: Launcher | None = None
+
+    def get(self) -> Launcher:
+        with self._lock:
+            if self._launcher is not None and not self._launcher.alive:
+                words = self._launcher.last_words()
+                told = f": {words.strip()}" if words else ""
+                _log.warning(
+                    "the launcher %d has died; starting another%s", self._launcher.pid, told
+                )
+                self._close()
+            if self._launcher is None:
+                self._launcher = Launcher()
+            return self._launcher
+
+    def running(self) -> Launcher | None:
+        with self._lock:
+            launcher = self._launcher
+            return launcher if launcher is not None and launcher.alive else None
+
+    def shutdown(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            launcher.close()
+
+    def forget(self) -> None:
+        """In a forked child: the launcher is the parent's, and another thread had the lock."""
+        self._lock = threading.Lock()
+        launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            launcher.abandon()
+
+
+_holder = _Holder()
+
+
+def get_launcher() -> Launcher:
+    """Return this process's launcher, started on first use and anew when it has died.
+
+    Raises:
+        As `Launcher`.
+    """
+    return _holder.get()
+
+
+def running_launcher() -> Launcher | None:
+    """Return this process's launcher if it runs."""
+    return _holder.running()
+
+
+def shutdown() -> None:
+    """End the launcher and with it every environment of this process; both start anew on use."""
+    _holder.shutdown()
+
+
+_ENDED_BY_EXIT: Final = (
+    EnvironmentDied,
+    EnvironmentStateError,
+    LauncherError,
+    PoolClosed,
+    SetupError,
+)
+_is_ending = False
+
+
+def begin_exit() -> None:
+    """Have no traceback printed of calls that the end of the interpreter ends.
+
+    At that point only daemon threads are left, which are ended in the middle of what they do. One
+    that was waiting in a call of nsbox has that raised first: its `except` and `finally` run, as
+    ever; what it does not catch is no news. Everything else goes to `threading.excepthook` as it
+    was. May be called again.
+    """
+    global _is_ending  # noqa: PLW0603 - an interpreter ends once
+    if _is_ending:
+        return
+    _is_ending = True
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, _ENDED_BY_EXIT):
+            before(args)
+
+    threading.excepthook = hook
+
+
+@atexit.register
+def _exit() -> None:
+    begin_exit()
+    shutdown()
+
+
+os.register_at_fork(after_in_child=_holder.forget)

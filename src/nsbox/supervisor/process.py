@@ -1,0 +1,496 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command in an environment: its channel to PID 1, its streams, and the verdict on its end."""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import IO, Any, Final, NoReturn, Self
+
+from nsbox.errors import ConfigError, EnvironmentDied, SyscallError, refuse_pickling
+from nsbox.guest import protocol as p
+from nsbox.linux.descriptors import close_all
+from nsbox.linux.proc import pidfd_number
+from nsbox.supervisor.channel import BrokenAnswer, Channel, RunRequest, Workplace, make_pipe
+from nsbox.supervisor.connection import Counters, Link
+from nsbox.supervisor.evidence import Verdict, judge_signal, start_error
+from nsbox.supervisor.reports import exit_code
+from nsbox.supervisor.streams import NAMES, Relays, descriptor_of, gives_more
+from nsbox.values.counters import oom_evidence, usage_between
+from nsbox.values.result import Outcome, Protections, Result
+
+PIPE: Final = -1
+"""Make a pipe, whose other end is an attribute of the `Process`."""
+DEVNULL: Final = -3
+"""Give the command the environment's own /dev/null."""
+
+KILL_DEADLINE: Final = 5.0
+"""Seconds PID 1 may take to end a killed command before the whole environment is killed."""
+_CHUNK: Final = 1 << 16
+_LEAST_CPU_WAIT: Final = 0.01
+_CLOSED: Final = "its environment was closed"
+
+Stream = int | IO[Any] | None
+
+
+class Process:
+    """A command that runs in an environment; made by `ExecutionEnvironment.popen`.
+
+    Attributes:
+        argv: Its command line.
+        pid: Its process id inside the environment.
+        stdin, stdout, stderr: Unbuffered binary files where a pipe was asked for, else None.
+        tty: Descriptor of the terminal's master end when one was asked for, else -1. Owned by
+            this object until `close`.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        argv: tuple[str, ...],
+        request: RunRequest | Workplace,
+        streams: tuple[Stream, Stream, Stream] = (None, None, None),
+        *,
+        protections: Callable[[], Protections],
+        cpu_time: float | None = None,
+    ) -> None:
+        """Start `argv` with `streams`; or, given a workplace, take its worker for the command."""
+        self._protections = protections
+        self._link = link
+        self.argv = argv
+        self.pid = 0
+        self.tty = -1
+        self.stdin: IO[bytes] | None = None
+        self.stdout: IO[bytes] | None = None
+        self.stderr: IO[bytes] | None = None
+        self._verdict: Verdict | None = None
+        self._result: Result | None = None
+        self._death: Exception | None = None
+        self._killed_at: float | None = None
+        self._cpu_time = cpu_time
+        self._next_cpu_check = 0.0
+        self._lock = threading.RLock()
+        self._host_pid: int | None = None  # told only of a command that SIGSYS has ended
+        self._request: RunRequest | None = None
+        self._relays = Relays()
+        self._channel: Channel | None = None  # a worker's is made when its end is asked for
+        if isinstance(request, Workplace):
+            self._before: Counters = {}  # all that was used since the birth is the worker's
+            self._started_at = time.monotonic()
+            self.stdout, self.stderr = request.stdout, request.stderr
+        else:
+            self._request = request
+            self._before = link.counters()
+            self._started_at = time.monotonic()
+            self._start(request, streams)
+        if cpu_time is not None:
+            self._next_cpu_check = self._started_at + self._cpu_wait(cpu_time)
+
+    def _start(self, request: RunRequest, streams: tuple[Stream, Stream, Stream]) -> None:
+        inside: list[int] = []
+        given: list[int] = []
+        try:
+            stdio = []
+            for number, stream in enumerate(streams):
+                if stream == PIPE:
+                    ours, theirs = make_pipe(to_guest=number == 0)
+                    inside.append(theirs)
+                    given.append(theirs)
+                    setattr(self, NAMES[number], io.FileIO(ours, "w" if number == 0 else "r"))
+                elif stream is not None and stream != DEVNULL:
+                    fd = descriptor_of(stream, NAMES[number])
+                    if gives_more(fd, NAMES[number], is_own=self._link.has_callers_id):
+                        fd = self._relays.add(fd, NAMES[number])
+                    given.append(fd)
+                stdio.append(stream is not None and stream != DEVNULL)
+            frame = request.encode(self.argv, stdio)
+            self._link.running.add(id(self))
+            self._channel = self._link.ask(request.operation, frame, request.arrange(given))
+            self._relays.start()
+            if request.is_announced:
+                self._await_start(request, self._channel)
+        except BaseException:
+            self._link.running.discard(id(self))
+            self._close_streams()
+            raise
+        finally:
+            close_all(inside)
+        if request.extra is None:
+            self._channel.socket.settimeout(None)
+        else:  # it is a worker
+            self._close_channel()
+            self._channel = None
+
+    def _close_channel(self) -> None:
+        if self._channel is not None:
+            self._channel.socket.close()
+
+    def _await_start(self, request: RunRequest, channel: Channel) -> None:
+        try:
+            kind, first, stage, _, fds = channel.receive_answer()
+        except OSError as error:
+            channel.socket.close()
+            raise self._link.died(error) from error
+        if kind == p.FAILED:
+            close_all(fds)
+            channel.socket.close()
+            raise start_error(self._link, self.argv[0], request, first, p.STAGES[stage])
+        self.pid = first
+        if fds:
+            self.tty = fds[0]
+            close_all(fds[1:])
+
+    # -- the caller's face ---------------------------------------------------------------------
+
+    def poll(self) -> Result | None:
+        """Return the result when the command is over, else None. Does not wait."""
+        return self._advance(0.0)
+
+    def wait(self, timeout: float | None = None) -> Result:
+        """Wait for the end; output of pipes is the caller's to read meanwhile.
+
+        Raises:
+            TimeoutError: It is not over after `timeout` seconds; it goes on running.
+            EnvironmentDied: The environment ended under it.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left < 0:
+                raise TimeoutError(f"{self.argv[0]!r} is not over after {timeout:g} seconds")
+            result = self._advance(left)
+            if result is not None:
+                return result
+
+    def kill(self) -> None:
+        """SIGKILL the command and everything it started. The outcome will be KILLED."""
+        self.condemn(Outcome.KILLED, "the caller asked for it")
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the command's own process.
+
+        Raises:
+            ConfigError: `number` is no signal.
+        """
+        if not isinstance(number, int) or number not in signal.valid_signals():
+            raise ConfigError(f"signal: must be a number such as signal.SIGTERM, got {number!r}")
+        self._send(p.SIGNAL_MAIN, number)
+
+    def close(self) -> None:
+        """Kill the command if it still runs, and close the pipes and the terminal."""
+        if self._result is None and self._death is None:
+            self.kill()
+            with suppress(EnvironmentDied):  # then it is gone too
+                self.wait(KILL_DEADLINE * 2)
+        self._close_streams()
+
+    def abandon(self) -> None:
+        """Close pipes and channel, and wait for nothing: its environment is being closed."""
+        self._close_channel()
+        self._close_streams()
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling("a process", "send its Result")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- the engine ----------------------------------------------------------------------------
+
+    def communicate(self, data: bytes, timeout: float | None, output_max: int) -> Result:
+        """Feed `data`, read both pipes as they come, enforce the limits, return the result."""
+        deadline = None if timeout is None else self._started_at + timeout
+        outputs = {
+            stream.fileno(): (name, stream, io.BytesIO())
+            for name, stream in (("stdout", self.stdout), ("stderr", self.stderr))
+            if stream is not None
+        }
+        captured = {name: buffer for name, _, buffer in outputs.values()}
+        poller = select.poll()
+        for fd in outputs:
+            os.set_blocking(fd, False)
+            poller.register(fd, select.POLLIN)
+        view = memoryview(data)
+        if self.stdin is not None:
+            if view:
+                os.set_blocking(self.stdin.fileno(), False)
+                poller.register(self.stdin.fileno(), select.POLLOUT)
+            else:
+                self.stdin.close()
+        self.register(poller)
+        result = None
+        while result is None:
+            wait = self.poll_milliseconds(deadline)
+            ready = poller.poll(wait)
+            # Only output, and no clock that runs: then there is no end to look for yet.
+            is_due = wait is not None or not ready
+            for fd, _ in ready:
+                if fd in outputs:
+                    name, _, buffer = outputs[fd]
+                    if not self._read_some(fd, name, buffer, output_max):
+                        poller.unregister(fd)
+                        del outputs[fd]
+                elif self.stdin is not None and fd == self.stdin.fileno():
+                    view = self._write_some(fd, view)
+                    if not view:
+                        poller.unregister(fd)
+                        self.stdin.close()
+                        self.stdin = None
+                else:
+                    is_due = True
+            if deadline is not None and time.monotonic() >= deadline:
+                self.condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s")
+            if is_due or self._killed_at is not None:
+                result = self._advance(0.0)
+        # Every process that could write is gone: what is in the pipes now is all there will be.
+        # Not "read until EOF": a descriptor may have been sent to a command that still runs.
+        for fd, (name, _, buffer) in outputs.items():
+            while self._read_some(fd, name, buffer, output_max):
+                if not select.select([fd], [], [], 0)[0]:
+                    break
+        if self._verdict is not None and self._verdict.outcome is Outcome.OUTPUT_LIMIT:
+            result = self._with_verdict(result)
+        self._close_streams()
+        # BytesIO gives away what it holds without a copy: the cap is the whole cost.
+        whole = {name: buffer.getvalue() for name, buffer in captured.items()}
+        return replace(result, stdout=whole.get("stdout", b""), stderr=whole.get("stderr", b""))
+
+    def register(self, poller: select.poll) -> None:
+        """Register with `poller` what becomes readable when `poll` may have an answer."""
+        for fd in self.descriptors():
+            poller.register(fd, select.POLLIN)
+
+    def descriptors(self) -> list[int]:
+        """Return what becomes readable when `poll` may have an answer."""
+        # The link has none after the environment's close; the channel tells its end too.
+        own = -1 if self._channel is None else self._channel.socket.fileno()
+        return [fd for fd in (own, self._link.fileno()) if fd >= 0]
+
+    def _read_some(self, fd: int, name: str, buffer: io.BytesIO, limit: int) -> bool:
+        """Read once; False at the end of the stream. Bytes over the limit are dropped."""
+        try:
+            data = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            return True
+        if not data:
+            return False
+        room = limit - buffer.tell()
+        buffer.write(data[:room])
+        if len(data) > room:
+            self.condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes")
+        return True
+
+    def _write_some(self, fd: int, view: memoryview) -> memoryview:
+        try:
+            return view[os.write(fd, view[:_CHUNK]) :]
+        except BlockingIOError:
+            return view
+        except BrokenPipeError:
+            return view[:0]  # it does not read its input, which is its right
+
+    def poll_milliseconds(self, deadline: float | None) -> int | None:
+        """Return how long to wait before `poll` is due: CPU time to check, a kill to follow up."""
+        moments = [deadline] if deadline is not None and self._killed_at is None else []
+        if self._cpu_time is not None and self._killed_at is None:
+            moments.append(self._next_cpu_check)
+        if self._killed_at is not None:
+            moments.append(self._killed_at + KILL_DEADLINE)
+        if not moments:
+            return None
+        return max(0, int((min(moments) - time.monotonic()) * 1000) + 1)
+
+    def _advance(self, timeout: float | None) -> Result | None:
+        """Wait up to `timeout` for the end; look after CPU time and the kill deadline."""
+        with self._lock:
+            if self._death is not None:
+                raise self._death
+            if self._result is not None:
+                return self._result
+            poller = select.poll()
+            channel = self._channel or self._ask_for_end()
+            self.register(poller)
+            own = self.poll_milliseconds(None)
+            asked = None if timeout is None else max(0, int(timeout * 1000) + (timeout > 0))
+            wait = min((item for item in (own, asked) if item is not None), default=None)
+            ready = {fd for fd, _ in poller.poll(wait)}
+            try:
+                if channel is not None and channel.socket.fileno() in ready:
+                    self._finish_from_channel(channel)
+                elif (ready or self._link.closing) and self._link.note_end():
+                    self._finish_from_end()
+            finally:
+                if self._result is not None or self._death is not None:
+                    self._link.running.discard(id(self))
+                    self._end_relays()
+            self._check_cpu_time()
+            if self._killed_at is not None and self._result is None:
+                late = time.monotonic() - self._killed_at - KILL_DEADLINE
+                if late > 0:
+                    self._link.kill("PID 1 did not end a killed command")
+            return self._result
+
+    def _ask_for_end(self) -> Channel | None:
+        """Ask PID 1 how a worker ends; None when PID 1 is gone, too."""
+        with suppress(EnvironmentDied):
+            self._channel = self._link.ask(p.END, b"", [])
+            self._channel.socket.settimeout(None)
+        return self._channel
+
+    def _end_relays(self) -> None:
+        try:
+            self._relays.finish()
+        except SyscallError as error:
+            if self._death is None:
+                self._death = error
+                raise
+
+    def _check_cpu_time(self) -> None:
+        if self._cpu_time is None or self._result is not None or self._killed_at is not None:
+            return
+        if time.monotonic() < self._next_cpu_check:
+            return
+        used = self._cpu_used()
+        if used >= self._cpu_time:
+            self.condemn(
+                Outcome.CPU_TIMED_OUT,
+                f"used {used:.3f} s of CPU of {self._cpu_time:g} s",
+            )
+        self._next_cpu_check = time.monotonic() + self._cpu_wait(self._cpu_time - used)
+
+    def _cpu_used(self) -> float:
+        now = self._link.cpu_usec()
+        before = self._before.get("cpu_usec")
+        return 0.0 if now is None or before is None else (now - before) / 1e6
+
+    def _cpu_wait(self, left: float) -> float:
+        """Return how long the limit cannot be reached: all CPUs would have to run for it."""
+        return max(left / (os.cpu_count() or 1), _LEAST_CPU_WAIT)
+
+    def condemn(self, outcome: Outcome, evidence: str) -> None:
+        """Note the verdict, then kill. The first verdict stands.
+
+        Args:
+            outcome: What it will be, if it does not end by itself before the signal arrives.
+            evidence: Why, as a fact: what was measured.
+        """
+        with self._lock:
+            if self._result is not None or self._verdict is not None:
+                if self._verdict is None and outcome is Outcome.OUTPUT_LIMIT:
+                    self._verdict = Verdict(outcome, evidence)
+                return
+            self._verdict = Verdict(outcome, evidence)
+            self._killed_at = time.monotonic()
+            self._send(p.SIGNAL_ALL, signal.SIGKILL)
+
+    def _send(self, kind: bytes, number: int) -> None:
+        with self._lock:
+            if self._result is None and self._channel is not None:
+                with suppress(OSError):  # it has just ended; the answer is there to be read
+                    self._channel.socket.sendall(p.SIGNAL.pack(kind, number))
+
+    # -- the verdict ---------------------------------------------------------------------------
+
+    def _finish_from_channel(self, channel: Channel) -> None:
+        try:
+            kind, status, user, system, fds = channel.receive_answer()
+            is_shown = kind == p.SHOWN and self._host_pid is None and len(fds) == 1
+            if is_shown:
+                self._host_pid = pidfd_number(fds[0])
+            close_all(fds)
+            if is_shown:
+                self._send(p.SEEN, 0)
+                return
+            unstarted = self._request if kind == p.FAILED and not self.pid else None
+            code = None if kind not in (p.EXITED, p.SWEPT) else exit_code(status)
+            if unstarted is None and code is None:
+                raise BrokenAnswer("PID 1 sent a malformed answer")
+        except OSError as error:
+            # Broken rules end the environment.
+            self._link.kill(str(error) if isinstance(error, BrokenAnswer) else "")
+            if self._link.await_end() or self._link.closing:
+                self._finish_from_end()
+                return
+            self._death = self._link.died(error)
+            raise self._death from error
+        if unstarted is not None:
+            self._close_channel()
+            self._death = start_error(self._link, self.argv[0], unstarted, status, p.STAGES[user])
+            raise self._death
+        returncode = code or 0
+        after = dict(self._link.usage())
+        if after.get("cpu_user_usec") is None:
+            # Nobody else counts it, or the cgroup has gone with the environment just now.
+            after["cpu_user_usec"] = user + (self._before.get("cpu_user_usec") or 0)
+            after["cpu_system_usec"] = system + (self._before.get("cpu_system_usec") or 0)
+        if evidence := oom_evidence(self._before, after):
+            # v1 kills one process; the environment's memory is as good as gone all the same.
+            self._link.kill(evidence)
+            self._conclude(Outcome.OOM_KILLED, returncode, evidence, after)
+        elif self._verdict is not None and self._verdict.holds(returncode):
+            self._conclude(self._verdict.outcome, returncode, self._verdict.say(returncode), after)
+        elif self._link.closing and returncode in (-signal.SIGTERM, -signal.SIGKILL):
+            self._conclude(Outcome.KILLED, returncode, _CLOSED, after)
+        elif kind == p.SWEPT and returncode == -signal.SIGKILL:
+            evidence = "its environment was reset; nsbox killed it"
+            self._conclude(Outcome.KILLED, returncode, evidence, after)
+        elif returncode >= 0:
+            self._conclude(Outcome.EXITED, returncode, f"exit status {returncode}", after)
+        else:
+            outcome, evidence = judge_signal(-returncode, self._host_pid or 0, self._started_at)
+            self._conclude(outcome, returncode, evidence, after)
+
+    def _finish_from_end(self) -> None:
+        """Conclude from the launcher's report on the end of the whole environment."""
+        report = self._link.end or {}
+        after: dict[str, int | None] = report.get("usage") or {}
+        if evidence := oom_evidence(self._before, after):
+            self._conclude(Outcome.OOM_KILLED, -signal.SIGKILL, evidence, after)
+        elif self._verdict is not None:
+            evidence = f"{self._verdict.say(-signal.SIGKILL)} with its whole environment"
+            self._conclude(self._verdict.outcome, -signal.SIGKILL, evidence, after)
+        elif self._link.closing:
+            self._conclude(Outcome.KILLED, -signal.SIGKILL, _CLOSED, after)
+        else:
+            self._close_channel()
+            what = f"{self.argv[0]!r}: {self._link.describe_end()}"
+            self._death = EnvironmentDied(what, self._link.end_outcome())
+            raise self._death
+
+    def _conclude(
+        self, outcome: Outcome, returncode: int, evidence: str, after: dict[str, int | None]
+    ) -> None:
+        usage = usage_between(self._before, after, time.monotonic() - self._started_at)
+        self._result = Result(
+            argv=self.argv,
+            outcome=outcome,
+            returncode=returncode,
+            evidence=evidence,
+            usage=usage,
+            protections=self._protections(),
+        )
+        self._close_channel()
+
+    def _with_verdict(self, result: Result) -> Result:
+        if self._verdict is None or result.outcome not in (Outcome.EXITED, Outcome.SIGNALED):
+            return result
+        evidence = self._verdict.say(result.returncode)
+        return replace(result, outcome=self._verdict.outcome, evidence=evidence)
+
+    def _close_streams(self) -> None:
+        self._relays.finish(drains=False)
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+        if self.tty >= 0:
+            os.close(self.tty)
+            self.tty = -1

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blank environments: born ahead of need, so that the next cold start costs only the rest.
+
+A blank is a whole environment, locked in, that nobody has used: for every kind of environment that
+was used lately one is asked for as soon as the one before has been taken and has given its first
+answer, so that its birth is on nobody's way. Nothing waits for it: its request is sent, and its
+answers are read by whoever takes it. The launcher ends a blank that nobody takes in time.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+from nsbox.errors import ConfigError, NsboxError
+from nsbox.launcher.protocol import BLANK_LIFE
+from nsbox.supervisor.connection import ForgottenSpec, Furniture, Link
+from nsbox.supervisor.launcher import Launcher, running_launcher
+
+KINDS_KEPT: Final = 4
+"""Kinds of environments that blanks are kept of, the latest used."""
+MOST: Final = 64
+"""Blanks that may be kept of one kind."""
+_TAKEN_UNTIL: Final = BLANK_LIFE - 10  # seconds; the launcher hears of it before it ends the blank
+
+
+def _initial_count() -> int:
+    text = os.environ.get("NSBOX_BLANKS", "1")
+    if not (text.isascii() and text.isdigit()) or int(text) > MOST:
+        raise ConfigError(f"NSBOX_BLANKS: {text!r} is not a number from 0 to {MOST}")
+    return int(text)
+
+
+class _Setting:
+    count: int | None = None
+    wishes: ClassVar[dict[object, tuple[frozenset[str], int]]] = {}
+    """Of each pool: keys of its kinds, and how many it wants of each."""
+
+
+def set_blanks(count: int) -> None:
+    """Set how many blank environments are kept ready for each kind lately used.
+
+    A blank costs about a megabyte and two processes' worth of kernel state, counts in no limit of
+    a pool, and is ended when nobody takes it for a minute. The default is 1, or what the variable
+    NSBOX_BLANKS says when the first environment is made.
+
+    Pools may want more of their own kinds (`WarmPool(blank=...)`): what counts is the most that is
+    wanted. What is kept beyond that is ended at once.
+
+    Raises:
+        ConfigError: `count` is no number from 0 to 64.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST:
+        raise ConfigError(f"blanks: must be a number from 0 to {MOST}, got {count!r}")
+    _Setting.count = count
+    _trim()
+
+
+def wish(owner: object, launcher: Launcher, specs: Sequence[Mapping[str, Any]], count: int) -> None:
+    """Have `count` kept of each of these kinds, and of no others, as long as `owner` wants them.
+
+    To be said again within a minute: the launcher ends those that nobody wants.
+    """
+    _Setting.wishes[owner] = (frozenset(spec["key"] for spec in specs), count)
+    _trim()
+    for spec in specs:
+        blanks = launcher.companions.get(spec["key"], collections.deque())
+        for link in list(blanks):
+            if link.hold("keep"):
+                link.asked_at = time.monotonic()
+            else:
+                with contextlib.suppress(ValueError):  # somebody has just taken it
+                    blanks.remove(link)
+                    link.close()
+        refill(launcher, spec)
+
+
+def forget(owner: object) -> None:
+    """Keep none any more on behalf of `owner`."""
+    if _Setting.wishes.pop(owner, None) is not None:
+        _trim()
+
+
+def kept(key: str) -> int:
+    """Return how many are kept of a kind."""
+    if _Setting.count is None:
+        _Setting.count = _initial_count()
+    return max([_Setting.count, *_wishes(key)])
+
+
+def _wishes(key: str) -> list[int]:
+    return [count for keys, count in list(_Setting.wishes.values()) if key in keys]
+
+
+def _trim() -> None:
+    """End those beyond what is wanted."""
+    launcher = running_launcher()
+    if launcher is not None:
+        for key, blanks in list(launcher.companions.items()):
+            while len(blanks) > kept(key):
+                with contextlib.suppress(IndexError):  # another thread was faster
+                    blanks.popleft().close()
+
+
+def take(
+    launcher: Launcher,
+    spec: Mapping[str, Any],
+    furniture: Furniture = (),
+    *,
+    is_brief: bool = False,
+) -> Link:
+    """Return a link to an environment that nobody has used: a blank one, else one born now.
+
+    It is being furnished then (`Link.await_furnished`).
+
+    Raises:
+        As `nsbox.supervisor.connection.Link`.
+    """
+    blanks = launcher.companions.get(spec["key"])
+    while blanks:
+        try:
+            link: Link = blanks.popleft()
+        except IndexError:
+            break  # another thread was faster
+        if time.monotonic() - link.asked_at < _TAKEN_UNTIL:
+            try:
+                if not furniture:
+                    link.hold("claim")
+                link.await_birth(furniture)
+            except NsboxError:
+                continue  # whatever became of it: a birth now tells the caller what is wrong
+            return link
+        link.close()
+    try:
+        return _give_birth(launcher, spec, furniture, is_brief=is_brief)
+    except ForgottenSpec:  # it is sent this time
+        return _give_birth(launcher, spec, furniture, is_brief=is_brief)
+
+
+def _give_birth(
+    launcher: Launcher, spec: Mapping[str, Any], furniture: Furniture, *, is_brief: bool
+) -> Link:
+    link = Link(launcher, spec, secrets.token_hex(4), is_brief=is_brief)
+    link.ask_for_birth("furniture" if furniture else "")
+    link.await_birth(furniture)
+    return link
+
+
+def prepare(launcher: Launcher, spec: Mapping[str, Any]) -> Link | None:
+    """Return what `refill` will need, made while there is time for it; None when nothing is."""
+    if len(launcher.companions.get(spec["key"], ())) >= kept(spec["key"]):
+        return None
+    try:
+        return Link(launcher, spec, secrets.token_hex(4))
+    except NsboxError:
+        return None  # there is no room for its sockets
+
+
+def refill(launcher: Launcher, spec: Mapping[str, Any], prepared: Link | None = None) -> None:
+    """Ask for the blanks of this kind that are missing. Waits for nothing, raises nothing."""
+    count = kept(spec["key"])
+    companions = launcher.companions
+    blanks = companions.setdefault(spec["key"], collections.deque())
+    unwanted = [key for key in list(companions) if not _wishes(key)]
+    for key in unwanted[: max(0, len(unwanted) - KINDS_KEPT)]:
+        _close_all(companions.pop(key, ()))
+    # What has become too old to be taken is only in the way.
+    while blanks and time.monotonic() - blanks[0].asked_at >= _TAKEN_UNTIL:
+        blanks.popleft().close()
+    try:
+        while len(blanks) < count:
+            link, prepared = prepared or Link(launcher, spec, secrets.token_hex(4)), None
+            link.ask_for_birth("taker")
+            blanks.append(link)
+    except NsboxError:
+        return  # the next environment is born when it is needed, and says why it cannot be
+    finally:
+        if prepared is not None:
+            prepared.close()
+
+
+def drop(launcher: Launcher) -> None:
+    """End all blanks of a launcher."""
+    while launcher.companions:
+        _close_all(launcher.companions.popitem()[1])
+
+
+def _close_all(blanks: collections.abc.Iterable[Link]) -> None:
+    for link in blanks:
+        link.close()
