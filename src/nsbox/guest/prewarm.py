@@ -76,7 +76,7 @@ def warm_up_inside() -> None:
 
 
 def warm_up(place: str = _DIRECTORY) -> None:
-    """Start a worker with the handler of the module `prewarm` in `place`, and have it answer an event.
+    """Start a worker with the handler of `prewarm` in `place`, and have it answer an event.
 
     Leaves nothing of it.
     """
