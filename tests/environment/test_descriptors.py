@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,17 +62,21 @@ def test_an_environment_takes_few_descriptors(
 
 def test_an_environment_of_a_function_takes_few_descriptors(tmp_path: Path) -> None:
     (tmp_path / "app.py").write_text(HANDLER)
+    options: dict[str, Any] = {
+        "keep": {}, "kill": {"left_running": "kill"}, "reset": {"reuse": "reset"}
+    }  # fmt: skip
     versions = {
-        reuse: nsbox.Function(handler="app.handler", code=tmp_path, reuse=reuse).publish()
-        for reuse in ("keep", "reset")
+        name: nsbox.Function(handler="app.handler", code=tmp_path, **more).publish()
+        for name, more in options.items()
     }
     with ExitStack() as made:
-        # The sockets of PID 1 and the worker; the worker's two outputs, or the answer to a reset.
-        for reuse, in_host in (("keep", 4), ("reset", 3)):
-            made.enter_context(nsbox.ExecutionEnvironment(versions[reuse])).invoke(1)
+        # The sockets of PID 1 and the worker; the worker's two outputs, and the count of its
+        # threads; or the answer to a reset.
+        for name, in_host in (("keep", 4), ("kill", 5), ("reset", 3)):
+            made.enter_context(nsbox.ExecutionEnvironment(versions[name])).invoke(1)
             before = both()
             for _ in range(MANY):
-                made.enter_context(nsbox.ExecutionEnvironment(versions[reuse])).invoke(1)
+                made.enter_context(nsbox.ExecutionEnvironment(versions[name])).invoke(1)
             check(before, in_host)
         before = both()
         made.enter_context(
