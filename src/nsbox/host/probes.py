@@ -33,9 +33,6 @@ def main(names: list[str]) -> None:
     """Run probes and print what they find."""
     from nsbox.host import probes_kernel
 
-    if names[:1] == ["--inner"]:
-        probes_kernel.INNER[names[1]]()
-        return
     if len(names) == 1 and names[0] in probes_kernel.PROBES:
         _report(names[0], probes_kernel.PROBES[names[0]])
         return

@@ -51,7 +51,7 @@ def _enter_mounts(flags: int = 0) -> None:
 def _run_inner(name: str) -> str:
     """Run an action of `INNER` in a child, which is in the pid namespace unshared before."""
     done = subprocess.run(
-        [sys.executable, "-m", "nsbox.host.probes", "--inner", name],
+        [sys.executable, "-m", "nsbox.host.probes_kernel", name],
         capture_output=True,
         text=True,
         check=False,
@@ -71,7 +71,7 @@ def _userns() -> str:
 def _with_child(action: Callable[[int], str]) -> str:
     """Call `action` with the pid of a child that is in a new user namespace and waits."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "nsbox.host.probes", "--inner", "wait"],
+        [sys.executable, "-m", "nsbox.host.probes_kernel", "wait"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -331,3 +331,7 @@ INNER: Final[dict[str, Callable[[], None]]] = {
     "proc_pid": lambda: _answer(lambda: _inner_proc("subset=pid", "processes only")),
     "wait": _wait,
 }
+
+
+if __name__ == "__main__":
+    INNER[sys.argv[1]]()
