@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.cli.terminals import ENVIRONMENT, NSBOX, nsbox_run, start
+from tests.cli.terminals import ENVIRONMENT, NSBOX, Terminal, nsbox_run, start
 from tests.support import PATIENCE
 
 import nsbox
@@ -302,6 +302,45 @@ def test_signals_are_forwarded(name: str) -> None:
         process.send_signal(signal.Signals[name])
         assert process.stdout.read() == b"got\n"
         assert process.wait(20 * PATIENCE) == 9
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGQUIT", "SIGHUP"])
+def test_signals_of_terminals_are_for_the_whole_group(name: str) -> None:
+    """As Ctrl-C is: a shell waits for its child, which must have it, too."""
+    short = name.removeprefix("SIG")
+    child = f"trap 'echo child; exit' {short}; echo ready; while :; do sleep 0.02; done"
+    script = f"trap 'echo shell; exit 9' {short}; (trap - {short}; {child}); sleep 60"
+    with start("run", "-q", "--", "sh", "-c", script) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.Signals[name])
+        assert process.stdout.read() == b"child\nshell\n"
+        assert process.wait(20 * PATIENCE) == 9
+
+
+def test_other_signals_are_for_the_command_alone() -> None:
+    child = "(trap - TERM; read line <&3; echo child) &"
+    script = f"exec 3<&0; trap 'echo shell' TERM; {child} echo ready; wait; wait"
+    with start("run", "-q", "--", "sh", "-c", script) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == b"shell\n"
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.stdout.read() == b"child\n"
+
+
+def test_an_interrupt_at_a_terminal_is_for_its_foreground() -> None:
+    """Job control inside: the job in the foreground gets it, and not the shell."""
+    job = "trap 'echo job; exit' INT; echo ready; while :; do sleep 0.02; done"
+    script = f"set -m; trap 'echo shell' INT; sh -c \"{job}\"; echo went on"
+    with Terminal([*NSBOX, "run", "-q", "--", "bash", "-c", script]) as terminal:
+        terminal.expect(b"ready\r\n")
+        os.kill(terminal.pid, signal.SIGINT)
+        assert terminal.expect(b"went on\r\n") == b"job\r\nwent on\r\n"
+        assert terminal.wait() == 0
 
 
 def test_a_second_interrupt_kills() -> None:

@@ -18,7 +18,14 @@ from types import FrameType
 from typing import Final
 
 from nsbox.cli.relay import Pump, open_sink
-from nsbox.cli.terminal import RawMode, is_foreground, set_window_size, suspend_byte, window_size
+from nsbox.cli.terminal import (
+    RawMode,
+    is_foreground,
+    set_window_size,
+    signal_foreground,
+    suspend_byte,
+    window_size,
+)
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import NsboxError
 from nsbox.supervisor.process import PIPE, Process
@@ -32,6 +39,8 @@ _FORWARDED: Final = (
     signal.SIGUSR1,
     signal.SIGUSR2,
 )
+# Of a terminal's keys, and of its end: they are for a whole process group (termios(3)).
+_TO_THE_GROUP: Final = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 _ASK_AGAIN: Final = 50  # milliseconds between two looks at who has the terminal
 _DRAIN_DEADLINE: Final = 1.0  # seconds without a byte after which a closed stream counts as ended
 
@@ -243,8 +252,8 @@ class Session:
             self._interrupts += number is signal.SIGINT
             if self._interrupts > 1:
                 process.kill()
-            else:
-                process.send_signal(number)
+            elif process.tty < 0 or not signal_foreground(process.tty, number):
+                process.send_signal(number, group=number in _TO_THE_GROUP)
 
     # -- suspension ----------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from typing import Final
 
 _SIZE: Final = struct.Struct("HHHH")
 _LFLAG, _CC = 3, 6
+_TIOCSIG: Final = 0x40045436  # asm-generic/ioctls.h
 _DEFAULT_SIZE: Final = (24, 80)
 
 
@@ -26,6 +27,18 @@ def window_size(fd: int) -> tuple[int, int]:
     """Return rows and columns of the terminal `fd`; 24 by 80 where it does not know them."""
     rows, columns, _, _ = _SIZE.unpack(fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(_SIZE.size)))
     return (rows, columns) if rows and columns else _DEFAULT_SIZE
+
+
+def signal_foreground(master: int, number: int) -> bool:
+    """Send a signal to the foreground of the terminal behind `master`, as its keys do.
+
+    False when it is none of those that keys send (SIGINT, SIGQUIT, SIGTSTP).
+    """
+    try:
+        fcntl.ioctl(master, _TIOCSIG, number)
+    except OSError:
+        return False
+    return True
 
 
 def is_foreground(fd: int) -> bool:

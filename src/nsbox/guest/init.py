@@ -356,7 +356,9 @@ class Init:
         if kind == p.SIGNAL_ALL:
             self._kill_all_of(command)
         elif command.pid in self._commands:
-            processes.send_signal(command.pid, number)
+            # It leads a session (spawn), so that its group can be no other.
+            target = -command.pid if kind == p.SIGNAL_GROUP else command.pid
+            processes.send_signal(target, number)
 
     # -- ends ----------------------------------------------------------------------------------
 

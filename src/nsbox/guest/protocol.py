@@ -99,6 +99,8 @@ SIGNAL = struct.Struct("!cq")
 """Host to init, on the channel of a running command."""
 SIGNAL_MAIN = b"s"
 """Send the signal to the command's own process."""
+SIGNAL_GROUP = b"g"
+"""Send the signal to the process group that the command leads."""
 SIGNAL_ALL = b"k"
 """SIGKILL the command and everything it started."""
 SEEN = b"y"

@@ -173,15 +173,20 @@ class Process:
         """SIGKILL the command and everything it started. The outcome will be KILLED."""
         self.condemn(Outcome.KILLED, "the caller asked for it")
 
-    def send_signal(self, number: int) -> None:
+    def send_signal(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the command's own process.
+
+        Args:
+            number: Which.
+            group: To all of its process group, as a terminal sends Ctrl-C: what it has started
+                gets it, too, but for what has made itself a group of its own.
 
         Raises:
             ConfigError: `number` is no signal.
         """
         if not isinstance(number, int) or number not in signal.valid_signals():
             raise ConfigError(f"signal: must be a number such as signal.SIGTERM, got {number!r}")
-        self._send(p.SIGNAL_MAIN, number)
+        self._send(p.SIGNAL_GROUP if group else p.SIGNAL_MAIN, number)
 
     def close(self) -> None:
         """Kill the command if it still runs, and close the pipes and the terminal."""
