@@ -53,6 +53,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="look for what is left behind on the whole machine after each test, not each module",
     )
     parser.addoption(
+        "--elsewhere",
+        action="append",
+        default=[],
+        type=os.path.abspath,
+        metavar="PATH",
+        help="leave out the tests of this file or directory that need no cgroup; may be repeated",
+    )
+    parser.addoption(
         "--leak-grace",
         type=float,
         default=3.0,
@@ -88,10 +96,25 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if "frameworks" not in config.option.markexpr:  # what they start may not be installed
-        left_out = [item for item in items if item.get_closest_marker("frameworks")]
+    elsewhere = tuple(map(Path, config.getoption("--elsewhere")))
+    missing = [str(path) for path in elsewhere if not path.exists()]
+    if missing:
+        raise pytest.UsageError(f"--elsewhere: there is no {', '.join(missing)}")
+
+    def is_left_out(item: pytest.Item) -> bool:
+        if item.get_closest_marker("frameworks") and "frameworks" not in config.option.markexpr:
+            return True  # what they start may not be installed
+        return any(map(item.path.is_relative_to, elsewhere)) and not _needs_a_cgroup(item)
+
+    left_out = set(filter(is_left_out, items))
+    if left_out:
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
-        config.hook.pytest_deselected(items=left_out)
+
+
+def _needs_a_cgroup(item: pytest.Item) -> bool:
+    names = (name for mark in item.iter_markers("needs") for name in mark.args)
+    return any(name.startswith("cgroup") for name in names)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -50,7 +50,7 @@ def test_doctor_fails_where_there_is_no_environment() -> None:
         ["unshare", "--user", "--map-root-user", "sh", "-c", script, "sh", *NSBOX, "doctor"],
         env=ENVIRONMENT,
         capture_output=True,
-        timeout=60,
+        timeout=60 * PATIENCE,
     )
     text = done.stdout.decode()
     assert done.returncode == 1, text + done.stderr.decode()

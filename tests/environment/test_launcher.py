@@ -10,12 +10,13 @@ import os
 import select
 import signal
 import subprocess
+import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.support import family_of, host_program, name_of, processes_with, wait_until
+from tests.support import SLOW_MACHINE, family_of, host_program, name_of, processes_with, wait_until
 
 import nsbox
 from nsbox.supervisor.launcher import Launcher, get_launcher
@@ -283,10 +284,10 @@ def test_a_fork_while_other_threads_use_the_launcher() -> None:
     def work():
         while not over.is_set():
             nsbox.run(["true"]).check()
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work) for _ in range(THREADS)]
     for thread in threads:
         thread.start()
-    for number in range(5):
+    for number in range(FORKS):
         child = os.fork()
         if child == 0:
             status = 1
@@ -299,7 +300,8 @@ def test_a_fork_while_other_threads_use_the_launcher() -> None:
     for thread in threads:
         thread.join()
     """
-    assert run_host(code) == (0, "", "")
+    counts = "THREADS, FORKS = 2, 3" if SLOW_MACHINE else "THREADS, FORKS = 4, 5"
+    assert run_host(f"{counts}\n{textwrap.dedent(code)}") == (0, "", "")
 
 
 def test_multiprocessing_by_fork() -> None:

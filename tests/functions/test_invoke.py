@@ -699,6 +699,7 @@ def test_a_limit_that_handlers_do_not_have_is_refused(tmp_path: Path) -> None:
         nsbox.ExecutionEnvironment(version)
 
 
+@pytest.mark.static
 def test_a_log_written_in_single_bytes_takes_no_more_memory_than_its_bytes() -> None:
     count = 200_000
     pieces = [bytes([number]) for number in range(256)]

@@ -15,7 +15,6 @@ import platform
 import shutil
 import signal
 import stat
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +51,6 @@ PROBE = r"""
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 #define MARK 0x6d61726b
 static struct sock_filter code[4096];
@@ -97,14 +95,6 @@ int main(int argc, char **argv) {
         for (int i = 3; i + 1 < argc; i += 2)
             for (long n = strtoul(argv[i], 0, 0); n <= (long)strtoul(argv[i + 1], 0, 0); n++)
                 printf("%ld %d\n", n, table(n, shared));
-        return 0;
-    }
-    if (!strcmp(argv[2], "time")) {
-        struct timespec a, b;
-        clock_gettime(CLOCK_MONOTONIC, &a);
-        load(&program);
-        clock_gettime(CLOCK_MONOTONIC, &b);
-        printf("%ld\n", (b.tv_sec - a.tv_sec) * 1000000000 + b.tv_nsec - a.tv_nsec);
         return 0;
     }
     if (!strcmp(argv[2], "exec")) {
@@ -165,7 +155,8 @@ def numbers() -> dict[str, int]:
     return compiler.known_numbers(pyseccomp, pyseccomp.system_arch())
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+# A process for each number: User-Mode Linux takes ten seconds for a profile.
+@pytest.mark.parametrize("profile", PROFILES if not SLOW_MACHINE else ["default"])
 def test_every_number_native_and_x32(probe: Probe, numbers: dict[str, int], profile: str) -> None:
     policy = SeccompPolicy.named(profile)
     names = {number: name for name, number in numbers.items()}
@@ -423,12 +414,9 @@ def test_load_in_a_child_process(tmp_path: Path) -> None:
     assert "Seccomp:\\t2" in done.stdout
 
 
-def test_filter_is_small_and_loads_fast(probe: Probe, directory: Path) -> None:
-    for profile in PROFILES:
-        times = [int(probe(profile, "time").stdout) / 1000 for _ in range(15)]
-        size = (directory / profile).stat().st_size // 8
-        print(f"{profile}: {size} instructions, {statistics.median(times):.0f} us")
-        assert size < 200
+def test_filter_is_small(directory: Path) -> None:
+    sizes = {profile: (directory / profile).stat().st_size // 8 for profile in PROFILES}
+    assert max(sizes.values()) < 200, sizes
 
 
 def test_a_long_filter_jumps_far_enough() -> None:

@@ -33,8 +33,6 @@ from nsbox.store.sources import read_source
 from nsbox.store.store import Entry, remove_tree
 from nsbox.store.tree import TREE_TIME, UNPACKED_MAX, Manifest, TreeWriter, check_path
 
-pytestmark = pytest.mark.static
-
 OTHER = "0" * 64
 
 
