@@ -139,7 +139,7 @@ class Starter:
         numbers = tuple(tasks)
         if numbers not in self._prepared:
             program = Program()
-            inherited = inside.Inherited(self._extent, True, tasks, {}, Name("nsbox-"))
+            inherited = inside.Inherited(self._extent, False, True, tasks, {}, Name("nsbox-"))
             for step in inside.STEPS[1:]:  # the first closes what is still needed here
                 program.step = step.name
                 step.run(program, self._spec, inherited)

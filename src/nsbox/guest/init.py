@@ -25,6 +25,7 @@ from nsbox.guest.files import Failure, read_exactly, serve
 from nsbox.linux import constants as c
 from nsbox.linux.calls import kill_all_others
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
+from nsbox.linux.scheduling import Standing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,18 +35,14 @@ if TYPE_CHECKING:
 
     from nsbox.linux.image import Image
 
-_SIGNALFD_READ = 128 * 16  # bytes; a record has 128 (signalfd(2)), and equal signals are merged
 _IO_DEADLINE = 30.0  # seconds a host may take to deliver a request it has begun
 _KILL_PASSES = 1000
 _RESET_EFFORT = 1.0  # seconds of PID 1's own CPU time to kill all that an invocation has left
 _REST = 1000  # milliseconds without an event after which memory is given back
 _RESET_DEADLINE = 10.0  # seconds that may take: a busy machine, or cpu.max, is no fault of theirs
-
-
 _OTHER_FDS = 12
-"""Descriptors of PID 1 besides those it watches and those that `processes` holds, at most: 0 to 2,
-the four of the next message (one that finds no room is lost, unix(7)), its pagemap, and what is
-opened while a message is served."""
+"""Descriptors besides those it watches and those that `processes` holds, at most: 0 to 2, four of
+the next message (one that finds no room is lost, unix(7)), its pagemap, those of serving one."""
 
 
 class _Command:
@@ -92,7 +89,8 @@ class Init:
         self._control = _Socket(fileno=control)
         self._signals = signals
         self._runtime = runtime
-        self._standing = processes.standing(0)  # a first time, before there are clones
+        self._standing, self._standing_now = Standing(), Standing()
+        self._standing.take(0)  # a first time, before there are clones
         self._worker: _Command | None = None
         self._kept: tuple[int, ...] = ()  # by the reset that is under way
         self._worker_end = b""  # what is answered to who asks for it
@@ -100,7 +98,7 @@ class Init:
         self._commands: dict[int, _Command] = {}
         self._farewell: _Socket | None = None  # where it is told that all of them have ended
         self._poll = select.poll()
-        self._handlers: dict[int, Callable[[], None]] = {}
+        self._handlers: dict[int, Callable[[], None] | _Command] = {}
         self._watch(control, self._on_control)
         self._watch(signals, self._on_child)
         self._watch(lifeline, _leave)
@@ -111,7 +109,7 @@ class Init:
         `is_blank` says that nobody waits for this environment yet; `pagemap` is a descriptor of
         this process's own, or -1.
         """
-        self._standing = processes.standing(0)
+        self._standing.take(0)
         fork_worker = self._runtime.fork_worker
         if fork_worker is not None:
             self._start_worker(fork_worker, is_blank=is_blank)
@@ -124,10 +122,12 @@ class Init:
                 rest = None
             for fd, _ in events:
                 handler = self._handlers.get(fd)
-                if handler is not None:
+                if isinstance(handler, _Command):  # to make a function for it touches eight pages
+                    self._on_channel(fd, handler)
+                elif handler is not None:
                     handler()
 
-    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+    def _watch(self, fd: int, handler: Callable[[], None] | _Command) -> None:
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLIN)
 
@@ -150,20 +150,17 @@ class Init:
     # -- requests ------------------------------------------------------------------------------
 
     def _on_control(self) -> None:
-        self._serve(*self._receive())
-        while self._deferred:
-            self._serve(*self._deferred.pop(0))
-
-    def _receive(self) -> tuple[bytes, list[int]]:
         try:
             message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
         except ConnectionError:
             _leave()
-        if not message or not fds:
-            _leave()  # the host closed this environment, or is gone
-        return message, fds
+        self._serve(message, fds)
+        while self._deferred:
+            self._serve(*self._deferred.pop(0))
 
     def _serve(self, message: bytes, fds: list[int]) -> None:
+        if not fds:
+            _leave()  # the host closed this environment, or is gone
         operation, place, request = message[:1], message[1:2], message[2:]
         channel = _Socket(AF_UNIX, SOCK_STREAM, 0, fds[0])  # told, it need not ask the kernel
         stdio = fds[1:]
@@ -199,8 +196,8 @@ class Init:
 
     def _start(self, channel: _Socket, request: bytes, fds: list[int]) -> None:
         flags, size, stdio, cwd, argv, environment = p.parse_run(request)
-        needed = len(self._handlers) + processes.held() + _OTHER_FDS
-        if needed > getrlimit(RLIMIT_NOFILE)[0]:
+        room = getrlimit(RLIMIT_NOFILE)[0] - len(self._handlers) - _OTHER_FDS
+        if room < processes.MOST_HELD and room < processes.held():
             raise Failure(errno.EMFILE, "room")
         terminal: list[int] = []
         try:
@@ -226,7 +223,7 @@ class Init:
             channel.close()
             return
         command = self._commands[pid] = _Command(pid, channel)
-        self._watch(channel.fileno(), lambda: self._on_channel(command, channel))
+        self._watch(channel.fileno(), command)
 
     def _reset(self, channel: _Socket, kept: int, has_commands: bool, places: list[bytes]) -> None:
         worker = self._worker
@@ -245,7 +242,8 @@ class Init:
             # What came before has the uid of PID 1, and of the worker, the next are forks of.
             origins = ([0] if has_commands else []) + ([served] if worker is not None else [])
             for pid in origins:
-                if processes.standing(pid) != self._standing:
+                self._standing_now.take(pid)
+                if self._standing_now != self._standing:
                     raise PermissionError(errno.EPERM, "priority")
             if processes.is_tuned(1) or (served and processes.is_tuned(served)):
                 raise PermissionError(errno.EPERM, "priority")
@@ -278,7 +276,9 @@ class Init:
         deadline = time.monotonic() + p.SEEN_DEADLINE
         while worker.channel is None and (left := deadline - time.monotonic()) > 0:
             if poll.poll(left * 1000):
-                message, fds = self._receive()
+                message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
+                if not fds:
+                    _leave()
                 if message[:1] == p.END:
                     worker.channel = _Socket(AF_UNIX, SOCK_STREAM, 0, fds[0])
                 else:
@@ -342,14 +342,14 @@ class Init:
                 return
         _leave()  # it breeds faster than it dies: only the end of the namespace stops it
 
-    def _on_channel(self, command: _Command, channel: _Socket) -> None:
+    def _on_channel(self, fd: int, command: _Command) -> None:
         try:
-            data = channel.recv(p.SIGNAL.size, MSG_WAITALL)
+            data = command.channel.recv(p.SIGNAL.size, MSG_WAITALL) if command.channel else b""
         except OSError:
             data = b""
         if len(data) != p.SIGNAL.size:
             # The caller let go of the command: nobody is left to say how it ended.
-            self._forget(channel.fileno())
+            self._forget(fd)
             self._kill_all_of(command)
             return
         kind, number = p.SIGNAL.unpack(data)
@@ -363,22 +363,22 @@ class Init:
     # -- ends ----------------------------------------------------------------------------------
 
     def _on_child(self) -> None:
-        try:
-            os.read(self._signals, _SIGNALFD_READ)
-        except BlockingIOError:
-            pass
-        self._reap()
+        # A code above 0 is the kernel's word: processes cannot send one (rt_sigqueueinfo(2)).
+        code, pid = processes.CHILD.unpack(os.read(self._signals, processes.CHILD.size))
+        self._reap(pid if code == os.CLD_EXITED else -1)
         self._say_farewell()
 
-    def _reap(self) -> None:
+    def _reap(self, exited: int = -1) -> None:
         while True:
-            self._show(os.WNOHANG)
+            if exited < 0:  # else it is known that no signal has ended it
+                self._show(os.WNOHANG)
             try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(exited, os.WNOHANG)
             except ChildProcessError:
+                pid = 0
+            if pid == 0 and exited < 0:
                 return
-            if pid == 0:
-                return
+            exited = -1
             command = self._commands.pop(pid, None)
             if command is not None and self._finish(command, status, usage):
                 return  # not even to hear that there is no child: an exception is dear here

@@ -9,14 +9,18 @@ from __future__ import annotations
 import errno
 import os
 import select
+from struct import Struct
 
 from nsbox.linux import constants as c
-from nsbox.linux.scheduling import ioprio_get, sched_getattr
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
+CHILD = Struct("8xiI112x")
+"""A record of a signalfd (signalfd(2)): ssi_code, and ssi_pid. Equal signals are merged."""
+MOST_HELD = 256
+"""More descriptors than are ever `held`."""
 _DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end
 _THREADS = 17  # field of /proc/PID/stat behind the name (proc(5), num_threads)
 _OUTSIDE = -1  # what stands for a parent outside of the namespace
@@ -99,14 +103,6 @@ def newest() -> bytes:
     if not _loadavg:
         _loadavg.append(os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC))
     return os.pread(_loadavg[0], _ENOUGH, 0).split()[-1]
-
-
-def standing(pid: int) -> tuple[object, ...]:
-    """Return what children inherit of a process that others of its uid can change."""
-    try:
-        return sched_getattr(pid), os.sched_getaffinity(pid), ioprio_get(pid)
-    except OSError:
-        return ()  # refused by the filter, as setting it is
 
 
 def remember_tuning() -> None:

@@ -19,7 +19,7 @@ from nsbox.linux.descriptors import close_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
+    from _socket import socket as Socket
     from typing import Any
 
     from nsbox.isolation.cgroups import EnvironmentCgroup
@@ -36,7 +36,7 @@ class Birth:
         known: KnownSpec,
         request: dict[str, Any],
         control: int,
-        host: socket.socket,
+        host: Socket,
     ) -> None:
         self.server = server
         self.known = known

@@ -39,23 +39,26 @@ class Inherited:
 
     Attributes:
         extent: How much of a /proc it can have (`filesystem.probe_proc`).
+        has_image: Whether it shares an image of the template's memory, and keeps `PAGEMAP`.
         drop_groups: Whether setgroups(2) is allowed.
         tasks: Descriptors of the v1 ``tasks`` files to write itself into.
         trees: Destination -> descriptor of its own binds' detached trees.
         name: Filled in with its id before it is cloned.
     """
 
-    __slots__ = ("drop_groups", "extent", "name", "tasks", "trees")
+    __slots__ = ("drop_groups", "extent", "has_image", "name", "tasks", "trees")
 
     def __init__(
         self,
         extent: str,
+        has_image: bool,
         drop_groups: bool,
         tasks: list[int],
         trees: dict[str, int],
         name: Name,
     ) -> None:
         self.extent = extent
+        self.has_image = has_image
         self.drop_groups = drop_groups
         self.tasks = tasks
         self.trees = trees
@@ -65,7 +68,7 @@ class Inherited:
 def _start_session(program: Program, _spec: dict[str, Any], birth: Inherited) -> None:
     # First of all: nothing of the template's may outlive this point in the clone.
     program.set_name(birth.name)
-    kept = [*range(FIRST_OTHER), *birth.tasks, *birth.trees.values()]
+    kept = [*range(PAGEMAP + birth.has_image), *birth.tasks, *birth.trees.values()]
     for first, last in gaps(kept):
         program.close_range(first, last)
     program.call(os.setsid)
@@ -82,14 +85,10 @@ def _join_cgroups(program: Program, _spec: dict[str, Any], birth: Inherited) -> 
 
 
 def _await_maps(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
-    program.call(_await)
-
-
-def _await() -> None:
     # The template holds the only other end: its death at any moment reads as the end of the pipe.
-    if os.read(SYNC, 1) != MAPPED:
-        os._exit(1)
-    os.close(SYNC)
+    # Whether there are maps is not asked: without them the kernel refuses the next step (EINVAL).
+    program.call(os.read, SYNC, 1)
+    program.call(os.close, SYNC)
 
 
 def _become_user(program: Program, spec: dict[str, Any], birth: Inherited) -> None:

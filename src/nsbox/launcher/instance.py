@@ -9,7 +9,7 @@ from nsbox.isolation.sigstop import Stopper
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import socket
+    from _socket import socket as Socket
 
     from nsbox.launcher.birth import Birth
 
@@ -35,8 +35,8 @@ class Environment:
 
     def __init__(self, birth: Birth, pid: int, pidfd: int) -> None:
         self.id = birth.env_id
-        self.host: socket.socket | None = birth.host
-        self.reply: socket.socket | None = None
+        self.host: Socket | None = birth.host
+        self.reply: Socket | None = None
         self.pid = pid
         self.pidfd = pidfd
         self.cgroup = birth.cgroup

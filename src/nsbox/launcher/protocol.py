@@ -42,21 +42,31 @@ def scarcity(newest: Sequence[int], *, is_brief: bool) -> tuple[int, int] | None
     return (count, limit) if limit - count < (kept // 2 if is_brief else kept) else None
 
 
-def pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[socket.socket, Socket]:
-    """Return a connected pair of Unix sockets, close-on-exec; the second is to be given away.
+def raw_pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[Socket, Socket]:
+    """Return a connected pair of Unix sockets, close-on-exec, of which one is to be given away.
 
-    The second waits, whatever this process has made of its own sockets (`channel.make_socket`).
+    Both wait. O_NONBLOCK, which a default timeout of the host program (`socket.setdefaulttimeout`)
+    or sockets in place of Python's (gevent) set, would be set for the other process, too.
     """
+    # The C half's: Python's own would ask the kernel what they are.
     ours, theirs = socketpair(socket.AF_UNIX, kind)
     if getdefaulttimeout() is not None:
+        ours.setblocking(True)
         theirs.setblocking(True)
+    return ours, theirs
+
+
+def pair() -> tuple[socket.socket, Socket]:
+    """Return a `raw_pair`, its first of this process's kind of sockets (gevent): it may wait."""
+    kind = socket.SOCK_SEQPACKET
+    ours, theirs = raw_pair(kind)
     end = socket.socket(socket.AF_UNIX, kind, 0, ours.detach())
     if end.gettimeout() is not None:
         end.settimeout(None)
     return end, theirs
 
 
-def send(channel: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+def send(channel: Socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
     """Send one message.
 
     Raises:
@@ -69,7 +79,7 @@ def send(channel: socket.socket, message: dict[str, Any], fds: Sequence[int] = (
     send_bytes(channel, data, fds)
 
 
-def receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+def receive(channel: Socket) -> tuple[dict[str, Any], list[int]] | None:
     """Return the next message and its descriptors, or None when the other end is gone."""
     try:
         data, fds = receive_message(channel)

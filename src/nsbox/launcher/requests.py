@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import errno
-import socket
+from _socket import AF_UNIX, SOCK_SEQPACKET
+from _socket import socket as Socket
 
 from nsbox.isolation import readback
 from nsbox.launcher import protocol
@@ -25,7 +26,7 @@ class Requests:
         living: Environments by id, until what they had is removed.
     """
 
-    def __init__(self, channel: socket.socket) -> None:
+    def __init__(self, channel: Socket) -> None:
         self._channel = channel
         self.living: dict[str, Environment] = {}
         self._ended: dict[str, dict[str, Any]] = {}  # until the host asks, or lets go of it
@@ -46,7 +47,7 @@ class Requests:
         kind, env_id = request["kind"], request["id"]
         environment = self.living.get(env_id)
         # Told what it is, it need not ask the kernel.
-        host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fds[0]) if fds else None
+        host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, fds[0]) if fds else None
         if environment is None or (environment.pidfd < 0 and kind != "close"):
             ended = self._ended.get(env_id, {"kind": "gone"})
             if kind == "close":
@@ -77,7 +78,7 @@ class Requests:
             self._ended[environment.id] = report
 
 
-def answer(host: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> bool:
+def answer(host: Socket, message: dict[str, Any], fds: Sequence[int] = ()) -> bool:
     """Send an answer; False when the host has closed its end."""
     try:
         protocol.send(host, message, fds)
@@ -86,7 +87,7 @@ def answer(host: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()
     return True
 
 
-def reply(host: socket.socket | None, message: dict[str, Any]) -> None:
+def reply(host: Socket | None, message: dict[str, Any]) -> None:
     """Send the only answer there will be, if somebody waits for one."""
     if host is not None:
         answer(host, message)

@@ -16,6 +16,8 @@ import signal
 import socket
 import sys
 import time
+from _socket import AF_UNIX, SOCK_SEQPACKET
+from _socket import socket as Socket
 
 from nsbox.errors import NsboxError
 from nsbox.isolation import cgroups, landlock, namespaces, privileges
@@ -218,7 +220,7 @@ class Server:
             self._leave()
         request, (control, host_fd) = received
         # Told what it is, it need not ask the kernel.
-        host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, host_fd)
+        host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, host_fd)
         scarce = protocol.scarcity((control, host_fd), is_brief="brief" in request)
         if scarce is not None:
             count, limit = scarce

@@ -86,6 +86,7 @@ class Template:
         self._init = Init(inside.CONTROL, inside.LIFELINE, inside.SIGNALS, runtime)
         self._runtime = runtime
         self._births_to_image = _SETTLED if has_image else 0
+        self._has_image = False
         self._specs: dict[str, tuple[dict[str, Any], dict[tuple[int, ...], list[Entry]]]] = {}
         self._clones: dict[int, calls.Clone] = {}
         self._extent = b""
@@ -111,6 +112,9 @@ class Template:
                     self._births_to_image -= 1
                     if not self._births_to_image:
                         self._runtime.image = image.take_when_tried()
+                        self._has_image = self._runtime.image is not None
+                        for _, prepared in self._specs.values():
+                            prepared.clear()
             elif message[0] == "spec":
                 self._specs[message[1]] = (message[2], {})
             elif message[0] == "forget":
@@ -178,8 +182,9 @@ class Template:
         tree_count = len(destinations)
         trees = dict(zip(destinations, fds[:tree_count], strict=True))
         inherited = inside.Inherited(
-            self._extent.decode(), self._drop_groups, fds[tree_count:], trees, self._name
-        )
+            self._extent.decode(), self._has_image, self._drop_groups, fds[tree_count:], trees,
+            self._name,
+        )  # fmt: skip
         program = Program()
         for step in inside.STEPS:
             program.step = step.name
@@ -213,7 +218,7 @@ class Template:
 
     def _be_born(self, entries: list[Entry]) -> NoReturn:
         at = ["session"]
-        pagemap = self._open_pagemap()
+        pagemap = _open_pagemap() if self._has_image else -1
         try:
             run(entries, at)
             os.write(inside.CONTROL, self._extent)
@@ -227,14 +232,13 @@ class Template:
         finally:
             os._exit(1)
 
-    def _open_pagemap(self) -> int:
-        """Open, in a clone, what is the clone's own no more when it is not dumpable; else -1."""
-        if self._runtime.image is not None:
-            try:
-                fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-                return os.dup2(fd, inside.PAGEMAP, inheritable=False)
-            except OSError:
-                pass  # there is no /proc
+
+def _open_pagemap() -> int:
+    """Open, in a clone, what is the clone's own no more when it is not dumpable; else -1."""
+    try:
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        return os.dup2(fd, inside.PAGEMAP, inheritable=False)
+    except OSError:  # there is no /proc
         os.close(inside.PAGEMAP)
         return -1
 

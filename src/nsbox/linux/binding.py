@@ -42,6 +42,7 @@ _NUMBERS = {
     "x86_64": {
         "getcwd": 79,
         "pivot_root": 155,
+        "sched_getaffinity": 204,
         "add_key": 248,
         "keyctl": 250,
         "ioprio_get": 252,
@@ -52,6 +53,7 @@ _NUMBERS = {
         "getcwd": 17,
         "ioprio_get": 31,
         "pivot_root": 41,
+        "sched_getaffinity": 123,
         "add_key": 217,
         "keyctl": 219,
         "sched_getattr": 275,

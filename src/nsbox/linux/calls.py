@@ -177,9 +177,12 @@ _CLONE_ARGS_SIZE = sizeof(_CloneArgs)
 _MOUNT_ATTR_SIZE = sizeof(_MountAttr)
 _OPEN_HOW_SIZE = sizeof(_OpenHow)
 _CapSets = _CapData * c.LINUX_CAPABILITY_U32S_3
-ROOT_ONLY = create_string_buffer(len("/\0"))
-"""A buffer for getcwd(2) that has room for no other path."""
-NO_CAPABILITIES = (byref(_CapHeader(c.LINUX_CAPABILITY_VERSION_3, 0)), _CapSets())
+_root_only = create_string_buffer(len("/\0"))
+_no_capabilities = (_CapHeader(c.LINUX_CAPABILITY_VERSION_3, 0), _CapSets())
+# As addresses: what a foreign function does to take an array touches eight more pages of a clone.
+ROOT_ONLY = (addressof(_root_only), sizeof(_root_only))
+"""Arguments of getcwd(2): a buffer that has room for no other path."""
+NO_CAPABILITIES = tuple(map(addressof, _no_capabilities))
 """Arguments of capset(2): three empty sets, for the calling thread."""
 
 

@@ -132,9 +132,12 @@ KEY_SPEC_USER_SESSION_KEYRING = -5  # 2.6.10
 FS_IOC_GETFLAGS = 0x80086601  # 2.6.20; of a tmpfs since 6.0
 FS_IOC_SETFLAGS = 0x40086602
 
-# linux/prctl.h: prctl(2); only what `linux/` itself uses and the prctl module has no function for
+# linux/prctl.h: prctl(2); what a clone does itself, and what the prctl module has no function for
 PR_SET_PDEATHSIG = 1  # 2.1.57; the prctl module is not loaded in the launcher
-PR_SET_NAME = 15  # 2.6.9; of the module it touches thirty pages more
+PR_SET_DUMPABLE = 4  # 2.3.20
+PR_SET_NAME = 15  # 2.6.9
+PR_CAPBSET_DROP = 24  # 2.6.25
+PR_SET_NO_NEW_PRIVS = 38  # 3.5
 PR_GET_TID_ADDRESS = 40  # 3.5; EINVAL without CONFIG_CHECKPOINT_RESTORE
 PR_CAP_AMBIENT = 47  # 4.3
 PR_CAP_AMBIENT_IS_SET = 1  # 4.3

@@ -11,6 +11,7 @@ way 170.
 from __future__ import annotations
 
 from ctypes import addressof, c_char, create_string_buffer
+from itertools import repeat
 
 from nsbox.linux import calls
 from nsbox.linux import constants as c
@@ -18,7 +19,7 @@ from nsbox.linux.binding import SYSCALL, encode, encode_optional, failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     Entry = tuple[str, Callable[..., Any], tuple[Any, ...], str, str | None]
@@ -90,7 +91,7 @@ class Program:
 
         One outside the root reads as "(unreachable)" (CVE-2024-21626).
         """
-        self._foreign("getcwd", "/", SYSCALL["getcwd"], calls.ROOT_ONLY, len(calls.ROOT_ONLY))
+        self._foreign("getcwd", "/", SYSCALL["getcwd"], *calls.ROOT_ONLY)
 
     def close_range(self, first: int, last: int) -> None:
         """close_range(2)."""
@@ -112,6 +113,13 @@ class Program:
     def set_name(self, name: Name) -> None:
         """prctl(2) PR_SET_NAME: up to 15 bytes."""
         self._foreign("prctl_pointer", None, c.PR_SET_NAME, name.whole, 0, 0, 0)
+
+    def drop_bounding_set(self, capabilities: Sequence[int]) -> None:
+        """prctl(2) PR_CAPBSET_DROP, for each of them."""
+        words = [repeat(c.PR_CAPBSET_DROP), capabilities, *[repeat(0)] * 3]
+        # A loop in C, which each clone goes through in its own copy; below 0: one failed.
+        calls_of_all = map(calls.FOREIGN["prctl"], *words)
+        self.entries.append((self.step, sum, (calls_of_all,), "prctl", None))
 
     def capset_empty(self) -> None:
         """capset(2) with three empty sets, after PR_CAP_AMBIENT_CLEAR_ALL."""

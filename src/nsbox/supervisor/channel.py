@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-from _socket import getdefaulttimeout, socketpair
 from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -17,6 +16,7 @@ from typing import IO, Final, Self
 
 from nsbox.errors import SetupError, SyscallError
 from nsbox.guest import protocol as p
+from nsbox.launcher import protocol
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 
 ANSWER_DEADLINE: Final = 30.0
@@ -153,21 +153,13 @@ def make_pipe(*, to_guest: bool) -> tuple[int, int]:
 def make_socket() -> tuple[Socket, Socket]:
     """Return this process's end of a stream and the other one, which is to be given away.
 
-    Both wait. O_NONBLOCK, which a default timeout of the host program (`socket.setdefaulttimeout`)
-    or sockets in place of Python's (gevent) set, would be set for the other process, too.
-
     Raises:
         SyscallError: There is no room for it.
     """
     try:
-        # The C half's: Python's own would ask the kernel what they are.
-        ours, theirs = socketpair()
+        return protocol.raw_pair(socket.SOCK_STREAM)
     except OSError as error:
         raise SyscallError("socketpair", error.errno or 0) from error
-    if getdefaulttimeout() is not None:
-        ours.setblocking(True)
-        theirs.setblocking(True)
-    return ours, theirs
 
 
 class Workplace:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
 import time
 from _socket import socket as Socket
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
+from typing import Any, Final, TypeVar
 
 from nsbox.errors import (
     DescriptorsExhausted,
@@ -50,6 +49,9 @@ _MORE_IN_LAUNCHER: Final = (
     "It takes the hard limit: close some, or raise that, by 'ulimit -Hn' as root or LimitNOFILE= "
     "of a service"
 )
+
+
+_End = TypeVar("_End", bound=Socket)
 
 
 class ForgottenSpec(NsboxError):
@@ -107,7 +109,7 @@ class Link:
             launcher: Whom to ask.
             spec: What the environment is to be (`nsbox.supervisor.plan`).
             env_id: Its id.
-            is_brief: It is for one command (`wire.scarcity`).
+            is_brief: It is for one command (`protocol.scarcity`).
 
         Raises:
             SetupError: This process has no room for its sockets.
@@ -128,10 +130,10 @@ class Link:
         self.pid = self._pid_inode = 0
         self._pidfd = -1  # only where pidfds have no inode of their own
         with ExitStack() as unused:
-            self._control, control = _pair()
+            self._control, control = _pair(protocol.pair)
             unused.callback(_close_both, self._control, control)
             # Where its birth is answered; closed when that is over.
-            self._birth, birth = _pair()
+            self._birth, birth = _pair(protocol.raw_pair)
             unused.callback(_close_both, self._birth, birth)
             if spec["runtime"]:
                 self.workplace = Workplace(self._control)
@@ -219,7 +221,7 @@ class Link:
         if self._awaits_furniture:
             self._awaits_furniture = False
             answer = None
-            with self._birth, suppress(OSError):
+            with closing(self._birth), suppress(OSError):
                 if protocol.is_readable(self._birth.fileno(), END_DEADLINE):
                     received = protocol.receive(self._birth)
                     answer = None if received is None else received[0]
@@ -474,9 +476,9 @@ def await_farewell(farewell: Socket | None, seconds: float) -> None:
             farewell.close()
 
 
-def _pair() -> tuple[socket.socket, Socket]:
+def _pair(make: Callable[[], tuple[_End, Socket]]) -> tuple[_End, Socket]:
     try:
-        return protocol.pair()
+        return make()
     except OSError as error:
         raise SetupError("birth", f"socketpair: {error}", errno=error.errno or 0) from error
 

@@ -6,7 +6,6 @@ Nothing stays open for that: each request brings the socket that its answer come
 
 from __future__ import annotations
 
-import socket
 import threading
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any, Final
@@ -35,7 +34,7 @@ class Supervision:
         self._launcher = launcher
         self._env_id = env_id
         self._lock = threading.Lock()
-        self._report: socket.socket | None = None  # where the end will be told
+        self._report: Socket | None = None  # where the end will be told
         self._is_asked = self._is_let_go = False
         self.end: dict[str, Any] | None = None
 
@@ -57,7 +56,7 @@ class Supervision:
             SyscallError: This process has no room for a socket.
         """
         ours, theirs = _pair()
-        with ours:
+        with closing(ours):
             try:
                 with closing(theirs):
                     self._launcher.ask(kind, self._env_id, theirs)
@@ -99,7 +98,8 @@ class Supervision:
         if protocol.is_readable(fd, END_DEADLINE):
             with self._lock:  # another thread may have read it meanwhile
                 if self.end is None and self._report.fileno() >= 0:
-                    self.end = _receive(self._report, 0) or {"kind": "gone", "launcher": True}
+                    received = protocol.receive(self._report)
+                    self.end = received[0] if received else {"kind": "gone", "launcher": True}
 
     def close(self) -> None:
         """Let go of the environment: the launcher ends what is left of it, and forgets it."""
@@ -116,14 +116,14 @@ class Supervision:
                 self.tell("close")
 
 
-def _pair() -> tuple[socket.socket, Socket]:
+def _pair() -> tuple[Socket, Socket]:
     try:
-        return protocol.pair()
+        return protocol.raw_pair()
     except OSError as error:
         raise SyscallError("socketpair", error.errno or 0) from error
 
 
-def _receive(channel: socket.socket, timeout: float) -> dict[str, Any] | None:
+def _receive(channel: Socket, timeout: float) -> dict[str, Any] | None:
     if not protocol.is_readable(channel.fileno(), timeout):
         return None
     received = protocol.receive(channel)
