@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from nsbox.pool.events import PoolEvent as PoolEvent
     from nsbox.pool.events import Retirement as Retirement
     from nsbox.pool.function import PoolFunction as PoolFunction
-    from nsbox.pool.warm import WarmPool as WarmPool
+    from nsbox.pool.pool import WarmPool as WarmPool
     from nsbox.seccomp.policy import SeccompPolicy as SeccompPolicy
     from nsbox.store.store import Store as Store
     from nsbox.supervisor.launcher import shutdown as shutdown
@@ -94,7 +94,7 @@ _HOMES = {
     "nsbox.supervisor.launcher": ("shutdown",),
     "nsbox.seccomp.policy": ("SeccompPolicy",),
     "nsbox.pool.function": ("PoolFunction",),
-    "nsbox.pool.warm": ("WarmPool",),
+    "nsbox.pool.pool": ("WarmPool",),
     "nsbox.pool.aio": ("AsyncWarmPool",),
     "nsbox.pool.events": ("PoolEvent", "Retirement"),
     "nsbox.values.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),

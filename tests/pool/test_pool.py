@@ -16,7 +16,7 @@ import pytest
 from tests.support import PATIENCE, host_program, wait_until
 
 import nsbox
-from nsbox.pool.entries import Phase
+from nsbox.pool.accounts import Phase
 from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
@@ -65,7 +65,7 @@ def commands() -> Iterator[nsbox.WarmPool]:
         yield pool
 
 
-# -- leases --------------------------------------------------------------------------------------
+# -- leases -----------------------------------------------------------------------------------
 
 
 def test_one_environment_serves_one_call_after_another(make: Make) -> None:
@@ -118,15 +118,15 @@ def test_a_tenants_version_stays_its_own(make: Make) -> None:
 
 
 def test_a_lease_is_ended_once(commands: nsbox.WarmPool) -> None:
-    grant = commands._take(None, 1)
-    assert grant.entry.phase is Phase.LEASED
-    commands._finish(grant, None)
+    lease = commands._take(None, 1)
+    assert lease.slot.phase is Phase.LEASED
+    commands._finish(lease, None)
     with pytest.raises(nsbox.EnvironmentStateError, match="this lease is over"):
-        commands._finish(grant, None)
+        commands._finish(lease, None)
     again = commands._take(None, 1)
-    assert again.entry is grant.entry
+    assert again.slot is lease.slot
     with pytest.raises(nsbox.EnvironmentStateError, match="this lease is over"):
-        commands._finish(grant, None)
+        commands._finish(lease, None)
     commands._finish(again, None)
 
 
@@ -260,9 +260,9 @@ def test_death_of_an_idle_one_is_seen_at_once_and_a_provisioned_one_replaced(mak
     retired: list[nsbox.PoolEvent] = []
     # Not frozen: v1's freezer holds up even a kill.
     with nsbox.WarmPool(make(), provisioned=1, freeze_after=None, on_event=retired.append) as pool:
-        (entry,) = pool._leases._entries
-        assert entry.env is not None
-        os.kill(entry.env.pid, signal.SIGKILL)
+        (slot,) = pool._scheduler._slots
+        assert slot.env is not None
+        os.kill(slot.env.pid, signal.SIGKILL)
         wait_until(lambda: pool.stats()["Births"] == 2, "another is born", 20)
         wait_until(lambda: pool.stats()["Idle"] == 1, "it is ready", 20)
         assert [event.reason for event in retired if event.kind == "retired"] == [
@@ -278,11 +278,11 @@ def test_a_late_word_of_a_death_is_not_believed_of_another(commands: nsbox.WarmP
     """The kernel tells a descriptor's number, which may have become another environment's."""
     with commands.acquire() as env:
         pass
-    (entry,) = commands._leases._entries
-    commands._house._on_ready(entry.fd)
+    (slot,) = commands._scheduler._slots
+    commands._manager._on_ready(slot.fd)
     with commands.acquire() as again:
         assert again is env
-    commands._house._on_ready(1 << 20)
+    commands._manager._on_ready(1 << 20)
 
 
 def test_provisioned_ones_are_ready_when_the_pool_is(make: Make) -> None:
@@ -351,11 +351,11 @@ def test_lives_end_by_calls_idleness_and_age(make: Make) -> None:
 
 def test_provisioned_ones_stay_however_idle(make: Make) -> None:
     with nsbox.WarmPool(make(), provisioned=1, idle_timeout=0.02) as pool:
-        (first,) = pool._leases._entries
+        (first,) = pool._scheduler._slots
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(lambda _: pool.invoke({"sleep": 0.2 * PATIENCE}), range(2)))
         wait_until(lambda: pool.stats()["Environments"] == 1, "the other one is closed")
-        assert pool._leases._entries == {first}
+        assert pool._scheduler._slots == {first}
         assert pool.stats()["ProvisionedConcurrencySpilloverInvocations"] == 1
 
 
@@ -423,24 +423,24 @@ def test_nothing_hangs_at_exit(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_forked_child_has_no_part_in_it(commands: nsbox.WarmPool) -> None:
-    commands._house.owner -= 1  # what a forked child finds
+    commands._manager.owner -= 1  # what a forked child finds
     try:
         with pytest.raises(nsbox.PoolError, match="belongs to process"), commands.acquire():
             pass
         commands.close()
     finally:
-        commands._house.owner += 1
+        commands._manager.owner += 1
     with commands.acquire() as env:
         assert env.run(["true"]).ok
 
 
 def kill_one(pool: nsbox.WarmPool) -> None:
     """Kill whatever environment comes first, busy or idle, from outside."""
-    with pool._leases._lock:
-        for entry in pool._leases._entries:
-            if entry.env is not None and entry.phase is not Phase.RETIRED:
+    with pool._scheduler._lock:
+        for slot in pool._scheduler._slots:
+            if slot.env is not None and slot.phase is not Phase.RETIRED:
                 with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                    os.kill(entry.env.pid, signal.SIGKILL)
+                    os.kill(slot.env.pid, signal.SIGKILL)
                 return
 
 

@@ -150,8 +150,8 @@ def test_a_flood_of_calls_is_refused_at_once_and_the_others_are_served(publish: 
     settings = {"max_environments": 1, "max_waiting": most, "acquire_timeout": None}
     with nsbox.WarmPool(publish(FLOOD, "keep"), **settings) as pool:  # type: ignore[arg-type]
         pool.invoke(0, tenant="flood")
-        (entry,) = pool._leases._entries
-        env = entry.env
+        (slot,) = pool._scheduler._slots
+        env = slot.env
         assert env is not None
 
         def is_inside() -> bool:

@@ -29,8 +29,8 @@ def test_an_end_before_the_event_is_sent_is_a_death(make: Make, when: str) -> No
     def kill(event: nsbox.PoolEvent) -> None:
         if event.kind == when and not killed:
             killed.append(event.environment)
-            (entry,) = pool._leases._entries
-            env = entry.env
+            (slot,) = pool._scheduler._slots
+            env = slot.env
             assert env is not None
             os.kill(env.pid, signal.SIGKILL)
             wait_until(lambda: env.state is nsbox.State.DEAD, "it is seen")
@@ -47,8 +47,8 @@ def test_caller_and_watch_may_look_at_an_end_at_once() -> None:
     """A poll object of Python's refuses a second thread, which neither of the two expects."""
     with nsbox.WarmPool(max_environments=1) as pool:
         with pytest.raises(ZeroDivisionError), pool.acquire() as env:  # noqa: PT012 - destroys it
-            (entry,) = pool._leases._entries
-            death = entry.death
+            (slot,) = pool._scheduler._slots
+            death = slot.death
             assert death is not None
             looks = threading.Thread(target=death.poll, args=(30_000 * PATIENCE,))
             looks.start()
@@ -61,7 +61,7 @@ def test_caller_and_watch_may_look_at_an_end_at_once() -> None:
                 return False
 
             wait_until(is_looking, "the thread is in poll")
-            pool._house._on_ready(entry.fd)
+            pool._manager._on_ready(slot.fd)
             os.kill(env.pid, signal.SIGKILL)
             looks.join()
             raise ZeroDivisionError
@@ -94,13 +94,13 @@ def test_a_pool_that_gets_no_thread_to_fill_it_tries_again(
 ) -> None:
     with nsbox.WarmPool(make(), provisioned=1, max_environments=1) as pool:
         refused = no_thread("nsbox-pool-fill")
-        (entry,) = pool._leases._entries
-        assert entry.env is not None
-        os.kill(entry.env.pid, signal.SIGKILL)
+        (slot,) = pool._scheduler._slots
+        assert slot.env is not None
+        os.kill(slot.env.pid, signal.SIGKILL)
 
         def is_filled() -> bool:
-            entries = list(pool._leases._entries)
-            return len(refused) == 2 and any(e.env is not None and e is not entry for e in entries)
+            slots = list(pool._scheduler._slots)
+            return len(refused) == 2 and any(e.env is not None and e is not slot for e in slots)
 
         wait_until(is_filled, "another one is there")
         assert pool.invoke({"echo": 1})["echo"] == 1
@@ -125,9 +125,9 @@ def test_a_pool_goes_on_when_its_thread_meets_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with nsbox.WarmPool(provisioned=1, max_environments=1) as pool:
-        on_ready, watch = pool._house._on_ready, pool._house._watch
+        on_ready, watch = pool._manager._on_ready, pool._manager._watch
         assert watch is not None
-        sweep = pool._leases.sweep
+        sweep = pool._scheduler.sweep
         errors: list[str] = []
 
         def fail_once(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,13 +139,13 @@ def test_a_pool_goes_on_when_its_thread_meets_an_error(
 
             return call
 
-        monkeypatch.setattr(pool._leases, "sweep", fail_once("sweep", sweep))
+        monkeypatch.setattr(pool._scheduler, "sweep", fail_once("sweep", sweep))
         watch.ring()
         wait_until(lambda: errors == ["sweep"], "it has met one")
         monkeypatch.setattr(watch, "_on_ready", fail_once("ready", on_ready))
-        (entry,) = pool._leases._entries
-        assert entry.env is not None
-        os.kill(entry.env.pid, signal.SIGKILL)
+        (slot,) = pool._scheduler._slots
+        assert slot.env is not None
+        os.kill(slot.env.pid, signal.SIGKILL)
         wait_until(lambda: errors == ["sweep", "ready"], "it has met the second")
         with pool.acquire() as env:
             assert env.run(["true"]).ok
@@ -176,7 +176,7 @@ def test_a_start_that_fails_again_and_again_is_told_once(
         with pool.acquire() as env:
             out.rmdir()  # no other can be born
             os.kill(env.pid, signal.SIGKILL)
-        wait_until(lambda: pool._share.breaker.pause() > 0, "three starts have failed")
+        wait_until(lambda: pool._queue.breaker.pause() > 0, "three starts have failed")
         told = [r for r in caplog.records if "does not start" in r.getMessage()]
         assert len(told) == 1
         out.mkdir()

@@ -18,7 +18,7 @@ import pytest
 from tests.support import PATIENCE, wait_until
 
 import nsbox
-from nsbox.pool.house import PoolEntry, PoolGrant
+from nsbox.pool.manager import PoolLease, PoolSlot
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -69,19 +69,19 @@ def publish(tmp_path: Path) -> Publish:
     return make
 
 
-def socket_of(entry: PoolEntry) -> int:
+def socket_of(slot: PoolSlot) -> int:
     """The host's end of the worker's socket."""
-    env = entry.env
+    env = slot.env
     assert env is not None
     assert env._invocations is not None
     assert env._invocations._invoker is not None
     return env._invocations._invoker.descriptors()[0]
 
 
-def hears(entry: PoolEntry, events: int) -> bool:
+def hears(slot: PoolSlot, events: int) -> bool:
     """Whether the worker's socket has one of `events`."""
     poll = select.poll()
-    poll.register(socket_of(entry), events)
+    poll.register(socket_of(slot), events)
     return any(event & events for _, event in poll.poll(0))
 
 
@@ -91,37 +91,37 @@ def is_readable(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def is_sent(entry: PoolEntry) -> bool:
+def is_sent(slot: PoolSlot) -> bool:
     """Whether there is something that the worker has not read."""
     unread = bytearray(4)
-    fcntl.ioctl(socket_of(entry), termios.TIOCOUTQ, unread)
+    fcntl.ioctl(socket_of(slot), termios.TIOCOUTQ, unread)
     return any(unread)
 
 
 def kill_at_lease(
     pool: nsbox.WarmPool, monkeypatch: pytest.MonkeyPatch, victim: str
-) -> list[PoolEntry]:
+) -> list[PoolSlot]:
     """Have the next environment that is leased die before its event is sent; returns whose."""
-    killed: list[PoolEntry] = []
-    take = pool._leases.take_idle
+    killed: list[PoolSlot] = []
+    take = pool._scheduler.take_idle
 
-    def take_and_kill(share: object, tenant: str | None) -> PoolGrant | None:
-        grant = take(share, tenant)  # type: ignore[arg-type]
-        if grant is not None and not killed:
-            entry = grant.entry
-            killed.append(entry)
-            env = entry.env
+    def take_and_kill(queue: object, tenant: str | None) -> PoolLease | None:
+        lease = take(queue, tenant)  # type: ignore[arg-type]
+        if lease is not None and not killed:
+            slot = lease.slot
+            killed.append(slot)
+            env = slot.env
             assert env is not None
             init = psutil.Process(env.pid)
             (init if victim == "init" else init.children()[0]).kill()
             # Not by asking the environment, which would note its end.
             if victim == "init":
-                wait_until(lambda: is_readable(entry.fd), "it is gone")
+                wait_until(lambda: is_readable(slot.fd), "it is gone")
             if env._invocations is not None and env._invocations._invoker is not None:
-                wait_until(lambda: hears(entry, select.POLLHUP), "its worker's socket is closed")
-        return grant
+                wait_until(lambda: hears(slot, select.POLLHUP), "its worker's socket is closed")
+        return lease
 
-    monkeypatch.setattr(pool._leases, "take_idle", take_and_kill)
+    monkeypatch.setattr(pool._scheduler, "take_idle", take_and_kill)
     return killed
 
 
@@ -172,16 +172,16 @@ def test_what_a_worker_has_got_is_not_sent_again(publish: Publish) -> None:
     with nsbox.WarmPool(
         publish("keep"), provisioned=2, max_environments=2, freeze_after=None
     ) as pool:
-        for entry in list(pool._leases._entries):
-            assert entry.env is not None
-            (worker,) = psutil.Process(entry.env.pid).children()
+        for slot in list(pool._scheduler._slots):
+            assert slot.env is not None
+            (worker,) = psutil.Process(slot.env.pid).children()
             worker.suspend()  # the socket takes the event, and nobody reads it
         future = pool.submit({"echo": 1})
         wait_until(lambda: pool.stats()["ConcurrentExecutions"] == 1, "it is leased")
-        (entry,) = (entry for entry in pool._leases._entries if entry.token)
-        wait_until(lambda: is_sent(entry), "it is sent")
-        assert entry.env is not None
-        os.kill(entry.env.pid, signal.SIGKILL)
+        (slot,) = (slot for slot in pool._scheduler._slots if slot.token)
+        wait_until(lambda: is_sent(slot), "it is sent")
+        assert slot.env is not None
+        os.kill(slot.env.pid, signal.SIGKILL)
         with pytest.raises(nsbox.InvokeError):
             future.result()
         stats = pool.stats()
@@ -193,8 +193,8 @@ def test_workers_that_leave_after_each_answer_cost_no_call(publish: Publish) -> 
     with nsbox.WarmPool(publish("keep"), max_environments=1, freeze_after=None) as pool:
         for _ in range(4):
             assert pool.invoke({"attack": "leave"}) == "left"
-            (entry,) = pool._leases._entries
-            wait_until(lambda: hears(entry, select.POLLHUP), "its socket is closed")  # noqa: B023 - called at once
+            (slot,) = pool._scheduler._slots
+            wait_until(lambda: hears(slot, select.POLLHUP), "its socket is closed")  # noqa: B023 - called at once
         stats = pool.stats()
         assert (stats["Calls"], stats["Errors"], stats["Births"]) == (4, 0, 4)
 
@@ -219,8 +219,8 @@ def test_what_is_said_between_two_calls_is_no_answer_to_the_second(
     """No worker knows the number of an event that it has not got."""
     with nsbox.WarmPool(publish("keep"), max_environments=1, freeze_after=None) as pool:
         assert pool.invoke({"attack": "say", "what": what}) == "own"
-        (entry,) = pool._leases._entries
-        wait_until(lambda: hears(entry, select.POLLIN), "it is said")
+        (slot,) = pool._scheduler._slots
+        wait_until(lambda: hears(slot, select.POLLIN), "it is said")
         with pytest.raises(nsbox.EnvironmentDied, match="broke the rules"):
             pool.invoke({"echo": 2}, timeout=10 * PATIENCE)
         assert pool.invoke({"echo": 3})[2] == 3
@@ -232,8 +232,8 @@ def test_a_part_of_an_answer_is_none(publish: Publish, what: str) -> None:
     """The rest of it never comes: that is silence, and after it the environment is killed."""
     with nsbox.WarmPool(publish("keep"), max_environments=1, freeze_after=None) as pool:
         assert pool.invoke({"attack": "say", "what": what}) == "own"
-        (entry,) = pool._leases._entries
-        wait_until(lambda: hears(entry, select.POLLIN), "it is said")
+        (slot,) = pool._scheduler._slots
+        wait_until(lambda: hears(slot, select.POLLIN), "it is said")
         with pytest.raises(nsbox.InvokeTimeout):
             pool.invoke({"echo": 2}, timeout=0.2 * PATIENCE)
         assert pool.invoke({"echo": 3})[2] == 3

@@ -14,11 +14,11 @@ from hypothesis import event, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nsbox import errors
-from nsbox.pool.entries import Entry, Grant, Phase, Waiter
+from nsbox.pool.accounts import Lease, Phase, Slot, Waiter
 from nsbox.pool.events import Retirement
-from nsbox.pool.leases import Leases
-from nsbox.pool.quick import QuickLeases
-from nsbox.pool.shares import FAILURES_MAX, Resolve, Share
+from nsbox.pool.quick import QuickScheduler
+from nsbox.pool.scheduler import Scheduler
+from nsbox.pool.shares import FAILURES_MAX, FunctionQueue, Resolve
 
 pytestmark = pytest.mark.static
 
@@ -59,7 +59,7 @@ class Caller:
         self.function = function
         self.is_call = is_call
         self.waiter = Waiter[Env, What](tenant)
-        self.grant: Grant[Env, What] | None = None
+        self.lease: Lease[Env, What] | None = None
 
 
 def resolver(function: str, version: int) -> Resolve[What]:
@@ -78,7 +78,7 @@ class Pool(RuleBasedStateMachine):
         super().__init__()
         self.versions = dict.fromkeys(WEIGHTS, 0)
         self.now = 0.0
-        self.leases: QuickLeases[Env, What] = QuickLeases(
+        self.scheduler: QuickScheduler[Env, What] = QuickScheduler(
             most=MOST,
             max_waiting=MAX_WAITING,
             max_lifetime=LIFETIME,
@@ -89,24 +89,24 @@ class Pool(RuleBasedStateMachine):
             weigh=lambda what: WEIGHTS[what[0]],
             clock=lambda: self.now,
         )
-        self.shares: dict[str, Share[Env, What]] = {}
+        self.queues: dict[str, FunctionQueue[Env, What]] = {}
         for name, reserved, provisioned in (
             ("alone", 1, 0),
             ("light", None, 0),
             ("heavy", None, 1),
         ):
-            self.shares[name], surplus = self.leases.add(
+            self.queues[name], surplus = self.scheduler.add(
                 resolver(name, 0), reserved=reserved, provisioned=provisioned
             )
             assert not surplus
-            self.shares[name].is_open = True
+            self.queues[name].is_open = True
         self.callers: list[Caller] = []
         self.births: list[Caller] = []
         self.running: list[Caller] = []
-        self.removing: list[Entry[Env, What]] = []
+        self.removing: list[Slot[Env, What]] = []
         self.living: set[Env] = set()
-        self.dead: set[Entry[Env, What]] = set()
-        self.order: list[Entry[Env, What]] = []
+        self.dead: set[Slot[Env, What]] = set()
+        self.order: list[Slot[Env, What]] = []
         self.counts = {
             name: dict.fromkeys(("calls", "answers", "errors", "throttles"), 0) for name in WEIGHTS
         }
@@ -118,12 +118,12 @@ class Pool(RuleBasedStateMachine):
     def call(self, function: str, tenant: str | None) -> None:
         caller = Caller(function, tenant)
         count = self.counts[function]
-        grant = None
+        lease = None
         try:
             if self.is_quick:
-                grant = self.leases.take_idle(self.shares[function], tenant)
-            if grant is None:
-                grant = self.leases.ask(caller.waiter, self.shares[function])
+                lease = self.scheduler.take_idle(self.queues[function], tenant)
+            if lease is None:
+                lease = self.scheduler.ask(caller.waiter, self.queues[function])
         except errors.PoolClosed:
             assert self.is_closed
             return
@@ -132,42 +132,42 @@ class Pool(RuleBasedStateMachine):
             count["throttles"] += 1
             return
         count["calls"] += 1
-        if grant is None:
+        if lease is None:
             self.callers.append(caller)
         else:
-            self.begin(caller, grant)
+            self.begin(caller, lease)
         self.collect()
 
-    def begin(self, caller: Caller, grant: Grant[Env, What]) -> None:
-        caller.grant = grant
-        entry = grant.entry
+    def begin(self, caller: Caller, lease: Lease[Env, What]) -> None:
+        caller.lease = lease
+        slot = lease.slot
         # The key is that of the version of this very moment, and of the caller's own tenant.
-        assert entry.key == (self.versions[caller.function], caller.waiter.tenant)
-        assert entry.share is self.shares[caller.function]
-        for victim in grant.victims:
-            assert victim.share.places is entry.share.places, "its place was set aside"
+        assert slot.key == (self.versions[caller.function], caller.waiter.tenant)
+        assert slot.queue is self.queues[caller.function]
+        for victim in lease.victims:
+            assert victim.queue.places is slot.queue.places, "its place was set aside"
             wanted = Retirement.DEMAND if caller.is_call else Retirement.PROVISIONED
             assert victim.reason is wanted
             if victim.is_provisioned:
                 assert caller.is_call
-                assert victim.share is entry.share
+                assert victim.queue is slot.queue
             self.remove(victim)
-        if grant.is_birth:
-            assert entry.env is None
+        if lease.is_birth:
+            assert slot.env is None
             self.births.append(caller)
-            self.order.append(entry)
+            self.order.append(slot)
             return
-        if grant.is_cold:
-            assert entry.env is not None
-            entry.env.is_frozen = False
+        if lease.is_cold:
+            assert slot.env is not None
+            slot.env.is_frozen = False
         self.enter(caller)
 
     def enter(self, caller: Caller) -> None:
-        assert caller.grant is not None
-        env = caller.grant.entry.env
+        assert caller.lease is not None
+        env = caller.lease.slot.env
         assert env is not None
-        assert caller.grant.is_birth or caller.grant.entry not in self.dead
-        assert env.key == caller.grant.entry.key
+        assert caller.lease.is_birth or caller.lease.slot not in self.dead
+        assert env.key == caller.lease.slot.key
         assert not env.is_closed
         assert not env.is_frozen, "nobody has thawed it"
         assert env.users == 0, "two calls at once"
@@ -183,76 +183,76 @@ class Pool(RuleBasedStateMachine):
             if caller.waiter.error is not None:
                 self.counts[caller.function]["throttles"] += 1
             else:
-                assert caller.waiter.grant is not None
-                self.begin(caller, caller.waiter.grant)
+                assert caller.waiter.lease is not None
+                self.begin(caller, caller.waiter.lease)
 
-    def remove(self, entry: Entry[Env, What]) -> None:
-        assert entry.phase is Phase.RETIRED
-        assert entry.reason is not None
-        if entry.env is not None:
-            entry.env.close()
-            self.living.remove(entry.env)
-        self.leases.removed(entry)
+    def remove(self, slot: Slot[Env, What]) -> None:
+        assert slot.phase is Phase.RETIRED
+        assert slot.reason is not None
+        if slot.env is not None:
+            slot.env.close()
+            self.living.remove(slot.env)
+        self.scheduler.removed(slot)
         self.collect()
 
     @precondition(lambda self: self.births)
     @rule(data=st.data(), succeeds=st.sampled_from([True, True, False]))
     def birth_ends(self, data: st.DataObject, succeeds: bool) -> None:
         caller = self.births.pop(data.draw(st.integers(0, len(self.births) - 1)))
-        assert caller.grant is not None
+        assert caller.lease is not None
         if succeeds:
-            env = Env(caller.grant.entry.key)
+            env = Env(caller.lease.slot.key)
             self.living.add(env)
-            self.leases.born(caller.grant, env, -1)
-            caller.grant.entry.is_plain = True
-            self.leases.started(caller.grant, 0.5)
+            self.scheduler.born(caller.lease, env, -1)
+            caller.lease.slot.is_plain = True
+            self.scheduler.started(caller.lease, 0.5)
             self.enter(caller)
             return
-        self.leases.failed(caller.grant, OSError("no room"))
+        self.scheduler.failed(caller.lease, OSError("no room"))
         self.end(caller, Retirement.FAILURE, False)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), how=st.sampled_from(["answer", "answer", "error", "doubt"]))
     def call_ends(self, data: st.DataObject, how: str) -> None:
         caller = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
-        assert caller.grant is not None
-        env = caller.grant.entry.env
+        assert caller.lease is not None
+        env = caller.lease.slot.env
         assert env is not None
         env.users -= 1
         self.end(caller, Retirement.FAILURE if how == "doubt" else None, how == "answer")
 
     def end(self, caller: Caller, doubt: Retirement | None, answered: bool) -> None:
-        assert caller.grant is not None
+        assert caller.lease is not None
         told = answered if caller.is_call else None
         reason = None
         is_kept = False
         if self.is_quick and doubt is None and told is True:
-            entry = caller.grant.entry
-            share = entry.share
+            slot = caller.lease.slot
+            queue = slot.queue
             is_special = (
-                entry in self.dead,
+                slot in self.dead,
                 self.is_closed,
-                self.now - entry.born >= LIFETIME,
-                entry.generation != share.generation,
-                bool(share.places.waiters),
-                share.places.taken > share.places.most,
+                self.now - slot.born >= LIFETIME,
+                slot.generation != queue.generation,
+                bool(queue.places.waiters),
+                queue.places.taken > queue.places.most,
             )
-            is_kept = self.leases.keep_idle(caller.grant)
+            is_kept = self.scheduler.keep_idle(caller.lease)
             assert not (is_kept and any(is_special)), is_special
             event(f"kept {is_kept}, special {is_special}")
         if not is_kept:
-            reason = self.leases.give_back(caller.grant, doubt, answered=told)
+            reason = self.scheduler.give_back(caller.lease, doubt, answered=told)
         if caller.is_call:
             self.counts[caller.function]["answers" if answered else "errors"] += 1
         if doubt is not None:
             assert reason is doubt
-        elif caller.grant.entry in self.dead:
+        elif caller.lease.slot in self.dead:
             assert reason is Retirement.FAILURE
         with pytest.raises(errors.EnvironmentStateError):
-            self.leases.give_back(caller.grant, None, answered=True)
-        assert not self.leases.keep_idle(caller.grant)
+            self.scheduler.give_back(caller.lease, None, answered=True)
+        assert not self.scheduler.keep_idle(caller.lease)
         if reason is not None:
-            self.removing.append(caller.grant.entry)
+            self.removing.append(caller.lease.slot)
         self.collect()
 
     @precondition(lambda self: self.removing)
@@ -264,7 +264,7 @@ class Pool(RuleBasedStateMachine):
     @rule(data=st.data())
     def waiting_ends(self, data: st.DataObject) -> None:
         caller = self.callers.pop(data.draw(st.integers(0, len(self.callers) - 1)))
-        assert self.leases.withdraw(caller.waiter) is None
+        assert self.scheduler.withdraw(caller.waiter) is None
         self.counts[caller.function]["throttles"] += 1
         self.collect()
 
@@ -272,71 +272,71 @@ class Pool(RuleBasedStateMachine):
 
     @rule()
     def one_to_be_kept_ready_is_born(self) -> None:
-        grant = self.leases.reserve()
-        if grant is not None:
+        lease = self.scheduler.reserve()
+        if lease is not None:
             assert not self.is_closed
-            assert grant.entry.is_provisioned
-            function = next(name for name, s in self.shares.items() if s is grant.entry.share)
-            self.begin(Caller(function, None, is_call=False), grant)
+            assert lease.slot.is_provisioned
+            function = next(name for name, s in self.queues.items() if s is lease.slot.queue)
+            self.begin(Caller(function, None, is_call=False), lease)
 
     @rule(function=st.sampled_from(["light", "heavy"]), count=st.integers(0, 2))
     def provision(self, function: str, count: int) -> None:
-        share = self.shares[function]
-        before = share.provisioned
+        queue = self.queues[function]
+        before = queue.provisioned
         try:
-            surplus = self.leases.provision(share, count)
+            surplus = self.scheduler.provision(queue, count)
         except errors.ConfigError:
-            assert share.provisioned == before
+            assert queue.provisioned == before
             return
-        assert all(entry.reason is Retirement.PROVISIONED for entry in surplus)
+        assert all(slot.reason is Retirement.PROVISIONED for slot in surplus)
         self.removing += surplus
 
     @rule(data=st.data())
     def one_dies(self, data: st.DataObject) -> None:
         # In an order that is the same when hypothesis runs the schedule again.
-        entries = [entry for entry in self.order if entry in self.leases._entries]
-        if entries:
-            entry = data.draw(st.sampled_from(entries))
-            was_idle = entry.phase is Phase.IDLE
-            self.dead.add(entry)
-            assert self.leases.died(entry) is was_idle
+        slots = [slot for slot in self.order if slot in self.scheduler._slots]
+        if slots:
+            slot = data.draw(st.sampled_from(slots))
+            was_idle = slot.phase is Phase.IDLE
+            self.dead.add(slot)
+            assert self.scheduler.died(slot) is was_idle
             if was_idle:
-                self.removing.append(entry)
+                self.removing.append(slot)
 
     @rule(seconds=st.sampled_from([1, 6, 30, 90]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
-        due = self.leases.sweep()
+        due = self.scheduler.sweep()
         assert not due.orphans
         assert due.seconds > 0
         self.removing += due.over
-        for entry in due.cold:
-            assert self.now - entry.idle_since >= FREEZE_AFTER
-            assert self.leases.begin_freeze(entry)
-            assert not self.leases.begin_freeze(entry)
-            assert entry.env is not None
-            entry.env.is_frozen = True
+        for slot in due.cold:
+            assert self.now - slot.idle_since >= FREEZE_AFTER
+            assert self.scheduler.begin_freeze(slot)
+            assert not self.scheduler.begin_freeze(slot)
+            assert slot.env is not None
+            slot.env.is_frozen = True
 
     @rule(function=FUNCTIONS, tenant=TENANTS)
     def a_call_is_faster_than_the_freezer(self, function: str, tenant: str | None) -> None:
         """It is told to freeze one, and finds that a call has it."""
-        cold = self.leases.sweep()
+        cold = self.scheduler.sweep()
         self.removing += cold.over
         self.call(function, tenant)
-        for entry in cold.cold:
-            is_idle = entry.phase is Phase.IDLE
-            assert self.leases.begin_freeze(entry) is is_idle
+        for slot in cold.cold:
+            is_idle = slot.phase is Phase.IDLE
+            assert self.scheduler.begin_freeze(slot) is is_idle
             if is_idle:
-                assert entry.env is not None
-                entry.env.is_frozen = True
+                assert slot.env is not None
+                slot.env.is_frozen = True
 
     @rule()
     def memory_is_short(self) -> None:
-        idle = [e for e in self.leases._entries if e.phase is Phase.IDLE and not e.is_provisioned]
-        gone = self.leases.relieve()
+        idle = [e for e in self.scheduler._slots if e.phase is Phase.IDLE and not e.is_provisioned]
+        gone = self.scheduler.relieve()
         assert len(gone) == -(-len(idle) // 4)
-        kept = [entry.idle_since for entry in idle if entry not in gone]
-        assert all(entry.idle_since <= min(kept, default=self.now) for entry in gone)
+        kept = [slot.idle_since for slot in idle if slot not in gone]
+        assert all(slot.idle_since <= min(kept, default=self.now) for slot in gone)
         self.removing += gone
 
     @precondition(lambda self: not self.is_closed)
@@ -344,7 +344,7 @@ class Pool(RuleBasedStateMachine):
     def publish(self, function: str) -> None:
         self.versions[function] += 1
         resolve = resolver(function, self.versions[function])
-        self.removing += self.leases.publish(self.shares[function], resolve)
+        self.removing += self.scheduler.publish(self.queues[function], resolve)
 
     @precondition(lambda self: not self.is_closed and self.total("calls") >= self.least_calls)
     @rule(drain=st.booleans())
@@ -354,7 +354,7 @@ class Pool(RuleBasedStateMachine):
         killed: list[object] = []
         self.is_closed = True
         waiting = len(self.callers)
-        idle, _ = self.leases.begin_close(None if drain else killed.append)
+        idle, _ = self.scheduler.begin_close(None if drain else killed.append)
         self.removing += idle
         if not drain:
             assert len(killed) == len(self.running)
@@ -367,37 +367,37 @@ class Pool(RuleBasedStateMachine):
     def total(self, name: str) -> int:
         return sum(count[name] for count in self.counts.values())
 
-    def idle(self) -> list[Entry[Env, What]]:
-        return [entry for places in self.leases._parts for entry in places.idle()]
+    def idle(self) -> list[Slot[Env, What]]:
+        return [slot for places in self.scheduler._parts for slot in places.idle()]
 
     @invariant()
     def none_is_lost_or_counted_twice(self) -> None:
-        entries = self.leases._entries
-        held = [caller.grant.entry for caller in self.births + self.running if caller.grant]
+        slots = self.scheduler._slots
+        held = [caller.lease.slot for caller in self.births + self.running if caller.lease]
         idle = self.idle()
         everyone = [*held, *idle, *self.removing]
         assert len(everyone) == len(set(everyone))
-        assert set(everyone) == entries
-        for name, share in self.shares.items():
-            assert all(entry.key[0] == self.versions[name] for entry in share.idle_ones())  # type: ignore[index]
-            assert share.taken == sum(entry.share is share for entry in entries)
-        assert {entry.env for entry in everyone} - {None} == self.living
+        assert set(everyone) == slots
+        for name, queue in self.queues.items():
+            assert all(slot.key[0] == self.versions[name] for slot in queue.idle_ones())  # type: ignore[index]
+            assert queue.taken == sum(slot.queue is queue for slot in slots)
+        assert {slot.env for slot in everyone} - {None} == self.living
 
     @invariant()
     def there_is_room_for_all(self) -> None:
-        entries = self.leases._entries
-        assert len(entries) <= MOST
-        assert sum(WEIGHTS[entry.what[0]] for entry in entries) <= BUDGET
-        for places in self.leases._parts:
-            assert places.taken == sum(share.taken for share in places.shares) <= places.most
-            own = [entry.memory for entry in entries if entry.share.places is places]
+        slots = self.scheduler._slots
+        assert len(slots) <= MOST
+        assert sum(WEIGHTS[slot.what[0]] for slot in slots) <= BUDGET
+        for places in self.scheduler._parts:
+            assert places.taken == sum(queue.taken for queue in places.queues) <= places.most
+            own = [slot.memory for slot in slots if slot.queue.places is places]
             assert places.memory == sum(own)
-            assert places.waiters == sum(len(share.waiters) for share in places.shares)
+            assert places.waiters == sum(len(queue.waiters) for queue in places.queues)
 
     @invariant()
     def sums_add_up(self) -> None:
-        for name, share in self.shares.items():
-            stats, count = self.leases.stats(share), self.counts[name]
+        for name, queue in self.queues.items():
+            stats, count = self.scheduler.stats(queue), self.counts[name]
             assert stats["Calls"] == count["calls"]
             assert stats["Errors"] == count["errors"]
             assert stats["Throttles"] == count["throttles"]
@@ -410,29 +410,29 @@ class Pool(RuleBasedStateMachine):
             assert stats["Waiting"] == waiting <= MAX_WAITING
             running = sum(caller.function == name and caller.is_call for caller in self.running)
             assert stats["ConcurrentExecutions"] == running
-        for name, value in self.leases.stats().items():
-            parts = [self.leases.stats(share)[name] for share in self.shares.values()]
+        for name, value in self.scheduler.stats().items():
+            parts = [self.scheduler.stats(queue)[name] for queue in self.queues.values()]
             assert value == pytest.approx(sum(parts))
 
     @invariant()
     def nobody_waits_for_what_is_there(self) -> None:
-        for places in self.leases._parts:
+        for places in self.scheduler._parts:
             waiting = places.waiting()
-            for share in waiting:
-                key, what = share.resolve(share.first.tenant)
-                own = share.idle.get(key, ())
-                assert not any(entry.is_provisioned for entry in own)
-                if share is waiting[0]:
+            for queue in waiting:
+                key, what = queue.resolve(queue.first.tenant)
+                own = queue.idle.get(key, ())
+                assert not any(slot.is_provisioned for slot in own)
+                if queue is waiting[0]:
                     assert not own
                     weight = WEIGHTS[what[0]]
-                    assert self.leases._find_room(share, weight, Retirement.DEMAND) is None
+                    assert self.scheduler._find_room(queue, weight, Retirement.DEMAND) is None
 
     @invariant()
     def no_reserved_place_is_anothers(self) -> None:
         """Whoever asks for it gets it, however busy the others are."""
-        share = self.shares["alone"]
-        assert share.places.most == 1
-        assert len(share.waiters) == 0 or share.taken == 1
+        queue = self.queues["alone"]
+        assert queue.places.most == 1
+        assert len(queue.waiters) == 0 or queue.taken == 1
 
     def teardown(self) -> None:
         """Whatever the schedule was, everything ends."""
@@ -443,17 +443,17 @@ class Pool(RuleBasedStateMachine):
                 self.remove(self.removing.pop())
             for caller in [*self.births]:
                 self.births.remove(caller)
-                assert caller.grant is not None
+                assert caller.lease is not None
                 self.end(caller, Retirement.FAILURE, False)
             for caller in [*self.running]:
                 self.running.remove(caller)
-                assert caller.grant is not None
-                assert caller.grant.entry.env is not None
-                caller.grant.entry.env.users -= 1
+                assert caller.lease is not None
+                assert caller.lease.slot.env is not None
+                caller.lease.slot.env.users -= 1
                 self.end(caller, None, True)
         assert not self.callers
         assert not self.living
-        assert self.leases.await_empty(0)
+        assert self.scheduler.await_empty(0)
 
 
 class QuickPool(Pool):
@@ -476,7 +476,7 @@ class Floor:
     """A pool whose functions share its places, and calls of them."""
 
     def __init__(self, most: int, functions: str, **settings: object) -> None:
-        self.leases: Leases[Env, What] = Leases(
+        self.scheduler: Scheduler[Env, What] = Scheduler(
             **{
                 "most": most,
                 "max_waiting": 99,
@@ -486,45 +486,45 @@ class Floor:
                 **settings,
             }  # type: ignore[arg-type]
         )
-        self.shares = {
-            name: self.leases.add(resolver(name, 0), reserved=None, provisioned=0)[0]
+        self.queues = {
+            name: self.scheduler.add(resolver(name, 0), reserved=None, provisioned=0)[0]
             for name in functions
         }
         self.served: list[str] = []
 
-    def ask(self, function: str) -> Grant[Env, What] | Waiter[Env, What]:
+    def ask(self, function: str) -> Lease[Env, What] | Waiter[Env, What]:
         waiter = Waiter[Env, What](None)
-        return self.leases.ask(waiter, self.shares[function]) or waiter
+        return self.scheduler.ask(waiter, self.queues[function]) or waiter
 
-    def begin(self, grant: Grant[Env, What]) -> Grant[Env, What]:
-        for victim in grant.victims:
-            self.leases.removed(victim)
-        if grant.is_birth:
-            self.leases.born(grant, Env(grant.entry.key), -1)
-            self.leases.started(grant, 0.0)
-        return grant
+    def begin(self, lease: Lease[Env, What]) -> Lease[Env, What]:
+        for victim in lease.victims:
+            self.scheduler.removed(victim)
+        if lease.is_birth:
+            self.scheduler.born(lease, Env(lease.slot.key), -1)
+            self.scheduler.started(lease, 0.0)
+        return lease
 
-    def end(self, grant: Grant[Env, What]) -> None:
-        assert self.leases.give_back(grant, None, answered=True) is None
+    def end(self, lease: Lease[Env, What]) -> None:
+        assert self.scheduler.give_back(lease, None, answered=True) is None
 
-    def play(self, running: list[Grant[Env, What]], waiting: list[Waiter[Env, What]]) -> list[str]:
+    def play(self, running: list[Lease[Env, What]], waiting: list[Waiter[Env, What]]) -> list[str]:
         """End those that run, the oldest first, until none waits; return who was served."""
         served = []
         while waiting:
             self.end(running.pop(0))
-            (next_one,) = [waiter for waiter in waiting if waiter.grant is not None]
+            (next_one,) = [waiter for waiter in waiting if waiter.lease is not None]
             waiting.remove(next_one)
-            assert next_one.grant is not None
-            served.append(next_one.grant.entry.what[0])
-            running.append(self.begin(next_one.grant))
+            assert next_one.lease is not None
+            served.append(next_one.lease.slot.what[0])
+            running.append(self.begin(next_one.lease))
         return served
 
 
-def fill(floor: Floor, calls: str) -> tuple[list[Grant[Env, What]], list[Waiter[Env, What]]]:
+def fill(floor: Floor, calls: str) -> tuple[list[Lease[Env, What]], list[Waiter[Env, What]]]:
     running, waiting = [], []
     for function in calls:
         answer = floor.ask(function)
-        if isinstance(answer, Grant):
+        if isinstance(answer, Lease):
             running.append(floor.begin(answer))
         else:
             waiting.append(answer)
@@ -552,17 +552,17 @@ def test_the_turn_is_of_who_has_the_fewest_places(most: int, calls: str, served:
 def test_births_stop_after_failures_and_are_tried_one_by_one() -> None:
     now = 0.0
     floor = Floor(9, "ab", max_waiting=0, clock=lambda: now)
-    leases = floor.leases
+    scheduler = floor.scheduler
 
-    def ask(function: str = "a") -> Grant[Env, What]:
-        grant = floor.ask(function)
-        assert isinstance(grant, Grant)
-        return grant
+    def ask(function: str = "a") -> Lease[Env, What]:
+        lease = floor.ask(function)
+        assert isinstance(lease, Lease)
+        return lease
 
-    def fail(grant: Grant[Env, What]) -> None:
-        leases.failed(grant, OSError("no room"))
-        leases.give_back(grant, Retirement.FAILURE, answered=False)
-        leases.removed(grant.entry)
+    def fail(lease: Lease[Env, What]) -> None:
+        scheduler.failed(lease, OSError("no room"))
+        scheduler.give_back(lease, Retirement.FAILURE, answered=False)
+        scheduler.removed(lease.slot)
 
     for _ in range(FAILURES_MAX):
         fail(ask())
@@ -591,7 +591,7 @@ def test_births_stop_after_failures_and_are_tried_one_by_one() -> None:
 )
 def test_the_short_way_back_is_for_what_may_stay(what: str) -> None:
     now = 0.0
-    leases: QuickLeases[Env, What] = QuickLeases(
+    scheduler: QuickScheduler[Env, What] = QuickScheduler(
         most=2,
         max_waiting=9,
         max_lifetime=LIFETIME,
@@ -599,29 +599,29 @@ def test_the_short_way_back_is_for_what_may_stay(what: str) -> None:
         idle_timeout=IDLE_TIMEOUT,
         clock=lambda: now,
     )
-    share, _ = leases.add(resolver("light", 0), reserved=None, provisioned=0)
+    queue, _ = scheduler.add(resolver("light", 0), reserved=None, provisioned=0)
     for _ in range(2):
-        born = leases.ask(Waiter(None), share)
+        born = scheduler.ask(Waiter(None), queue)
         assert born is not None
-        leases.born(born, Env(born.entry.key), -1)
-        born.entry.is_plain = what != "odd"
-    (one, _) = leases._entries
-    leases.give_back(Grant(one), None, answered=True)
-    grant = leases.take_idle(share, None)
-    assert grant is not None
-    assert leases.take_idle(share, None) is None
+        scheduler.born(born, Env(born.slot.key), -1)
+        born.slot.is_plain = what != "odd"
+    (one, _) = scheduler._slots
+    scheduler.give_back(Lease(one), None, answered=True)
+    lease = scheduler.take_idle(queue, None)
+    assert lease is not None
+    assert scheduler.take_idle(queue, None) is None
     if what == "dead":
-        assert not leases.died(grant.entry)
+        assert not scheduler.died(lease.slot)
     elif what == "closed":
-        leases.begin_close(None)
+        scheduler.begin_close(None)
     elif what == "version":
-        leases.publish(share, resolver("light", 1))
+        scheduler.publish(queue, resolver("light", 1))
     elif what == "waiting":
-        assert leases.ask(Waiter(None), share) is None
+        assert scheduler.ask(Waiter(None), queue) is None
     elif what == "old":
         now = float(LIFETIME)
     elif what == "surplus":
-        leases.add(resolver("alone", 0), reserved=1, provisioned=0)
-    assert leases.keep_idle(grant) is (what == "nothing")
-    assert (grant.entry.phase is Phase.IDLE) is (what == "nothing")
-    assert (leases.take_idle(share, None) is not None) is (what == "nothing")
+        scheduler.add(resolver("alone", 0), reserved=1, provisioned=0)
+    assert scheduler.keep_idle(lease) is (what == "nothing")
+    assert (lease.slot.phase is Phase.IDLE) is (what == "nothing")
+    assert (scheduler.take_idle(queue, None) is not None) is (what == "nothing")

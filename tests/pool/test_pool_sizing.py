@@ -71,7 +71,7 @@ def test_functions_of_one_pool_are_called_apart(make: Make, events: Events) -> N
         numbers = [one.stats()["Calls"], two.stats()["Calls"], pool.stats()["Calls"]]
         assert numbers == [3, 5, 9]
         for name, value in pool.stats().items():
-            main = pool._leases.stats(pool._share)[name]
+            main = pool._scheduler.stats(pool._queue)[name]
             assert value == pytest.approx(one.stats()[name] + two.stats()[name] + main)
         with pytest.raises(nsbox.PoolError, match="of a Config"):
             pool.invoke({})
@@ -181,7 +181,7 @@ def test_how_many_are_kept_ready_can_be_changed(make: Make, events: Events) -> N
         assert events.reasons() == [Reason.PROVISIONED]
         with pytest.raises(nsbox.ConfigError, match="max_environments: 3 are too few"):
             pool.provision(4)
-        assert pool._share.provisioned == 1
+        assert pool._queue.provisioned == 1
 
 
 def test_the_function_is_told_how_it_was_initialised(make: Make) -> None:
@@ -243,9 +243,9 @@ def test_idle_ones_are_frozen_and_thawed_for_the_next_call(make: Make, events: E
     with nsbox.WarmPool(make(), freeze_after=0.02, on_event=events.append) as pool:
         first = pool.invoke({})
         wait_until(lambda: events.of("frozen"), "it is frozen", 20)
-        (entry,) = pool._leases._entries
-        assert entry.env is not None
-        assert entry.env.state is nsbox.State.FROZEN
+        (slot,) = pool._scheduler._slots
+        assert slot.env is not None
+        assert slot.env.state is nsbox.State.FROZEN
         assert pool.invoke({}) == first | {"calls": 2}
         wait_until(lambda: len(events.of("frozen")) == 2, "it is frozen again", 20)
         assert asyncio.run(pool.invoke_async({})) == first | {"calls": 3}
@@ -277,9 +277,9 @@ def test_a_frozen_one_that_dies_is_seen_at_once(make: Make, events: Events) -> N
     with nsbox.WarmPool(make(), freeze_after=0.01, on_event=events.append) as pool:
         pool.invoke({})
         wait_until(lambda: events.of("frozen"), "it is frozen", 20)
-        (entry,) = pool._leases._entries
-        assert entry.env is not None
-        entry.env._live_link().kill()
+        (slot,) = pool._scheduler._slots
+        assert slot.env is not None
+        slot.env._live_link().kill()
         pool.invoke({})
         assert pool.stats()["Births"] == 2
 
@@ -352,7 +352,7 @@ def test_it_can_be_switched_off(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pressure, "LOOK_SECONDS", 0.001)
     with nsbox.WarmPool(make(), min_available=None) as pool:
         pool.invoke({})
-        assert pool._house._pressure is None
+        assert pool._manager._pressure is None
     for value in (0, 1.5, True, "5%"):
         with pytest.raises(nsbox.ConfigError, match="min_available: must be a share"):
             nsbox.WarmPool(min_available=value)  # type: ignore[arg-type]
@@ -381,10 +381,10 @@ def test_the_kernel_tells_of_pressure(
     limits = nsbox.Limits(memory_max="32M")
     with nsbox.ExecutionEnvironment(limits=limits, tmp_size="16M") as env:
         # More is available than there has to be; after an alarm that is too little, or enough.
-        for share, is_believed in ((0.75, True), (0.25, False)):
+        for queue, is_believed in ((0.75, True), (0.25, False)):
             alarms.clear()
             with nsbox.WarmPool(
-                make(), min_available=share * available, on_event=events.append
+                make(), min_available=queue * available, on_event=events.append
             ) as pool:
                 pool.invoke({})
                 with env.popen(["sh", "-c", script], stdin=nsbox.DEVNULL):

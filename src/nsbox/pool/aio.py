@@ -14,7 +14,7 @@ from nsbox.errors import PoolError
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.request import TimedCallOptions
 from nsbox.pool.function import PoolFunction
-from nsbox.pool.warm import WarmPool
+from nsbox.pool.pool import WarmPool
 from nsbox.values.config import Config
 
 

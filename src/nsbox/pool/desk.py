@@ -9,31 +9,31 @@ from typing import NoReturn
 from nsbox.errors import PoolError, PoolTimeout, refuse_pickling
 from nsbox.functions.credentials import Credentials, Provider, resolve
 from nsbox.functions.function import FunctionVersion
-from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter
+from nsbox.pool.manager import PoolLease, PoolManager, PoolQueue, PoolWaiter
 from nsbox.values.config import parse_seconds
 
 
 class Desk:
-    """One function, or one `Config`, of a pool; what is done with environments the house does."""
+    """One function, or one `Config`, of a pool; what is done with environments the manager does."""
 
-    def __init__(self, house: House, share: PoolShare) -> None:
-        self._house = house
-        self._share = share
-        self._leases = house._leases
-        self._acquire_timeout = house.settings.acquire_timeout
-        self._is_function = isinstance(share.resolve(None)[1], FunctionVersion)
-        self._has_provider = house.settings.credentials is not None
-        self._is_dead = house._is_dead
-        self._give_birth = house._give_birth
-        self._finish = house._finish
-        self._fail = house._fail
-        self._keep_idle = house._leases.keep_idle
-        self._drop = house._drop
+    def __init__(self, manager: PoolManager, queue: PoolQueue) -> None:
+        self._manager = manager
+        self._queue = queue
+        self._scheduler = manager._scheduler
+        self._acquire_timeout = manager.settings.acquire_timeout
+        self._is_function = isinstance(queue.resolve(None)[1], FunctionVersion)
+        self._has_provider = manager.settings.credentials is not None
+        self._is_dead = manager._is_dead
+        self._give_birth = manager._give_birth
+        self._finish = manager._finish
+        self._fail = manager._fail
+        self._keep_idle = manager._scheduler.keep_idle
+        self._drop = manager._drop
 
     def _check_usable(self, *, is_function: bool) -> None:
-        if self._house.owner != os.getpid():
+        if self._manager.owner != os.getpid():
             raise PoolError(
-                f"this pool belongs to process {self._house.owner}, and this is {os.getpid()}: "
+                f"this pool belongs to process {self._manager.owner}, and this is {os.getpid()}: "
                 "make another one here, after the fork"
             )
         if is_function is not self._is_function:
@@ -47,12 +47,12 @@ class Desk:
         """Return for how many seconds a call waits for an environment."""
         return self._acquire_timeout if timeout is None else parse_seconds(timeout, "timeout")
 
-    def _looks_dead(self, grant: PoolGrant) -> bool:
+    def _looks_dead(self, lease: PoolLease) -> bool:
         """Whether an environment that was idle cannot be used; then its lease is over.
 
         The death of one with a worker is seen when that is sent an event.
         """
-        return (grant.is_cold or grant.entry.is_silent) and self._is_dead(grant)
+        return (lease.is_cold or lease.slot.is_silent) and self._is_dead(lease)
 
     def _credentials(
         self, credentials: Credentials | Provider | None, role: str | None
@@ -65,25 +65,25 @@ class Desk:
         self, credentials: Credentials | Provider | None
     ) -> Credentials | Provider | None:
         """Return where a call's credentials come from."""
-        return self._house.settings.credentials if credentials is None else credentials
+        return self._manager.settings.credentials if credentials is None else credentials
 
     def _role(self, role: str | None) -> str:
         """Return the role of a call's credentials; the function's name, unless it is given."""
         if role is not None:
             return role
-        what = self._share.resolve(None)[1]
+        what = self._queue.resolve(None)[1]
         return what.name if isinstance(what, FunctionVersion) else ""
 
-    def _leave_queue(self, waiter: PoolWaiter, seconds: float | None) -> PoolGrant:
+    def _leave_queue(self, waiter: PoolWaiter, seconds: float | None) -> PoolLease:
         """Return the lease of a call that has waited for `seconds` at most.
 
         Raises:
             PoolTimeout: It has got none.
             PoolClosed, Throttled: It was told that it gets none.
         """
-        grant = self._leases.withdraw(waiter)
+        lease = self._scheduler.withdraw(waiter)
         if waiter.error is not None:
             raise waiter.error
-        if grant is None:
+        if lease is None:
             raise PoolTimeout(f"no environment was free within {seconds} seconds")
-        return grant
+        return lease

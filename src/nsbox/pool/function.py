@@ -17,11 +17,11 @@ from nsbox.errors import ConfigError
 from nsbox.functions.credentials import Credentials, Provider
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.request import CallOptions, PoolOptions, TimedCallOptions
-from nsbox.pool.entries import Waiter
-from nsbox.pool.house import House, PoolGrant, PoolShare, PoolWaiter, env_of
-from nsbox.pool.jobs import Jobs
+from nsbox.pool.accounts import Waiter
+from nsbox.pool.executor import CallExecutor
 from nsbox.pool.judgement import Source
 from nsbox.pool.loop import PoolCalls
+from nsbox.pool.manager import PoolLease, PoolManager, PoolQueue, PoolWaiter, env_of
 from nsbox.pool.settings import check_count
 from nsbox.pool.shares import Resolve
 from nsbox.values.config import Config, parse_seconds
@@ -33,10 +33,10 @@ _TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
 class PoolFunction(PoolCalls):
     """One function of a pool: its calls, its version, its numbers. Made by `WarmPool.function`."""
 
-    def __init__(self, house: House, share: PoolShare, most: int) -> None:
+    def __init__(self, manager: PoolManager, queue: PoolQueue, most: int) -> None:
         """`most`: as many of its submitted calls run at a time."""
-        super().__init__(house, share)
-        self._jobs = Jobs(most)
+        super().__init__(manager, queue)
+        self._executor = CallExecutor(most)
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -74,20 +74,20 @@ class PoolFunction(PoolCalls):
         if self._has_provider or credentials is not None:
             found = self._credentials(credentials, role)
         begin = time.monotonic()
-        grant = self._take_function(tenant, begin)
+        lease = self._take_function(tenant, begin)
         while True:
             try:
-                answer = env_of(grant).invoke(
+                answer = env_of(lease).invoke(
                     event, timeout=timeout, env=env, files=files, credentials=found
                 )
             except BaseException as error:
-                if not self._fail(grant, error):
+                if not self._fail(lease, error):
                     raise
             else:
-                if not self._keep_idle(grant):
-                    self._finish(grant, None)
+                if not self._keep_idle(lease):
+                    self._finish(lease, None)
                 return answer
-            grant = self._take(tenant, self._acquire_timeout, begin, again=True)
+            lease = self._take(tenant, self._acquire_timeout, begin, again=True)
 
     def invoke_bytes(
         self,
@@ -101,18 +101,18 @@ class PoolFunction(PoolCalls):
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
         found = self._credentials(credentials, role)
         begin = time.monotonic()
-        grant = self._take_function(tenant, begin)
+        lease = self._take_function(tenant, begin)
         while True:
             try:
-                answer = env_of(grant).invoke_bytes(payload, credentials=found, **options)
+                answer = env_of(lease).invoke_bytes(payload, credentials=found, **options)
             except BaseException as error:
-                if not self._fail(grant, error):
+                if not self._fail(lease, error):
                     raise
             else:
-                if not self._keep_idle(grant):
-                    self._finish(grant, None)
+                if not self._keep_idle(lease):
+                    self._finish(lease, None)
                 return answer
-            grant = self._take(tenant, self._acquire_timeout, begin, again=True)
+            lease = self._take(tenant, self._acquire_timeout, begin, again=True)
 
     def submit(self, event: object, **options: Unpack[TimedCallOptions]) -> Future[Any]:
         """Do as `invoke` in a thread of the pool, and return a future of the answer.
@@ -123,7 +123,7 @@ class PoolFunction(PoolCalls):
         and its `timeout` ends it.
         """
         self._check_usable(is_function=True)
-        return self._jobs.submit(lambda: self.invoke(event, **options))
+        return self._executor.submit(lambda: self.invoke(event, **options))
 
     def map(
         self,
@@ -173,26 +173,26 @@ class PoolFunction(PoolCalls):
             As `invoke`.
         """
         self._check_usable(is_function=False)
-        grant = self._take(None, self._patience(timeout))
+        lease = self._take(None, self._patience(timeout))
         try:
-            yield env_of(grant)
+            yield env_of(lease)
         except BaseException as error:
-            self._finish(grant, error)
+            self._finish(lease, error)
             raise
-        self._finish(grant, None)
+        self._finish(lease, None)
 
-    # -- leases --------------------------------------------------------------------------------
+    # -- leases -----------------------------------------------------------------------------------
 
-    def _take_function(self, tenant: str | None, begin: float) -> PoolGrant:
+    def _take_function(self, tenant: str | None, begin: float) -> PoolLease:
         """Return a lease for a call of a function; what has died is seen when it is used."""
-        if not self._is_function or self._house.owner != os.getpid():
+        if not self._is_function or self._manager.owner != os.getpid():
             self._check_usable(is_function=True)
-        grant = self._leases.take_idle(self._share, tenant)
-        if grant is None:
+        lease = self._scheduler.take_idle(self._queue, tenant)
+        if lease is None:
             return self._take(tenant, self._acquire_timeout, begin)
-        if self._looks_dead(grant):
+        if self._looks_dead(lease):
             return self._take(tenant, self._acquire_timeout, begin, again=True)
-        return grant
+        return lease
 
     def _take(
         self,
@@ -201,7 +201,7 @@ class PoolFunction(PoolCalls):
         begin: float | None = None,
         *,
         again: bool = False,
-    ) -> PoolGrant:
+    ) -> PoolLease:
         """Return a lease with a living environment.
 
         Args:
@@ -215,16 +215,16 @@ class PoolFunction(PoolCalls):
             deadline = (time.monotonic() if begin is None else begin) + seconds
         while True:
             waiter: PoolWaiter = Waiter(tenant)
-            grant = self._leases.ask(waiter, self._share, again=again)
-            if grant is None:
+            lease = self._scheduler.ask(waiter, self._queue, again=again)
+            if lease is None:
                 self._wait(waiter, deadline)
-                grant = self._leave_queue(waiter, seconds)
+                lease = self._leave_queue(waiter, seconds)
             again = True
-            if grant.is_birth:
-                self._give_birth(grant)
-                return grant
-            if not self._looks_dead(grant):
-                return grant
+            if lease.is_birth:
+                self._give_birth(lease)
+                return lease
+            if not self._looks_dead(lease):
+                return lease
 
     def _wait(self, waiter: PoolWaiter, deadline: float | None) -> None:
         try:
@@ -233,10 +233,10 @@ class PoolFunction(PoolCalls):
             else:
                 waiter.wait(max(0.0, deadline - time.monotonic()))
         except BaseException:
-            self._drop(self._leases.withdraw(waiter))
+            self._drop(self._scheduler.withdraw(waiter))
             raise
 
-    # -- keeping house -------------------------------------------------------------------------
+    # -- maintenance ------------------------------------------------------------------------------
 
     def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
         """Let the next call run another version, and return that.
@@ -246,11 +246,11 @@ class PoolFunction(PoolCalls):
         """
         self._check_usable(is_function=True)
         version = version_of(source, "publish")
-        before = self._share.resolve(None)[1]
+        before = self._queue.resolve(None)[1]
         if isinstance(before, FunctionVersion) and before.function.reuse != version.function.reuse:
             reuse = version.function.reuse
             raise ConfigError(f"publish: reuse {reuse!r} was {before.function.reuse!r}")
-        self._house.dispose_all(self._leases.publish(self._share, version_resolver(version)))
+        self._manager.dispose_all(self._scheduler.publish(self._queue, version_resolver(version)))
         return version
 
     def provision(self, count: int) -> None:
@@ -263,7 +263,7 @@ class PoolFunction(PoolCalls):
         """
         self._check_usable(is_function=self._is_function)
         count = check_count(count, "provisioned", 0)
-        self._house.dispose_all(self._leases.provision(self._share, count))
+        self._manager.dispose_all(self._scheduler.provision(self._queue, count))
 
     def stats(self) -> dict[str, float]:
         """Return the numbers of one moment, under AWS Lambda's names where it has one.
@@ -271,7 +271,7 @@ class PoolFunction(PoolCalls):
         Calls is Invocations (answers and Errors), Throttles and what is under way. Duration and
         InitDuration are sums in milliseconds. Those of a `WarmPool` are of all its functions.
         """
-        return self._leases.stats(self._share)
+        return self._scheduler.stats(self._queue)
 
 
 def _answers(futures: deque[Future[Any]], end: float | None) -> Iterator[Any]:

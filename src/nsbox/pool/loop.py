@@ -13,10 +13,10 @@ from typing import Any, Unpack
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.functions.credentials import Credentials, Provider, resolve_async
 from nsbox.functions.request import PoolOptions
+from nsbox.pool.accounts import Waiter
 from nsbox.pool.desk import Desk
-from nsbox.pool.entries import Waiter
-from nsbox.pool.house import PoolGrant, env_of
 from nsbox.pool.judgement import Source
+from nsbox.pool.manager import PoolLease, env_of
 
 
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
@@ -52,9 +52,9 @@ def _finish(future: asyncio.Future[None]) -> None:
 class _Birth:
     """A birth in a thread, for a task that may be cancelled before it is over."""
 
-    def __init__(self, calls: PoolCalls, grant: PoolGrant, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, calls: PoolCalls, lease: PoolLease, loop: asyncio.AbstractEventLoop) -> None:
         self._calls = calls
-        self._grant = grant
+        self._grant = lease
         self._loop = loop
         self._future: asyncio.Future[None] = loop.create_future()
         self._lock = threading.Lock()
@@ -115,23 +115,23 @@ class PoolCalls(Desk):
         found = await resolve_async(self._provider(credentials), self._role(role))
         self._check_usable(is_function=True)
         begin = time.monotonic()
-        grant = self._leases.take_idle(self._share, tenant)
-        is_again = grant is not None
+        lease = self._scheduler.take_idle(self._queue, tenant)
+        is_again = lease is not None
         while True:
-            if grant is None or self._looks_dead(grant):
-                grant = await self._take_on_loop(
+            if lease is None or self._looks_dead(lease):
+                lease = await self._take_on_loop(
                     tenant, self._acquire_timeout, begin, again=is_again
                 )
             try:
-                answer = await env_of(grant).invoke_async(event, credentials=found, **options)
+                answer = await env_of(lease).invoke_async(event, credentials=found, **options)
             except BaseException as error:
-                if not self._fail(grant, error):
+                if not self._fail(lease, error):
                     raise
             else:
-                if not self._keep_idle(grant):
-                    self._finish(grant, None)
+                if not self._keep_idle(lease):
+                    self._finish(lease, None)
                 return answer
-            grant, is_again = None, True
+            lease, is_again = None, True
 
     @contextlib.asynccontextmanager
     async def acquire_async(
@@ -144,33 +144,33 @@ class PoolCalls(Desk):
         The environment's own methods wait: `await asyncio.to_thread(env.run, argv)`.
         """
         self._check_usable(is_function=False)
-        grant = await self._take_on_loop(None, self._patience(timeout), time.monotonic())
+        lease = await self._take_on_loop(None, self._patience(timeout), time.monotonic())
         try:
-            yield env_of(grant)
+            yield env_of(lease)
         except BaseException as error:
-            await asyncio.to_thread(self._finish, grant, error)
+            await asyncio.to_thread(self._finish, lease, error)
             raise
-        await asyncio.to_thread(self._finish, grant, None)
+        await asyncio.to_thread(self._finish, lease, None)
 
     async def _take_on_loop(
         self, tenant: str | None, seconds: float | None, begin: float, *, again: bool = False
-    ) -> PoolGrant:
+    ) -> PoolLease:
         """Do as `WarmPool._take`, on the running loop."""
         loop = asyncio.get_running_loop()
         left = None if seconds is None else max(0.0, begin + seconds - time.monotonic())
         deadline = None if left is None else loop.time() + left
         while True:
             waiter = LoopWaiter(tenant, loop)
-            grant = self._leases.ask(waiter, self._share, again=again)
-            if grant is None:
+            lease = self._scheduler.ask(waiter, self._queue, again=again)
+            if lease is None:
                 await self._wait_on_loop(waiter, deadline)
-                grant = self._leave_queue(waiter, seconds)
+                lease = self._leave_queue(waiter, seconds)
             again = True
-            if grant.is_birth:
-                await _Birth(self, grant, loop).wait()
-                return grant
-            if not self._looks_dead(grant):
-                return grant
+            if lease.is_birth:
+                await _Birth(self, lease, loop).wait()
+                return lease
+            if not self._looks_dead(lease):
+                return lease
 
     async def _wait_on_loop(self, waiter: LoopWaiter, deadline: float | None) -> None:
         loop = asyncio.get_running_loop()
@@ -179,7 +179,7 @@ class PoolCalls(Desk):
             await waiter.future
         except BaseException:
             # Closing its victims, if any, waits for nothing.
-            self._drop(self._leases.withdraw(waiter))
+            self._drop(self._scheduler.withdraw(waiter))
             raise
         finally:
             if timer is not None:

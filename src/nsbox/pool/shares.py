@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Final, Generic
 
 from nsbox.errors import Throttled
-from nsbox.pool.entries import E, Entry, Phase, W, Waiter
+from nsbox.pool.accounts import E, Phase, Slot, W, Waiter
 from nsbox.pool.events import Counters
 
 Resolve = Callable[[str | None], tuple[Hashable, W]]
@@ -46,14 +46,14 @@ class Breaker:
             retry_after=self.pause(),
         )
 
-    def begin(self, entry: object) -> None:
+    def begin(self, slot: object) -> None:
         """Note a start."""
         if self._failures >= FAILURES_MAX:
-            self._trial = entry
+            self._trial = slot
 
-    def end(self, entry: object) -> None:
+    def end(self, slot: object) -> None:
         """Note that a start is over, or was given up."""
-        if self._trial is entry:
+        if self._trial is slot:
             self._trial = None
 
     def fail(self, error: BaseException) -> None:
@@ -77,36 +77,36 @@ class Places(Generic[E, W]):
         taken: Environments in them, births counted.
         memory: Bytes of memory that those may use.
         waiters: Calls that wait for one.
-        shares: Whose they are.
+        queues: Whose they are.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.aside = self.taken = self.memory = self.waiters = 0
-        self.shares: list[Share[E, W]] = []
+        self.queues: list[FunctionQueue[E, W]] = []
 
-    def waiting(self) -> list[Share[E, W]]:
+    def waiting(self) -> list[FunctionQueue[E, W]]:
         """Return those for whom calls wait, in their turn.
 
         It is the turn of who has the fewest places, and then of who has waited longest.
         """
-        waiting = [share for share in self.shares if share.waiters]
+        waiting = [queue for queue in self.queues if queue.waiters]
         if len(waiting) > 1:
-            waiting.sort(key=lambda share: (share.taken, share.first.turn))
+            waiting.sort(key=lambda queue: (queue.taken, queue.first.turn))
         return waiting
 
-    def idle(self) -> Iterator[Entry[E, W]]:
+    def idle(self) -> Iterator[Slot[E, W]]:
         """Yield the idle ones."""
-        for share in self.shares:
-            yield from share.idle_ones()
+        for queue in self.queues:
+            yield from queue.idle_ones()
 
-    def on_demand(self) -> list[Entry[E, W]]:
+    def on_demand(self) -> list[Slot[E, W]]:
         """Return the idle ones that need not be kept ready, the coldest first."""
-        idle = [entry for entry in self.idle() if not entry.is_provisioned]
-        return sorted(idle, key=lambda entry: entry.idle_since)
+        idle = [slot for slot in self.idle() if not slot.is_provisioned]
+        return sorted(idle, key=lambda slot: slot.idle_since)
 
 
-class Share(Generic[E, W]):
+class FunctionQueue(Generic[E, W]):
     """What a pool has of one function.
 
     Attributes:
@@ -114,7 +114,7 @@ class Share(Generic[E, W]):
         places: Where its environments have their places.
         is_optional: Whether it may be left without a place.
         provisioned: How many environments are to be kept ready.
-        is_open: Whether the thread that keeps house sees to those; before, who makes it does.
+        is_open: Whether the thread that keeps manager sees to those; before, who makes it does.
         generation: Grows with each version that is published.
         taken: Its environments, births counted.
         idle: Its idle environments by key, the one used last at the end.
@@ -136,7 +136,7 @@ class Share(Generic[E, W]):
         self.is_open = False
         self.provisioned = provisioned
         self.generation = self.taken = 0
-        self.idle: dict[Hashable, deque[Entry[E, W]]] = {}
+        self.idle: dict[Hashable, deque[Slot[E, W]]] = {}
         self.waiters: OrderedDict[Waiter[E, W], None] = OrderedDict()
         self.breaker = Breaker(clock)
         self.counters = Counters()
@@ -159,38 +159,38 @@ class Share(Generic[E, W]):
         self.places.waiters -= 1
         return True
 
-    def put_idle(self, entry: Entry[E, W]) -> None:
+    def put_idle(self, slot: Slot[E, W]) -> None:
         """Keep an environment for the next call."""
-        entry.phase = Phase.IDLE
-        stack = self.idle.get(entry.key)
+        slot.phase = Phase.IDLE
+        stack = self.idle.get(slot.key)
         if stack is None:
-            stack = self.idle[entry.key] = deque()
-        stack.append(entry)
+            stack = self.idle[slot.key] = deque()
+        stack.append(slot)
 
-    def idle_ones(self) -> Iterator[Entry[E, W]]:
+    def idle_ones(self) -> Iterator[Slot[E, W]]:
         """Yield its idle ones."""
         for stack in self.idle.values():
             yield from stack
 
-    def take_idle(self, key: Hashable, *, only_ready: bool = False) -> Entry[E, W] | None:
+    def take_idle(self, key: Hashable, *, only_ready: bool = False) -> Slot[E, W] | None:
         """Return the idle one of `key` that was used last, or None; or only a provisioned one."""
         stack = self.idle.get(key)
         if not stack:
             return None
         if not only_ready:
-            entry = stack.pop()
+            slot = stack.pop()
             if not stack:
                 del self.idle[key]
-            return entry
-        for entry in reversed(stack):
-            if entry.is_provisioned:
-                self.remove_idle(entry)
-                return entry
+            return slot
+        for slot in reversed(stack):
+            if slot.is_provisioned:
+                self.remove_idle(slot)
+                return slot
         return None
 
-    def remove_idle(self, entry: Entry[E, W]) -> None:
+    def remove_idle(self, slot: Slot[E, W]) -> None:
         """Take an idle one out."""
-        stack = self.idle[entry.key]
-        stack.remove(entry)
+        stack = self.idle[slot.key]
+        stack.remove(slot)
         if not stack:
-            del self.idle[entry.key]
+            del self.idle[slot.key]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `nsbox.pool.leases` keeps account of: places of environments, leases of them, calls."""
+"""What `nsbox.pool.scheduler` keeps account of: places of environments, leases of them, calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 from nsbox.pool.events import Retirement
 
 if TYPE_CHECKING:
-    from nsbox.pool.shares import Share
+    from nsbox.pool.shares import FunctionQueue
 
 
 class Closable(Protocol):
@@ -35,23 +35,47 @@ class Phase(enum.Enum):
     RETIRED = "retired"
 
 
-class Entry(Generic[E, W]):
-    """The place of one environment. Only `Leases` changes it."""
+class Slot(Generic[E, W]):
+    """The place of one environment. Only `Scheduler` changes it."""
 
     __slots__ = (
-        "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations", "is_cold",
-        "is_dead", "is_plain", "is_provisioned", "is_silent", "key", "memory", "phase", "reason",
-        "serves", "share", "token", "what",
+        "begun",
+        "born",
+        "death",
+        "env",
+        "fd",
+        "generation",
+        "idle_since",
+        "invocations",
+        "is_cold",
+        "is_dead",
+        "is_plain",
+        "is_provisioned",
+        "is_silent",
+        "key",
+        "memory",
+        "phase",
+        "queue",
+        "reason",
+        "serves",
+        "token",
+        "what",
     )  # fmt: skip
 
     def __init__(
-        self, share: Share[E, W], key: Hashable, what: W, memory: int, token: int, now: float
+        self,
+        queue: FunctionQueue[E, W],
+        key: Hashable,
+        what: W,
+        memory: int,
+        token: int,
+        now: float,
     ) -> None:
-        self.share = share
+        self.queue = queue
         self.key = key
         self.what = what
         self.memory = memory
-        self.generation = share.generation
+        self.generation = queue.generation
         self.phase = Phase.BIRTH
         self.token = token
         self.env: E | None = None
@@ -66,27 +90,27 @@ class Entry(Generic[E, W]):
         self.reason: Retirement | None = None
 
 
-class Grant(Generic[E, W]):
-    """A lease of an entry's environment, or of a place in which one is to be born.
+class Lease(Generic[E, W]):
+    """A lease of a slot's environment, or of a place in which one is to be born.
 
     Attributes:
-        is_birth: Whether the holder has to give birth (`Leases.born`).
+        is_birth: Whether the holder has to give birth (`Scheduler.born`).
         victims: What the holder has to close before that.
         is_cold: Whether the holder has to thaw it: it is frozen, or just being frozen.
     """
 
-    __slots__ = ("entry", "is_birth", "is_cold", "token", "victims")
+    __slots__ = ("is_birth", "is_cold", "slot", "token", "victims")
 
     def __init__(
         self,
-        entry: Entry[E, W],
+        slot: Slot[E, W],
         *,
         is_birth: bool = False,
         is_cold: bool = False,
-        victims: tuple[Entry[E, W], ...] = (),
+        victims: tuple[Slot[E, W], ...] = (),
     ) -> None:
-        self.entry = entry
-        self.token = entry.token
+        self.slot = slot
+        self.token = slot.token
         self.is_birth = is_birth
         self.is_cold = is_cold
         self.victims = victims
@@ -96,18 +120,18 @@ class Waiter(Generic[E, W]):
     """A call that waits for its turn.
 
     Attributes:
-        share: What its function has; set when it joins the queue.
+        queue: What its function has; set when it joins the queue.
         turn: Its number among all that wait.
     """
 
-    share: Share[E, W]
+    queue: FunctionQueue[E, W]
 
-    __slots__ = ("_turn", "error", "grant", "share", "tenant", "turn")
+    __slots__ = ("_turn", "error", "lease", "queue", "tenant", "turn")
 
     def __init__(self, tenant: str | None) -> None:
         self.tenant = tenant
         self.turn = 0
-        self.grant: Grant[E, W] | None = None
+        self.lease: Lease[E, W] | None = None
         self.error: Exception | None = None
         self._turn: threading.Lock | None = None
 
@@ -117,7 +141,7 @@ class Waiter(Generic[E, W]):
         self._turn.acquire()
 
     def wake(self) -> bool:
-        """Tell the caller that `grant` or `error` is set; False when nobody is there any more."""
+        """Tell the caller that `lease` or `error` is set; False when nobody is there any more."""
         if self._turn is not None:
             self._turn.release()
         return True

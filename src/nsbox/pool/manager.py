@@ -26,22 +26,22 @@ from nsbox.functions.function import FunctionVersion
 from nsbox.launcher.protocol import BLANK_LIFE
 from nsbox.linux.proc import has_pending
 from nsbox.pool import members
+from nsbox.pool.accounts import Lease, Slot, Waiter
 from nsbox.pool.endings import Endings
-from nsbox.pool.entries import Entry, Grant, Waiter
 from nsbox.pool.events import PoolEvent, Retirement
 from nsbox.pool.judgement import Source, doubt_of, memory_of, weightless
+from nsbox.pool.maintenance import Watch
 from nsbox.pool.pressure import Pressure
-from nsbox.pool.quick import QuickLeases
+from nsbox.pool.quick import QuickScheduler
 from nsbox.pool.settings import Settings
-from nsbox.pool.shares import Resolve, Share
-from nsbox.pool.watch import Watch
+from nsbox.pool.shares import FunctionQueue, Resolve
 from nsbox.supervisor import standby
 from nsbox.values.config import Config
 
-PoolGrant = Grant[ExecutionEnvironment, Source]
-PoolEntry = Entry[ExecutionEnvironment, Source]
-PoolLeases = QuickLeases[ExecutionEnvironment, Source]
-PoolShare = Share[ExecutionEnvironment, Source]
+PoolLease = Lease[ExecutionEnvironment, Source]
+PoolSlot = Slot[ExecutionEnvironment, Source]
+PoolScheduler = QuickScheduler[ExecutionEnvironment, Source]
+PoolQueue = FunctionQueue[ExecutionEnvironment, Source]
 PoolWaiter = Waiter[ExecutionEnvironment, Source]
 
 _log: Final = logging.getLogger("nsbox.pool")
@@ -52,12 +52,12 @@ RETURN_DEADLINE: Final = 10.0
 """Seconds in which a killed call must have given its lease back."""
 
 
-class House:
+class PoolManager:
     """The environments of a pool, and the thread that keeps them."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._leases: PoolLeases = QuickLeases(
+        self._scheduler: PoolScheduler = QuickScheduler(
             most=settings.max_environments,
             max_waiting=settings.max_waiting,
             max_lifetime=settings.max_lifetime,
@@ -69,7 +69,7 @@ class House:
         )
         self.owner = os.getpid()
         self._endings = Endings(settings.shutdown_grace, self._close, self._await_frost)
-        self._watched: dict[int, PoolEntry] = {}
+        self._watched: dict[int, PoolSlot] = {}
         self._watched_lock = threading.Lock()
         self._watch: Watch | None = None
         self._start_lock = threading.Lock()
@@ -91,118 +91,118 @@ class House:
         reserved: int | None,
         provisioned: int,
         optional: bool = False,
-    ) -> PoolShare:
-        """Return the share of another function; see `Leases.add`."""
-        share, surplus = self._leases.add(
+    ) -> PoolQueue:
+        """Return the queue of another function; see `Scheduler.add`."""
+        queue, surplus = self._scheduler.add(
             resolve, reserved=reserved, provisioned=provisioned, optional=optional
         )
         self._endings.see_out(surplus)  # what has been reserved is to be had now
-        return share
+        return queue
 
-    def open(self, share: PoolShare) -> None:
+    def open(self, queue: PoolQueue) -> None:
         """Have what is to be kept ready of it ready; from now on the thread sees to that."""
-        self._fill(share)
-        share.is_open = True
+        self._fill(queue)
+        queue.is_open = True
         if self.settings.blank:
             self._next_wish = 0.0
             self._get_watch()
         self._ring()
 
-    def withdraw(self, share: PoolShare) -> None:
+    def withdraw(self, queue: PoolQueue) -> None:
         """Take a function out again that could not be opened."""
-        self.dispose_all(self._leases.remove(share))
+        self.dispose_all(self._scheduler.remove(queue))
 
-    def dispose_all(self, entries: Sequence[PoolEntry]) -> None:
+    def dispose_all(self, slots: Sequence[PoolSlot]) -> None:
         """See retired environments out, and have the thread look at what is missing now."""
-        for entry in entries:
-            self._dispose(entry)
+        for slot in slots:
+            self._dispose(slot)
         self._next_wish = 0.0  # another version may be another kind
         self._ring()
 
     # -- environments ----------------------------------------------------------------------------
 
-    def _is_dead(self, grant: PoolGrant) -> bool:
+    def _is_dead(self, lease: PoolLease) -> bool:
         """Look whether it has died a moment ago; then it is closed. A frozen one is thawed."""
-        death, env = grant.entry.death, grant.entry.env
+        death, env = lease.slot.death, lease.slot.env
         if env is not None and members.is_closed(env):
             death = None  # and its descriptor's number may be another's
-        if death is not None and not death.poll(0) and (not grant.is_cold or self._thaw(grant)):
+        if death is not None and not death.poll(0) and (not lease.is_cold or self._thaw(lease)):
             return False
-        self._give_back(grant, Retirement.FAILURE)
+        self._give_back(lease, Retirement.FAILURE)
         return True
 
-    def _give_birth(self, grant: PoolGrant, *, is_call: bool = True) -> None:
+    def _give_birth(self, lease: PoolLease, *, is_call: bool = True) -> None:
         """Have the environment of a birth's lease born and initialised; else end the lease."""
-        entry = grant.entry
+        slot = lease.slot
         try:
-            victims, grant.victims = grant.victims, ()  # whoever drops the lease later has none
+            victims, lease.victims = lease.victims, ()  # whoever drops the lease later has none
             self._endings.see_out(victims)
-            env = ExecutionEnvironment(entry.what)
+            env = ExecutionEnvironment(slot.what)
             try:
-                self._adopt(grant, env)
+                self._adopt(lease, env)
             except BaseException:
-                if entry.env is None:
+                if slot.env is None:
                     env.close(wait=False)
                 raise
-            reason = Retirement.PROVISIONED if entry.is_provisioned else Retirement.DEMAND
-            self._tell("created", entry, reason=reason)
+            reason = Retirement.PROVISIONED if slot.is_provisioned else Retirement.DEMAND
+            self._tell("created", slot, reason=reason)
             begin = time.monotonic()
-            if isinstance(entry.what, FunctionVersion):
-                env.init(provisioned=entry.is_provisioned)
-                self._tell("initialised", entry)
-            self._leases.started(grant, time.monotonic() - begin)
+            if isinstance(slot.what, FunctionVersion):
+                env.init(provisioned=slot.is_provisioned)
+                self._tell("initialised", slot)
+            self._scheduler.started(lease, time.monotonic() - begin)
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, PoolClosed):
-                self._leases.failed(grant, error)
+                self._scheduler.failed(lease, error)
             answered = False if is_call else None
-            self._give_back(grant, Retirement.FAILURE, answered=answered, has_run=False)
+            self._give_back(lease, Retirement.FAILURE, answered=answered, has_run=False)
             self._tell_caller(error, "during the birth")
             raise
 
-    def _adopt(self, grant: PoolGrant, env: ExecutionEnvironment) -> None:
+    def _adopt(self, lease: PoolLease, env: ExecutionEnvironment) -> None:
         fd = members.death_descriptor(env)
-        what = grant.entry.what
+        what = lease.slot.what
         if isinstance(what, FunctionVersion):
             is_told = self.settings.on_event is not None
-            grant.entry.is_plain = what.function.reuse != "never" and not is_told
-            grant.entry.is_silent = what.function.handler is None
-        share = grant.entry.share
-        members.on_kill_of_left_running(env, lambda: self._leases.note_left_running(share))
-        grant.entry.death = _poll_of(fd)
+            lease.slot.is_plain = what.function.reuse != "never" and not is_told
+            lease.slot.is_silent = what.function.handler is None
+        queue = lease.slot.queue
+        members.on_kill_of_left_running(env, lambda: self._scheduler.note_left_running(queue))
+        lease.slot.death = _poll_of(fd)
         watch = self._get_watch()
         with self._watched_lock:
             watch.add(fd)
-            self._watched[fd] = grant.entry
-        self._leases.born(grant, env, fd)
+            self._watched[fd] = lease.slot
+        self._scheduler.born(lease, env, fd)
 
-    def _drop(self, grant: PoolGrant | None, *, answered: bool | None = False) -> None:
+    def _drop(self, lease: PoolLease | None, *, answered: bool | None = False) -> None:
         """End a lease that nobody uses any more; its call, if any, is an error. Does not wait."""
-        if grant is None:
+        if lease is None:
             return
-        for victim in grant.victims:
+        for victim in lease.victims:
             self._close(victim)
-        self._give_back(grant, None, answered=answered, has_run=False)
+        self._give_back(lease, None, answered=answered, has_run=False)
 
-    def _finish(self, grant: PoolGrant, error: BaseException | None) -> None:
+    def _finish(self, lease: PoolLease, error: BaseException | None) -> None:
         """End the lease of a call that ended so."""
-        entry = grant.entry
-        doubt = doubt_of(entry.what, error, self.settings.reuse)
-        if doubt is None and self.settings.reuse == "reset" and isinstance(entry.what, Config):
-            doubt = self._reset(grant)
+        slot = lease.slot
+        doubt = doubt_of(slot.what, error, self.settings.reuse)
+        if doubt is None and self.settings.reuse == "reset" and isinstance(slot.what, Config):
+            doubt = self._reset(lease)
         if self.settings.on_event is not None:
-            self._tell("invoked", entry, error=type(error).__name__ if error else "")
-        self._give_back(grant, doubt, answered=error is None)
+            self._tell("invoked", slot, error=type(error).__name__ if error else "")
+        self._give_back(lease, doubt, answered=error is None)
 
-    def _reset(self, grant: PoolGrant) -> Retirement | None:
+    def _reset(self, lease: PoolLease) -> Retirement | None:
         try:
-            env_of(grant).reset()
+            env_of(lease).reset()
         except (NsboxError, OSError) as failure:
             # The call is over and has all it wanted; the next one gets another environment.
             _log.warning("an environment is given up: %s", failure)
             return Retirement.FAILURE
         return None
 
-    def _fail(self, grant: PoolGrant, error: BaseException) -> bool:
+    def _fail(self, lease: PoolLease, error: BaseException) -> bool:
         """End the lease of a function's call that has failed so.
 
         Returns whether the call is to be made again: its environment, which was alive when it
@@ -210,17 +210,17 @@ class House:
         is told, if that is not `error`.
         """
         is_unheard = isinstance(error, EnvironmentStateError) or (
-            isinstance(error, InvokeError) and members.heard_nothing(env_of(grant))
+            isinstance(error, InvokeError) and members.heard_nothing(env_of(lease))
         )
-        if is_unheard and not grant.is_birth and not self._leases.is_killed:
-            self._give_back(grant, Retirement.FAILURE)
+        if is_unheard and not lease.is_birth and not self._scheduler.is_killed:
+            self._give_back(lease, Retirement.FAILURE)
             return True
-        self._finish(grant, error)
+        self._finish(lease, error)
         self._tell_caller(error, "while the call ran")
         return False
 
     def _tell_caller(self, error: BaseException, when: str) -> None:
-        if self._leases.is_killed and isinstance(error, NsboxError):
+        if self._scheduler.is_killed and isinstance(error, NsboxError):
             raise PoolClosed(f"the pool was closed {when}") from error
         if isinstance(error, EnvironmentStateError):
             # It has died since it was born or taken: for the caller of a pool no state of theirs.
@@ -228,50 +228,50 @@ class House:
 
     def _give_back(
         self,
-        grant: PoolGrant,
+        lease: PoolLease,
         doubt: Retirement | None,
         *,
         answered: bool | None = None,
         has_run: bool = True,
     ) -> None:
-        retired = self._leases.give_back(grant, doubt, answered=answered, has_run=has_run)
+        retired = self._scheduler.give_back(lease, doubt, answered=answered, has_run=has_run)
         if doubt is not None:
-            self._close(grant.entry)
+            self._close(lease.slot)
         elif retired is not None:
-            self._dispose(grant.entry)
-        elif self._leases.wants_sweep:
+            self._dispose(lease.slot)
+        elif self._scheduler.wants_sweep:
             self._ring()
 
     # -- ends ------------------------------------------------------------------------------------
 
-    def _dispose(self, entry: PoolEntry) -> None:
+    def _dispose(self, slot: PoolSlot) -> None:
         """See a retired environment out, in order if nothing is amiss; nobody waits for that."""
-        is_healthy = entry.reason is not Retirement.FAILURE and not self._leases.is_killed
-        if is_healthy and self._endings.begin(entry):
+        is_healthy = slot.reason is not Retirement.FAILURE and not self._scheduler.is_killed
+        if is_healthy and self._endings.begin(slot):
             self._ring()
         else:
-            self._close(entry)
+            self._close(slot)
 
-    def _close(self, entry: PoolEntry, *, wait: bool = False) -> None:
+    def _close(self, slot: PoolSlot, *, wait: bool = False) -> None:
         """Close a retired environment and free its place."""
         try:
-            if entry.env is not None:
-                if entry.is_cold:
+            if slot.env is not None:
+                if slot.is_cold:
                     self._await_frost()
                 watch = self._watch
                 with self._watched_lock:
                     # The number is another's, perhaps, where it was closed by who had it.
-                    if watch is not None and self._watched.get(entry.fd) is entry:
-                        del self._watched[entry.fd]
-                        watch.discard(entry.fd)
-                entry.env.close(wait=wait)
-                self._tell("retired", entry, reason=entry.reason)
+                    if watch is not None and self._watched.get(slot.fd) is slot:
+                        del self._watched[slot.fd]
+                        watch.discard(slot.fd)
+                slot.env.close(wait=wait)
+                self._tell("retired", slot, reason=slot.reason)
         finally:
-            self._leases.removed(entry)
-            if self._leases.is_wanting:
+            self._scheduler.removed(slot)
+            if self._scheduler.is_wanting:
                 self._ring()
 
-    # -- keeping house ---------------------------------------------------------------------------
+    # -- maintenance ------------------------------------------------------------------------------
 
     def _ring(self) -> None:
         """Have the thread look at what is due now."""
@@ -298,24 +298,24 @@ class House:
             return
         if self._pressure is not None and fd in self._pressure.triggers:
             if self._pressure.is_alarming():
-                self.dispose_all(self._leases.relieve())
+                self.dispose_all(self._scheduler.relieve())
             return
-        entry = self._watched.get(fd)
+        slot = self._watched.get(fd)
         # The number may be another environment's since the kernel told it. A poll object is of one
-        # thread at a time, and `entry.death` is that of whoever holds the lease.
-        if entry is None or not _poll_of(fd).poll(0):
+        # thread at a time, and `slot.death` is that of whoever holds the lease.
+        if slot is None or not _poll_of(fd).poll(0):
             return
-        if self._leases.died(entry):
-            self._close(entry)
+        if self._scheduler.died(slot):
+            self._close(slot)
 
     def _on_time(self) -> float:
-        due = self._leases.sweep()
-        for entry in due.over:
-            self._dispose(entry)
-        for grant in due.orphans:
-            self._drop(grant)
-        for entry in due.cold[:_FREEZES_AT_ONCE]:
-            self._freeze(entry)
+        due = self._scheduler.sweep()
+        for slot in due.over:
+            self._dispose(slot)
+        for lease in due.orphans:
+            self._drop(lease)
+        for slot in due.cold[:_FREEZES_AT_ONCE]:
+            self._freeze(slot)
         left = 0.0 if len(due.cold) > _FREEZES_AT_ONCE else math.inf
         seconds = min(due.seconds, left, self._look_at_memory(), self._keep_blanks())
         if self._watch is not None:
@@ -329,7 +329,7 @@ class House:
         filler = self._filler
         is_filling = self._is_filling and filler is not None and filler.is_alive()
         if not self._is_closed and not is_filling:
-            place = self._leases.reserve()
+            place = self._scheduler.reserve()
             if place is not None:
                 # A birth may take long, and deaths are to be seen meanwhile.
                 self._filler = threading.Thread(
@@ -344,18 +344,18 @@ class House:
                     seconds = _FILL_AGAIN
         return seconds
 
-    def _give_up(self, place: PoolGrant, error: RuntimeError) -> None:
+    def _give_up(self, place: PoolLease, error: RuntimeError) -> None:
         self._say_not_ready(error)
-        self._leases.failed(place, error)
+        self._scheduler.failed(place, error)
         self._drop(place, answered=None)
 
     def _look_at_memory(self) -> float:
         """Close idle ones when memory is short; return in how many seconds to look again."""
-        if self._pressure is None or (self._leases.wants_sweep and not self._leases.has_idle):
+        if self._pressure is None or (self._scheduler.wants_sweep and not self._scheduler.has_idle):
             return math.inf
         is_low, seconds = self._pressure.look()
         if is_low:
-            self.dispose_all(self._leases.relieve())
+            self.dispose_all(self._scheduler.relieve())
         return seconds
 
     def _keep_blanks(self) -> float:
@@ -365,7 +365,7 @@ class House:
             return left if self.settings.blank else math.inf
         self._next_wish = time.monotonic() + _WISH_SECONDS
         try:
-            kinds = [kind_of(source) for source in self._leases.sources()]
+            kinds = [kind_of(source) for source in self._scheduler.sources()]
             for launcher in {launcher for launcher, _ in kinds}:
                 specs = [spec for _, spec in kinds if spec is not None]
                 standby.wish(self, launcher, specs, self.settings.blank)
@@ -374,32 +374,32 @@ class House:
             _log.debug("no blank environments: %s", error)
         return _WISH_SECONDS
 
-    def _freeze(self, entry: PoolEntry) -> None:
+    def _freeze(self, slot: PoolSlot) -> None:
         """Freeze an idle one, unless a call is faster."""
         with self._frost:
-            if entry.env is None or not self._leases.begin_freeze(entry):
+            if slot.env is None or not self._scheduler.begin_freeze(slot):
                 return
             try:
-                entry.env.freeze()
+                slot.env.freeze()
             except NsboxError as error:
                 # It is dying, or makes processes faster than they can be stopped.
-                _log.debug("environment %s is not frozen: %s", entry.env.id, error)
+                _log.debug("environment %s is not frozen: %s", slot.env.id, error)
             else:
-                self._tell("frozen", entry)
+                self._tell("frozen", slot)
                 return
-        if self._leases.died(entry):
-            self._close(entry)
+        if self._scheduler.died(slot):
+            self._close(slot)
 
-    def _thaw(self, grant: PoolGrant) -> bool:
+    def _thaw(self, lease: PoolLease) -> bool:
         """Thaw what was frozen for nobody used it; False when it is dead."""
-        env = env_of(grant)
+        env = env_of(lease)
         self._await_frost()
         if has_pending(env.pid, signal.SIGKILL):
             return False  # v1's freezer holds up even that
         try:
             if env.state is State.FROZEN:
                 env.thaw()
-                self._tell("thawed", grant.entry)
+                self._tell("thawed", lease.slot)
         except NsboxError:
             return False
         return True
@@ -409,14 +409,14 @@ class House:
         with self._frost:
             pass
 
-    def _fill(self, share: PoolShare | None = None, grant: PoolGrant | None = None) -> None:
+    def _fill(self, queue: PoolQueue | None = None, lease: PoolLease | None = None) -> None:
         """Give birth to the provisioned environments that are missing."""
-        place = grant or self._leases.reserve(share)
+        place = lease or self._scheduler.reserve(queue)
         while place is not None:
             self._give_birth(place, is_call=False)
             self._said = None
             self._give_back(place, None)
-            place = self._leases.reserve(share)
+            place = self._scheduler.reserve(queue)
 
     def _say_not_ready(self, error: Exception) -> None:
         """Warn once of starts that fail, until one succeeds. Text keeps no frames alive."""
@@ -424,9 +424,9 @@ class House:
         if said != self._said:
             _log.warning("an environment to be kept ready does not start: %s", str(error))
 
-    def _refill(self, grant: PoolGrant) -> None:
+    def _refill(self, lease: PoolLease) -> None:
         try:
-            self._fill(grant=grant)
+            self._fill(lease=lease)
         except (NsboxError, OSError) as error:
             if not isinstance(error, PoolClosed):  # else nobody needs it any more
                 self._say_not_ready(error)
@@ -434,22 +434,22 @@ class House:
         self._ring()
 
     def _tell(
-        self, kind: str, entry: PoolEntry, *, reason: Retirement | None = None, error: str = ""
+        self, kind: str, slot: PoolSlot, *, reason: Retirement | None = None, error: str = ""
     ) -> None:
         on_event = self.settings.on_event
-        if on_event is None or entry.env is None:
+        if on_event is None or slot.env is None:
             return
-        version = entry.what if isinstance(entry.what, FunctionVersion) else None
+        version = slot.what if isinstance(slot.what, FunctionVersion) else None
         event = PoolEvent(
             kind=kind,
-            environment=entry.env.id,
+            environment=slot.env.id,
             function=version.name if version else "",
             version=version.id if version else "",
             tenant=version.tenant if version else None,
-            provisioned=entry.is_provisioned,
+            provisioned=slot.is_provisioned,
             reason=reason,
             error=error,
-            left_running=members.left_running_of_last(entry.env) if kind == "invoked" else None,
+            left_running=members.left_running_of_last(slot.env) if kind == "invoked" else None,
         )
         try:
             on_event(event)
@@ -458,14 +458,14 @@ class House:
 
     def end(self, *, drain: bool) -> Exception | None:
         """Close every environment; return what could not be removed, if anything."""
-        idle, orphans = self._leases.begin_close(None if drain else _kill)
+        idle, orphans = self._scheduler.begin_close(None if drain else _kill)
         failure = self._endings.see_out(idle, wait=True, is_hasty=not drain)
-        for grant in orphans:
-            self._drop(grant)
+        for lease in orphans:
+            self._drop(lease)
         if not drain:
             self._endings.hasten()
             self._ring()
-        self._leases.await_empty(None if drain else RETURN_DEADLINE)
+        self._scheduler.await_empty(None if drain else RETURN_DEADLINE)
         self._is_closed = True
         filler = self._filler
         if filler is not None:
@@ -488,13 +488,13 @@ def _poll_of(fd: int) -> select.poll:
     return poll
 
 
-def env_of(grant: PoolGrant) -> ExecutionEnvironment:
+def env_of(lease: PoolLease) -> ExecutionEnvironment:
     """Return the environment of a lease."""
-    if grant.entry.env is None:
+    if lease.slot.env is None:
         raise EnvironmentStateError("this lease has no environment yet")
-    return grant.entry.env
+    return lease.slot.env
 
 
-def _kill(entry: PoolEntry) -> None:
-    if entry.env is not None:
-        members.send_kill(entry.env)
+def _kill(slot: PoolSlot) -> None:
+    if slot.env is not None:
+        members.send_kill(slot.env)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`WarmPool`: environments kept warm for functions or a `Config`, one call each at a time.
 
-The pool decides who gets which environment and when one goes (`nsbox.pool.leases` has that state);
-everything else is the environment's.
+The pool decides who gets which environment and when one is closed (`nsbox.pool.scheduler` has that
+state); everything else is the environment's.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from nsbox.functions.credentials import Provider
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.pool.events import PoolEvent
 from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
-from nsbox.pool.house import House
 from nsbox.pool.judgement import Source
+from nsbox.pool.manager import PoolManager
 from nsbox.pool.settings import check_count, check_settings
 from nsbox.pool.shares import Resolve
 from nsbox.supervisor.launcher import begin_exit
@@ -123,15 +123,17 @@ class WarmPool(PoolFunction):
             resolve = version_resolver(version_of(source, "source"))
         else:
             resolve = config_resolver(make_config(source, {}))
-        house = House(settings)
-        share = house.add(resolve, reserved=None, provisioned=provisioned, optional=source is None)
-        super().__init__(house, share, max_environments)
+        manager = PoolManager(settings)
+        queue = manager.add(
+            resolve, reserved=None, provisioned=provisioned, optional=source is None
+        )
+        super().__init__(manager, queue, max_environments)
         self.max_environments = max_environments
         self._functions: list[PoolFunction] = [self]
         self._close_lock = threading.Lock()
         self._is_closed = False
         try:
-            house.open(share)
+            manager.open(queue)
         except BaseException:
             self.close(drain=False)
             raise
@@ -146,7 +148,7 @@ class WarmPool(PoolFunction):
     ) -> PoolFunction:
         """Have the pool serve another function, and return what it is called by.
 
-        All have their environments in this one pool. Those without reserved places share what is
+        All have their environments in this one pool. Those without reserved places queue what is
         left: what becomes free goes to the function whose calls wait and that has the fewest.
 
         Args:
@@ -165,15 +167,15 @@ class WarmPool(PoolFunction):
             reserved = check_count(reserved, "reserved", 0)
         provisioned = check_count(provisioned, "provisioned", 0)
         self._check_usable(is_function=self._is_function)
-        share = self._house.add(
+        queue = self._manager.add(
             version_resolver(version), reserved=reserved, provisioned=provisioned
         )
-        most = self._house.settings.max_environments if reserved is None else max(1, reserved)
-        function = PoolFunction(self._house, share, most)
+        most = self._manager.settings.max_environments if reserved is None else max(1, reserved)
+        function = PoolFunction(self._manager, queue, most)
         try:
-            self._house.open(share)
+            self._manager.open(queue)
         except BaseException:
-            self._house.withdraw(share)
+            self._manager.withdraw(queue)
             raise
         with self._close_lock:
             self._functions.append(function)
@@ -181,7 +183,7 @@ class WarmPool(PoolFunction):
 
     def stats(self) -> dict[str, float]:
         """Return the numbers of all functions of the pool; see `PoolFunction.stats`."""
-        return self._leases.stats()
+        return self._scheduler.stats()
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -195,18 +197,18 @@ class WarmPool(PoolFunction):
         Raises:
             CleanupError: Something of an environment could not be removed.
         """
-        if self._house.owner != os.getpid():
+        if self._manager.owner != os.getpid():
             return
         with self._close_lock:
             if self._is_closed:
                 return
             for function in self._functions:
-                function._jobs.close(drain=drain)
-            failure = self._house.end(drain=drain)
+                function._executor.close(drain=drain)
+            failure = self._manager.end(drain=drain)
             self._is_closed = True
             for function in self._functions:
-                function._jobs.join()
-            self._house.end_watch()
+                function._executor.join()
+            self._manager.end_watch()
             _pools.discard(self)
         if failure is not None:
             raise failure
@@ -223,7 +225,7 @@ class WarmPool(PoolFunction):
             CleanupError: As `close`; not with ``wait=False``.
         """
         for function in self._functions:
-            function._jobs.refuse(cancel=cancel_futures)
+            function._executor.refuse(cancel=cancel_futures)
         if wait:
             self.close()
         else:

@@ -19,7 +19,7 @@ _IDLE_SECONDS: Final = 5.0
 _JOIN_SECONDS: Final = 5.0
 
 
-class Jobs:
+class CallExecutor:
     """A queue of calls, and up to `most` threads that make them in their order."""
 
     def __init__(self, most: int) -> None:
