@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.support import attack, processes_with, wait_until
+from tests.support import PATIENCE, attack, processes_with, wait_until
 
 import nsbox
 from nsbox import Outcome, State
@@ -166,6 +166,27 @@ def test_popen_kill_and_signals(env: nsbox.ExecutionEnvironment) -> None:
     with env.popen(["sh", "-c", "trap '' TERM; sleep 60 & wait"]) as process:
         process.kill()
         assert process.wait(10).outcome is Outcome.KILLED
+
+
+def test_a_command_that_a_thread_waits_for_hears_signals_and_is_killed(
+    env: nsbox.ExecutionEnvironment,
+) -> None:
+    results: list[nsbox.Result] = []
+    code = "trap 'echo heard' USR1; echo ready; while :; do sleep 0.01; done"
+    process = env.popen(["sh", "-c", code])
+    assert process.stdout is not None
+    waiters = [threading.Thread(target=lambda: results.append(process.wait())) for _ in range(2)]
+    for waiter in waiters:
+        waiter.start()
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.stdout.readline() == b"heard\n"
+    assert process.poll() is None
+    process.kill()
+    for waiter in waiters:
+        waiter.join(20 * PATIENCE)
+    assert [result.outcome for result in results] == [Outcome.KILLED] * 2
+    process.close()
 
 
 def test_popen_let_go_of_is_killed(env: nsbox.ExecutionEnvironment) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import threading
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -132,7 +133,13 @@ def test_environment_variables(make_function: MakeFunction, start: str) -> None:
 
 
 @pytest.mark.parametrize("start", ["clone", "exec"])
-def test_the_context(make_function: MakeFunction, start: str) -> None:
+def test_the_context(
+    make_function: MakeFunction, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where it is another day.
+    monkeypatch.setenv("TZ", "AHEAD-24" if time.gmtime().tm_hour >= 12 else "BEHIND+24")
+    time.tzset()
+    today = time.strftime("%Y/%m/%d", time.gmtime())
     env = make_function(
         """
         FIELDS = ("aws_request_id", "function_name", "function_version", "memory_limit_in_mb",
@@ -155,8 +162,12 @@ def test_the_context(make_function: MakeFunction, start: str) -> None:
     version = told.pop("function_version")
     assert 0 < left <= 60_000
     assert re.fullmatch("[0-9a-f]{8,64}", version)
+    monkeypatch.undo()
+    time.tzset()
     stream = told.pop("log_stream_name")
-    assert re.fullmatch(rf"\d{{4}}/\d\d/\d\d/\[{version}\]{env.id}", stream)
+    day, _, rest = stream.partition("/[")
+    assert day in (today, time.strftime("%Y/%m/%d", time.gmtime())), "in UTC, wherever the host is"
+    assert rest == f"{version}]{env.id}"
     assert told == {
         "aws_request_id": "my-id",
         "function_name": "shop",

@@ -6,7 +6,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import secrets
 import site
 import sys
 import sysconfig
@@ -20,11 +19,6 @@ from nsbox.functions.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVe
 from nsbox.supervisor.launcher import Launcher, get_launcher
 from nsbox.supervisor.plan import interpreter_prefixes, plan
 from nsbox.values.config import Config
-
-_LOG_STREAM: Final = secrets.token_hex(16)
-"""Stands for the name of the log stream in what is kept; no string of a function's has it."""
-_INITIALIZATION_TYPE: Final = secrets.token_hex(16)
-"""Stands for how it comes to be initialised."""
 
 
 class Outfit:
@@ -68,9 +62,13 @@ class Outfit:
         known = self._start
         if known is None or known[0] != environment:
             known = self._start = (environment, json.dumps(_details(version, environment)))
-        stream = f"{time.strftime('%Y/%m/%d')}/[{version.id}]{env_id}"
-        text = known[1].replace(_LOG_STREAM, stream)
-        return text.replace(_INITIALIZATION_TYPE, initialization_type)
+        # What is this environment's alone goes behind what is the same for all of the version.
+        day = time.strftime("%Y/%m/%d", time.gmtime())
+        own = {
+            "AWS_LAMBDA_LOG_STREAM_NAME": f"{day}/[{version.id}]{env_id}",
+            "AWS_LAMBDA_INITIALIZATION_TYPE": initialization_type,
+        }
+        return f'{known[1][:-1]}, "own": {json.dumps(own)}}}'
 
 
 _outfits: Final[weakref.WeakKeyDictionary[FunctionVersion, Outfit]] = weakref.WeakKeyDictionary()
@@ -112,7 +110,6 @@ def _details(version: FunctionVersion, environment: Mapping[str, str]) -> dict[s
         "arn": f"arn:aws:lambda:local:000000000000:function:{function.name}:{version.id}",
         "memory": str(int(limit) >> 20 if limit is not None else 0),
         "log_group": f"/aws/lambda/{function.name}",
-        "log_stream": _LOG_STREAM,
         "tenant": function.tenant,
     }
     variables = {
@@ -120,8 +117,6 @@ def _details(version: FunctionVersion, environment: Mapping[str, str]) -> dict[s
         "AWS_LAMBDA_FUNCTION_VERSION": told["version"],
         "AWS_LAMBDA_FUNCTION_MEMORY_SIZE": told["memory"],
         "AWS_LAMBDA_LOG_GROUP_NAME": told["log_group"],
-        "AWS_LAMBDA_LOG_STREAM_NAME": told["log_stream"],
-        "AWS_LAMBDA_INITIALIZATION_TYPE": _INITIALIZATION_TYPE,
         "LAMBDA_TASK_ROOT": version.config.cwd,
         "_HANDLER": function.handler or "",
         "TZ": ":UTC",

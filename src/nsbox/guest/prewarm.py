@@ -33,7 +33,7 @@ class A:
 """
 
 
-_TOLD = ("name", "version", "arn", "memory", "log_group", "log_stream", "tenant")
+_TOLD = ("name", "version", "arn", "memory", "log_group", "tenant")
 _EVENT = runtime.INVOCATION.pack(1.0, 2) + b'w\0{"warm": [1.5]}'
 
 
@@ -87,6 +87,7 @@ def warm_up(place: str = _DIRECTORY) -> None:
         "handler": "prewarm.handler",
         "path": [place],
         "cwd": place,
+        "own": {"AWS_LAMBDA_LOG_STREAM_NAME": "warm"},
         "env": {f"WARM_{number}": f"{number}" * (number + 3) for number in range(20)},
         "function": {name: f"{name} of a warm function" for name in _TOLD},
         "forks": False,

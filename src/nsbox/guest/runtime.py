@@ -170,12 +170,14 @@ class Worker:
     def _start(self, request: dict[str, Any]) -> None:
         """Be as the function wants it; `request` is what `nsbox.functions.session` sends."""
         os.environ.clear()
+        os.environ.update(request["own"])
         os.environ.update(request["env"])
         sys.path[:] = request["path"] + (sys.path if request["keeps_path"] else [])
         sys.dont_write_bytecode = True  # its code is read-only
         gc.enable()  # the template has switched it off
         sys.argv = [""]
         self._function = request["function"]
+        self._function["log_stream"] = request["own"]["AWS_LAMBDA_LOG_STREAM_NAME"]
         self._forks = request["forks"]
         if not self._forks:
             self._read = self._channel.recv

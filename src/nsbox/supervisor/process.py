@@ -35,6 +35,7 @@ KILL_DEADLINE: Final = 5.0
 """Seconds PID 1 may take to end a killed command before the whole environment is killed."""
 _CHUNK: Final = 1 << 16
 _LEAST_CPU_WAIT: Final = 0.01
+_LONGEST_WAIT: Final = int(KILL_DEADLINE * 1000)  # ms: a kill by another thread is followed up
 _CLOSED: Final = "its environment was closed"
 
 Stream = int | IO[Any] | None
@@ -77,6 +78,7 @@ class Process:
         self._cpu_time = cpu_time
         self._next_cpu_check = 0.0
         self._lock = threading.RLock()
+        self._heard = 0  # what PID 1 and the launcher have said; it is not there to be read again
         self._host_pid: int | None = None  # told only of a command that SIGSYS has ended
         self._request: RunRequest | None = None
         self._relays = Relays()
@@ -236,7 +238,7 @@ class Process:
         result = None
         while result is None:
             wait = self.poll_milliseconds(deadline)
-            ready = poller.poll(wait)
+            ready = poller.poll(_LONGEST_WAIT if wait is None else wait)
             # Only output, and no clock that runs: then there is no end to look for yet.
             is_due = wait is not None or not ready
             for fd, _ in ready:
@@ -324,10 +326,16 @@ class Process:
             poller = select.poll()
             channel = self._channel or self._ask_for_end()
             self.register(poller)
-            own = self.poll_milliseconds(None)
-            asked = None if timeout is None else max(0, int(timeout * 1000) + (timeout > 0))
-            wait = min((item for item in (own, asked) if item is not None), default=None)
-            ready = {fd for fd, _ in poller.poll(wait)}
+            wait = self.poll_milliseconds(None)
+            heard = self._heard
+        # Outside the lock: another thread may kill it meanwhile, or hear the answer.
+        wait = _LONGEST_WAIT if wait is None else wait
+        if timeout is not None:
+            wait = min(wait, max(0, int(timeout * 1000) + (timeout > 0)))
+        ready = {fd for fd, _ in poller.poll(wait)}
+        with self._lock:
+            if heard != self._heard:
+                return self._advance(0.0)
             try:
                 if channel is not None and channel.socket.fileno() in ready:
                     self._finish_from_channel(channel)
@@ -407,6 +415,7 @@ class Process:
 
     def _finish_from_channel(self, channel: Channel) -> None:
         try:
+            self._heard += 1
             kind, status, user, system, fds = channel.receive_answer()
             is_shown = kind == p.SHOWN and self._host_pid is None and len(fds) == 1
             if is_shown:
@@ -456,6 +465,7 @@ class Process:
 
     def _finish_from_end(self) -> None:
         """Conclude from the launcher's report on the end of the whole environment."""
+        self._heard += 1
         report = self._link.end or {}
         after: dict[str, int | None] = report.get("usage") or {}
         if evidence := oom_evidence(self._before, after):
