@@ -693,6 +693,28 @@ def test_how_a_plain_program_fails(script: str, kind: str, message: str) -> None
         assert env.invoke(2) == 2
 
 
+def test_the_log_of_a_plain_program_comes_while_it_runs_and_has_no_limit() -> None:
+    heard: list[bytes] = []
+    script = """
+        read stop; echo begun >&2
+        while [ ! -e /tmp/heard ]; do sleep 0.01; done
+        head -c 300000 /dev/zero >&2; echo '"done"'
+    """
+    limits = nsbox.Limits(output_max=100_000)
+    with command_env("sh", "-c", script, limits=limits, timeout=20 * PATIENCE) as env:
+
+        def on_log(name: str, data: bytes) -> None:
+            assert name == "stderr"
+            if not heard:
+                env.write_file("/tmp/heard", b"")
+            heard.append(data)
+
+        assert env.invoke(1, on_log=on_log) == "done"
+        assert b"".join(heard) == b"begun\n" + bytes(300_000)
+        assert env.last is not None
+        assert env.last.stderr == b"begun\n" + bytes(99_994), "of the record it is the beginning"
+
+
 def test_a_plain_program_that_takes_too_long() -> None:
     with command_env("sleep", "60") as env:
         with pytest.raises(nsbox.InvokeTimeout, match=r"timed out after 0\.20 seconds"):

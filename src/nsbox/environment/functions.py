@@ -151,7 +151,8 @@ class Invocations:
             if invoker is None:
                 self._await_removal()
                 place_files(self._link, request.files)
-                self._last = run_program(self._env, self._link, self._version, request)
+                self._last = run_program(self._link, self._version, request, self._env._start)
+                self._env._replace_blank()
                 return self._last
             if invoker.init_seconds is not None and self._removal is None and not request.files:
                 call = invoker.send(request)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from functools import partial
+from typing import Final
 
 from nsbox.errors import FunctionError, InvokeTimeout
 from nsbox.functions.function import FunctionVersion
@@ -14,20 +16,24 @@ from nsbox.functions.session import error_payload
 from nsbox.guest import runtime as runtime
 from nsbox.supervisor.connection import Link
 from nsbox.supervisor.files import begin_reset, finish_reset
+from nsbox.supervisor.process import DEVNULL, PIPE, Process
 from nsbox.values.invocation import Invocation
 from nsbox.values.json_text import decode_answer
 from nsbox.values.result import Outcome, Result
-
-if TYPE_CHECKING:
-    from nsbox.environment.environment import ExecutionEnvironment
 
 _SIGNALED: Final = "Runtime exited with error: signal"
 
 
 def run_program(
-    env: ExecutionEnvironment, link: Link, version: FunctionVersion, request: Request
+    link: Link, version: FunctionVersion, request: Request, start: Callable[..., Process]
 ) -> Invocation:
-    """Serve one event with a run of the function's command.
+    """Serve one event with a run of the function's command; stderr is its log.
+
+    Args:
+        link: The environment.
+        version: Whose command it is.
+        request: The event.
+        start: Starts a command, as `ExecutionEnvironment.popen`, with no answer awaited.
 
     Raises:
         FunctionError: It failed, or what it wrote is no answer.
@@ -39,10 +45,16 @@ def run_program(
     limit = function.timeout if request.timeout is None else request.timeout
     begin = time.monotonic()
     variables = {**dict(version.env), **request.env, "AWS_REQUEST_ID": request_id}
-    result = env.run(function.command or (), input=request.payload, timeout=limit, env=variables)
+    hear = None if request.on_log is None else partial(request.on_log, "stderr")
+    streams = (PIPE if request.payload else DEVNULL, PIPE, PIPE)
+    process = start(function.command, variables, None, streams, None, None, announced=False)
+    try:
+        kept = int(function.limits.output_max)
+        result = process.communicate(request.payload, limit, kept, hear or _nobody)
+    except BaseException:
+        process.close()
+        raise
     duration = time.monotonic() - begin
-    if request.on_log is not None and result.stderr:
-        request.on_log("stderr", result.stderr)
     kind, message = _judge(result, request_id, limit)
     memory = function.limits.memory_max
     invocation = Invocation(
@@ -64,6 +76,10 @@ def run_program(
     if kind:
         raise FunctionError(kind, message, (), invocation)
     return invocation
+
+
+def _nobody(_data: bytes) -> None:
+    """Hear a log that nobody asked for."""
 
 
 def _judge(result: Result, request_id: str, limit: float) -> tuple[str, str]:

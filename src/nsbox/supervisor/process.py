@@ -71,6 +71,7 @@ class Process:
         self.stdin: IO[bytes] | None = None
         self.stdout: IO[bytes] | None = None
         self.stderr: IO[bytes] | None = None
+        self._on_stderr: Callable[[bytes], object] | None = None
         self._verdict: Verdict | None = None
         self._result: Result | None = None
         self._death: Exception | None = None
@@ -214,8 +215,19 @@ class Process:
 
     # -- the engine ----------------------------------------------------------------------------
 
-    def communicate(self, data: bytes, timeout: float | None, output_max: int) -> Result:
-        """Feed `data`, read both pipes as they come, enforce the limits, return the result."""
+    def communicate(
+        self,
+        data: bytes,
+        timeout: float | None,
+        output_max: int,
+        on_stderr: Callable[[bytes], object] | None = None,
+    ) -> Result:
+        """Feed `data`, read both pipes as they come, enforce the limits, return the result.
+
+        With `on_stderr` stderr is a log: all of it goes there as it comes, the first `output_max`
+        bytes are kept, and more is no reason to kill.
+        """
+        self._on_stderr = on_stderr
         deadline = None if timeout is None else self._started_at + timeout
         outputs = {
             stream.fileno(): (name, stream, io.BytesIO())
@@ -293,7 +305,9 @@ class Process:
             return False
         room = limit - buffer.tell()
         buffer.write(data[:room])
-        if len(data) > room:
+        if name == "stderr" and self._on_stderr is not None:
+            self._on_stderr(data)
+        elif len(data) > room:
             self.condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes")
         return True
 
