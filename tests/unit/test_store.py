@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import py_compile
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.support import SLOW_MACHINE, host_program, wait_until
 
@@ -34,6 +35,13 @@ from nsbox.store.store import Entry, remove_tree
 from nsbox.store.tree import TREE_TIME, UNPACKED_MAX, Manifest, TreeWriter, check_path
 
 OTHER = "0" * 64
+
+
+@pytest.fixture(autouse=True)
+def _let_go() -> Iterator[None]:
+    """Have entries, which hold a lock each, gone with the tracebacks that pytest keeps of them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
@@ -159,6 +167,7 @@ def build(directory: Path, tree: dict[str, Any]) -> None:
 
 
 @given(tree=TREES)
+@example(tree={})
 @settings(max_examples=30)
 def test_directory_and_zip_file_share_an_entry(tree: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as place:

@@ -134,6 +134,10 @@ def _read_file(tree: TreeWriter, fd: int, path: str) -> None:
         raise tree.refuse(path, "it changed while it was read; publish when nobody writes to it")
 
 
+class _Unreachable(zipfile.BadZipFile, OSError):
+    """A place that the file does not have; zipfile looks for what is optional there, too."""
+
+
 class _BoundedFile(io.BufferedReader):
     """A zip file whose list of entries is not taken into memory when it is too long.
 
@@ -145,7 +149,7 @@ class _BoundedFile(io.BufferedReader):
         try:
             return super().seek(target, whence)
         except OSError as error:
-            raise zipfile.BadZipFile(f"cannot be read at {target}: {error.strerror}") from error
+            raise _Unreachable(f"cannot be read at {target}: {error.strerror}") from error
 
     def read(self, size: int | None = -1, /) -> bytes:
         wanted = _INDEX_MAX + 1 if size is None or size < 0 else size
