@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nsbox
-from nsbox.pool import pressure, shares
+from nsbox.pool import accounts, pressure
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs/pool.md").read_text()
 
@@ -64,6 +64,6 @@ def test_numbers_have_the_names_that_are_told() -> None:
 
 
 def test_numbers_of_failed_starts() -> None:
-    assert f"After {shares.FAILURES_MAX} in a row" in TEXT
-    assert f"up to {shares.PAUSE_MAX:g} s" in TEXT
-    assert shares.PAUSE_MIN == 1
+    assert f"After {accounts.FAILURES_MAX} in a row" in TEXT
+    assert f"up to {accounts.PAUSE_MAX:g} s" in TEXT
+    assert accounts.PAUSE_MIN == 1

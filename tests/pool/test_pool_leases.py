@@ -14,11 +14,9 @@ from hypothesis import event, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nsbox import errors
-from nsbox.pool.accounts import Lease, Phase, Slot, Waiter
+from nsbox.pool.accounts import FAILURES_MAX, FunctionQueue, Lease, Phase, Resolve, Slot, Waiter
 from nsbox.pool.events import Retirement
-from nsbox.pool.quick import QuickScheduler
 from nsbox.pool.scheduler import Scheduler
-from nsbox.pool.shares import FAILURES_MAX, FunctionQueue, Resolve
 
 pytestmark = pytest.mark.static
 
@@ -78,7 +76,7 @@ class Pool(RuleBasedStateMachine):
         super().__init__()
         self.versions = dict.fromkeys(WEIGHTS, 0)
         self.now = 0.0
-        self.scheduler: QuickScheduler[Env, What] = QuickScheduler(
+        self.scheduler: Scheduler[Env, What] = Scheduler(
             most=MOST,
             max_waiting=MAX_WAITING,
             max_lifetime=LIFETIME,
@@ -591,7 +589,7 @@ def test_births_stop_after_failures_and_are_tried_one_by_one() -> None:
 )
 def test_the_short_way_back_is_for_what_may_stay(what: str) -> None:
     now = 0.0
-    scheduler: QuickScheduler[Env, What] = QuickScheduler(
+    scheduler: Scheduler[Env, What] = Scheduler(
         most=2,
         max_waiting=9,
         max_lifetime=LIFETIME,

@@ -57,13 +57,25 @@ class PoolEvent:
 
 
 class Counters:
-    """The numbers of a pool; its lock is held for every change."""
+    """The numbers of one function of a pool; the scheduler's lock is held for every change.
+
+    Attributes:
+        calls: Calls asked for.
+        answers: Those that returned.
+        errors: Those that raised, and had an environment or a place for one.
+        throttles: Those that never ran.
+        births: Environments born.
+        left_running: Calls that have left processes running, which were killed.
+        provisioned: Calls served by environments that are kept ready.
+        spillover: Calls served by others, where there are such.
+        seconds: Sum of the calls' durations.
+        init_seconds: Sum of the starts' durations.
+    """
 
     def __init__(self) -> None:
         self.calls = self.answers = self.errors = self.throttles = self.births = 0
-        self.left_running = 0
-        self._provisioned = self._spillover = 0
-        self._seconds = self.init_seconds = 0.0
+        self.left_running = self.provisioned = self.spillover = 0
+        self.seconds = self.init_seconds = 0.0
 
     def end(self, answered: bool, seconds: float, is_provisioned: bool, spills: bool) -> None:
         """Count a call that had an environment, or a place for one.
@@ -72,9 +84,13 @@ class Counters:
         """
         self.answers += answered
         self.errors += not answered
-        self._seconds += seconds
-        self._provisioned += is_provisioned
-        self._spillover += spills and not is_provisioned
+        self.seconds += seconds
+        self.served(is_provisioned, spills)
+
+    def served(self, is_provisioned: bool, spills: bool) -> None:
+        """Count by what kind of environment a call was served; see `end`."""
+        self.provisioned += is_provisioned
+        self.spillover += spills and not is_provisioned
 
     def add(self, other: Counters) -> None:
         """Add the numbers of another function."""
@@ -84,7 +100,7 @@ class Counters:
     def mean_duration(self) -> float:
         """Return the mean seconds of a call so far, or a tenth before the first."""
         ended = self.answers + self.errors
-        return self._seconds / ended if ended else 0.1
+        return self.seconds / ended if ended else 0.1
 
     def as_dict(self) -> dict[str, float]:
         """Return them under AWS Lambda's names, where it has one; times are milliseconds."""
@@ -93,10 +109,10 @@ class Counters:
             "Invocations": self.answers + self.errors,
             "Errors": self.errors,
             "Throttles": self.throttles,
-            "Duration": self._seconds * 1000,
+            "Duration": self.seconds * 1000,
             "InitDuration": self.init_seconds * 1000,
-            "ProvisionedConcurrencyInvocations": self._provisioned,
-            "ProvisionedConcurrencySpilloverInvocations": self._spillover,
+            "ProvisionedConcurrencyInvocations": self.provisioned,
+            "ProvisionedConcurrencySpilloverInvocations": self.spillover,
             "Births": self.births,
             "LeftRunning": self.left_running,
         }

@@ -17,13 +17,12 @@ from nsbox.errors import ConfigError
 from nsbox.functions.credentials import Credentials, Provider
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.request import CallOptions, PoolOptions, TimedCallOptions
-from nsbox.pool.accounts import Waiter
+from nsbox.pool.accounts import Resolve, Waiter
 from nsbox.pool.executor import CallExecutor
 from nsbox.pool.judgement import Source
 from nsbox.pool.loop import PoolCalls
 from nsbox.pool.manager import PoolLease, PoolManager, PoolQueue, PoolWaiter, env_of
 from nsbox.pool.settings import check_count
-from nsbox.pool.shares import Resolve
 from nsbox.values.config import Config, parse_seconds
 from nsbox.values.invocation import Invocation
 

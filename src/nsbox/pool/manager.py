@@ -26,21 +26,20 @@ from nsbox.functions.function import FunctionVersion
 from nsbox.launcher.protocol import BLANK_LIFE
 from nsbox.linux.proc import has_pending
 from nsbox.pool import members
-from nsbox.pool.accounts import Lease, Slot, Waiter
+from nsbox.pool.accounts import FunctionQueue, Lease, Resolve, Slot, Waiter
 from nsbox.pool.endings import Endings
 from nsbox.pool.events import PoolEvent, Retirement
 from nsbox.pool.judgement import Source, doubt_of, memory_of, weightless
 from nsbox.pool.maintenance import Watch
 from nsbox.pool.pressure import Pressure
-from nsbox.pool.quick import QuickScheduler
+from nsbox.pool.scheduler import Scheduler
 from nsbox.pool.settings import Settings
-from nsbox.pool.shares import FunctionQueue, Resolve
 from nsbox.supervisor import standby
 from nsbox.values.config import Config
 
 PoolLease = Lease[ExecutionEnvironment, Source]
 PoolSlot = Slot[ExecutionEnvironment, Source]
-PoolScheduler = QuickScheduler[ExecutionEnvironment, Source]
+PoolScheduler = Scheduler[ExecutionEnvironment, Source]
 PoolQueue = FunctionQueue[ExecutionEnvironment, Source]
 PoolWaiter = Waiter[ExecutionEnvironment, Source]
 
@@ -57,7 +56,7 @@ class PoolManager:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._scheduler: PoolScheduler = QuickScheduler(
+        self._scheduler: PoolScheduler = Scheduler(
             most=settings.max_environments,
             max_waiting=settings.max_waiting,
             max_lifetime=settings.max_lifetime,

@@ -17,12 +17,12 @@ from typing import Self
 from nsbox.errors import ConfigError, NsboxError
 from nsbox.functions.credentials import Provider
 from nsbox.functions.function import Function, FunctionVersion
+from nsbox.pool.accounts import Resolve
 from nsbox.pool.events import PoolEvent
 from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
 from nsbox.pool.judgement import Source
 from nsbox.pool.manager import PoolManager
 from nsbox.pool.settings import check_count, check_settings
-from nsbox.pool.shares import Resolve
 from nsbox.supervisor.launcher import begin_exit
 from nsbox.values.config import Config, make_config
 

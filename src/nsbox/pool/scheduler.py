@@ -5,11 +5,16 @@
 
     (birth) --born--> LEASED --give_back--> IDLE --ask--> LEASED
        |                 |                    |
-       +---give_back-----+------------------> RETIRED --removed--> (its place is free)
+       +---give_back-----+------------------> RETIRED --removed--> (its slot is free)
 
 A lease has a token, and what is done with an environment is done with the token of its only lease:
 a second lease, or a late word of an earlier one, is refused. An environment counts from before its
-birth until it is closed. `nsbox.pool.shares` has what each function has.
+birth until it is closed.
+
+There are `most` places. A function with reserved ones has those for itself; the rest is shared.
+With a memory budget the memory of reserved places is reserved with them, so that what is promised
+to one function never depends on others. An idle environment may be closed to make room: the coldest
+of the same places first, one that is kept ready only for its own function's calls.
 """
 
 from __future__ import annotations
@@ -17,33 +22,36 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
-from typing import Final, Generic, NamedTuple
+from typing import Final, Generic
 
-from nsbox.errors import EnvironmentStateError, PoolClosed, Throttled
-from nsbox.pool.accounts import E, Lease, Phase, Slot, W, Waiter
-from nsbox.pool.events import Retirement
-from nsbox.pool.room import Room, coldness
-from nsbox.pool.shares import FunctionQueue, Places
+from nsbox.errors import ConfigError, EnvironmentStateError, PoolClosed, Throttled
+from nsbox.pool.accounts import (
+    Due,
+    E,
+    FunctionQueue,
+    Lease,
+    Phase,
+    Places,
+    Resolve,
+    Slot,
+    W,
+    Waiter,
+    coldness,
+)
+from nsbox.pool.events import Counters, Retirement
 
 _HELD: Final = (Phase.LEASED, Phase.BIRTH)
+_IDLE: Final = Phase.IDLE
+_LEASED: Final = Phase.LEASED
 
 
-class Due(NamedTuple, Generic[E, W]):
-    """What is due in a pool."""
+class Scheduler(Generic[E, W]):
+    """The environments of a pool, whose they are at any moment, and which calls wait.
 
-    over: list[Slot[E, W]]
-    """Retired; to be closed."""
-    cold: list[Slot[E, W]]
-    """Idle for so long that they are to be frozen (`Scheduler.begin_freeze`)."""
-    orphans: list[Lease[E, W]]
-    """Scheduler that nobody came for."""
-    seconds: float
-    """Until something may be due again."""
-
-
-class Scheduler(Room[E, W]):
-    """The environments of a pool, whose they are at any moment, and who waits."""
+    Every method takes the one lock and returns at once; only `await_empty` waits.
+    """
 
     def __init__(
         self,
@@ -58,18 +66,249 @@ class Scheduler(Room[E, W]):
         weigh: Callable[[W], int] = lambda _what: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`weigh` tells the bytes of memory that an environment may use."""
-        super().__init__(most, memory_budget, weigh, clock)
+        """Take the settings of a pool.
+
+        Args:
+            most: Environments at a time.
+            max_waiting: Calls of each function that may wait.
+            max_lifetime: Seconds after which an environment gets no other call.
+            max_invocations: Calls after which one is replaced.
+            idle_timeout: Seconds after which an idle one is closed.
+            freeze_after: Seconds after which an idle one is frozen.
+            memory_budget: Bytes that all may use together.
+            weigh: Returns the bytes that an environment of a source may use.
+            clock: Returns seconds.
+        """
+        self._most = most
         self._max_waiting = max_waiting
         self._max_lifetime = max_lifetime
         self._max_invocations = max_invocations
         self._idle_timeout = idle_timeout
         self._freeze_after = freeze_after
+        self._memory_budget = memory_budget
+        self._weigh = weigh
+        self._clock = clock
+        self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._turns = 0
-        self._is_killed = False
-        self._rests = False  # the thread that keeps manager waits for `wants_sweep`
+        self._tokens = self._turns = 0
+        self._is_closed = self._is_killed = False
+        self._rests = False  # nothing is due until an environment comes back (`wants_sweep`)
         self._orphans: list[Lease[E, W]] = []
+        self._slots: set[Slot[E, W]] = set()
+        self._queues: list[FunctionQueue[E, W]] = []
+        self._shared = Places[E, W](most)
+        self._parts = [self._shared]
+
+    # -- warm calls ----------------------------------------------------------------------------
+
+    # The two turns of a warm call, in one piece each when nothing is out of the ordinary, for speed.
+    # Otherwise they do nothing, and `ask` and `give_back` do it in steps.
+
+    def take_idle(self, queue: FunctionQueue[E, W], tenant: str | None) -> Lease[E, W] | None:
+        """Return a lease of the idle environment that was used last; None: `ask` for one."""
+        with self._lock:
+            if self._is_closed or queue.is_optional or queue.places.waiters:
+                return None
+            key = queue.key if tenant is None else queue.resolve(tenant)[0]
+            stack = queue.idle.get(key)
+            if not stack:
+                return None
+            slot = stack.pop()
+            if not stack:
+                del queue.idle[key]
+            queue.counters.calls += 1
+            token = self._tokens = self._tokens + 1
+            slot.token = token
+            slot.phase = _LEASED
+            slot.serves = True
+            slot.begun = self._clock()
+            is_cold, slot.is_cold = slot.is_cold, False
+            return Lease(slot, is_cold=is_cold)
+
+    def keep_idle(self, lease: Lease[E, W]) -> bool:
+        """End the lease of a call that was answered; False: do so by `give_back`.
+
+        Only for environments that are marked as `is_plain`, and when nobody waits.
+        """
+        with self._lock:
+            slot = lease.slot
+            queue = slot.queue
+            places = queue.places
+            now = self._clock()
+            if (
+                slot.token != lease.token
+                or slot.phase is not _LEASED
+                or not slot.is_plain
+                or slot.is_dead
+                or slot.generation != queue.generation
+                or now - slot.born >= self._max_lifetime
+                or places.waiters
+                or places.taken > places.most
+                or self._max_invocations is not None
+                or self._is_closed
+                or self._rests
+                or self._orphans
+            ):
+                return False
+            counters = queue.counters
+            counters.answers += 1
+            counters.seconds += now - slot.begun
+            if queue.provisioned or slot.is_provisioned:
+                counters.served(slot.is_provisioned, queue.provisioned > 0)
+            slot.token = 0
+            slot.invocations += 1
+            slot.idle_since = now
+            slot.phase = _IDLE
+            stack = queue.idle.get(slot.key)
+            if stack is None:
+                queue.idle[slot.key] = deque((slot,))
+            else:
+                stack.append(slot)
+            return True
+
+    # -- functions -----------------------------------------------------------------------------
+
+    def add(
+        self, resolve: Resolve[W], *, reserved: int | None, provisioned: int, optional: bool = False
+    ) -> tuple[FunctionQueue[E, W], list[Slot[E, W]]]:
+        """Return the queue of another function, and idle ones of others that are to be closed.
+
+        Args:
+            resolve: See `FunctionQueue`.
+            reserved: Places that it has for itself, and no others; None: it queues the rest.
+            provisioned: Environments to be kept ready.
+            optional: It may be left without a place.
+
+        Raises:
+            ConfigError: There are no such places, or not that much memory.
+        """
+        with self._lock:
+            places = self._shared if reserved is None else Places[E, W](reserved)
+            queue = FunctionQueue(resolve, places, provisioned, self._clock, is_optional=optional)
+            if reserved is not None and provisioned > reserved:
+                raise ConfigError(
+                    f"provisioned: {provisioned} is more than the {reserved} that are reserved"
+                )
+            self._check_room([*self._queues, queue])
+            if self._is_closed:
+                raise PoolClosed("the pool is closed")
+            self._queues.append(queue)
+            places.queues.append(queue)
+            if reserved is not None:
+                self._parts.append(places)
+                self._shared.most -= reserved
+                places.aside = reserved * self._weigh(resolve(None)[1])
+            surplus = self._shared.taken - self._shared.most
+            return queue, self._retire_idle(self._shared.on_demand()[: max(0, surplus)])
+
+    def remove(self, queue: FunctionQueue[E, W]) -> list[Slot[E, W]]:
+        """Take out a function that nobody calls any more; return idle ones to close."""
+        with self._lock:
+            self._queues.remove(queue)
+            if queue.places is not self._shared:
+                self._parts.remove(queue.places)
+                self._shared.most += queue.places.most
+            else:
+                self._shared.queues.remove(queue)
+            return self._retire_idle(list(queue.idle_ones()), Retirement.CLOSE)
+
+    def _check_room(
+        self, queues: list[FunctionQueue[E, W]], change: Resolve[W] | None = None
+    ) -> None:
+        """Raise ConfigError unless each function gets what it is promised, and a place at least.
+
+        `change` is what the last of `queues` is to be.
+        """
+        reserved = kept = kept_memory = reserved_memory = least = least_memory = 0
+        for queue in queues:
+            resolve = change if change is not None and queue is queues[-1] else queue.resolve
+            memory = self._weigh(resolve(None)[1])
+            if queue.places is not self._shared:
+                reserved += queue.places.most
+                reserved_memory += queue.places.most * memory
+            elif queue.provisioned:
+                kept += queue.provisioned
+                kept_memory += queue.provisioned * memory
+            elif not queue.is_optional:
+                least, least_memory = 1, max(least_memory, memory)
+        need = reserved + kept + least
+        if need > self._most:
+            raise ConfigError(
+                f"max_environments: {self._most} are too few for {reserved} reserved, {kept} "
+                f"provisioned and {least} for functions that have neither; give at least {need}"
+            )
+        need = reserved_memory + kept_memory + least_memory
+        if self._memory_budget is not None and need > self._memory_budget:
+            raise ConfigError(
+                f"memory_budget: {self._memory_budget} bytes are too few for the memory limits of "
+                f"what is reserved, provisioned and least needed; give at least {need}, or lower "
+                "limits"
+            )
+
+    def publish(self, queue: FunctionQueue[E, W], resolve: Resolve[W]) -> list[Slot[E, W]]:
+        """Give new calls, and those that wait, another version; return idle ones to close.
+
+        Raises:
+            ConfigError: There is not that much memory.
+        """
+        with self._lock:
+            if resolve(None)[0] == queue.resolve(None)[0]:
+                queue.move_to(resolve)
+                return []
+            others = [other for other in self._queues if other is not queue]
+            self._check_room([*others, queue], resolve)
+            queue.move_to(resolve)
+            if queue.places is not self._shared:
+                queue.places.aside = queue.places.most * self._weigh(resolve(None)[1])
+            queue.generation += 1
+            queue.breaker.reset()
+            return self._retire_idle(list(queue.idle_ones()), Retirement.VERSION)
+
+    def provision(self, queue: FunctionQueue[E, W], count: int) -> list[Slot[E, W]]:
+        """Set how many of a function's are kept ready; return idle ones to close.
+
+        Raises:
+            ConfigError: There are not as many places, or not that much memory.
+        """
+        with self._lock:
+            before, queue.provisioned = queue.provisioned, count
+            try:
+                if queue.places is not self._shared and count > queue.places.most:
+                    raise ConfigError(f"provisioned: {count} is more than are reserved")
+                self._check_room(self._queues)
+            except ConfigError:
+                queue.provisioned = before
+                raise
+            ready = [slot for slot in self._slots if slot.queue is queue]
+            ready = [
+                slot for slot in ready if slot.is_provisioned and slot.phase is not Phase.RETIRED
+            ]
+            # Idle ones go first; one that is in a call is from now on one of those on demand.
+            ready.sort(key=lambda slot: slot.phase is Phase.IDLE)
+            surplus = ready[count:]
+            for slot in surplus:
+                slot.is_provisioned = False
+            idle = [slot for slot in surplus if slot.phase is Phase.IDLE]
+            return self._retire_idle(idle, Retirement.PROVISIONED)
+
+    def stats(self, queue: FunctionQueue[E, W] | None = None) -> dict[str, float]:
+        """Return the numbers of one moment, of one function or of all."""
+        with self._lock:
+            queues = self._queues if queue is None else [queue]
+            counters = Counters()
+            for each in queues:
+                counters.add(each.counters)
+            slots = [slot for slot in self._slots if queue in (None, slot.queue)]
+            phases = [slot.phase for slot in slots]
+            return {
+                **counters.as_dict(),
+                "ConcurrentExecutions": sum(
+                    slot.serves and slot.phase is Phase.LEASED for slot in slots
+                ),
+                "Environments": len(phases),
+                "Idle": phases.count(Phase.IDLE),
+                "Waiting": sum(len(each.waiters) for each in queues),
+            }
 
     # -- taking --------------------------------------------------------------------------------
 
@@ -476,3 +715,84 @@ class Scheduler(Room[E, W]):
     def is_killed(self) -> bool:
         """Whether it was closed and running calls were ended."""
         return self._is_killed
+
+    # -- places --------------------------------------------------------------------------------
+
+    def _may_have_one(self, queue: FunctionQueue[E, W], what: W) -> bool:
+        """Whether there can be an environment of it at all: `_check_room` has not seen to that."""
+        aside = sum(part.aside for part in self._parts if part is not queue.places)
+        is_light = (
+            not queue.is_optional
+            or self._memory_budget is None
+            or self._weigh(what) <= self._memory_budget - aside
+        )
+        return queue.places.most > 0 and is_light
+
+    def _find_room(
+        self, queue: FunctionQueue[E, W], memory: int, reason: Retirement
+    ) -> list[Slot[E, W]] | None:
+        """Return which idle ones have to go for a birth, or None if there is no room anyhow."""
+        places = queue.places
+        over = 1 + max(places.taken - places.most, len(self._slots) - self._most)
+        lacking = memory - self._memory_left(places)
+        victims: list[Slot[E, W]] = []
+        if over <= 0 and lacking <= 0:
+            return victims
+        idle = places.on_demand()
+        if reason is Retirement.DEMAND:
+            # For a call even those that are kept ready for its own function.
+            idle += sorted((e for e in queue.idle_ones() if e.is_provisioned), key=coldness)
+        for slot in idle:
+            victims.append(slot)
+            over, lacking = over - 1, lacking - slot.memory
+            if over <= 0 and lacking <= 0:
+                return victims
+        return None
+
+    def _memory_left(self, places: Places[E, W]) -> float:
+        if self._memory_budget is None:
+            return math.inf
+        others = sum(max(part.memory, part.aside) for part in self._parts if part is not places)
+        return self._memory_budget - others - places.memory
+
+    def _reserve(
+        self,
+        queue: FunctionQueue[E, W],
+        key: Hashable,
+        what: W,
+        victims: list[Slot[E, W]],
+        reason: Retirement,
+    ) -> Lease[E, W]:
+        for victim in victims:
+            self._take_out(victim, reason)
+            self._forget(victim)
+        self._tokens += 1
+        memory = self._weigh(what)
+        slot = Slot[E, W](queue, key, what, memory, self._tokens, self._clock())
+        slot.serves = reason is Retirement.DEMAND
+        self._slots.add(slot)
+        queue.taken += 1
+        queue.places.taken += 1
+        queue.places.memory += memory
+        queue.breaker.begin(slot)
+        return Lease(slot, is_birth=True, victims=tuple(victims))
+
+    def _forget(self, slot: Slot[E, W]) -> None:
+        """Free the place of an environment."""
+        if slot in self._slots:
+            self._slots.remove(slot)
+            slot.queue.taken -= 1
+            slot.queue.places.taken -= 1
+            slot.queue.places.memory -= slot.memory
+
+    def _take_out(self, slot: Slot[E, W], reason: Retirement) -> None:
+        """Retire an idle one."""
+        slot.queue.remove_idle(slot)
+        slot.phase, slot.reason = Phase.RETIRED, reason
+
+    def _retire_idle(
+        self, idle: list[Slot[E, W]], reason: Retirement = Retirement.DEMAND
+    ) -> list[Slot[E, W]]:
+        for slot in idle:
+            self._take_out(slot, reason)
+        return idle
