@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,9 +141,17 @@ def to_module(name: str) -> str:
 
 
 MODULES = {module.name: module for module in map(parse, PATHS)}
-every_module = pytest.mark.parametrize(
-    "module", [pytest.param(module, id=name or "nsbox") for name, module in MODULES.items()]
-)
+
+
+def rule(offences: Callable[[Module], Iterable[object]]) -> Callable[[], None]:
+    """Make one test of a rule for every module: `offences` says what is against it in one."""
+
+    def test() -> None:
+        found = [f"{m.name or 'nsbox'}: {what}" for m in MODULES.values() for what in offences(m)]
+        assert not found, "\n" + "\n".join(found)
+
+    test.__doc__ = offences.__doc__
+    return test
 
 
 def room_of(name: str) -> int:
@@ -167,18 +175,20 @@ def test_the_package_is_what_is_looked_at() -> None:
 # -- imports -----------------------------------------------------------------------------------
 
 
-@every_module
-def test_imports_go_downwards(module: Module) -> None:
+@rule
+def test_imports_go_downwards(module: Module) -> Iterator[str]:
     if not module.name:
-        assert not module.nsbox_imports, "the package's own names are loaded on first use"
+        # The package's own names are loaded on first use.
+        yield from (f"imports {name} when it is imported itself" for name in module.nsbox_imports)
         return
     own = room_of(module.name)
-    upwards = {name for name in module.nsbox_imports if name and room_of(name) < own}
-    assert not upwards, f"{module.name} ({ROOMS[own][0]}) imports {sorted(upwards)} from above"
+    for name in sorted(module.nsbox_imports - {""}):
+        if room_of(name) < own:
+            yield f"imports {name} from above ({ROOMS[own][0]})"
 
 
-@every_module
-def test_host_and_launcher_share_messages_only(module: Module) -> None:
+@rule
+def test_host_and_launcher_share_messages_only(module: Module) -> Iterator[str]:
     # What a module imports from launcher/ and guest/; isolation and linux are tools of both.
     processes = {
         name
@@ -186,20 +196,17 @@ def test_host_and_launcher_share_messages_only(module: Module) -> None:
         if name.partition(".")[0] in ("launcher", "guest") and name not in SHARED
     }
     if module.name in LAUNCHER_SIDE:
-        assert processes <= LAUNCHER_SIDE
-        values = {
-            name
-            for name in module.nsbox_imports
-            if name.startswith("values.") and name not in SHARED
-        }
-        assert not values, "the launcher is told a plain spec"
+        wrong = processes - LAUNCHER_SIDE
+        # The launcher is told a plain spec.
+        wrong |= {name for name in module.nsbox_imports if name.startswith("values.")} - SHARED
     elif module.name in SHARED:
-        assert not processes
+        wrong = processes
     elif module.name == "cli.plan":
         # It prints the steps of a birth and runs none; the command line is no program of a user's.
-        assert processes <= {"launcher.birth", "supervisor.launcher"}
+        wrong = processes - {"launcher.birth", "supervisor.launcher"}
     else:
-        assert not processes & LAUNCHER_SIDE
+        wrong = processes & LAUNCHER_SIDE
+    yield from (f"imports {name}, which is another process's" for name in sorted(wrong))
 
 
 def test_imports_have_no_cycle() -> None:
@@ -219,28 +226,28 @@ def test_imports_have_no_cycle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize(
-    ("package", "homes"),
-    [
-        ("ctypes", ("linux.",)),
-        ("prctl", ("isolation.privileges",)),
-        ("_prctl", ()),
-        ("pyseccomp", ("seccomp.compiler",)),
-        ("cgroupspy", ("isolation.cgroups.",)),
-        ("click", ("cli",)),
-        ("psutil", ("cli",)),
-        ("prometheus_client", ("observe.prometheus",)),
-        ("pickle", ()),
-        ("marshal", ("launcher.template", "launcher.templates")),
-        ("shelve", ()),
-        ("multiprocessing", ()),
-        ("pytest", ()),
-    ],
-)
-def test_package_has_one_home(package: str, homes: tuple[str, ...]) -> None:
-    users = {name for name, module in MODULES.items() if package in module.external_roots}
-    strangers = {name for name in users if not name.startswith(homes)} if homes else users
-    assert not strangers
+HOMES: dict[str, tuple[str, ...]] = {
+    "ctypes": ("linux.",),
+    "prctl": ("isolation.privileges",),
+    "_prctl": (),
+    "pyseccomp": ("seccomp.compiler",),
+    "cgroupspy": ("isolation.cgroups.",),
+    "click": ("cli",),
+    "psutil": ("cli",),
+    "prometheus_client": ("observe.prometheus",),
+    "pickle": (),
+    "marshal": ("launcher.template", "launcher.templates"),
+    "shelve": (),
+    "multiprocessing": (),
+    "pytest": (),
+}
+
+
+@rule
+def test_package_has_one_home(module: Module) -> Iterator[str]:
+    for package in sorted(module.external_roots & set(HOMES)):
+        if not module.name.startswith(HOMES[package] or ("nowhere",)):
+            yield f"imports {package}, which is for {HOMES[package] or 'nobody'}"
 
 
 def test_only_declared_packages_are_imported() -> None:
@@ -252,66 +259,69 @@ def test_only_declared_packages_are_imported() -> None:
 # -- what is done where ------------------------------------------------------------------------
 
 
-@every_module
-def test_only_the_launcher_forks(module: Module) -> None:
-    forks = module.calls & {"os.fork", "os.forkpty", "pty.fork", "calls.clone3", "calls.fork"}
-    if forks:
-        workers = ("guest.bootstrap", "guest.runtime", "linux.image")
-        assert module.name.startswith(("launcher.", "isolation.")) or module.name in workers
-        assert module.name != "launcher.protocol"
+@rule
+def test_only_the_launcher_forks(module: Module) -> set[str]:
+    workers = ("guest.bootstrap", "guest.runtime", "linux.image")
+    may = module.name.startswith(("launcher.", "isolation.")) or module.name in workers
+    if may and module.name != "launcher.protocol":
+        return set()
+    return module.calls & {"os.fork", "os.forkpty", "pty.fork", "calls.clone3", "calls.fork"}
 
 
-@every_module
-def test_nothing_runs_between_fork_and_exec_in_the_host(module: Module) -> None:
+@rule
+def test_nothing_runs_between_fork_and_exec_in_the_host(module: Module) -> Iterator[str]:
+    yield from module.calls & {"os.system", "os.popen"}
     for node in run_time_nodes(module.tree):
-        if isinstance(node, ast.Call):
-            keywords = {keyword.arg for keyword in node.keywords}
-            assert "preexec_fn" not in keywords
-            for keyword in node.keywords:
-                if keyword.arg == "shell":
-                    assert ast.unparse(keyword.value) == "False"
-    assert not module.calls & {"os.system", "os.popen"}
+        for keyword in node.keywords if isinstance(node, ast.Call) else ():
+            text = f"{keyword.arg}={ast.unparse(keyword.value)}"
+            if keyword.arg == "preexec_fn" or (keyword.arg == "shell" and text != "shell=False"):
+                yield f"line {node.lineno}: {text}"  # type: ignore[attr-defined]
 
 
-@every_module
-def test_printing_and_leaving_is_for_the_command_line(module: Module) -> None:
+@rule
+def test_printing_and_leaving_is_for_the_command_line(module: Module) -> set[str]:
     # Probes are a program: what they print is their answer.
-    if not module.name.startswith(("cli", "__main__", "host.probes")):
-        assert not module.calls & {"print", "sys.exit", "exit", "input"}
+    if module.name.startswith(("cli", "__main__", "host.probes")):
+        return set()
+    return module.calls & {"print", "sys.exit", "exit", "input"}
 
 
-@every_module
-def test_no_run_time_check_is_an_assert(module: Module) -> None:
-    asserts = [n.lineno for n in ast.walk(module.tree) if isinstance(n, ast.Assert)]
-    assert not asserts, "python -O removes them"
+@rule
+def test_no_run_time_check_is_an_assert(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Assert):
+            yield f"line {node.lineno}: python -O removes it"
 
 
-@every_module
-def test_no_library_is_searched_for_and_nothing_evaluated(module: Module) -> None:
+@rule
+def test_no_library_is_searched_for_and_nothing_evaluated(module: Module) -> Iterator[str]:
     # ctypes.util.find_library starts subprocesses.
-    assert not {call for call in module.calls if call.endswith("find_library")}
-    assert not module.calls & {"eval", "exec", "compile", "__import__"}
+    yield from (call for call in module.calls if call.endswith("find_library"))
+    yield from module.calls & {"eval", "exec", "compile", "__import__"}
 
 
-@every_module
-def test_time_limits_do_not_follow_the_wall_clock(module: Module) -> None:
-    assert "time.time" not in module.calls, "a clock that somebody sets back stops a deadline"
+@rule
+def test_time_limits_do_not_follow_the_wall_clock(module: Module) -> Iterator[str]:
+    if "time.time" in module.calls:
+        yield "time.time: a clock that somebody sets back stops a deadline"
 
 
 # -- form --------------------------------------------------------------------------------------
 
 
-@every_module
-def test_module_is_short(module: Module) -> None:
-    assert module.lines <= MAX_LINES, f"over {MAX_LINES} lines means two concerns"
+@rule
+def test_module_is_short(module: Module) -> Iterator[str]:
+    if module.lines > MAX_LINES:
+        yield f"{module.lines} lines; over {MAX_LINES} means two concerns"
 
 
-@every_module
-def test_module_begins_with_licence_and_docstring(module: Module) -> None:
+@rule
+def test_module_begins_with_licence_and_docstring(module: Module) -> Iterator[str]:
     first, second = module.path.read_text().split("\n", 2)[:2]
-    assert first == "# SPDX-License-Identifier: Apache-2.0"
-    assert second.startswith('"""')
-    assert ast.get_docstring(module.tree)
+    if first != "# SPDX-License-Identifier: Apache-2.0":
+        yield first
+    if not second.startswith('"""') or not ast.get_docstring(module.tree):
+        yield second
 
 
 def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
@@ -326,15 +336,11 @@ def public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
                         yield f"{node.name}.{item.name}", item
 
 
-@every_module
-def test_public_definition_has_a_docstring(module: Module) -> None:
-    silent = [
-        name
-        for name, node in public_definitions(module.tree)
-        if not ast.get_docstring(node)  # type: ignore[arg-type]
-        and not is_overload_or_setter(node)
-    ]
-    assert not silent
+@rule
+def test_public_definition_has_a_docstring(module: Module) -> Iterator[str]:
+    for name, node in public_definitions(module.tree):
+        if not ast.get_docstring(node) and not is_overload_or_setter(node):  # type: ignore[arg-type]
+            yield name
 
 
 def is_overload_or_setter(node: ast.AST) -> bool:
@@ -349,14 +355,9 @@ EXCEPTIONS = sorted(
 )
 
 
-@pytest.mark.parametrize("name", [n for n in EXCEPTIONS if n not in ("NsboxError", "InvokeError")])
-def test_exception_is_used(name: str) -> None:
-    users = {
-        module.name
-        for module in MODULES.values()
-        if {call.rpartition(".")[2] for call in module.calls} & {name}
-    }
-    assert users, f"nothing raises {name}"
+def test_exceptions_are_used() -> None:
+    calls = {call.rpartition(".")[2] for module in MODULES.values() for call in module.calls}
+    assert set(EXCEPTIONS) - calls <= {"NsboxError", "InvokeError"}, "nothing raises them"
 
 
 def test_exceptions_are_drawn_in_the_docstring() -> None:
