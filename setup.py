@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled part, without which nsbox works as well, with more memory for each environment.
+"""The compiled parts, without which nsbox works as well, with more memory and slower JSON.
 
 All else about the package is in setup.cfg.
 """
@@ -32,6 +32,14 @@ setup(
             extra_link_args=["-Wl,-z,now"],  # why: at the head of the file
             py_limited_api=True,
             optional=True,
-        )
+        ),
+        Extension(
+            "nsbox.values._json",
+            ["src/nsbox/values/_json.c"],
+            extra_compile_args=["-std=gnu11", "-Wall"],
+            extra_link_args=["-Wl,-z,now"],
+            py_limited_api=True,
+            optional=True,
+        ),
     ],
 )

@@ -27,20 +27,30 @@ from benchmarks.peers import (
 from benchmarks.subject import Blanks, import_nsbox, rate
 from benchmarks.suite import Suite, rate_names
 
-SIZES = {"100B": 100, "64KiB": 64 << 10, "1MiB": 1 << 20, "6MiB": 6 << 20}
+SIZES = {"100B": 100, "64KiB": 64 << 10, "1MiB": 1 << 20, "6MiB": 6 << 20, "rows": 1 << 20}
 # Calls of one sample: a first one that is not counted, where that is cheap, and the counted ones.
-CALLS = {"100B": (2, 20), "64KiB": (1, 10), "1MiB": (0, 2), "6MiB": (0, 1)}
+CALLS = {"100B": (2, 20), "64KiB": (1, 10), "1MiB": (0, 2), "6MiB": (0, 1), "rows": (0, 2)}
 HEAVY = "numpy"
+LIBRARY = "msgspec"  # decodes large events where it is preloaded, and answers where it is there
 HANDLER = "def handler(event, context):\n    return event\n"
 HEAVY_HANDLER = f"import {HEAVY}\n" + HANDLER
 FLOOR_STEP = "floor-step-"
 COLD_STEP = "cold-step-"
 
 
-def event_of(size: int) -> dict[str, str]:
-    """A JSON object whose text has `size` bytes."""
+def event_of(name: str) -> dict[str, str] | list[dict[str, Any]]:
+    """One of `SIZES`: a JSON object whose text has that many bytes, or a list of small ones."""
+    size = SIZES[name]
+    if name == "rows":
+        return [row_of(number) for number in range(size // len(json.dumps(row_of(size))))]
     empty = len(json.dumps({"x": ""}))
     return {"x": "." * (size - empty)}
+
+
+def row_of(number: int) -> dict[str, Any]:
+    """A small object, as rows of a table are."""
+    price = number % 10_000 / 100
+    return {"id": number, "name": f"item {number}", "price": price, "sold": None, "tags": ["a"]}
 
 
 def _sizes(prefix: str) -> list[str]:
@@ -60,6 +70,7 @@ PEERS = {
     "cold-blank": ["cold-blank"],
     "cold-exec": ["cold-exec"],
     "warm": _sizes("warm"),
+    f"warm-rows-{LIBRARY}": [f"warm-rows-{LIBRARY}"],
     "async": _sizes("async"),
     "reset": ["reset"],
     "never": ["never"],
@@ -78,7 +89,7 @@ class FunctionSuite(Suite):
         super().__init__(wanted, report)
         self._nsbox = import_nsbox()
         self._blanks = Blanks(self._nsbox)
-        self._event = event_of(SIZES["100B"])
+        self._event = event_of("100B")
         self._line = json.dumps(self._event)
         self._floor: Callable[[], float] | None = None
 
@@ -97,6 +108,7 @@ class FunctionSuite(Suite):
             "cold-blank": self._add_cold_blank,
             "cold-exec": lambda: self._add_cold("cold-exec", start="exec"),
             "warm": lambda: self._add_echo("warm", self._warm_environment().invoke),
+            f"warm-rows-{LIBRARY}": self._add_library,
             "async": self._add_async,
             "reset": self._add_reset,
             "never": self._add_never,
@@ -153,9 +165,15 @@ class FunctionSuite(Suite):
         self._add("subprocess-answer", lambda: subprocess_answer(argv, self._line))
 
     def _add_echo(self, peer: str, call: Callable[[Any], Any]) -> None:
-        for size, length in SIZES.items():
-            event = event_of(length)
-            self._add(f"{peer}-{size}", partial(timed_calls, call, event, *CALLS[size]))
+        for size in SIZES:
+            self._add(f"{peer}-{size}", partial(timed_calls, call, event_of(size), *CALLS[size]))
+
+    def _add_library(self) -> None:
+        if importlib.util.find_spec(LIBRARY) is None:
+            raise UnavailableError(f"{LIBRARY} is not installed for this interpreter")
+        call = self._warm_environment(preload=[LIBRARY]).invoke
+        measure = partial(timed_calls, call, event_of("rows"), *CALLS["rows"])
+        self._add(f"warm-rows-{LIBRARY}", measure)
 
     # -- nsbox ------------------------------------------------------------------------------------
 
@@ -249,9 +267,9 @@ class FunctionSuite(Suite):
             return samples[first:]
 
         runner.run(calls(self._event, 0, 1))
-        for size, length in SIZES.items():
-            event = event_of(length)
-            self._add(f"async-{size}", partial(_run, runner, calls, event, *CALLS[size]))
+        for size in SIZES:
+            measure = partial(_run, runner, calls, event_of(size), *CALLS[size])
+            self._add(f"async-{size}", measure)
 
     def _add_reset(self) -> None:
         environment = self._warm_environment(reuse="reset")

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.commands import QUICK_ROUNDS, positive, write_report
 from benchmarks.echo import PoolEcho
-from benchmarks.functions import HANDLER, SIZES, event_of, expect, timed_calls
+from benchmarks.functions import HANDLER, event_of, expect, timed_calls
 from benchmarks.growth import raise_descriptor_limit
 from benchmarks.harness import (
     MICROSECONDS,
@@ -91,7 +91,7 @@ class PoolSuite(Suite):
         """Nothing is started yet. `wanted` are prefixes of case names; empty means all."""
         super().__init__(wanted, report)
         self._nsbox = import_nsbox()
-        self._event = event_of(SIZES["100B"])
+        self._event = event_of("100B")
         self._shared: Any = None
 
     def _add_all(self) -> None:

@@ -167,7 +167,7 @@ install_into_venv() {
     (cd "$REPOSITORY" && for file in setup.cfg setup.py pyproject.toml README.md LICENSE src; do
         [ ! -e "$file" ] || cp -R "$file" "$copy/"
     done)
-    rm -rf "$copy"/src/*.egg-info "$copy"/src/nsbox/linux/*.so
+    rm -rf "$copy"/src/*.egg-info "$copy"/src/nsbox/*/*.so
 
     wanted=
     for extra in base "$@"; do

@@ -262,6 +262,66 @@ def test_an_event_that_is_no_json_value(make_function: MakeFunction, event: obje
     assert env.invoke(1) == 1
 
 
+@pytest.mark.parametrize("options", [{}, {"preload": ["msgspec"]}, {"start": "exec"}])
+def test_events_and_answers_are_those_of_the_standard_library(
+    make_function: MakeFunction, options: dict[str, Any]
+) -> None:
+    """Byte for byte, whatever encodes and decodes them, and what is wrong is told in its words."""
+
+    def dumped(value: object) -> bytes:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    def outcome(function: Callable[..., bytes], *arguments: object) -> bytes | str:
+        try:
+            return function(*arguments)
+        except (TypeError, ValueError) as error:
+            return str(error)
+        except nsbox.FunctionError as error:
+            return error.message.partition(": ")[2]
+
+    env = make_function(
+        """
+        def handler(event, context):
+            return eval(event["answer"]) if "answer" in event else event
+        """,
+        timeout=30,
+        **options,
+    )
+
+    def payload(event: bytes) -> bytes:
+        return env.invoke_bytes(event).payload
+
+    row = {"id": 2**64, "name": "M\u00fcller \U0001f600\n", "paid": 1e16, "due": [-0.25, None]}
+    for value in ([row], [row] * 3000):
+        assert env.invoke(value) == value
+        assert env.last is not None
+        assert env.last.payload == dumped(value)
+    for answer in (
+        *("2**64", "10**400", "(1, (2.0,))", "{1: 2, None: 3}", "float('nan')", "[float('inf')]"),
+        *("'\\ud800'", "{(1, 2): 3}", "b'bytes'", "{1, 2}", "[1] * 99999", "[{'a': 1e-5}] * 9999"),
+    ):
+        event = dumped({"answer": answer})
+        assert outcome(payload, event) == outcome(dumped, eval(answer))  # noqa: S307
+    for text in ("[NaN]", "[1,]", '{"a": 1, "a": 2}', '["\\ud800"]', "[-0, 1e999]", "[] 1"):
+        for whole in (text, text + " " * (1 << 16)):
+            found = outcome(lambda text: dumped(json.loads(text, parse_constant=refuse)), whole)
+            assert outcome(payload, whole.encode()) == found
+
+
+def test_a_program_reads_an_event_as_json_dumps_writes_it() -> None:
+    with nsbox.ExecutionEnvironment(nsbox.Function(command=["cat"]).publish()) as env:
+        for event in (
+            {"a": ["\u00e9\U0001f600\x7f", 1e16, 0.5, None]},
+            [{"n": n} for n in range(9)],
+        ):
+            assert env.invoke(event) == event
+            assert env.last is not None
+            assert env.last.payload == json.dumps(event).encode()
+
+
 def test_bytes_that_are_no_json(make_function: MakeFunction) -> None:
     """They are the caller's, who is told by the function's own parser, as by AWS Lambda."""
     env = make_function(ECHO)

@@ -13,8 +13,8 @@ from nsbox.errors import ConfigError
 from nsbox.functions.call import OnLog
 from nsbox.functions.credentials import Credentials, Provider
 from nsbox.guest import runtime as runtime
+from nsbox.values import json_text
 from nsbox.values.config import check_environment, check_text, parse_seconds
-from nsbox.values.json_text import DEPTH_MAX, check_depth, encoder_of
 
 ENV_MAX: Final = 4096
 """Bytes of one invocation's own variables, each counted as ``NAME=value`` and a NUL."""
@@ -38,7 +38,6 @@ _CREDENTIALS: Final = re.compile(r"AWS_(ACCESS_KEY(_ID)?|SECRET_ACCESS_KEY|SESSI
 
 
 _HEAD_SIZE: Final = runtime.INVOCATION.size
-_encode: Final = encoder_of(ensure_ascii=True)
 
 
 class PoolOptions(TypedDict, total=False):
@@ -121,9 +120,7 @@ class Request:
 def encode_event(event: object) -> bytes:
     """Return an event in JSON, or raise ConfigError."""
     try:
-        text = _encode(event)
-        check_depth(text)
-        return text.encode()
+        return json_text.encode_event(event)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"event: no JSON value: {error}") from error
 
@@ -137,11 +134,10 @@ def check_payload(payload: object) -> bytes:
         raise ConfigError(
             f"event: {len(data)} bytes, more than {runtime.PAYLOAD_MAX}; pass large data by files="
         )
-    if len(data) > DEPTH_MAX:
-        try:
-            check_depth(data.decode("utf-8", "replace"))  # what else it is, its worker sees
-        except ValueError as error:
-            raise ConfigError(f"event: {error}") from error
+    try:
+        json_text.check_depth(data)  # what else it is, its worker sees
+    except ValueError as error:
+        raise ConfigError(f"event: {error}") from error
     return data
 
 
@@ -157,7 +153,7 @@ def _check_request_id(value: object) -> str:
 def _encode_context(value: Mapping[str, Any]) -> str:
     try:
         words = json.dumps(value, allow_nan=False)
-        check_depth(words)
+        json_text.check_depth(words.encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"client_context: no JSON value: {error}") from error
     if len(words) > _CLIENT_CONTEXT_MAX:

@@ -58,7 +58,7 @@ from nsbox.guest.failures import flush, tell_failure, tell_raised
 from nsbox.guest.log_setup import LogSetup
 from nsbox.guest.standard import identity, is_null, may_be_unread, open_stream, renew_stdin
 from nsbox.linux.visibility import hide, show
-from nsbox.values.json_text import decode, encoder_of
+from nsbox.values.json_text import decode_event, encode_answer, quick_decoder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,9 +89,6 @@ _RIGHTS = struct.Struct("3i")  # socket, stdout and stderr of an event
 EXECUTED_FILE = "<nsbox>"
 """Stands for this file in tracebacks where it is executed."""
 _OWN_FILE = __file__ if "__file__" in globals() else EXECUTED_FILE
-
-
-_encode = encoder_of(ensure_ascii=False)
 
 
 class Context:
@@ -176,6 +173,7 @@ class Worker:
         sys.dont_write_bytecode = True  # its code is read-only
         gc.enable()  # the template has switched it off
         sys.argv = [""]
+        quick_decoder(may_import=False)  # not a module of the function's, which is not there yet
         self._function = request["function"]
         self._function["log_stream"] = request["own"]["AWS_LAMBDA_LOG_STREAM_NAME"]
         self._forks = request["forks"]
@@ -247,7 +245,7 @@ class Worker:
         self.request_id = name
         client_context, _, variables = words.partition("\0")
         try:
-            value = decode(str(data[begin:], "utf-8"))
+            value = decode_event(data[begin:])
         except (ValueError, RecursionError) as error:
             what = f"Unable to unmarshal input: {error}"
             return ERROR, tell_failure("Runtime.UnmarshalError", what, name)
@@ -264,7 +262,7 @@ class Worker:
             if before is not None:
                 _put_variables(before)
         try:
-            data = _encode(answer).encode()
+            data = encode_answer(answer)
         except (TypeError, ValueError, RecursionError) as error:
             what = f"Unable to marshal response: {error}"
             return ERROR, tell_failure("Runtime.MarshalError", what, name)

@@ -52,6 +52,7 @@ PROBED: Final = {
     "timeout": "a command killed at its timeout",
     "network_none": "no way out of the network namespace",
     "memory_image": "memory that a clone has copied for nothing, given back",
+    "json": "events and answers as the standard library has them, encoded by compiled code",
 }
 """Feature -> what its probe does, for people."""
 HOST_FACTS: Final = ("root", "cgroup2", "gcc", "node", "git", "strace")

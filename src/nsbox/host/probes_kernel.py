@@ -8,6 +8,7 @@ mapped to 0, and in a mount namespace of their own, so that nothing of theirs ou
 from __future__ import annotations
 
 import errno
+import json
 import os
 import socket
 import subprocess
@@ -23,11 +24,13 @@ from nsbox.linux.prepared import Program, run
 from nsbox.seccomp import filters
 from nsbox.seccomp.policy import SeccompPolicy
 from nsbox.supervisor import idmaps
+from nsbox.values import json_text
 
 _SIZE: Final = 1 << 20
 _PR_SET_NO_NEW_PRIVS: Final = 38  # linux/prctl.h, Linux 3.5
 # Covered by a tmpfs of the probe's own: it is there on every host, and no interpreter is in it.
 _PLACE: Final = "/sys"
+_COMPILER: Final = "install a C compiler and Python's headers (python3-dev), and nsbox again"
 
 
 def _enter(flags: int = 0) -> None:
@@ -265,12 +268,23 @@ def _landlock() -> str:
 
 def _memory_image() -> str:
     if image.WHY_NOT:
-        hint = "install a C compiler and Python's headers (python3-dev), and nsbox again"
-        raise UnsupportedHostError("memory_image", f"not compiled: {image.WHY_NOT}", hint)
+        raise UnsupportedHostError("memory_image", f"not compiled: {image.WHY_NOT}", _COMPILER)
     taken = image.take_when_tried()
     if taken is None:
         raise OSError(0, "a child could take none, or give nothing back")
     return f"{taken.size >> 10} KiB of this process"
+
+
+def _json() -> str:
+    try:
+        from nsbox.values import _json as compiled
+    except ImportError as error:
+        raise UnsupportedHostError("json", f"not compiled: {error}", _COMPILER) from error
+    value = {"a": [1, -0.5, None, True, "\u00e9\U0001f600\n"]}
+    if compiled.encode_ascii(value) != json.dumps(value).encode():
+        raise OSError(0, "it differs from the standard library")
+    library = json_text.quick_decoder(may_import=True)
+    return f"encodes; {'msgspec' if library else 'without msgspec (nsbox[fast]) json'} decodes"
 
 
 PROBES: Final[dict[str, Callable[[], str]]] = {
@@ -290,6 +304,7 @@ PROBES: Final[dict[str, Callable[[], str]]] = {
     "seccomp": _seccomp,
     "landlock": _landlock,
     "memory_image": _memory_image,
+    "json": _json,
 }
 
 

@@ -158,7 +158,7 @@ def _compile_in_child(policy: SeccompPolicy) -> bytes:
             capture_output=True,
             timeout=_COMPILE_TIMEOUT,
             cwd="/",
-            # PATH: find_library looks for ldconfig and gcc.
+            # PATH: quick_decoder looks for ldconfig and gcc.
             env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
             check=False,
         )

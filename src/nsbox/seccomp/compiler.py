@@ -13,7 +13,7 @@ its own: libseccomp knows no order of rules, and one "else" for all calls.
 The result is not trusted: `verify` runs it, in a small interpreter, against the policy's own
 `decide` for every number and for arguments around every value that is compared.
 
-Importing pyseccomp starts subprocesses (ctypes' find_library), so it happens in a child process
+Importing pyseccomp starts subprocesses (ctypes' quick_decoder), so it happens in a child process
 that does nothing else: see `cache`.
 """
 

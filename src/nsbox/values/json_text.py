@@ -1,16 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON of events and answers, on both sides; a part of the worker: imports nothing of nsbox."""
+"""JSON of events and answers, on both sides; a part of the worker: imports nothing of nsbox.
+
+What is said and read is what the standard library says and reads, its errors included. Quicker ways
+are taken where they are there and say the same: `_json.c` encodes plain values, msgspec decodes
+large texts. Whatever they do not take the standard library is given.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import sys
+from functools import cache
 from itertools import accumulate
+
+try:
+    from nsbox.values import _json as _compiled
+except ImportError:  # it was not compiled; or this worker was executed, where no file of nsbox is
+    _compiled = None  # type: ignore[assignment]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
+
+    Data = bytes | memoryview
+    Decode = Callable[[Data], Any]
 
 DEPTH_MAX = 512
 """How deep lists and objects of an event and of an answer may be nested.
@@ -18,6 +34,8 @@ DEPTH_MAX = 512
 CPython's decoder recurses in C, as deep as the text is and sys.setrecursionlimit allows: by 3.11
 that may be more than the stack has.
 """
+LARGE = 1 << 16
+"""Bytes from which on it is worth to look for msgspec, and to keep the garbage collector still."""
 _BEGIN = 4096
 _PASSES = 8  # more than most texts are deep
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
@@ -26,9 +44,116 @@ _STEPS = {ord("["): 1, ord("]"): -1}
 _LONE = re.compile(
     r"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F]"
 )
+_TRIAL = b'[{"a": -0, "b": [-0.0, 18446744073709551616, 1e23, null], "a": "\\u00e9"}, true]'
 
 
-def encoder_of(*, ensure_ascii: bool) -> Callable[[object], str]:
+def encode_event(value: object) -> bytes:
+    """Return what json.dumps says, without NaN and nested at most `DEPTH_MAX` deep.
+
+    Raises:
+        TypeError, ValueError, RecursionError: It is no JSON, as json.dumps tells it, or too deep.
+    """
+    data = _compiled.encode_ascii(value) if _compiled else None
+    if data is None:
+        data = _encode_ascii(value).encode()
+        check_depth(data)
+    return data
+
+
+def encode_answer(value: object) -> bytes:
+    """Return what json.dumps says, without NaN and in UTF-8.
+
+    Raises:
+        TypeError, ValueError, RecursionError: It is no JSON, as json.dumps tells it.
+    """
+    data = _compiled.encode(value) if _compiled else None
+    return _encode(value).encode() if data is None else data
+
+
+def decode_event(data: Data) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the value of an event, of which the host has checked the depth.
+
+    Raises:
+        ValueError, RecursionError: It is no JSON in UTF-8, as json.loads tells it.
+    """
+    if len(data) < LARGE:
+        return _decode_event(data)
+    return _decode_large(data, quick_decoder(may_import=False), _decode_event)
+
+
+def decode_answer(data: Data) -> Any:  # noqa: ANN401 - any JSON value
+    """Return the value of an answer, which nobody has looked at yet.
+
+    Raises:
+        ValueError: It is no JSON in UTF-8, is nested too deep, or has lone surrogates.
+    """
+    check_depth(data)
+    if len(data) < LARGE:
+        return _decode_answer(data)
+    return _decode_large(data, quick_decoder(may_import=True), _decode_answer)
+
+
+def decode(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    """Return what json.loads does, which takes NaN and Infinity besides; they are a ValueError."""
+    try:
+        value, end = _scan(text)
+    except ValueError:
+        end = -1
+    return value if end == len(text) else json.loads(text, parse_constant=_refuse)
+
+
+@cache
+def quick_decoder(*, may_import: bool) -> Decode | None:
+    """Return how msgspec decodes, if it is there, or was imported, and does as json."""
+    try:
+        if may_import:
+            import msgspec
+        else:
+            msgspec = sys.modules["msgspec"]
+        library: Decode = msgspec.json.decode
+        return library if repr(library(_TRIAL)) == repr(json.loads(_TRIAL)) else None
+    except Exception:  # noqa: BLE001 - another module of that name may do anything
+        return None
+
+
+def check_depth(data: Data) -> None:
+    """Raise ValueError when JSON is nested deeper than `DEPTH_MAX`, whatever else is wrong."""
+    if len(data) > DEPTH_MAX and _has_many(data := bytes(data)) and _is_deep(data):
+        raise ValueError(f"it is nested more than {DEPTH_MAX} deep")
+
+
+def _decode_event(data: Data) -> Any:  # noqa: ANN401 - any JSON value
+    return decode(str(data, "utf-8"))
+
+
+def _decode_answer(data: Data) -> Any:  # noqa: ANN401 - any JSON value
+    text = str(data, "utf-8")
+    # Of an escaped backslash none is left, so that each that is begins an escape.
+    if "\\" in text and "\\u" in text and _LONE.search(text.replace("\\\\", "")):
+        raise ValueError("it has a lone surrogate, which is no character")
+    return decode(text)
+
+
+def _decode_large(data: Data, library: Decode | None, plainly: Decode) -> Any:  # noqa: ANN401
+    """Decode while no garbage is looked for: of a value that is being made there is none.
+
+    Decoding lets no other thread run, so that others notice a moment of it at most.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        if library is not None:
+            try:
+                return library(data)
+            except Exception:  # noqa: BLE001, S110 - what is wrong json tells, if it is for json
+                pass
+        return plainly(data)
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _encoder_of(*, ensure_ascii: bool) -> Callable[[object], str]:
     """Return what json.dumps does without NaN: that makes an encoder anew for each value."""
     encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, allow_nan=False)
     encode = encoder.encode
@@ -52,48 +177,19 @@ def encoder_of(*, ensure_ascii: bool) -> Callable[[object], str]:
     return encode_quickly
 
 
-def decode(text: str) -> Any:  # noqa: ANN401 - any JSON value
-    """Return what json.loads does, which takes NaN and Infinity besides; they are a ValueError."""
-    try:
-        value, end = _scan(text)
-    except ValueError:
-        end = -1
-    return value if end == len(text) else json.loads(text, parse_constant=_refuse)
-
-
-def decode_answer(data: bytes | memoryview) -> Any:  # noqa: ANN401 - any JSON value
-    """Return the value of an answer, which nobody has looked at yet.
-
-    Raises:
-        ValueError: It is no JSON in UTF-8, is nested too deep, or has lone surrogates.
-    """
-    text = str(data, "utf-8")
-    check_depth(text)
-    # Of an escaped backslash none is left, so that each that is begins an escape.
-    if "\\" in text and "\\u" in text and _LONE.search(text.replace("\\\\", "")):
-        raise ValueError("it has a lone surrogate, which is no character")
-    return decode(text)
-
-
-def check_depth(text: str) -> None:
-    """Raise ValueError when JSON is nested deeper than `DEPTH_MAX`, whatever else is wrong."""
-    if len(text) > DEPTH_MAX and _has_many(text) and _is_deep(text.encode("utf-8", "replace")):
-        raise ValueError(f"it is nested more than {DEPTH_MAX} deep")
-
-
-def _has_many(text: str) -> bool:
+def _has_many(data: bytes) -> bool:
     """Whether there may be brackets enough, in strings or not. Looking for a few is quick."""
-    begin = text[:_BEGIN]
-    if begin.count("[") + begin.count("{") > _BEGIN // 64:
+    begin = data[:_BEGIN]
+    if begin.count(b"[") + begin.count(b"{") > _BEGIN // 64:
         return True  # likely: the exact look takes less than 512 times this
     left = DEPTH_MAX
-    for bracket in "[{":
-        at = text.find(bracket)
+    for bracket in b"[{":
+        at = data.find(bracket)
         while at >= 0:
             left -= 1
             if left < 0:
                 return True
-            at = text.find(bracket, at + 1)
+            at = data.find(bracket, at + 1)
     return False
 
 
@@ -124,4 +220,6 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
+_encode_ascii = _encoder_of(ensure_ascii=True)
+_encode = _encoder_of(ensure_ascii=False)
 _scan = json.JSONDecoder(parse_constant=_refuse).raw_decode
