@@ -396,7 +396,7 @@ def test_load_in_a_child_process(tmp_path: Path) -> None:
     code = f"""if True:
         import sys
         sys.path[:0] = {sys.path!r}
-        from nsbox.isolation import seccomp
+        from nsbox.seccomp import filters
         from nsbox.linux import calls
         heavy = {{"subprocess", "pyseccomp", "typing", "dataclasses", "re"}} & set(sys.modules)
         assert not heavy, heavy
@@ -518,7 +518,7 @@ class TestCache:
 WITHOUT_LIBSECCOMP = """
 import sys
 from nsbox.errors import UnsupportedHostError
-from nsbox.isolation import seccomp
+from nsbox.seccomp import filters
 from nsbox.seccomp.policy import SeccompPolicy
 try:
     filters.filter_for(SeccompPolicy.default())
