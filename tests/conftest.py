@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -216,7 +217,7 @@ def make_env() -> Iterator[Callable[..., nsbox.ExecutionEnvironment]]:
     """A function that makes environments from fields of `Config`; all are closed afterwards."""
     made: list[nsbox.ExecutionEnvironment] = []
 
-    def make(config: nsbox.Config | None = None, **fields: object) -> nsbox.ExecutionEnvironment:
+    def make(config: nsbox.Config | None = None, **fields: Any) -> nsbox.ExecutionEnvironment:
         made.append(nsbox.ExecutionEnvironment(config, **fields))
         return made[-1]
 

@@ -12,6 +12,7 @@ import pytest
 from tests.support import PATIENCE, wait_until
 
 import nsbox
+from nsbox.functions.function import ReuseChoice, StartChoice
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -112,7 +113,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 
 
 def publish(
-    out: Path, directory: Path, source: str, reuse: str, **fields: Any
+    out: Path, directory: Path, source: str, reuse: ReuseChoice, **fields: Any
 ) -> nsbox.FunctionVersion:
     directory.mkdir()
     (directory / "app.py").write_text(source)
@@ -137,7 +138,7 @@ def publish(
     ],
 )
 def test_a_handler_of_the_functions_runs(
-    out: Path, tmp_path: Path, source: str, reuse: str, start: str
+    out: Path, tmp_path: Path, source: str, reuse: ReuseChoice, start: StartChoice
 ) -> None:
     version = publish(out, tmp_path / "code", source, reuse, start=start)
     env = nsbox.ExecutionEnvironment(version)

@@ -15,6 +15,8 @@ from tests.support import IS_ROOT, attack, x86_64_only
 
 import nsbox
 from nsbox import SeccompPolicy
+from nsbox.functions.function import StartChoice
+from nsbox.values.config import ProfileChoice
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -125,7 +127,7 @@ def assert_refused(answer: dict[str, list[str]], shared: Path) -> None:
 @x86_64_only
 @pytest.mark.parametrize("profile", ["strict", "default", "docker"])
 def test_no_set_id_program_is_left_in_a_bind(
-    fields: dict[str, Any], shared: Path, profile: str
+    fields: dict[str, Any], shared: Path, profile: ProfileChoice
 ) -> None:
     with nsbox.ExecutionEnvironment(seccomp=profile, **fields) as env:
         assert env.protections["set_id_bits"].in_force
@@ -145,7 +147,7 @@ def test_nor_by_a_function_or_in_a_pool(
     fields: dict[str, Any],
     shared: Path,
     tmp_path: Path,
-    start: str,
+    start: StartChoice,
 ) -> None:
     code = tmp_path / "code"
     code.mkdir()

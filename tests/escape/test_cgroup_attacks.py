@@ -12,6 +12,8 @@ import pytest
 from tests.support import PATIENCE, attack, x86_64_only
 
 import nsbox
+from nsbox.functions.function import StartChoice
+from nsbox.values.config import ProfileChoice
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -93,7 +95,7 @@ def assert_only_its_own(found: dict[str, Any]) -> None:
 
 @x86_64_only
 @pytest.mark.parametrize("seccomp", ["strict", "docker"])
-def test_only_the_own_cgroup_is_seen_and_none_is_written(seccomp: str) -> None:
+def test_only_the_own_cgroup_is_seen_and_none_is_written(seccomp: ProfileChoice) -> None:
     with nsbox.ExecutionEnvironment(seccomp=seccomp) as env:
         found = attack(env, LOOK_AND_CHANGE)
         is_limited = env.protections["cgroup.memory"].in_force
@@ -103,7 +105,7 @@ def test_only_the_own_cgroup_is_seen_and_none_is_written(seccomp: str) -> None:
 
 @x86_64_only
 @pytest.mark.parametrize("start", ["clone", "exec"])
-def test_nor_by_a_function_or_in_a_pool(tmp_path: Path, start: str) -> None:
+def test_nor_by_a_function_or_in_a_pool(tmp_path: Path, start: StartChoice) -> None:
     body = textwrap.indent(LOOK_AND_CHANGE, "    ")
     (tmp_path / "app.py").write_text(f"def handler(event, context):\n{body}\n    return answer\n")
     version = nsbox.Function("app.handler", code=tmp_path, start=start).publish()

@@ -13,6 +13,7 @@ import pytest
 from tests.support import PATIENCE, attack, x86_64_only
 
 import nsbox
+from nsbox.functions.function import StartChoice
 
 pytestmark = [pytest.mark.needs("userns", "seccomp"), x86_64_only]
 
@@ -91,7 +92,9 @@ def handler(event, context):
 
 
 @pytest.mark.parametrize("start", ["clone", "exec"])
-def test_code_that_is_locked_holds_up_nothing_of_the_store(tmp_path: Path, start: str) -> None:
+def test_code_that_is_locked_holds_up_nothing_of_the_store(
+    tmp_path: Path, start: StartChoice
+) -> None:
     code = tmp_path / "code"
     code.mkdir()
     (code / "app.py").write_text(HOLDER)

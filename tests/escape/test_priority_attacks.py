@@ -11,6 +11,8 @@ import pytest
 from tests.support import attack, x86_64_only
 
 import nsbox
+from nsbox.functions.function import StartChoice
+from nsbox.values.config import ProfileChoice
 
 pytestmark = [pytest.mark.needs("userns", "seccomp"), x86_64_only]
 
@@ -95,7 +97,7 @@ def handler(event, context):
 @pytest.mark.parametrize(("start", "profile"), [("clone", "docker"), ("exec", "default")])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_invocations_are_forks_of_is_as_it_was_or_gone(
-    tmp_path: Path, start: str, profile: str, change: str
+    tmp_path: Path, start: StartChoice, profile: ProfileChoice, change: str
 ) -> None:
     if change == "cpus" and nsbox.run(["nproc"]).text() == "1\n":
         pytest.skip("one CPU")

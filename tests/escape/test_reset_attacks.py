@@ -13,6 +13,7 @@ import pytest
 from tests.support import PATIENCE, attack
 
 import nsbox
+from nsbox.functions.function import ReuseChoice, StartChoice
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -138,7 +139,7 @@ def handler(event, context):
 
 @pytest.mark.parametrize("start", ["clone", "exec"])
 @pytest.mark.parametrize("reuse", ["reset", "keep"])
-def test_stdin_carries_no_word(tmp_path: Path, start: str, reuse: str) -> None:
+def test_stdin_carries_no_word(tmp_path: Path, start: StartChoice, reuse: ReuseChoice) -> None:
     """Neither into the next environment of one template, nor into the next invocation."""
     (tmp_path / "app.py").write_text(STDIN)
     function = nsbox.Function("app.handler", code=tmp_path, start=start, reuse=reuse)

@@ -18,6 +18,7 @@ import pytest
 from tests.support import PATIENCE
 
 import nsbox
+from nsbox.functions.function import ReuseChoice, StartChoice
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -88,7 +89,7 @@ def _open_files(pids: list[int]) -> list[tuple[int, int, str]]:
 @pytest.mark.parametrize("start", ["clone", "exec"])
 @pytest.mark.parametrize("reuse", ["reset", "keep"])
 def test_environments_share_nothing_that_a_guest_can_reach(
-    tmp_path: Path, start: str, reuse: str
+    tmp_path: Path, start: StartChoice, reuse: ReuseChoice
 ) -> None:
     if _differ(VM, os.getpid(), os.getpid()) is None:
         pytest.skip("this kernel has no kcmp")

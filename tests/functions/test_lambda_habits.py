@@ -11,6 +11,7 @@ import pytest
 from tests.functions.conftest import MakeFunction
 
 import nsbox
+from nsbox.functions.function import ReuseChoice, StartChoice
 
 LINE = re.compile(r"\[(\w+)\]\t\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\t([^\t]*)\t(.*)")
 
@@ -35,7 +36,7 @@ def _lines(log: bytes) -> list[tuple[str, ...]]:
         ("my-functions/2nd/lambda.py", "my-functions/2nd/lambda.handler"),
     ],
 )
-def test_names_of_handlers(tmp_path: Path, file: str, handler: str, start: str) -> None:
+def test_names_of_handlers(tmp_path: Path, file: str, handler: str, start: StartChoice) -> None:
     code = tmp_path / "code"
     (code / file).parent.mkdir(parents=True)
     (code / file).write_text(
@@ -103,7 +104,7 @@ def handler(event, context):
     ],
 )
 def test_the_snippet_of_aws(
-    make_function: MakeFunction, start: str, reuse: str, preload: list[str]
+    make_function: MakeFunction, start: StartChoice, reuse: ReuseChoice, preload: list[str]
 ) -> None:
     env = make_function(SNIPPET, start=start, reuse=reuse, preload=preload)
     env.init()

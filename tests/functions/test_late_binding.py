@@ -14,6 +14,7 @@ from tests.support import wait_until
 
 import nsbox
 from nsbox import State
+from nsbox.functions.function import ReuseChoice
 
 LOOK = """
 import os
@@ -306,7 +307,7 @@ def test_wrong_files(files: Any, words: str) -> None:
 
 
 @pytest.mark.parametrize("reuse", ["keep", "reset", "never"])
-def test_plain_programs_have_the_same(reuse: str, tmp_path: Any) -> None:
+def test_plain_programs_have_the_same(reuse: ReuseChoice, tmp_path: Any) -> None:
     files = "$(find /tmp -xdev -type f)"
     show = f'printf "[\\"%s\\",\\"%s\\",\\"%s\\"]" "$A" "$AWS_SECRET_ACCESS_KEY" "{files}"'
     function = nsbox.Function(command=["sh", "-c", show], env={"A": "1"}, reuse=reuse)

@@ -91,9 +91,9 @@ def test_a_signal_that_is_none_is_refused(env: ExecutionEnvironment, number: obj
 
 def test_unknown_options_name_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"'memory' of Config; there are mounts, rootfs, "):
-        nsbox.run(["true"], memory="1M")
+        nsbox.run(["true"], memory="1M")  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match=r"limits=nsbox\.Limits\(memory_max=\.\.\.\)"):
-        ExecutionEnvironment(memory_max="1M")
+        ExecutionEnvironment(memory_max="1M")  # type: ignore[call-arg]
 
 
 def test_the_smallest_limits_are_enough_for_a_command() -> None:

@@ -13,10 +13,11 @@ import pytest
 from tests.support import PATIENCE, wait_until
 
 import nsbox
+from nsbox.functions.function import ReuseChoice
 
 pytestmark = pytest.mark.needs("userns")
 
-Publish = Callable[[str, str], nsbox.FunctionVersion]
+Publish = Callable[[str, ReuseChoice], nsbox.FunctionVersion]
 
 FORGER = """
 import json, os, struct, threading
@@ -43,7 +44,7 @@ def handler(event, context):
 
 @pytest.fixture
 def publish(tmp_path: Path) -> Publish:
-    def make(code: str, reuse: str) -> nsbox.FunctionVersion:
+    def make(code: str, reuse: ReuseChoice) -> nsbox.FunctionVersion:
         (tmp_path / "app.py").write_text(code)
         limit = 30 * PATIENCE
         return nsbox.Function(
@@ -55,7 +56,7 @@ def publish(tmp_path: Path) -> Publish:
 
 @pytest.mark.parametrize(("reuse", "tenants"), [("keep", ("a", "b")), ("reset", (None, None))])
 def test_forged_and_late_answers_reach_no_other_call(
-    publish: Publish, reuse: str, tenants: tuple[str | None, str | None]
+    publish: Publish, reuse: ReuseChoice, tenants: tuple[str | None, str | None]
 ) -> None:
     """With "keep" a function answers for the later calls of its own tenant, being the same."""
     with nsbox.WarmPool(publish(FORGER, reuse), max_environments=2) as pool:

@@ -18,11 +18,12 @@ import pytest
 from tests.support import PATIENCE, wait_until
 
 import nsbox
+from nsbox.functions.function import ReuseChoice
 from nsbox.pool.manager import PoolLease, PoolSlot
 
 pytestmark = pytest.mark.needs("userns")
 
-Publish = Callable[[str], nsbox.FunctionVersion]
+Publish = Callable[[ReuseChoice], nsbox.FunctionVersion]
 
 CODE = """
 import os, struct, sys, threading
@@ -59,7 +60,7 @@ def handler(event, context):
 
 @pytest.fixture
 def publish(tmp_path: Path) -> Publish:
-    def make(reuse: str) -> nsbox.FunctionVersion:
+    def make(reuse: ReuseChoice) -> nsbox.FunctionVersion:
         (tmp_path / "app.py").write_text(CODE)
         limit = 30 * PATIENCE
         return nsbox.Function(

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nsbox
+from nsbox.values.config import ProfileChoice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,7 +465,7 @@ print(signal.sigwaitinfo([signal.SIGUSR1]).si_signo, os.sched_rr_get_interval(0)
 )
 
 
-def in_nsbox(program: Program, profile: str = "default") -> tuple[bool, str]:
+def in_nsbox(program: Program, profile: ProfileChoice = "default") -> tuple[bool, str]:
     """Return whether the row passes in nsbox, and what it printed."""
     result = nsbox.run(
         ["sh", "-euc", f"exec 2>&1\n{program.command}"],

@@ -9,6 +9,8 @@ import pytest
 from tests.programs.catalogue import PROGRAMS, Program, in_nsbox
 from tests.support import PATIENCE, SLOW_MACHINE
 
+from nsbox.values.config import ProfileChoice
+
 SMALL = [
     program for program in PROGRAMS if program.small and not (program.maps_widely and SLOW_MACHINE)
 ]
@@ -29,7 +31,7 @@ def profiles_of(program: Program) -> list[str]:
         for profile in profiles_of(program)
     ],
 )
-def test_program_passes(program: Program, profile: str) -> None:
+def test_program_passes(program: Program, profile: ProfileChoice) -> None:
     if not program.is_installed():
         pytest.skip(f"not installed: {program.packages}")
     passed, output = in_nsbox(replace(program, timeout=program.timeout * PATIENCE), profile)

@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nsbox import Config, ConfigError, IoMax, Limits, Mount, SeccompPolicy
+from nsbox import Config, ConfigError, Function, IoMax, Limits, Mount, SeccompPolicy
+from nsbox.functions.function import FunctionFields
+from nsbox.seccomp import profiles
 from nsbox.values.config import (
     ALLOWABLE,
+    ConfigFields,
+    LimitsFields,
+    RunFields,
     check_argv,
     check_environment,
     check_text,
@@ -151,21 +157,21 @@ BAD: list[tuple[Callable[[], object], str]] = [
     # the rest of Config
     (lambda: Config(env=5), "env: must be a mapping of names to values, got int"),  # type: ignore[arg-type]
     (lambda: Config(env="A=1"), "env: must be a mapping of names to values, got str"),  # type: ignore[arg-type]
-    (lambda: Config(env=["A=1"]), "env: must be a mapping of names to values, got list"),  # type: ignore[arg-type]
+    (lambda: Config(env=["A=1"]), "env: must be a mapping of names to values, got list"),  # type: ignore[list-item]
     (lambda: Config(env={"A": "\ud800"}), r"env\['A'\]: '\\ud800' stands for no bytes"),
     (lambda: Config(allow_missing=5), "allow_missing: must be a sequence of str values, got 5"),  # type: ignore[arg-type]
-    (lambda: Config(allow_missing=[5]), "allow_missing: must hold str values, got 5"),  # type: ignore[arg-type]
-    (lambda: Config().replace(memory_max=1), r"'memory_max' of Config; .*Limits\(memory_max=...\)"),
+    (lambda: Config(allow_missing=[5]), "allow_missing: must hold str values, got 5"),  # type: ignore[list-item]
+    (lambda: Config().replace(memory_max=1), r"'memory_max' of Config; .*Limits\(memory_max=...\)"),  # type: ignore[call-arg]
     (lambda: Config(env={"": "x"}), "env: '' is no variable name"),
     (lambda: Config(env={"A=B": "x"}), "env: 'A=B' is no variable name"),
     (lambda: Config(env={"A": "x\0"}), r"env\['A'\]: .*NUL"),
     (lambda: Config(env={"A\0": "x"}), "env name: .*NUL"),
-    (lambda: Config(env={"A": 1}), r"env\['A'\]: must be text, got 1"),  # type: ignore[dict-item]
+    (lambda: Config(env={"A": 1}), r"env\['A'\]: must be text, got 1"),  # type: ignore[arg-type]
     (lambda: Config(limits={"pids_max": 4}), "limits: must be a Limits value"),  # type: ignore[arg-type]
-    (lambda: Config(network="bridge"), "network: must be 'none' or 'host', got 'bridge'"),
+    (lambda: Config(network="bridge"), "network: must be 'none' or 'host', got 'bridge'"),  # type: ignore[arg-type]
     (lambda: Config(seccomp="lax"), "lax"),  # type: ignore[arg-type]
     (lambda: Config(seccomp=None), "seccomp: must be a SeccompPolicy or name"),  # type: ignore[arg-type]
-    (lambda: Config(allow_missing="seccomp"), "allow_missing: give a set of names"),  # type: ignore[arg-type]
+    (lambda: Config(allow_missing="seccomp"), "allow_missing: give a set of names"),
     (lambda: Config(allow_missing={"cgroup.mem"}), "'cgroup.mem' is none of cgroup.cpu, cgroup.cp"),
     (lambda: Config(hostname="a b"), "hostname: 'a b' is no host name"),
     (lambda: Config(hostname=""), "hostname: '' is no host name"),
@@ -174,7 +180,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
     (lambda: Config(hostname="x\n127.0.0.1 bank"), "hostname: "),
     (lambda: Config(cwd="work"), "cwd: must be absolute, got 'work'"),
     (lambda: Config(cwd="/\0"), "cwd: .*NUL"),
-    (lambda: Config().replace(memory="1M"), "unknown option 'memory' of Config"),
+    (lambda: Config().replace(memory="1M"), "unknown option 'memory' of Config"),  # type: ignore[call-arg]
     (lambda: make_config(None, {"limit": 1, "zzz": 2}), "unknown option 'limit' of Config"),
     (lambda: make_config({"env": {}}, {}), "config: must be a Config"),  # type: ignore[arg-type]
     # command lines
@@ -302,7 +308,7 @@ def test_values_are_hashable_and_equal_by_content() -> None:
             env={"B": "2", "A": "1"},
             limits=Limits(memory_max="1G", io_max=[IoMax(device="8:0", rbps="1M")]),
             allow_missing={"seccomp"},
-            seccomp="strict",  # type: ignore[arg-type]
+            seccomp="strict",
         )
 
     one, two = make(), make()
@@ -331,7 +337,7 @@ def test_replace_checks_and_keeps_the_rest() -> None:
 def test_replace_keeps_which_limits_were_named() -> None:
     limits = Limits(pids_max=99)
     assert Config(limits=limits).replace(cwd="/").limits.named == {"pids_max"}
-    again = dataclasses.replace(limits, memory_max="1G")
+    again = dataclasses.replace(limits, memory_max="1G")  # type: ignore[arg-type]
     assert "pids_max" in again.named
 
 
@@ -359,7 +365,7 @@ def test_tmpfs_knows_its_size() -> None:
 
 def test_every_name_of_allow_missing_is_accepted() -> None:
     assert Config(allow_missing=ALLOWABLE).allow_missing == ALLOWABLE
-    assert Config(allow_missing=["seccomp"] * 2).allow_missing == {"seccomp"}  # type: ignore[arg-type]
+    assert Config(allow_missing=["seccomp"] * 2).allow_missing == {"seccomp"}
 
 
 def test_bad_value_is_refused_before_a_launcher_is_started() -> None:
@@ -372,5 +378,16 @@ def test_bad_value_is_refused_before_a_launcher_is_started() -> None:
     with pytest.raises(ConfigError):
         nsbox.run([], limits=Limits())
     with pytest.raises(ConfigError):
-        nsbox.ExecutionEnvironment(colour="red")
+        nsbox.ExecutionEnvironment(colour="red")  # type: ignore[call-arg]
     assert launcher._holder._launcher is before
+
+
+def test_type_checkers_are_told_of_every_field() -> None:
+    assert set(ConfigFields.__annotations__) == {item.name for item in dataclasses.fields(Config)}
+    limits = {item.name for item in dataclasses.fields(Limits) if item.init}
+    assert set(LimitsFields.__annotations__) == limits
+    taken = inspect.signature(Function).parameters
+    assert list(FunctionFields.__annotations__) == list(taken)
+    assert set(RunFields.__annotations__) == set(ConfigFields.__annotations__) - {"env", "cwd"}
+    names = get_type_hints(RunFields)["seccomp"]
+    assert sorted(get_args(get_args(names)[1])) == sorted(profiles.TIERS)

@@ -126,7 +126,7 @@ BAD: list[tuple[Callable[[], object], str]] = [
         lambda: make(mounts=[Mount.tmpfs("/var/task/x")]),
         r"mounts: '/var/task/x' is the place of code or layers \(/var/task\)",
     ),
-    (lambda: make().replace(handlr="a.b"), "unknown option 'handlr' of Function"),
+    (lambda: make().replace(handlr="a.b"), "unknown option 'handlr' of Function"),  # type: ignore[call-arg]
 ]
 
 

@@ -93,7 +93,7 @@ def _run(command: tuple[str, ...], options: dict[str, Any], *, interactive: bool
     if result.outcome in _WORDS and not quiet:
         more = ""
         if result.outcome is Outcome.OOM_KILLED and config.limits.memory_max is not None:
-            limit = int(config.limits.memory_max) / (1 << 20)
+            limit = config.limits.memory_max / (1 << 20)
             more = f"; the limit is {limit:g}M, which --memory changes"
         say(f"{_WORDS[result.outcome]}: {result.evidence}{more}")
     return exit_status(result)
@@ -113,7 +113,7 @@ def _execute(
         session = Session(
             environment,
             timeout=timeout,
-            output_max=int(config.limits.output_max) if named else None,
+            output_max=config.limits.output_max if named else None,
             suspend=not interactive,
         )
         return session.run(argv)

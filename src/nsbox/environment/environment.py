@@ -12,7 +12,7 @@ import warnings
 import weakref
 from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Self, Unpack
 
 from nsbox.environment.functions import FunctionMethods, Invocations
 from nsbox.errors import (
@@ -34,6 +34,8 @@ from nsbox.supervisor.plan import Blueprint, born_layers, interpreter, plan
 from nsbox.supervisor.process import DEVNULL, PIPE, Process, Stream
 from nsbox.values.config import (
     Config,
+    ConfigFields,
+    RunFields,
     Word,
     check_argv,
     check_environment,
@@ -70,7 +72,9 @@ class ExecutionEnvironment(FunctionMethods):
 
     _is_brief = False
 
-    def __init__(self, config: Config | FunctionVersion | None = None, **fields: object) -> None:
+    def __init__(
+        self, config: Config | FunctionVersion | None = None, **fields: Unpack[ConfigFields]
+    ) -> None:
         """Give birth to an environment and wait until it is locked in.
 
         Args:
@@ -208,7 +212,7 @@ class ExecutionEnvironment(FunctionMethods):
         process = self._start(argv, env, cwd, streams, None, cpu_time, announced=False)
         output_max = self.config.limits.output_max
         try:
-            result = process.communicate(bytes(input or b""), seconds, int(output_max))
+            result = process.communicate(bytes(input or b""), seconds, output_max)
         except BaseException:
             # KeyboardInterrupt and the like: the command must not outlive the call.
             process.close()
@@ -478,7 +482,7 @@ def run(
     stderr: Stream = None,
     cpu_time: float | None = None,
     check: bool = False,
-    **fields: object,
+    **fields: Unpack[RunFields],
 ) -> Result:
     """Run one command in a fresh environment of its own and return its `Result`.
 

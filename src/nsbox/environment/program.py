@@ -49,7 +49,7 @@ def run_program(
     streams = (PIPE if request.payload else DEVNULL, PIPE, PIPE)
     process = start(function.command, variables, None, streams, None, None, announced=False)
     try:
-        kept = int(function.limits.output_max)
+        kept = function.limits.output_max
         result = process.communicate(request.payload, limit, kept, hear or _nobody)
     except BaseException:
         process.close()

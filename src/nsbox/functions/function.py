@@ -20,7 +20,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, Unpack
 
 from nsbox.errors import ConfigError
 from nsbox.seccomp.policy import SeccompPolicy
@@ -28,6 +28,9 @@ from nsbox.values.config import (
     Config,
     Limits,
     Mount,
+    NetworkChoice,
+    ProfileChoice,
+    UserlandChoice,
     check_argv,
     check_environment,
     check_text,
@@ -61,6 +64,37 @@ class Layer:
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         object.__setattr__(self, "source", _check_source(source, "layer"))
+
+
+StartChoice = Literal["clone", "exec"]
+ReuseChoice = Literal["keep", "reset", "never"]
+LeftRunningChoice = Literal["run", "kill"]
+
+
+class FunctionFields(TypedDict, total=False):
+    """What `Function.replace` takes: the arguments of `Function`; type checkers read it."""
+
+    handler: str | None
+    command: Sequence[str] | None
+    code: str | os.PathLike[str] | None
+    layers: Iterable[Layer | str | os.PathLike[str]]
+    env: Mapping[str, str] | Iterable[tuple[str, str]]
+    limits: Limits
+    network: NetworkChoice
+    seccomp: SeccompPolicy | ProfileChoice
+    timeout: float
+    init_timeout: float
+    preload: Iterable[str]
+    tenant: str | None
+    name: str
+    start: StartChoice
+    mounts: Iterable[Mount]
+    tmp_size: int | str
+    reuse: ReuseChoice
+    left_running: LeftRunningChoice | None
+    rootfs: str | os.PathLike[str] | None
+    userland: UserlandChoice
+    allow_missing: Collection[str]
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -104,20 +138,20 @@ class Function:
     layers: tuple[Layer, ...]
     env: tuple[tuple[str, str], ...] = field(repr=False)
     limits: Limits
-    network: str
+    network: NetworkChoice
     seccomp: SeccompPolicy = field(repr=False)
     timeout: float
     init_timeout: float
     preload: tuple[str, ...]
     tenant: str | None
     name: str
-    start: str
+    start: StartChoice
     mounts: tuple[Mount, ...]
     tmp_size: int
-    reuse: str
-    left_running: str | None
+    reuse: ReuseChoice
+    left_running: LeftRunningChoice | None
     rootfs: str | None
-    userland: str
+    userland: UserlandChoice
     allow_missing: frozenset[str]
 
     def __init__(
@@ -129,20 +163,20 @@ class Function:
         layers: Iterable[Layer | str | os.PathLike[str]] = (),
         env: Mapping[str, str] | Iterable[tuple[str, str]] = (),
         limits: Limits | None = None,
-        network: str = "none",
-        seccomp: SeccompPolicy | str | None = None,
+        network: NetworkChoice = "none",
+        seccomp: SeccompPolicy | ProfileChoice | None = None,
         timeout: float = 3,
         init_timeout: float = 10,
         preload: Iterable[str] = (),
         tenant: str | None = None,
         name: str | None = None,
-        start: str = "clone",
+        start: StartChoice = "clone",
         mounts: Iterable[Mount] = (),
         tmp_size: int | str = 64 << 20,
-        reuse: str = "keep",
-        left_running: str | None = None,
+        reuse: ReuseChoice = "keep",
+        left_running: LeftRunningChoice | None = None,
         rootfs: str | os.PathLike[str] | None = None,
-        userland: str = "full",
+        userland: UserlandChoice = "full",
         allow_missing: Collection[str] = frozenset(),
     ) -> None:
         put = partial(object.__setattr__, self)
@@ -163,8 +197,8 @@ class Function:
             tmp_size=tmp_size,
             limits=Limits() if limits is None else limits,
             network=network,
-            seccomp=SeccompPolicy.default() if seccomp is None else seccomp,  # type: ignore[arg-type]
-            allow_missing=allow_missing,  # type: ignore[arg-type]
+            seccomp=SeccompPolicy.default() if seccomp is None else seccomp,
+            allow_missing=allow_missing,
         )
         for mount in config.mounts:
             for taken in (TASK_ROOT, LAYER_ROOT):
@@ -197,13 +231,14 @@ class Function:
             raise ConfigError(f"left_running: 'run' cannot be had {why}: nothing is left running")
         put("left_running", left_running)
 
-    def replace(self, **changes: Any) -> Function:  # noqa: ANN401 - of any field
+    def replace(self, **changes: Unpack[FunctionFields]) -> Function:
         """Return a copy with some fields changed; checks apply as to a new one."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values: dict[str, Any] = {item.name: getattr(self, item.name) for item in fields(self)}
         unknown = sorted(set(changes) - set(values))
         if unknown:
             raise ConfigError(f"unknown option {unknown[0]!r} of Function")
-        return Function(**(values | changes))
+        values.update(changes)
+        return Function(**values)
 
     def publish(self, store: Store | str | os.PathLike[str] | None = None) -> FunctionVersion:
         """Put code and layers into the store and return the version that they are.

@@ -72,7 +72,7 @@ class Invoker:
         self._protections = protections
         self._count = 0  # of events
         self._numbers: list[int] = []
-        self._room = int(self._function.limits.output_max)
+        self._room = self._function.limits.output_max
         self._timeout = self._function.timeout
         self.resets = self._function.reuse == "reset"
         self._quiet_until = 0.0

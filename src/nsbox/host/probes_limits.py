@@ -8,13 +8,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, Unpack
 
 from nsbox.environment.environment import ExecutionEnvironment, State
 from nsbox.errors import NsboxError, UnsupportedHostError
 from nsbox.isolation.cgroups import Hierarchies
 from nsbox.supervisor.launcher import get_launcher
-from nsbox.values.config import IoMax, Limits, Mount
+from nsbox.values.config import ConfigFields, IoMax, Limits, Mount
 from nsbox.values.result import Outcome, Result
 
 _MEGABYTE: Final = 1 << 20
@@ -29,7 +29,11 @@ def _python(code: str, *arguments: str) -> list[str]:
 
 
 def _run(
-    argv: list[str], *, timeout: float = 20, cpu_time: float | None = None, **fields: object
+    argv: list[str],
+    *,
+    timeout: float = 20,
+    cpu_time: float | None = None,
+    **fields: Unpack[ConfigFields],
 ) -> Result:
     with ExecutionEnvironment(None, **fields) as environment:
         return environment.run(argv, timeout=timeout, cpu_time=cpu_time)

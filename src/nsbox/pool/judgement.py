@@ -49,4 +49,4 @@ def memory_of(source: Source) -> int:
             "memory_budget: it sums up memory limits, and there is one without; give it "
             "limits=Limits(memory_max=...), or leave memory_budget out"
         )
-    return int(limits.memory_max)
+    return limits.memory_max

@@ -101,7 +101,7 @@ class Scheduler(Generic[E, W]):
 
     # -- warm calls ----------------------------------------------------------------------------
 
-    # The two turns of a warm call, in one piece each when nothing is out of the ordinary, for speed.
+    # The two turns of a warm call, in one piece each for speed when nothing is out of the ordinary.
     # Otherwise they do nothing, and `ask` and `give_back` do it in steps.
 
     def take_idle(self, queue: FunctionQueue[E, W], tenant: str | None) -> Lease[E, W] | None:

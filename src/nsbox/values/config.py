@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict, Unpack, cast
 
 from nsbox.errors import ConfigError
 from nsbox.seccomp.policy import SeccompPolicy
@@ -50,6 +50,10 @@ class _Default:
 
 
 DEFAULT: Final[Any] = _Default()
+
+NetworkChoice = Literal["none", "host"]
+UserlandChoice = Literal["full", "minimal"]
+ProfileChoice = Literal["strict", "default", "docker"]
 
 Word = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 """A word of a command line."""
@@ -189,10 +193,21 @@ class IoMax:
     """
 
     device: str
-    rbps: int | str | None = None
-    wbps: int | str | None = None
+    rbps: int | None = None
+    wbps: int | None = None
     riops: int | None = None
     wiops: int | None = None
+
+    if TYPE_CHECKING:  # what is given may be text, what is kept is a number
+
+        def __init__(
+            self,
+            device: str,
+            rbps: int | str | None = None,
+            wbps: int | str | None = None,
+            riops: int | None = None,
+            wiops: int | None = None,
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         check_text(self.device, "io_max device")
@@ -208,6 +223,21 @@ class IoMax:
             raise ConfigError(f"io_max {self.device!r}: name at least one of rbps wbps riops wiops")
 
 
+class LimitsFields(TypedDict, total=False):
+    """What `Limits` takes, by its names; type checkers read it."""
+
+    memory_max: int | str | None
+    pids_max: int | None
+    cpu_max: float | None
+    cpuset_cpus: str | None
+    io_max: Iterable[IoMax]
+    cpu_time: float | None
+    open_files: int | None
+    file_size: int | str | None
+    core_size: int | None
+    output_max: int | str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Resource limits of an environment.
@@ -217,7 +247,7 @@ class Limits:
     where it cannot (`Result.protections`). None means no limit, by name.
     """
 
-    memory_max: int | str | None = DEFAULT
+    memory_max: int | None = DEFAULT
     """Bytes of memory, page cache and /tmp included; default 512 MiB. Swap is off."""
     pids_max: int | None = DEFAULT
     """Live processes and threads, nsbox's own PID 1 included; default 256."""
@@ -225,21 +255,25 @@ class Limits:
     """CPUs' worth of time, e.g. 0.5; default no limit."""
     cpuset_cpus: str | None = DEFAULT
     """CPUs to run on, e.g. ``"0-1,3"``; default all."""
-    io_max: Sequence[IoMax] = DEFAULT
+    io_max: tuple[IoMax, ...] = DEFAULT
     """Bandwidth and operations per second of block devices; default none. Kept as a tuple."""
     cpu_time: float | None = DEFAULT
     """Seconds of user plus system CPU time of one command, all its processes; default none."""
     open_files: int | None = DEFAULT
     """File descriptors of one process (RLIMIT_NOFILE); default 1024, or the caller's hard limit."""
-    file_size: int | str | None = DEFAULT
+    file_size: int | None = DEFAULT
     """Bytes of the largest file a process may write (RLIMIT_FSIZE); default none. A file that the
     caller passes as stdout or stderr and nsbox relays is written by nsbox, and grows beyond it."""
     core_size: int | None = DEFAULT
     """Bytes of a core dump (RLIMIT_CORE); default 0: none is written."""
-    output_max: int | str = DEFAULT
+    output_max: int = DEFAULT
     """Bytes of captured output, of each stream; default 16 MiB. More ends the command."""
     named: frozenset[str] = field(init=False, default=frozenset(), repr=False)
     """The limits the caller named, as opposed to the defaults."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Unpack[LimitsFields]) -> None: ...
 
     def __post_init__(self) -> None:
         defaults: dict[str, Any] = {
@@ -269,7 +303,7 @@ class Limits:
             value = getattr(self, name)
             if value is not None:
                 put(name, parse_size(value, name))
-        if self.memory_max is not None and int(self.memory_max) < _LEAST_MEMORY:
+        if self.memory_max is not None and self.memory_max < _LEAST_MEMORY:
             raise ConfigError(
                 f"memory_max: must be at least {_LEAST_MEMORY}, got {self.memory_max}; "
                 "PID 1 itself needs half of that"
@@ -392,34 +426,60 @@ class Mount:
         return next((parse_size(word[5:]) for word in self.options if word.startswith("size=")), 0)
 
 
+class RunFields(TypedDict, total=False):
+    """What `nsbox.run` takes of `Config`, by its names; type checkers read it."""
+
+    mounts: Iterable[Mount]
+    rootfs: str | os.PathLike[str] | None
+    userland: UserlandChoice
+    tmp_size: int | str
+    limits: Limits
+    network: NetworkChoice
+    seccomp: SeccompPolicy | ProfileChoice
+    allow_missing: Collection[str]
+    hostname: str
+    user_id: int
+
+
+class ConfigFields(RunFields, total=False):
+    """What `Config` takes, by its names; type checkers read it."""
+
+    env: Mapping[str, str] | Iterable[tuple[str, str]]
+    cwd: str | os.PathLike[str]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that describes an environment; hashable, so that it can key a pool."""
 
-    mounts: Sequence[Mount] = ()
+    mounts: tuple[Mount, ...] = ()
     """File trees added to the userland; kept as a tuple."""
     rootfs: str | None = None
     """Directory that is the userland, read-only; None is the host's (`userland`)."""
-    userland: str = "full"
+    userland: UserlandChoice = "full"
     """Without `rootfs`: ``"full"`` is the host's /usr with the configuration of its programs, all
     that any user of the host may read in /etc but accounts, keys, and what is about the host and
     its services. ``"minimal"`` is /usr with a few files of /etc that most programs need."""
-    tmp_size: int | str = 64 << 20
+    tmp_size: int = 64 << 20
     """Bytes of the private /tmp, and of /dev/shm; both are charged to `Limits.memory_max`."""
-    env: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
     """Variables of every command, over nsbox's own minimal set; kept as sorted pairs."""
     limits: Limits = field(default_factory=Limits)
-    network: str = "none"
+    network: NetworkChoice = "none"
     """``"none"``: a namespace of its own with loopback only; ``"host"``: the host's network."""
     seccomp: SeccompPolicy = field(default_factory=SeccompPolicy.default)
     """The system call filter; a profile name is accepted too."""
-    allow_missing: Set[str] = frozenset()
+    allow_missing: frozenset[str] = frozenset()
     """Protections to do without where the host cannot enforce them, by name (`ALLOWABLE`)."""
     hostname: str = "sandbox"
     cwd: str = "/tmp"  # noqa: S108 - the environment's own
     """Working directory of commands."""
     user_id: int = 1000
     """User and group id inside; never 0."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Unpack[ConfigFields]) -> None: ...
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -464,7 +524,7 @@ class Config:
             raise ConfigError(f"cwd: must be absolute, got {self.cwd!r}")
         put("user_id", _count(self.user_id, "user_id", least=1, most=65533))
 
-    def replace(self, **changes: object) -> Config:
+    def replace(self, **changes: Unpack[ConfigFields]) -> Config:
         """Return a copy with some fields changed; checks apply as to a new one."""
         unknown = sorted(set(changes) - {item.name for item in fields(self)})
         if unknown:
@@ -474,7 +534,7 @@ class Config:
             if any(name == item.name for item in fields(Limits)):
                 remedy = f"it is a limit: limits=nsbox.Limits({name}=...)"
             raise ConfigError(f"unknown option {name!r} of Config; {remedy}")
-        values: dict[str, Any] = changes  # __post_init__ checks the types
+        values: dict[str, Any] = {**changes}  # __post_init__ takes what ConfigFields tells
         return replace(self, **values)
 
 
@@ -490,4 +550,4 @@ def make_config(config: Config | None, changes: Mapping[str, object]) -> Config:
         if hasattr(base, "publish"):
             raise ConfigError("config: a Function has no version; give what its publish() returns")
         raise ConfigError(f"config: must be a Config or a FunctionVersion, got {base!r}")
-    return base.replace(**changes) if changes else base
+    return base.replace(**cast("ConfigFields", changes)) if changes else base
