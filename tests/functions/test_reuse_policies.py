@@ -251,6 +251,7 @@ DUPLICATES = """
 import os, subprocess
 out, err = os.dup(1), os.dup(2)
 os.set_inheritable(err, True)
+CLOSE
 
 def handler(event, context):
     os.write(out, b"out")
@@ -260,8 +261,11 @@ def handler(event, context):
 
 
 @pytest.mark.parametrize("start", ["clone", "exec"])
-def test_duplicates_of_outputs_are_each_events_own(make_function: MakeFunction, start: str) -> None:
-    env = make_function(DUPLICATES, reuse="reset", start=start)
+@pytest.mark.parametrize("close", ["", "os.close(1); os.close(2)"])
+def test_duplicates_of_outputs_are_each_events_own(
+    make_function: MakeFunction, start: str, close: str
+) -> None:
+    env = make_function(DUPLICATES.replace("CLOSE", close), reuse="reset", start=start)
     for _ in range(2):
         invocation = env.invoke_bytes(b"1")
         assert invocation.payload == b"[false, true]"

@@ -96,6 +96,7 @@ def warm_up(place: str = _DIRECTORY) -> None:
     }
     try:
         standard.open_stream(1).write("")
+        standard.places_of((standard.identity(0),), 4)
         calls.prctl(PR_GET_DUMPABLE)
         worker = runtime.Worker(theirs)
         for kind, data in (

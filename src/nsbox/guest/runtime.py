@@ -56,7 +56,14 @@ from importlib import import_module
 
 from nsbox.guest.failures import flush, tell_failure, tell_raised
 from nsbox.guest.log_setup import LogSetup
-from nsbox.guest.standard import identity, is_null, may_be_unread, open_stream, renew_stdin
+from nsbox.guest.standard import (
+    identity,
+    is_null,
+    may_be_unread,
+    open_stream,
+    places_of,
+    renew_stdin,
+)
 from nsbox.linux.visibility import hide, show
 from nsbox.values.json_text import decode_event, encode_answer, quick_decoder
 
@@ -86,6 +93,7 @@ _REST, _LATER, _EVER = (struct.pack("ll", seconds, 0) for seconds in (1, 30, 0))
 """struct timeval: how long there must be no event before memory is given back, the first time and
 later, and what stands for no end (socket(7), SO_RCVTIMEO)."""
 _RIGHTS = struct.Struct("3i")  # socket, stdout and stderr of an event
+_OWN = 4  # descriptors that a worker has besides: 0 to 2, and its socket
 EXECUTED_FILE = "<nsbox>"
 """Stands for this file in tracebacks where it is executed."""
 _OWN_FILE = __file__ if "__file__" in globals() else EXECUTED_FILE
@@ -308,15 +316,10 @@ class Worker:
 
     def _leave_pipes(self) -> None:
         """Have /dev/null where the import has left the worker's pipes, duplicates among them."""
-        try:
-            fds = [int(name) for name in os.listdir("/proc/self/fd")]
-        except OSError:
-            fds = [1, 2]  # there is no /proc
+        self._streams = places_of(self._pipes, _OWN + len(self._own))
         null = os.open("/dev/null", os.O_WRONLY)
-        for fd in fds:
-            if (found := identity(fd)) in self._pipes:
-                self._streams.append((fd, self._pipes.index(found), os.get_inheritable(fd)))
-                os.dup2(null, fd, self._streams[-1][-1])
+        for fd, _, is_inheritable in self._streams:
+            os.dup2(null, fd, is_inheritable)
         os.close(null)
 
     def _put_streams(self, streams: list[int]) -> None:

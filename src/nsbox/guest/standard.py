@@ -42,6 +42,21 @@ def identity(fd: int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def places_of(files: tuple[tuple[int, int] | None, ...], known: int) -> list[tuple[int, int, bool]]:
+    """Return each descriptor of one of `files` (`identity`), which, and whether it is inherited.
+
+    Where there are no more than `known`, and 0 to 2 among them, none of the others is one.
+    """
+    found = [(fd, identity(fd)) for fd in (0, 1, 2)]
+    try:
+        # Since Linux 6.2 its size is their count, which is faster to learn than the list.
+        if os.stat("/proc/self/fd").st_size != known or None in [of for _, of in found]:
+            found = [(int(name), identity(int(name))) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        pass  # there is no /proc
+    return [(fd, files.index(of), os.get_inheritable(fd)) for fd, of in found if of in files]
+
+
 def may_be_unread(fd: int, pipe: tuple[int, int] | None) -> bool:
     """Whether something may be in a pipe; also when the descriptor is of another file now."""
     from fcntl import ioctl  # a clone of the template has it; what is executed never gets here
