@@ -346,8 +346,9 @@ class Link:
     def begin_end(self) -> None:
         """Have the environment end; `await_end` waits for it."""
         self.closing = True
+        # First of all, whatever the launcher is doing just now: it dies while the launcher is told.
+        self.kill()
         self._supervision.begin_end(is_reported=bool(self.running))
-        self.kill()  # whatever the launcher is doing just now
 
     # -- the launcher --------------------------------------------------------------------------
 
