@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import enum
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,3 +119,15 @@ def test_values_load_no_third_party_package_and_no_kernel_binding(name: str) -> 
 
 def test_modules_of_the_package_are_no_public_names() -> None:
     assert not [name for name in PUBLIC if isinstance(getattr(nsbox, name), ModuleType)]
+
+
+def test_help_tells_of_every_field() -> None:
+    values = [getattr(nsbox, name) for name in PUBLIC]
+    for value in filter(dataclasses.is_dataclass, values):
+        names = [item.name for item in dataclasses.fields(value) if not item.name.startswith("_")]
+        silent = [
+            name
+            for name in names
+            if not re.search(rf"^ +(\w+, )*{name}(, \w+)*: ", str(value.__doc__), re.M)
+        ]
+        assert len(names) <= 5 or not silent, f"help({value.__name__}) says nothing of {silent}"

@@ -112,8 +112,8 @@ class Function:
             imported for that; with a command no code.
         layers: Up to five directories or zip files, merged in order to /opt; later ones win.
         env: Environment variables, 32 KiB in all.
-        limits: As of a `Config`, and so are `network`, `seccomp`, `mounts`, `tmp_size`, `rootfs`,
-            `userland` and `allow_missing`.
+        limits, network, seccomp, mounts: As of a `Config`.
+        tmp_size, rootfs, userland, allow_missing: As of a `Config`.
         timeout: Seconds an invocation may take, up to 900.
         init_timeout: Seconds that importing the handler's module may take, up to 900.
         preload: Modules, trusted by whoever names them, that environments have imported

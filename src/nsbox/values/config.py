@@ -244,32 +244,40 @@ class Limits:
 
     A limit the caller names is enforced, or `UnsupportedHostError` is raised before anything is
     created. The defaults apply where the host can enforce them and are reported as not in force
-    where it cannot (`Result.protections`). None means no limit, by name.
+    where it cannot (`Result.protections`). None means no limit, by name. Bytes are given as a
+    number, or as text with K, M, G or T (powers of 1024), ``"256M"``, and kept as a number.
+
+    Attributes:
+        memory_max: Bytes of memory, page cache and /tmp included; default 512 MiB. Swap is off.
+        pids_max: Live processes and threads, nsbox's own PID 1 included; default 256.
+        cpu_max: CPUs' worth of time, e.g. 0.5; default no limit.
+        cpuset_cpus: CPUs to run on, e.g. ``"0-1,3"``; default all.
+        io_max: Bandwidth and operations per second of block devices; default none. Kept as a
+            tuple.
+        cpu_time: Seconds of user plus system CPU time of one command, all its processes;
+            default none.
+        open_files: File descriptors of one process (RLIMIT_NOFILE); default 1024, or the
+            caller's hard limit.
+        file_size: Bytes of the largest file a process may write (RLIMIT_FSIZE); default none. A
+            file that the caller passes as stdout or stderr and nsbox relays is written by
+            nsbox, and grows beyond it.
+        core_size: Bytes of a core dump (RLIMIT_CORE); default 0: none is written.
+        output_max: Bytes of captured output, of each stream; default 16 MiB. More ends the
+            command.
+        named: The limits the caller named, as opposed to the defaults.
     """
 
     memory_max: int | None = DEFAULT
-    """Bytes of memory, page cache and /tmp included; default 512 MiB. Swap is off."""
     pids_max: int | None = DEFAULT
-    """Live processes and threads, nsbox's own PID 1 included; default 256."""
     cpu_max: float | None = DEFAULT
-    """CPUs' worth of time, e.g. 0.5; default no limit."""
     cpuset_cpus: str | None = DEFAULT
-    """CPUs to run on, e.g. ``"0-1,3"``; default all."""
     io_max: tuple[IoMax, ...] = DEFAULT
-    """Bandwidth and operations per second of block devices; default none. Kept as a tuple."""
     cpu_time: float | None = DEFAULT
-    """Seconds of user plus system CPU time of one command, all its processes; default none."""
     open_files: int | None = DEFAULT
-    """File descriptors of one process (RLIMIT_NOFILE); default 1024, or the caller's hard limit."""
     file_size: int | None = DEFAULT
-    """Bytes of the largest file a process may write (RLIMIT_FSIZE); default none. A file that the
-    caller passes as stdout or stderr and nsbox relays is written by nsbox, and grows beyond it."""
     core_size: int | None = DEFAULT
-    """Bytes of a core dump (RLIMIT_CORE); default 0: none is written."""
     output_max: int = DEFAULT
-    """Bytes of captured output, of each stream; default 16 MiB. More ends the command."""
     named: frozenset[str] = field(init=False, default=frozenset(), repr=False)
-    """The limits the caller named, as opposed to the defaults."""
 
     if TYPE_CHECKING:
 
@@ -450,32 +458,45 @@ class ConfigFields(RunFields, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Everything that describes an environment; hashable, so that it can key a pool."""
+    """Everything that describes an environment; hashable, so that it can key a pool.
+
+    Bytes may be given as text, as in `Limits`.
+
+    Attributes:
+        mounts: File trees added to the userland; kept as a tuple.
+        rootfs: Directory that is the userland, read-only; None is the host's (`userland`).
+        userland: Without `rootfs`: ``"full"``, the default, is the host's /usr with the
+            configuration of its programs, all that any user of the host may read in /etc but
+            accounts, keys, and what is about the host and its services. ``"minimal"`` is /usr
+            with a few files of /etc that most programs need.
+        tmp_size: Bytes of the private /tmp, and of /dev/shm; both are charged to
+            `Limits.memory_max`; default 64 MiB.
+        env: Variables of every command, over nsbox's own minimal set; kept as sorted pairs.
+        limits: `Limits`; the default ones are kept where the host can.
+        network: ``"none"``, the default: a namespace of its own with loopback only; ``"host"``:
+            the host's network.
+        seccomp: The system call filter, or the name of a profile: ``"strict"``, ``"default"``,
+            ``"docker"``.
+        allow_missing: Protections to do without where the host cannot enforce them, by name:
+            ``cgroup.memory``, ``cgroup.pids``, ``cgroup.cpu``, ``cgroup.cpuset``, ``cgroup.io``,
+            ``cpu_time``, ``seccomp``, ``idmapped_mounts``; default none.
+        hostname: What uname(2) says inside; default ``"sandbox"``.
+        cwd: Working directory of commands; default ``/tmp``.
+        user_id: User and group id inside; never 0, default 1000.
+    """
 
     mounts: tuple[Mount, ...] = ()
-    """File trees added to the userland; kept as a tuple."""
     rootfs: str | None = None
-    """Directory that is the userland, read-only; None is the host's (`userland`)."""
     userland: UserlandChoice = "full"
-    """Without `rootfs`: ``"full"`` is the host's /usr with the configuration of its programs, all
-    that any user of the host may read in /etc but accounts, keys, and what is about the host and
-    its services. ``"minimal"`` is /usr with a few files of /etc that most programs need."""
     tmp_size: int = 64 << 20
-    """Bytes of the private /tmp, and of /dev/shm; both are charged to `Limits.memory_max`."""
     env: tuple[tuple[str, str], ...] = ()
-    """Variables of every command, over nsbox's own minimal set; kept as sorted pairs."""
     limits: Limits = field(default_factory=Limits)
     network: NetworkChoice = "none"
-    """``"none"``: a namespace of its own with loopback only; ``"host"``: the host's network."""
     seccomp: SeccompPolicy = field(default_factory=SeccompPolicy.default)
-    """The system call filter; a profile name is accepted too."""
     allow_missing: frozenset[str] = frozenset()
-    """Protections to do without where the host cannot enforce them, by name (`ALLOWABLE`)."""
     hostname: str = "sandbox"
     cwd: str = "/tmp"  # noqa: S108 - the environment's own
-    """Working directory of commands."""
     user_id: int = 1000
-    """User and group id inside; never 0."""
 
     if TYPE_CHECKING:
 

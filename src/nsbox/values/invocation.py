@@ -13,12 +13,15 @@ from nsbox.values.json_text import decode_answer
 
 @dataclass(frozen=True, slots=True)
 class LeftRunning:
-    """What an invocation has left running in its environment. False when that is nothing."""
+    """What an invocation has left running in its environment. False when that is nothing.
+
+    Attributes:
+        processes: Besides PID 1 and the worker.
+        threads: Besides the first of each process that goes on; of the worker too.
+    """
 
     processes: int = 0
-    """Besides PID 1 and the worker."""
     threads: int = 0
-    """Besides the first of each process that goes on; of the worker too."""
 
     def __bool__(self) -> bool:
         return self.processes > 0 or self.threads > 0
@@ -29,34 +32,49 @@ NOTHING: Final = LeftRunning()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invocation:
-    """One call of a function that ended with an answer, or with an error of the function's."""
+    """One call of a function that ended with an answer, or with an error of the function's.
+
+    Attributes:
+        request_id: A UUID, or what the caller gave.
+        payload: The answer, JSON as the function gave it; of a failed one, errorType and
+            errorMessage.
+        stdout: What it wrote, up to `Limits.output_max` bytes.
+        stderr: As `stdout`.
+        init_stdout: What the module wrote while it was imported, in the first invocation of an
+            environment.
+        init_stderr: As `init_stdout`.
+        duration_seconds: From the event's being sent to the answer's arrival.
+        init_seconds: What importing the module took, in the first invocation of an environment;
+            else None, and of a provisioned one always: nobody waited for that.
+        initialization_type: ``on-demand``, or ``provisioned-concurrency``: the environment was
+            initialised before it was needed.
+        memory_limit_mb: MiB of `Limits.memory_max`; None without that limit.
+        memory_peak_mb: MiB that the whole environment has used at most so far; None where the
+            host does not count.
+        status: Empty, or why it failed: ``error`` or ``timeout``, as AWS Lambda's report line
+            has it.
+        error_type: Empty, or the class of the error, as `FunctionError.error_type`.
+        left_running: What it has left running: of processes those that were killed after it,
+            where they are (``Function(left_running="kill")``), else those that ran when this
+            record was made. None: nobody has counted, as without cgroups and with
+            ``start="exec"``, or nothing goes on, with another `reuse` than "keep".
+            `ExecutionEnvironment.left_running` counts everywhere.
+    """
 
     request_id: str
     payload: bytes = field(repr=False)
-    """The answer, JSON as the function gave it; of a failed one, errorType and errorMessage."""
     stdout: bytes = field(default=b"", repr=False)
     stderr: bytes = field(default=b"", repr=False)
     init_stdout: bytes = field(default=b"", repr=False)
-    """What the module wrote while it was imported, in the first invocation of an environment."""
     init_stderr: bytes = field(default=b"", repr=False)
     duration_seconds: float
-    """From the event's being sent to the answer's arrival."""
     init_seconds: float | None = None
-    """What importing the module took, in the first invocation of an environment; else None, and of
-    a provisioned one always: nobody waited for that."""
     initialization_type: str = "on-demand"
-    """Or ``provisioned-concurrency``: the environment was initialised before it was needed."""
     memory_limit_mb: int | None = None
     memory_peak_mb: int | None = None
-    """The most the whole environment has used so far; None where the host does not count."""
     status: str = ""
-    """Empty, or why it failed: ``error`` or ``timeout``, as AWS Lambda's report line has it."""
     error_type: str = ""
     left_running: LeftRunning | None = None
-    """What it has left running: of processes those that were killed after it, where they are
-    (``Function(left_running="kill")``), else those that ran when this record was made. None: nobody
-    has counted, as without cgroups and with ``start="exec"``, or nothing goes on, with another
-    `reuse` than "keep". `ExecutionEnvironment.left_running` counts everywhere."""
 
     @property
     def billed_milliseconds(self) -> int:

@@ -41,6 +41,19 @@ class Usage:
     CPU times, throttled time and io are of the command in `Result.usage`, and of the whole life
     so far in `ExecutionEnvironment.usage()`. Peaks cover the life of the environment, for the
     kernel keeps one peak per cgroup.
+
+    Attributes:
+        wall_seconds: From the start of the command to its end.
+        cpu_user_seconds: CPU time in user mode, of all processes.
+        cpu_system_seconds: CPU time in the kernel.
+        memory_current_bytes: Memory in use, page cache and /tmp included.
+        memory_peak_bytes: The most of it.
+        pids_current: Processes and threads, PID 1 included.
+        pids_peak: The most of them.
+        io_read_bytes: Read from block devices.
+        io_write_bytes: Written to block devices.
+        throttled_seconds: Time in which `Limits.cpu_max` let nothing run.
+        oom_kills: Kills at the memory limit.
     """
 
     wall_seconds: float | None = None
@@ -65,13 +78,20 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Protection:
-    """One layer: whether it is in force, and how or why not."""
+    """One layer: whether it is in force, and how or why not.
+
+    Attributes:
+        name: What it is, as `ExecutionEnvironment.protections` has it: ``"seccomp"``.
+        in_force: Whether it is.
+        detail: By what, or why not.
+        wanted: False where the configuration does without it: no limit named, the host's
+            network.
+    """
 
     name: str
     in_force: bool
     detail: str
     wanted: bool = True
-    """False where the configuration does without it: no limit named, the host's network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +120,25 @@ class Protections(Mapping[str, Protection]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """The end of a command. Nothing in it comes from the command but its two streams."""
+    """The end of a command. Nothing in it comes from the command but its two streams.
+
+    Attributes:
+        argv: The command line.
+        outcome: How it ended, as judged from outside.
+        returncode: Exit code, or minus the signal number, as in `subprocess`.
+        stdout: What was captured, up to `Limits.output_max` bytes; empty where a file was given.
+        stderr: As `stdout`.
+        evidence: What the outcome was concluded from.
+        usage: Resources used by this command and all it started.
+        protections: What was in force while it ran.
+    """
 
     argv: tuple[str, ...]
     outcome: Outcome
     returncode: int
-    """Exit code, or minus the signal number, as in `subprocess`."""
     stdout: bytes = b""
     stderr: bytes = b""
     evidence: str = ""
-    """What the outcome was concluded from."""
     usage: Usage = field(default_factory=Usage)
     protections: Protections = field(default_factory=Protections, repr=False)
 
