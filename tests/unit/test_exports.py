@@ -122,12 +122,15 @@ def test_modules_of_the_package_are_no_public_names() -> None:
 
 
 def test_help_tells_of_every_field() -> None:
-    values = [getattr(nsbox, name) for name in PUBLIC]
-    for value in filter(dataclasses.is_dataclass, values):
-        names = [item.name for item in dataclasses.fields(value) if not item.name.startswith("_")]
+    for name in PUBLIC:
+        value = getattr(nsbox, name)
+        if not dataclasses.is_dataclass(value):
+            continue
+        fields = [item.name for item in dataclasses.fields(value) if item.name[0] != "_"]
+        text = str(value.__doc__)
         silent = [
-            name
-            for name in names
-            if not re.search(rf"^ +(\w+, )*{name}(, \w+)*: ", str(value.__doc__), re.M)
+            field
+            for field in fields
+            if not re.search(rf"^ +(\w+, )*{field}(, \w+)*: ", text, re.MULTILINE)
         ]
-        assert len(names) <= 5 or not silent, f"help({value.__name__}) says nothing of {silent}"
+        assert len(fields) <= 5 or not silent, f"help({name}) says nothing of {silent}"

@@ -343,14 +343,20 @@ class FunctionVersion:
 
     Two versions are equal when they have the same digest and tenant. While one lives, its files
     stay in the store.
+
+    Attributes:
+        digest: SHA-256, in hex, of everything that makes the version but its tenant.
+        tenant: On whose behalf, or None.
+        function: What was published.
+        config: What its environments are: all but `env`, which the launcher is not to see.
+        code: The store's entry that becomes /var/task, or None.
+        opt: That of the layers, which becomes /opt, or None.
     """
 
     digest: str
-    """SHA-256, in hex, of everything that makes the version but its tenant."""
     tenant: str | None
     function: Function = field(compare=False)
     config: Config = field(compare=False, repr=False)
-    """What its environments are: all but `env`, which the launcher is not to see."""
     code: Entry | None = field(compare=False, repr=False)
     opt: Entry | None = field(compare=False, repr=False)
 

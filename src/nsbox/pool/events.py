@@ -35,25 +35,28 @@ class PoolEvent:
     """A step in the life of one environment of a pool.
 
     Of one environment they come in order; those of several may come from several threads.
+
+    Attributes:
+        kind: ``created``, ``initialised``, ``invoked``, ``frozen``, ``thawed`` or ``retired``.
+        environment: The environment's id.
+        function: The function's name; empty for a `Config`.
+        version: The function version's id; empty for a `Config`.
+        tenant: On whose behalf, or None.
+        provisioned: Whether it is one of those that are kept ready.
+        reason: Of ``retired``; of ``created`` DEMAND or PROVISIONED.
+        error: Of ``invoked``: the class of what was raised, if anything was.
+        left_running: Of ``invoked``: as `Invocation.left_running`.
     """
 
     kind: str
-    """``created``, ``initialised``, ``invoked``, ``frozen``, ``thawed`` or ``retired``."""
     environment: str
-    """The environment's id."""
     function: str
-    """The function's name; empty for a `Config`."""
     version: str
-    """The function version's id; empty for a `Config`."""
     tenant: str | None = None
     provisioned: bool = False
-    """Whether it is one of those that are kept ready."""
     reason: Retirement | None = None
-    """Of ``retired``; of ``created`` DEMAND or PROVISIONED."""
     error: str = ""
-    """Of ``invoked``: the class of what was raised, if anything was."""
     left_running: LeftRunning | None = None
-    """Of ``invoked``: as `Invocation.left_running`."""
 
 
 class Counters:
