@@ -273,10 +273,10 @@ class Subject:
             return "throttles"
         if isinstance(error, nsbox.InvokeTimeout):
             return "timeouts" if took >= call.timeout else ""
-        if cancelled:
-            return "cancelled"
         if isinstance(error, nsbox.ConfigError):
             return "wrong events" if call.do == "wrong" else ""
+        if cancelled:
+            return "cancelled"
         if isinstance(error, nsbox.FunctionError):
             kind = error.error_type
             if call.do == "raise" and (kind, error.message) == ("Asked", call.event["nonce"]):
@@ -303,7 +303,9 @@ class Subject:
             found = {
                 word: count for (pool_, word), count in self.ledger.counts.items() if pool_ == name
             }
-            calls, answers = found.get("calls", 0), found.get("answers", 0)
+            # What is refused for its arguments is no call of the pool's.
+            calls = found.get("calls", 0) - found.get("wrong events", 0)
+            answers = found.get("answers", 0)
             throttles, cancelled = found.get("throttles", 0), found.get("cancelled", 0)
             failures = calls - answers
             claims = {

@@ -209,6 +209,12 @@ def test_log_comes_while_the_function_runs_and_an_interrupt_ends_it(code: str) -
         assert b"Traceback" not in process.stderr.read()
 
 
+def test_an_event_with_half_a_character_is_refused() -> None:
+    done = nsbox_run("invoke", "--command", "--event", "-", command=["cat"], data=b'"\\ud800"')
+    assert (done.returncode, done.stdout) == (125, b"")
+    assert b"--event '-': no JSON: event: it has the lone surrogate \\ud800" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "text"),
     [

@@ -473,7 +473,8 @@ def test_a_worker_without_its_socket(make_function: MakeFunction) -> None:
 @pytest.mark.parametrize(
     "answer",
     ["no json", "", "[" * 100_000, "\ud800", "NaN", "[-Infinity]", '{"a": Infinity}', '"\\ud800"',
-     '["\\ud83d\\ude00\\ude00"]', "[" * 513 + "]" * 513, '{"a":' * 513 + "1" + "}" * 513],
+     '["\\ud83d\\ude00\\ude00"]', '"\\ud83d\\\\\\ude00"', "[" * 513 + "]" * 513,
+     '{"a":' * 513 + "1" + "}" * 513],
 )  # fmt: skip
 def test_an_answer_by_hand_that_is_no_json(make_function: MakeFunction, answer: str) -> None:
     code = f"say(b'A', number, {answer.encode(errors='surrogatepass')!r})"

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -11,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support import PATIENCE, host_program, wait_until
@@ -174,6 +177,32 @@ def test_wrong_settings_and_uses(commands: nsbox.WarmPool, make: Make) -> None:
 
 
 # -- when all are busy ---------------------------------------------------------------------------
+
+
+def test_nothing_is_born_for_what_is_refused(make: Make) -> None:
+    cases: list[tuple[Any, Any]] = [
+        ("\ud800", {}), ({1}, {}), (float("nan"), {}),
+        ({}, {"timeout": -1}), ({}, {"env": {"A=": ""}}), ({}, {"files": {"../x": b""}}),
+    ]  # fmt: skip
+
+    async def on_a_loop(event: object, options: Any) -> None:
+        with pytest.raises(nsbox.ConfigError):
+            await pool.invoke_async(event, **options)
+
+    with nsbox.WarmPool(make(), max_environments=1) as pool:
+        for event, options in cases:
+            with pytest.raises(nsbox.ConfigError):
+                pool.invoke(event, **options)
+            with pytest.raises(nsbox.ConfigError):
+                pool.submit(event, **options).result(30 * PATIENCE)
+            with pytest.raises(nsbox.ConfigError):
+                list(pool.map([event], **options))
+            if isinstance(event, str | dict):
+                with pytest.raises(nsbox.ConfigError):
+                    pool.invoke_bytes(json.dumps(event).encode(), **options)
+            asyncio.run(on_a_loop(event, options))
+        stats = pool.stats()
+        assert (stats["Births"], stats["Invocations"]) == (0, 0)
 
 
 def test_waiting_times_out(commands: nsbox.WarmPool) -> None:

@@ -119,8 +119,18 @@ def dumped(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
 
 
+def refuse_halves(value: object) -> None:
+    """Raise ValueError for what cannot be written as UTF-8."""
+    half = re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False))
+    if half is not None:
+        words = f"it has the lone surrogate \\u{ord(half[0]):04x}, which is no character"
+        raise ValueError(words)
+
+
 def dumped_in_ascii(value: object) -> bytes:
-    return json.dumps(value, allow_nan=False).encode()
+    text = json.dumps(value, allow_nan=False)
+    refuse_halves(json.loads(text))
+    return text.encode()
 
 
 ENCODERS: Any = (json_text.encode_event, dumped_in_ascii), (json_text.encode_answer, dumped)
@@ -175,8 +185,7 @@ def test_floats_are_encoded_as_repr_does(value: float) -> None:
 def answer(text: str) -> Any:
     """What `decode_answer` is to return: that is no place for what cannot be written as UTF-8."""
     value = plainly_decoded(text)
-    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-        raise ValueError("it has a lone surrogate, which is no character")
+    refuse_halves(value)
     return value
 
 

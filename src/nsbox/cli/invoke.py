@@ -27,6 +27,7 @@ from nsbox.errors import (
     InvokeTimeout,
 )
 from nsbox.functions.function import Function, FunctionVersion
+from nsbox.functions.request import check_payload
 from nsbox.guest.runtime import PAYLOAD_MAX
 from nsbox.supervisor.standby import set_blanks
 from nsbox.values.invocation import Invocation
@@ -116,6 +117,7 @@ def _read_event(path: str | None) -> bytes:
         raise ConfigError(f"--event {path!r}: more than {PAYLOAD_MAX} bytes; pass data by a file")
     try:
         json.loads(data.decode())
+        check_payload(data)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--event {path!r}: no JSON: {error}") from error
     return data

@@ -382,12 +382,13 @@ class FunctionMethods:
             CredentialsError: There are none for the role; nothing was run.
             ConfigError: A value is wrong, or too large.
         """
+        payload = encode_event(event)
         found = None if credentials is None else resolve(credentials, self._role(role))
         request = Request(
-            encode_event(event), found, timeout=timeout, env=env, files=files,
+            payload, found, timeout=timeout, env=env, files=files,
             request_id=request_id, client_context=client_context, on_log=on_log,
         )  # fmt: skip
-        return self._call(request).json()
+        return self.call(request).json()
 
     def invoke_bytes(
         self,
@@ -398,8 +399,9 @@ class FunctionMethods:
         **options: Unpack[Options],
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
+        data = check_payload(payload)
         found = resolve(credentials, self._role(role))
-        answer = self._call(Request(check_payload(payload), found, **options))
+        answer = self.call(Request(data, found, **options))
         return answer.invocation() if isinstance(answer, Answer) else answer
 
     async def invoke_async(
@@ -417,14 +419,7 @@ class FunctionMethods:
         """
         payload = encode_event(event)
         found = await resolve_async(credentials, self._role(role))
-        request = Request(payload, found, **options)
-        calls = self._function_calls()
-        try:
-            answer = await calls.invoke_async(request)
-        finally:
-            if calls.has_end or self._kind is not None:
-                self._end_invocation()
-        return answer.json()
+        return (await self.call_async(Request(payload, found, **options))).json()
 
     def left_running(self) -> LeftRunning:
         """Return what the function has running between invocations, as PID 1 counts it now.
@@ -435,10 +430,20 @@ class FunctionMethods:
         """
         return self._function_calls().left_running()
 
-    def _call(self, request: Request) -> Invocation | Answer:
+    def call(self, request: Request) -> Invocation | Answer:
+        """Serve what was checked: by a pool, before it takes an environment for it."""
         calls = self._function_calls()
         try:
             return calls.invoke(request)
+        finally:
+            if self._kind is not None or calls.has_end:
+                self._end_invocation()
+
+    async def call_async(self, request: Request) -> Invocation | Answer:
+        """Do as `call`, on the running asyncio loop."""
+        calls = self._function_calls()
+        try:
+            return await calls.invoke_async(request)
         finally:
             if self._kind is not None or calls.has_end:
                 self._end_invocation()

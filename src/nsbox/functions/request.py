@@ -135,7 +135,10 @@ def check_payload(payload: object) -> bytes:
             f"event: {len(data)} bytes, more than {runtime.PAYLOAD_MAX}; pass large data by files="
         )
     try:
-        json_text.check_depth(data)  # what else it is, its worker sees
+        json_text.check_depth(data)
+        if b"\\" in data:
+            json_text.check_characters(data.decode("utf-8", "replace"))
+        # What else it is, its worker sees.
     except ValueError as error:
         raise ConfigError(f"event: {error}") from error
     return data
@@ -154,6 +157,7 @@ def _encode_context(value: Mapping[str, Any]) -> str:
     try:
         words = json.dumps(value, allow_nan=False)
         json_text.check_depth(words.encode())
+        json_text.check_characters(words)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"client_context: no JSON value: {error}") from error
     if len(words) > _CLIENT_CONTEXT_MAX:

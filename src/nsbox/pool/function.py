@@ -14,9 +14,17 @@ from typing import Any, Final, Unpack
 
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import ConfigError
+from nsbox.functions.call import Answer
 from nsbox.functions.credentials import Credentials, Provider
 from nsbox.functions.function import Function, FunctionVersion
-from nsbox.functions.request import CallOptions, PoolOptions, TimedCallOptions
+from nsbox.functions.request import (
+    CallOptions,
+    PoolOptions,
+    Request,
+    TimedCallOptions,
+    check_payload,
+    encode_event,
+)
 from nsbox.pool.accounts import Resolve, Waiter
 from nsbox.pool.executor import CallExecutor
 from nsbox.pool.judgement import Source
@@ -69,16 +77,15 @@ class PoolFunction(PoolCalls):
             CredentialsError: There are none; the call is not counted, and nothing was run.
             InvokeError, SetupError, ConfigError: As `ExecutionEnvironment` and its `invoke`.
         """
-        found = None
+        payload, found = encode_event(event), None
         if self._has_provider or credentials is not None:
             found = self._credentials(credentials, role)
+        request = Request(payload, found, timeout=timeout, env=env, files=files)
         begin = time.monotonic()
         lease = self._take_function(tenant, begin)
         while True:
             try:
-                answer = env_of(lease).invoke(
-                    event, timeout=timeout, env=env, files=files, credentials=found
-                )
+                answer = env_of(lease).call(request).json()
             except BaseException as error:
                 if not self._fail(lease, error):
                     raise
@@ -98,19 +105,21 @@ class PoolFunction(PoolCalls):
         **options: Unpack[PoolOptions],
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
-        found = self._credentials(credentials, role)
+        data = check_payload(payload)
+        request = Request(data, self._credentials(credentials, role), **options)
         begin = time.monotonic()
         lease = self._take_function(tenant, begin)
         while True:
             try:
-                answer = env_of(lease).invoke_bytes(payload, credentials=found, **options)
+                answer = env_of(lease).call(request)
+                invocation = answer.invocation() if isinstance(answer, Answer) else answer
             except BaseException as error:
                 if not self._fail(lease, error):
                     raise
             else:
                 if not self._keep_idle(lease):
                     self._finish(lease, None)
-                return answer
+                return invocation
             lease = self._take(tenant, self._acquire_timeout, begin, again=True)
 
     def submit(self, event: object, **options: Unpack[TimedCallOptions]) -> Future[Any]:

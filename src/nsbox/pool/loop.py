@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.functions.credentials import Credentials, Provider, resolve_async
-from nsbox.functions.request import PoolOptions
+from nsbox.functions.request import PoolOptions, Request, encode_event
 from nsbox.pool.accounts import Waiter
 from nsbox.pool.desk import Desk
 from nsbox.pool.judgement import Source
@@ -112,7 +112,9 @@ class PoolCalls(Desk):
         Threads are started for births, and for files and providers of credentials. A cancelled call
         leaves the queue, or its environment is killed.
         """
+        payload = encode_event(event)
         found = await resolve_async(self._provider(credentials), self._role(role))
+        request = Request(payload, found, **options)
         self._check_usable(is_function=True)
         begin = time.monotonic()
         lease = self._scheduler.take_idle(self._queue, tenant)
@@ -123,7 +125,7 @@ class PoolCalls(Desk):
                     tenant, self._acquire_timeout, begin, again=is_again
                 )
             try:
-                answer = await env_of(lease).invoke_async(event, credentials=found, **options)
+                answer = (await env_of(lease).call_async(request)).json()
             except BaseException as error:
                 if not self._fail(lease, error):
                     raise
