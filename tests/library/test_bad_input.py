@@ -10,10 +10,12 @@ import contextlib
 import os
 import re
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.support import PATIENCE, host_program
 
 import nsbox
 from nsbox import (
@@ -208,3 +210,24 @@ def test_messages_name_the_unit_and_the_remedy() -> None:
     for make in (nsbox.ExecutionEnvironment, lambda f: nsbox.run(["true"], config=f)):
         with pytest.raises(ConfigError, match=r"give what its publish\(\) returns"):
             make(function)  # type: ignore[arg-type]
+
+
+DIRECTORIES = """
+import os, nsbox
+fd = os.open("/tmp", os.O_RDONLY)
+for name in ("stdin", "stdout", "stderr"):
+    try:
+        nsbox.run(["true"], **{name: fd})
+    except nsbox.ConfigError as error:
+        print(error)
+with open(f"/proc/self/task/{os.getpid()}/children") as file:
+    print(file.read().split())
+"""
+
+
+def test_a_directory_as_a_stream_is_refused_before_anything_is_made() -> None:
+    out, _ = host_program(DIRECTORIES, stdout=subprocess.PIPE).communicate(timeout=60 * PATIENCE)
+    *refusals, children = out.decode().splitlines()
+    assert [line.partition(":")[0] for line in refusals] == ["stdin", "stdout", "stderr"]
+    assert all("is a directory" in line for line in refusals)
+    assert children == "[]"

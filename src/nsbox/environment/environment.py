@@ -32,6 +32,7 @@ from nsbox.supervisor.files import begin_reset, finish_reset, read_file, write_f
 from nsbox.supervisor.launcher import get_launcher
 from nsbox.supervisor.plan import Blueprint, born_layers, interpreter, plan
 from nsbox.supervisor.process import DEVNULL, PIPE, Process, Stream
+from nsbox.supervisor.streams import NAMES, descriptor_of
 from nsbox.values.config import (
     Config,
     ConfigFields,
@@ -494,6 +495,9 @@ def run(
         As `ExecutionEnvironment` and `ExecutionEnvironment.run`.
     """
     check_argv(argv)
+    for name, stream in zip(NAMES, (stdin, stdout, stderr), strict=True):
+        if stream not in (None, PIPE, DEVNULL):
+            descriptor_of(stream, name)
     environment = _BriefEnvironment(config, **fields)
     try:
         return environment.run(

@@ -50,7 +50,7 @@ def descriptor_of(stream: object, what: str) -> int:
     if stat.S_ISDIR(mode):
         # openat(2) from a directory of the host leads out of the pivoted root.
         raise ConfigError(
-            f"{what}: descriptor {fd} is a directory, which would lead out of the sandbox"
+            f"{what}: descriptor {fd} is a directory, which leads out of the sandbox; give a file"
         )
     return fd
 
