@@ -123,14 +123,14 @@ def test_a_tenants_version_stays_its_own(make: Make) -> None:
 def test_a_lease_is_ended_once(commands: nsbox.WarmPool) -> None:
     lease = commands._take(None, 1)
     assert lease.slot.phase is Phase.LEASED
-    commands._finish(lease, None)
+    commands._manager.finish(lease, None)
     with pytest.raises(nsbox.EnvironmentStateError, match="this lease is over"):
-        commands._finish(lease, None)
+        commands._manager.finish(lease, None)
     again = commands._take(None, 1)
     assert again.slot is lease.slot
     with pytest.raises(nsbox.EnvironmentStateError, match="this lease is over"):
-        commands._finish(lease, None)
-    commands._finish(again, None)
+        commands._manager.finish(lease, None)
+    commands._manager.finish(again, None)
 
 
 def test_files_stay_with_keep_and_go_with_never() -> None:
@@ -308,10 +308,11 @@ def test_a_late_word_of_a_death_is_not_believed_of_another(commands: nsbox.WarmP
     with commands.acquire() as env:
         pass
     (slot,) = commands._scheduler._slots
-    commands._manager._on_ready(slot.fd)
+    maintenance = commands._manager._get_maintenance()
+    maintenance.dispatch(slot.fd)
     with commands.acquire() as again:
         assert again is env
-    commands._manager._on_ready(1 << 20)
+    maintenance.dispatch(1 << 20)
 
 
 def test_provisioned_ones_are_ready_when_the_pool_is(make: Make) -> None:

@@ -193,7 +193,7 @@ def test_a_loop_that_ends_without_its_calls_keeps_nothing(make: Make) -> None:
         loop.run_until_complete(asyncio.sleep(0))
         assert pool.stats()["Waiting"] == 1
         loop.close()
-        pool._finish(grant, None)
+        pool._manager.finish(grant, None)
         assert pool.invoke({"echo": 1})["echo"] == 1
         stats = pool.stats()
         assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (3, 3, 1)

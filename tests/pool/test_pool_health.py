@@ -61,7 +61,7 @@ def test_caller_and_watch_may_look_at_an_end_at_once() -> None:
                 return False
 
             wait_until(is_looking, "the thread is in poll")
-            pool._manager._on_ready(slot.fd)
+            pool._manager._get_maintenance().dispatch(slot.fd)
             os.kill(env.pid, signal.SIGKILL)
             looks.join()
             raise ZeroDivisionError
@@ -125,9 +125,7 @@ def test_a_pool_goes_on_when_its_thread_meets_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with nsbox.WarmPool(provisioned=1, max_environments=1) as pool:
-        on_ready, watch = pool._manager._on_ready, pool._manager._watch
-        assert watch is not None
-        sweep = pool._scheduler.sweep
+        died, sweep = pool._scheduler.died, pool._scheduler.sweep
         errors: list[str] = []
 
         def fail_once(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,13 +138,13 @@ def test_a_pool_goes_on_when_its_thread_meets_an_error(
             return call
 
         monkeypatch.setattr(pool._scheduler, "sweep", fail_once("sweep", sweep))
-        watch.ring()
+        pool._manager._wake()
         wait_until(lambda: errors == ["sweep"], "it has met one")
-        monkeypatch.setattr(watch, "_on_ready", fail_once("ready", on_ready))
+        monkeypatch.setattr(pool._scheduler, "died", fail_once("died", died))
         (slot,) = pool._scheduler._slots
         assert slot.env is not None
         os.kill(slot.env.pid, signal.SIGKILL)
-        wait_until(lambda: errors == ["sweep", "ready"], "it has met the second")
+        wait_until(lambda: errors == ["sweep", "died"], "it has met the second")
         with pool.acquire() as env:
             assert env.run(["true"]).ok
         assert [r.levelname for r in caplog.records if r.exc_info] == ["ERROR", "ERROR"]

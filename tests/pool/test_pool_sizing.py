@@ -352,7 +352,7 @@ def test_it_can_be_switched_off(make: Make, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pressure, "LOOK_SECONDS", 0.001)
     with nsbox.WarmPool(make(), min_available=None) as pool:
         pool.invoke({})
-        assert pool._manager._pressure is None
+        assert pool._manager._memory is None
     for value in (0, 1.5, True, "5%"):
         with pytest.raises(nsbox.ConfigError, match="min_available: must be a share"):
             nsbox.WarmPool(min_available=value)  # type: ignore[arg-type]
@@ -381,10 +381,10 @@ def test_the_kernel_tells_of_pressure(
     limits = nsbox.Limits(memory_max="32M")
     with nsbox.ExecutionEnvironment(limits=limits, tmp_size="16M") as env:
         # More is available than there has to be; after an alarm that is too little, or enough.
-        for queue, is_believed in ((0.75, True), (0.25, False)):
+        for share, is_believed in ((0.75, True), (0.25, False)):
             alarms.clear()
             with nsbox.WarmPool(
-                make(), min_available=queue * available, on_event=events.append
+                make(), min_available=share * available, on_event=events.append
             ) as pool:
                 pool.invoke({})
                 with env.popen(["sh", "-c", script], stdin=nsbox.DEVNULL):
@@ -405,11 +405,9 @@ def test_the_limit_of_the_own_cgroup_counts(
     own = Pressure(0.1)
     try:
         assert own.available() == pytest.approx(0.2)
-        assert own.look()[0] is False
+        assert not own.is_low()
         (tmp_path / "memory.current").write_text("1050\n")
-        assert own.look()[0] is False, "it is not yet time"
-        monkeypatch.setattr(own, "_next_look", 0.0)
-        assert own.look()[0] is True
+        assert own.is_low()
         (tmp_path / "memory.max").write_text("max\n")
         assert own.available() > 0
     finally:

@@ -7,10 +7,10 @@ import enum
 import select
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
-from nsbox.errors import Throttled
+from nsbox.errors import ConfigError, Throttled
 from nsbox.pool.events import Counters, Retirement
 
 FAILURES_MAX: Final = 3
@@ -370,3 +370,42 @@ class FunctionQueue(Generic[E, W]):
 def coldness(slot: Slot[E, W]) -> float:
     """Return what idle ones are sorted by, so that the coldest comes first."""
     return slot.idle_since
+
+
+def check_promises(
+    queues: Iterable[tuple[FunctionQueue[E, W], int]],
+    shared: Places[E, W],
+    most: int,
+    memory_budget: int | None,
+) -> None:
+    """Raise ConfigError unless each function gets what it is promised, and a place at least.
+
+    Args:
+        queues: The functions, and the bytes that an environment of each may use.
+        shared: The places of those that have none reserved.
+        most: All places.
+        memory_budget: Bytes for all.
+    """
+    reserved = kept = kept_memory = reserved_memory = least = least_memory = 0
+    for queue, memory in queues:
+        if queue.places is not shared:
+            reserved += queue.places.most
+            reserved_memory += queue.places.most * memory
+        elif queue.provisioned:
+            kept += queue.provisioned
+            kept_memory += queue.provisioned * memory
+        elif not queue.is_optional:
+            least, least_memory = 1, max(least_memory, memory)
+    need = reserved + kept + least
+    if need > most:
+        raise ConfigError(
+            f"max_environments: {most} are too few for {reserved} reserved, {kept} "
+            f"provisioned and {least} for functions that have neither; give at least {need}"
+        )
+    need = reserved_memory + kept_memory + least_memory
+    if memory_budget is not None and need > memory_budget:
+        raise ConfigError(
+            f"memory_budget: {memory_budget} bytes are too few for the memory limits of "
+            f"what is reserved, provisioned and least needed; give at least {need}, or lower "
+            "limits"
+        )

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One function of a pool, or its one `Config`: calls from threads, versions, numbers."""
+"""`PoolFunction`: one function of a pool, or its one `Config`: its calls, its version, its numbers.
+
+A call, from a thread or on an asyncio loop, takes a lease, uses the environment, and gives it back.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from typing import Any, Final, Unpack
+from typing import Any, Final, NoReturn, Unpack
 
 from nsbox.environment.environment import ExecutionEnvironment
-from nsbox.errors import ConfigError
+from nsbox.errors import ConfigError, PoolError, PoolTimeout, refuse_pickling
 from nsbox.functions.call import Answer
-from nsbox.functions.credentials import Credentials, Provider
+from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.request import (
     CallOptions,
@@ -27,8 +31,7 @@ from nsbox.functions.request import (
 )
 from nsbox.pool.accounts import Resolve, Waiter
 from nsbox.pool.executor import CallExecutor
-from nsbox.pool.judgement import Source
-from nsbox.pool.loop import PoolCalls
+from nsbox.pool.maintenance import Source
 from nsbox.pool.manager import PoolLease, PoolManager, PoolQueue, PoolWaiter, env_of
 from nsbox.pool.settings import check_count
 from nsbox.values.config import Config, parse_seconds
@@ -37,13 +40,21 @@ from nsbox.values.invocation import Invocation
 _TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
 
 
-class PoolFunction(PoolCalls):
+class PoolFunction:
     """One function of a pool: its calls, its version, its numbers. Made by `WarmPool.function`."""
 
     def __init__(self, manager: PoolManager, queue: PoolQueue, most: int) -> None:
         """`most`: as many of its submitted calls run at a time."""
-        super().__init__(manager, queue)
+        self._manager = manager
+        self._queue = queue
+        self._scheduler = manager.scheduler
         self._executor = CallExecutor(most)
+        self._acquire_timeout = manager.settings.acquire_timeout
+        self._is_function = isinstance(queue.resolve(None)[1], FunctionVersion)
+        self._has_provider = manager.settings.credentials is not None
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling("a pool", "make one there, from the Function or Config")
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -82,16 +93,16 @@ class PoolFunction(PoolCalls):
             found = self._credentials(credentials, role)
         request = Request(payload, found, timeout=timeout, env=env, files=files)
         begin = time.monotonic()
-        lease = self._take_function(tenant, begin)
+        lease = self._take_warm(tenant, begin)
         while True:
             try:
-                answer = env_of(lease).call(request).json()
+                answer = (lease.slot.env or env_of(lease)).call(request).json()
             except BaseException as error:
-                if not self._fail(lease, error):
+                if not self._manager.fail(lease, error):
                     raise
             else:
-                if not self._keep_idle(lease):
-                    self._finish(lease, None)
+                if not self._scheduler.keep_idle(lease):
+                    self._manager.finish(lease, None)
                 return answer
             lease = self._take(tenant, self._acquire_timeout, begin, again=True)
 
@@ -108,17 +119,17 @@ class PoolFunction(PoolCalls):
         data = check_payload(payload)
         request = Request(data, self._credentials(credentials, role), **options)
         begin = time.monotonic()
-        lease = self._take_function(tenant, begin)
+        lease = self._take_warm(tenant, begin)
         while True:
             try:
-                answer = env_of(lease).call(request)
+                answer = (lease.slot.env or env_of(lease)).call(request)
                 invocation = answer.invocation() if isinstance(answer, Answer) else answer
             except BaseException as error:
-                if not self._fail(lease, error):
+                if not self._manager.fail(lease, error):
                     raise
             else:
-                if not self._keep_idle(lease):
-                    self._finish(lease, None)
+                if not self._scheduler.keep_idle(lease):
+                    self._manager.finish(lease, None)
                 return invocation
             lease = self._take(tenant, self._acquire_timeout, begin, again=True)
 
@@ -167,6 +178,44 @@ class PoolFunction(PoolCalls):
             raise
         return _answers(futures, end)
 
+    async def invoke_async(
+        self,
+        event: object,
+        *,
+        tenant: str | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[PoolOptions],
+    ) -> Any:  # noqa: ANN401 - any JSON value
+        """Do as `invoke` on the running asyncio loop.
+
+        Threads are started for births, and for files and providers of credentials. A cancelled call
+        leaves the queue, or its environment is killed.
+        """
+        payload = encode_event(event)
+        found = await resolve_async(self._provider(credentials), self._role(role))
+        request = Request(payload, found, **options)
+        self._check_usable(is_function=True)
+        begin = time.monotonic()
+        lease = self._scheduler.take_idle(self._queue, tenant)
+        is_again = lease is not None
+        while True:
+            if lease is None or self._looks_dead(lease):
+                lease = await self._take_on_loop(
+                    tenant, self._acquire_timeout, begin, again=is_again
+                )
+            try:
+                environment = lease.slot.env or env_of(lease)
+                answer = (await environment.call_async(request)).json()
+            except BaseException as error:
+                if not self._manager.fail(lease, error):
+                    raise
+            else:
+                if not self._scheduler.keep_idle(lease):
+                    self._manager.finish(lease, None)
+                return answer
+            lease, is_again = None, True
+
     @contextlib.contextmanager
     def acquire(self, *, timeout: float | None = None) -> Iterator[ExecutionEnvironment]:
         """Lease an environment of a pool of a `Config`, for the body of a with statement.
@@ -185,20 +234,39 @@ class PoolFunction(PoolCalls):
         try:
             yield env_of(lease)
         except BaseException as error:
-            self._finish(lease, error)
+            self._manager.finish(lease, error)
             raise
-        self._finish(lease, None)
+        self._manager.finish(lease, None)
+
+    @contextlib.asynccontextmanager
+    async def acquire_async(
+        self,
+        *,
+        timeout: float | None = None,  # noqa: ASYNC109 - of the wait, as that of `acquire`
+    ) -> AsyncIterator[ExecutionEnvironment]:
+        """Do as `acquire`, for an async with statement; what comes after it is done in a thread.
+
+        The environment's own methods wait: `await asyncio.to_thread(env.run, argv)`.
+        """
+        self._check_usable(is_function=False)
+        lease = await self._take_on_loop(None, self._patience(timeout), time.monotonic())
+        try:
+            yield env_of(lease)
+        except BaseException as error:
+            await asyncio.to_thread(self._manager.finish, lease, error)
+            raise
+        await asyncio.to_thread(self._manager.finish, lease, None)
 
     # -- leases -----------------------------------------------------------------------------------
 
-    def _take_function(self, tenant: str | None, begin: float) -> PoolLease:
+    def _take_warm(self, tenant: str | None, begin: float) -> PoolLease:
         """Return a lease for a call of a function; what has died is seen when it is used."""
         if not self._is_function or self._manager.owner != os.getpid():
             self._check_usable(is_function=True)
         lease = self._scheduler.take_idle(self._queue, tenant)
         if lease is None:
             return self._take(tenant, self._acquire_timeout, begin)
-        if self._looks_dead(lease):
+        if (lease.is_cold or lease.slot.is_silent) and self._manager.is_dead(lease):
             return self._take(tenant, self._acquire_timeout, begin, again=True)
         return lease
 
@@ -229,7 +297,7 @@ class PoolFunction(PoolCalls):
                 lease = self._leave_queue(waiter, seconds)
             again = True
             if lease.is_birth:
-                self._give_birth(lease)
+                self._manager.start(lease)
                 return lease
             if not self._looks_dead(lease):
                 return lease
@@ -241,10 +309,100 @@ class PoolFunction(PoolCalls):
             else:
                 waiter.wait(max(0.0, deadline - time.monotonic()))
         except BaseException:
-            self._drop(self._scheduler.withdraw(waiter))
+            self._manager.drop(self._scheduler.withdraw(waiter))
             raise
 
-    # -- maintenance ------------------------------------------------------------------------------
+    def _leave_queue(self, waiter: PoolWaiter, seconds: float | None) -> PoolLease:
+        """Return the lease of a call that has waited for `seconds` at most.
+
+        Raises:
+            PoolTimeout: It has got none.
+            PoolClosed, Throttled: It was told that it gets none.
+        """
+        lease = self._scheduler.withdraw(waiter)
+        if waiter.error is not None:
+            raise waiter.error
+        if lease is None:
+            raise PoolTimeout(f"no environment was free within {seconds} seconds")
+        return lease
+
+    async def _take_on_loop(
+        self, tenant: str | None, seconds: float | None, begin: float, *, again: bool = False
+    ) -> PoolLease:
+        """Do as `_take`, on the running loop."""
+        loop = asyncio.get_running_loop()
+        left = None if seconds is None else max(0.0, begin + seconds - time.monotonic())
+        deadline = None if left is None else loop.time() + left
+        while True:
+            waiter = LoopWaiter(tenant, loop)
+            lease = self._scheduler.ask(waiter, self._queue, again=again)
+            if lease is None:
+                await self._wait_on_loop(waiter, deadline)
+                lease = self._leave_queue(waiter, seconds)
+            again = True
+            if lease.is_birth:
+                await _LoopBirth(self._manager, lease, loop).wait()
+                return lease
+            if not self._looks_dead(lease):
+                return lease
+
+    async def _wait_on_loop(self, waiter: LoopWaiter, deadline: float | None) -> None:
+        loop = asyncio.get_running_loop()
+        timer = None if deadline is None else loop.call_at(deadline, _settle, waiter.future)
+        try:
+            await waiter.future
+        except BaseException:
+            # Closing its victims, if any, waits for nothing.
+            self._manager.drop(self._scheduler.withdraw(waiter))
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def _check_usable(self, *, is_function: bool) -> None:
+        if self._manager.owner != os.getpid():
+            raise PoolError(
+                f"this pool belongs to process {self._manager.owner}, and this is {os.getpid()}: "
+                "make another one here, after the fork"
+            )
+        if is_function is not self._is_function:
+            has = "a function: use invoke" if self._is_function else "a Config: use acquire"
+            raise PoolError(f"this pool is of {has}")
+
+    def _patience(self, timeout: float | None) -> float | None:
+        """Return for how many seconds a call waits for an environment."""
+        return self._acquire_timeout if timeout is None else parse_seconds(timeout, "timeout")
+
+    def _looks_dead(self, lease: PoolLease) -> bool:
+        """Whether an environment that was idle cannot be used; then its lease is over.
+
+        The death of one with a worker is seen when that is sent an event.
+        """
+        return (lease.is_cold or lease.slot.is_silent) and self._manager.is_dead(lease)
+
+    def _credentials(
+        self, credentials: Credentials | Provider | None, role: str | None
+    ) -> Credentials | None:
+        """Return those of a call, if it is to have some."""
+        given = self._provider(credentials)
+        return None if given is None else resolve(given, self._role(role))
+
+    def _provider(
+        self, credentials: Credentials | Provider | None
+    ) -> Credentials | Provider | None:
+        """Return where a call's credentials come from."""
+        return self._manager.settings.credentials if credentials is None else credentials
+
+    def _role(self, role: str | None) -> str:
+        """Return the role of a call's credentials; the function's name, unless it is given."""
+        if role is not None:
+            return role
+        what = self._queue.resolve(None)[1]
+        return what.name if isinstance(what, FunctionVersion) else ""
+
+    # -- versions and numbers ------------------------------------------------------------------
 
     def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
         """Let the next call run another version, and return that.
@@ -258,7 +416,7 @@ class PoolFunction(PoolCalls):
         if isinstance(before, FunctionVersion) and before.function.reuse != version.function.reuse:
             reuse = version.function.reuse
             raise ConfigError(f"publish: reuse {reuse!r} was {before.function.reuse!r}")
-        self._manager.dispose_all(self._scheduler.publish(self._queue, version_resolver(version)))
+        self._manager.retire_all(self._scheduler.publish(self._queue, version_resolver(version)))
         return version
 
     def provision(self, count: int) -> None:
@@ -271,7 +429,7 @@ class PoolFunction(PoolCalls):
         """
         self._check_usable(is_function=self._is_function)
         count = check_count(count, "provisioned", 0)
-        self._manager.dispose_all(self._scheduler.provision(self._queue, count))
+        self._manager.retire_all(self._scheduler.provision(self._queue, count))
 
     def stats(self) -> dict[str, float]:
         """Return the numbers of one moment, under AWS Lambda's names where it has one.
@@ -280,6 +438,88 @@ class PoolFunction(PoolCalls):
         InitDuration are sums in milliseconds. Those of a `WarmPool` are of all its functions.
         """
         return self._scheduler.stats(self._queue)
+
+
+class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
+    """A call that waits on a loop.
+
+    Attributes:
+        future: Done once the call is served or refused, or its time is over.
+    """
+
+    def __init__(self, tenant: str | None, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(tenant)
+        self._loop = loop
+        self.future: asyncio.Future[None]
+
+    def join(self) -> None:
+        """See `Waiter.join`."""
+        self.future = self._loop.create_future()
+
+    def wake(self) -> bool:
+        """See `Waiter.wake`."""
+        return _wake(self._loop, self.future)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> bool:
+    try:
+        loop.call_soon_threadsafe(_settle, future)
+    except RuntimeError:
+        return False  # it is closed
+    return True
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class _LoopBirth:
+    """A birth in a thread, for a task that may be cancelled before it is over."""
+
+    def __init__(
+        self, manager: PoolManager, lease: PoolLease, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._manager = manager
+        self._grant = lease
+        self._loop = loop
+        self._future: asyncio.Future[None] = loop.create_future()
+        self._lock = threading.Lock()
+        self._is_born = self._is_unwanted = False
+        self._error: BaseException | None = None
+
+    async def wait(self) -> None:
+        try:
+            threading.Thread(target=self._run, name="nsbox-pool-birth", daemon=True).start()
+        except BaseException:
+            self._manager.drop(self._grant)
+            raise
+        try:
+            await self._future
+        except BaseException:
+            with self._lock:
+                self._is_unwanted = True
+                is_born = self._is_born
+            if is_born:
+                self._manager.drop(self._grant)
+            raise
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._manager.start(self._grant)
+        except BaseException as error:  # noqa: BLE001 - handed to the task
+            self._error = error
+            _wake(self._loop, self._future)
+            return
+        with self._lock:
+            is_unwanted = self._is_unwanted
+            if not is_unwanted:
+                self._is_born = True
+                is_unwanted = not _wake(self._loop, self._future)
+        if is_unwanted:
+            self._manager.drop(self._grant)
 
 
 def _answers(futures: deque[Future[Any]], end: float | None) -> Iterator[Any]:

@@ -20,8 +20,8 @@ from nsbox.functions.function import Function, FunctionVersion
 from nsbox.pool.accounts import Resolve
 from nsbox.pool.events import PoolEvent
 from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
-from nsbox.pool.judgement import Source
-from nsbox.pool.manager import PoolManager
+from nsbox.pool.maintenance import Source
+from nsbox.pool.manager import RETURN_DEADLINE, PoolManager
 from nsbox.pool.settings import check_count, check_settings
 from nsbox.supervisor.launcher import begin_exit
 from nsbox.values.config import Config, make_config
@@ -148,7 +148,7 @@ class WarmPool(PoolFunction):
     ) -> PoolFunction:
         """Have the pool serve another function, and return what it is called by.
 
-        All have their environments in this one pool. Those without reserved places queue what is
+        All have their environments in this one pool. Those without reserved places share what is
         left: what becomes free goes to the function whose calls wait and that has the fewest.
 
         Args:
@@ -199,19 +199,29 @@ class WarmPool(PoolFunction):
         """
         if self._manager.owner != os.getpid():
             return
+        # Before the lock, which another thread may have that lets calls end.
+        failure = None if drain else self._refuse(drain=False)
         with self._close_lock:
-            if self._is_closed:
-                return
-            for function in self._functions:
-                function._executor.close(drain=drain)
-            failure = self._manager.end(drain=drain)
-            self._is_closed = True
-            for function in self._functions:
-                function._executor.join()
-            self._manager.end_watch()
-            _pools.discard(self)
+            if not self._is_closed:
+                if drain:
+                    failure = self._refuse(drain=True)
+                self._scheduler.await_empty(RETURN_DEADLINE)
+                self._is_closed = True
+                for function in self._functions:
+                    function._executor.join()
+                self._manager.stop()
+                _pools.discard(self)
         if failure is not None:
             raise failure
+
+    def _refuse(self, *, drain: bool) -> Exception | None:
+        """Take no more calls, and end those that wait and run, unless they may end by themselves.
+
+        Returns what could not be removed of idle environments, if anything.
+        """
+        for function in list(self._functions):
+            function._executor.close(drain=drain)
+        return self._manager.begin_close(drain=drain)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the pool as `concurrent.futures.Executor.shutdown` does: `close` with its words.

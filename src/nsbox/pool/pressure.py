@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from typing import Final
 
 STALL: Final = 200_000
@@ -32,22 +31,14 @@ class Pressure:
     def __init__(self, least: float, *, stall: int = STALL) -> None:
         """Take the share of the memory that is to be available."""
         self._least = least
-        self._next_look = 0.0
         self._directories = _own_directories()
         files = ["/proc/pressure/memory"]
         files += [f"{directory}/memory.pressure" for directory in self._directories[:1]]
         self.triggers = [fd for path in files if (fd := _arm(path, stall)) >= 0]
 
-    def look(self) -> tuple[bool, float]:
-        """Look at the available memory, if it is time to.
-
-        Returns whether there is too little, and the seconds until it is time again.
-        """
-        now = time.monotonic()
-        if now < self._next_look:
-            return False, self._next_look - now
-        self._next_look = now + LOOK_SECONDS
-        return self.available() < self._least, LOOK_SECONDS
+    def is_low(self) -> bool:
+        """Whether too little memory is available."""
+        return self.available() < self._least
 
     def is_alarming(self) -> bool:
         """Whether an alarm of the kernel's is to be believed."""

@@ -38,6 +38,7 @@ from nsbox.pool.accounts import (
     Slot,
     W,
     Waiter,
+    check_promises,
     coldness,
 )
 from nsbox.pool.events import Counters, Retirement
@@ -219,31 +220,11 @@ class Scheduler(Generic[E, W]):
 
         `change` is what the last of `queues` is to be.
         """
-        reserved = kept = kept_memory = reserved_memory = least = least_memory = 0
+        weighed = []
         for queue in queues:
             resolve = change if change is not None and queue is queues[-1] else queue.resolve
-            memory = self._weigh(resolve(None)[1])
-            if queue.places is not self._shared:
-                reserved += queue.places.most
-                reserved_memory += queue.places.most * memory
-            elif queue.provisioned:
-                kept += queue.provisioned
-                kept_memory += queue.provisioned * memory
-            elif not queue.is_optional:
-                least, least_memory = 1, max(least_memory, memory)
-        need = reserved + kept + least
-        if need > self._most:
-            raise ConfigError(
-                f"max_environments: {self._most} are too few for {reserved} reserved, {kept} "
-                f"provisioned and {least} for functions that have neither; give at least {need}"
-            )
-        need = reserved_memory + kept_memory + least_memory
-        if self._memory_budget is not None and need > self._memory_budget:
-            raise ConfigError(
-                f"memory_budget: {self._memory_budget} bytes are too few for the memory limits of "
-                f"what is reserved, provisioned and least needed; give at least {need}, or lower "
-                "limits"
-            )
+            weighed.append((queue, self._weigh(resolve(None)[1])))
+        check_promises(weighed, self._shared, self._most, self._memory_budget)
 
     def publish(self, queue: FunctionQueue[E, W], resolve: Resolve[W]) -> list[Slot[E, W]]:
         """Give new calls, and those that wait, another version; return idle ones to close.
@@ -279,10 +260,7 @@ class Scheduler(Generic[E, W]):
             except ConfigError:
                 queue.provisioned = before
                 raise
-            ready = [slot for slot in self._slots if slot.queue is queue]
-            ready = [
-                slot for slot in ready if slot.is_provisioned and slot.phase is not Phase.RETIRED
-            ]
+            ready = self._kept_ready(queue)
             # Idle ones go first; one that is in a call is from now on one of those on demand.
             ready.sort(key=lambda slot: slot.phase is Phase.IDLE)
             surplus = ready[count:]
@@ -388,13 +366,7 @@ class Scheduler(Generic[E, W]):
 
     def _reserve_ready(self, queue: FunctionQueue[E, W]) -> Lease[E, W] | None:
         key, what = queue.resolve(None)
-        present = sum(
-            slot.queue is queue
-            and slot.key == key
-            and slot.is_provisioned
-            and slot.phase is not Phase.RETIRED
-            for slot in self._slots
-        )
+        present = sum(slot.key == key for slot in self._kept_ready(queue))
         if present >= queue.provisioned or queue.breaker.pause() > 0:
             return None
         victims = self._find_room(queue, self._weigh(what), Retirement.PROVISIONED)
@@ -672,6 +644,7 @@ class Scheduler(Generic[E, W]):
             self._is_closed = True
             if kill is not None:
                 self._is_killed = True
+                self._changed.notify_all()
                 for queue in self._queues:
                     for waiter in list(queue.waiters):
                         waiter.error = PoolClosed("the pool was closed while the call waited")
@@ -685,9 +658,13 @@ class Scheduler(Generic[E, W]):
             idle = [slot for places in self._parts for slot in places.idle()]
             return self._retire_idle(idle, Retirement.CLOSE), orphans
 
-    def await_empty(self, seconds: float | None) -> bool:
-        """Wait until every environment is closed; False when the time is over."""
+    def await_empty(self, seconds: float) -> bool:
+        """Wait until every environment is closed; False when it takes too long.
+
+        For as long as that takes while calls are let end; `seconds` at most once they are killed.
+        """
         with self._lock:
+            self._changed.wait_for(lambda: not self._slots or self._is_killed)
             return self._changed.wait_for(lambda: not self._slots, seconds)
 
     @property
@@ -727,6 +704,14 @@ class Scheduler(Generic[E, W]):
             or self._weigh(what) <= self._memory_budget - aside
         )
         return queue.places.most > 0 and is_light
+
+    def _kept_ready(self, queue: FunctionQueue[E, W]) -> list[Slot[E, W]]:
+        """Return the provisioned ones of a function, births counted."""
+        return [
+            slot
+            for slot in self._slots
+            if slot.queue is queue and slot.is_provisioned and slot.phase is not Phase.RETIRED
+        ]
 
     def _find_room(
         self, queue: FunctionQueue[E, W], memory: int, reason: Retirement
