@@ -27,16 +27,12 @@ if TYPE_CHECKING:
     from nsbox.environment.environment import State as State
     from nsbox.environment.environment import run as run
     from nsbox.errors import CleanupError as CleanupError
-    from nsbox.errors import CommandFailed as CommandFailed
     from nsbox.errors import CommandStartError as CommandStartError
     from nsbox.errors import ConfigError as ConfigError
     from nsbox.errors import CredentialsError as CredentialsError
     from nsbox.errors import DescriptorsExhausted as DescriptorsExhausted
-    from nsbox.errors import EnvironmentDied as EnvironmentDied
     from nsbox.errors import EnvironmentStateError as EnvironmentStateError
-    from nsbox.errors import FunctionError as FunctionError
     from nsbox.errors import InvokeError as InvokeError
-    from nsbox.errors import InvokeTimeout as InvokeTimeout
     from nsbox.errors import LauncherError as LauncherError
     from nsbox.errors import NsboxError as NsboxError
     from nsbox.errors import PoolClosed as PoolClosed
@@ -68,8 +64,12 @@ if TYPE_CHECKING:
     from nsbox.values.config import IoMax as IoMax
     from nsbox.values.config import Limits as Limits
     from nsbox.values.config import Mount as Mount
+    from nsbox.values.invocation import FunctionError as FunctionError
     from nsbox.values.invocation import Invocation as Invocation
+    from nsbox.values.invocation import InvokeTimeout as InvokeTimeout
     from nsbox.values.invocation import LeftRunning as LeftRunning
+    from nsbox.values.result import CommandFailed as CommandFailed
+    from nsbox.values.result import EnvironmentDied as EnvironmentDied
     from nsbox.values.result import Outcome as Outcome
     from nsbox.values.result import Protection as Protection
     from nsbox.values.result import Protections as Protections
@@ -83,21 +83,23 @@ _HOMES = {
     "nsbox.functions.credentials": ("CredentialCache", "Credentials"),
     "nsbox.environment.environment": ("ExecutionEnvironment", "State", "run"),
     "nsbox.errors": (
-        "CleanupError", "CommandFailed", "CommandStartError", "ConfigError", "CredentialsError",
-        "DescriptorsExhausted", "EnvironmentDied", "EnvironmentStateError", "FunctionError",
-        "InvokeError", "InvokeTimeout", "LauncherError", "NsboxError", "PoolClosed", "PoolError",
-        "PoolTimeout",
-        "SetupError", "StoreError", "SyscallError", "Throttled", "UnsupportedHostError",
+        "CleanupError", "CommandStartError", "ConfigError", "CredentialsError",
+        "DescriptorsExhausted", "EnvironmentStateError", "InvokeError", "LauncherError",
+        "NsboxError", "PoolClosed", "PoolError", "PoolTimeout", "SetupError", "StoreError",
+        "SyscallError", "Throttled", "UnsupportedHostError",
     ),
     "nsbox.functions.function": ("Function", "FunctionVersion", "Layer"),
-    "nsbox.values.invocation": ("Invocation", "LeftRunning"),
+    "nsbox.values.invocation": ("FunctionError", "Invocation", "InvokeTimeout", "LeftRunning"),
     "nsbox.supervisor.launcher": ("shutdown",),
     "nsbox.seccomp.policy": ("SeccompPolicy",),
     "nsbox.pool.function": ("PoolFunction",),
     "nsbox.pool.pool": ("WarmPool",),
     "nsbox.pool.aio": ("AsyncWarmPool",),
     "nsbox.pool.events": ("PoolEvent", "Retirement"),
-    "nsbox.values.result": ("Outcome", "Protection", "Protections", "Result", "Usage"),
+    "nsbox.values.result": (
+        "CommandFailed", "EnvironmentDied", "Outcome", "Protection", "Protections", "Result",
+        "Usage",
+    ),
     "nsbox.store.store": ("Store",),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every exception nsbox raises.
+"""Every exception nsbox raises, but for four that carry a value, which are defined beside it.
 
 ::
 
@@ -38,9 +38,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any, NoReturn
-
-    from nsbox.values.invocation import Invocation
-    from nsbox.values.result import Outcome, Result
 
 
 class NsboxError(Exception):
@@ -199,55 +196,6 @@ class InvokeError(NsboxError):
     """Base of what can go wrong while something runs in an environment."""
 
 
-class FunctionError(InvokeError):
-    """The function failed: its handler raised, its module cannot be imported, it exited...
-
-    Attributes:
-        error_type: Name of the exception's class, or ``Runtime.ExitError`` and the like, as AWS
-            Lambda names them.
-        message: What it said.
-        stack_trace: Lines of its own frames, as `traceback.format_list` gives them.
-        invocation: The `Invocation`, with its log; None when the module was being imported.
-    """
-
-    def __init__(
-        self,
-        error_type: str,
-        message: str,
-        stack_trace: Sequence[str] = (),
-        invocation: Invocation | None = None,
-    ) -> None:
-        super().__init__(f"{error_type}: {message}")
-        self.error_type = error_type
-        self.message = message
-        self.stack_trace = tuple(stack_trace)
-        self.invocation = invocation
-
-
-class InvokeTimeout(InvokeError, TimeoutError):
-    """An invocation, or the import before the first, took too long; its environment was killed.
-
-    Attributes:
-        invocation: The `Invocation`, with its log; None when the module was being imported.
-    """
-
-    def __init__(self, message: str, invocation: Invocation | None = None) -> None:
-        super().__init__(message)
-        self.invocation = invocation
-
-
-class EnvironmentDied(InvokeError):
-    """The environment ended under a running command, by no verdict of nsbox.
-
-    Attributes:
-        outcome: The `Outcome` that describes its end, or None when nothing is known.
-    """
-
-    def __init__(self, message: str, outcome: Outcome | None = None) -> None:
-        super().__init__(message)
-        self.outcome = outcome
-
-
 class PoolError(NsboxError):
     """A pool cannot do what it was asked for."""
 
@@ -285,15 +233,3 @@ class CleanupError(NsboxError):
     def __init__(self, leaked: Sequence[str]) -> None:
         super().__init__(f"left behind: {', '.join(leaked)}")
         self.leaked = tuple(leaked)
-
-
-class CommandFailed(NsboxError):
-    """Raised by `Result.check()` when the command did not exit with 0.
-
-    Attributes:
-        result: The whole result.
-    """
-
-    def __init__(self, result: Result) -> None:
-        super().__init__(f"{result.argv[0]!r} failed: {result.evidence}")
-        self.result = result

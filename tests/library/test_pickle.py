@@ -45,16 +45,16 @@ EXAMPLES: list[errors.NsboxError] = [
     errors.EnvironmentStateError("closed"),
     errors.CommandStartError("prog", 2, "No such file"),
     errors.InvokeError("no"),
-    errors.FunctionError("KeyError", "'x'", ["  File\n"], INVOCATION),
-    errors.FunctionError("KeyError", "'x'"),
-    errors.InvokeTimeout("late", INVOCATION),
-    errors.EnvironmentDied("gone", nsbox.Outcome.OOM_KILLED),
+    nsbox.FunctionError("KeyError", "'x'", ["  File\n"], INVOCATION),
+    nsbox.FunctionError("KeyError", "'x'"),
+    nsbox.InvokeTimeout("late", INVOCATION),
+    nsbox.EnvironmentDied("gone", nsbox.Outcome.OOM_KILLED),
     errors.PoolError("no"),
     errors.Throttled("full", reason="full", retry_after=2.0),
     errors.PoolTimeout("late"),
     errors.PoolClosed("closed"),
     errors.CleanupError(["/sys/fs/cgroup/x"]),
-    errors.CommandFailed(RESULT),
+    nsbox.CommandFailed(RESULT),
 ]
 WAYS: list[Callable[[Any], Any]] = [
     copy.copy,
@@ -74,10 +74,9 @@ def seen(error: BaseException) -> dict[str, Any]:
 
 
 def test_every_class_has_an_example() -> None:
+    public = [getattr(nsbox, name) for name in nsbox.__all__]
     classes = {
-        kind
-        for _, kind in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(kind, errors.NsboxError)
+        kind for kind in public if inspect.isclass(kind) and issubclass(kind, errors.NsboxError)
     }
     assert classes == {type(error) for error in EXAMPLES}
 

@@ -351,8 +351,8 @@ def is_overload_or_setter(node: ast.AST) -> bool:
 
 EXCEPTIONS = sorted(
     name
-    for name, value in vars(errors).items()
-    if isinstance(value, type) and issubclass(value, errors.NsboxError)
+    for name in nsbox.__all__
+    if isinstance(value := getattr(nsbox, name), type) and issubclass(value, nsbox.NsboxError)
 )
 
 

@@ -20,17 +20,12 @@ import click
 from nsbox.cli.app import echo, say_missing
 from nsbox.cli.options import function_options, make_fields
 from nsbox.environment.environment import ExecutionEnvironment, State
-from nsbox.errors import (
-    ConfigError,
-    EnvironmentStateError,
-    FunctionError,
-    InvokeTimeout,
-)
+from nsbox.errors import ConfigError, EnvironmentStateError
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.request import check_payload
 from nsbox.guest.runtime import PAYLOAD_MAX
 from nsbox.supervisor.standby import set_blanks
-from nsbox.values.invocation import Invocation
+from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout
 
 _FUNCTION_ERROR: Final = 1
 _TIMEOUT: Final = 124

@@ -13,13 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Unpack
 
 from nsbox.environment.program import run_program
-from nsbox.errors import (
-    EnvironmentDied,
-    EnvironmentStateError,
-    FunctionError,
-    InvokeTimeout,
-    refuse_pickling,
-)
+from nsbox.errors import EnvironmentStateError, refuse_pickling
 from nsbox.functions.call import Answer, Call, OnLog
 from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.functions.function import FunctionVersion
@@ -33,8 +27,8 @@ from nsbox.supervisor.connection import Link
 from nsbox.supervisor.files import finish_reset, place_files, remove_files
 from nsbox.supervisor.launcher import Launcher
 from nsbox.supervisor.plan import interpreter
-from nsbox.values.invocation import Invocation, LeftRunning
-from nsbox.values.result import Protections
+from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout, LeftRunning
+from nsbox.values.result import EnvironmentDied, Protections
 
 if TYPE_CHECKING:
     import asyncio

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from nsbox.errors import FunctionError, InvokeTimeout
 from nsbox.functions.function import FunctionVersion
 from nsbox.functions.request import Request
 from nsbox.functions.session import error_payload
@@ -17,7 +16,7 @@ from nsbox.guest import runtime as runtime
 from nsbox.supervisor.connection import Link
 from nsbox.supervisor.files import begin_reset, finish_reset
 from nsbox.supervisor.process import DEVNULL, PIPE, Process
-from nsbox.values.invocation import Invocation
+from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout
 from nsbox.values.json_text import decode_answer
 from nsbox.values.result import Outcome, Result
 

@@ -10,8 +10,7 @@ from _socket import socket as Socket
 from collections.abc import Callable
 from typing import Any
 
-from nsbox.errors import FunctionError
-from nsbox.values.invocation import Invocation, LeftRunning
+from nsbox.values.invocation import FunctionError, Invocation, LeftRunning
 from nsbox.values.json_text import decode_answer
 from nsbox.values.result import Result
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from nsbox.errors import EnvironmentDied, SyscallError
+from nsbox.errors import SyscallError
 from nsbox.functions.call import Call
 from nsbox.functions.function import FunctionVersion
 from nsbox.functions.worker import Worker
@@ -17,6 +17,7 @@ from nsbox.supervisor.channel import Channel
 from nsbox.supervisor.connection import Link
 from nsbox.supervisor.files import begin_left_running, finish_left_running
 from nsbox.values.invocation import NOTHING, LeftRunning
+from nsbox.values.result import EnvironmentDied
 
 _OWN: Final = 2  # processes that are nsbox's: PID 1 and the worker
 _PID_1_AND_WORKER: Final = b"2\n"  # pids.current when there is no other thread

@@ -18,14 +18,7 @@ from _socket import socket as Socket
 from collections.abc import Callable, Mapping
 from typing import Final
 
-from nsbox.errors import (
-    EnvironmentDied,
-    EnvironmentStateError,
-    FunctionError,
-    InvokeError,
-    InvokeTimeout,
-    SyscallError,
-)
+from nsbox.errors import EnvironmentStateError, InvokeError, SyscallError
 from nsbox.functions import left_running
 from nsbox.functions.call import Answer, Call, Frame, OnLog, WorkerEnded, WorkerSilent
 from nsbox.functions.deployment import outfit_of
@@ -41,9 +34,9 @@ from nsbox.supervisor.files import begin_reset, finish_reset
 from nsbox.supervisor.process import PIPE, Process
 from nsbox.supervisor.reports import exit_code
 from nsbox.values.counters import oom_evidence
-from nsbox.values.invocation import Invocation
+from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout
 from nsbox.values.json_text import decode_answer
-from nsbox.values.result import Outcome, Protections, Result
+from nsbox.values.result import EnvironmentDied, Outcome, Protections, Result
 
 _Started = tuple[Process, Socket]
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes

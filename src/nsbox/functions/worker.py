@@ -16,13 +16,14 @@ from _socket import socket as Socket
 from contextlib import suppress
 from typing import Final
 
-from nsbox.errors import EnvironmentDied, SyscallError
+from nsbox.errors import SyscallError
 from nsbox.functions.call import Call, Frame, WorkerEnded, WorkerOver, WorkerSilent
 from nsbox.guest import runtime as runtime
 from nsbox.linux.sending import send_at_once
 from nsbox.supervisor.channel import EventPlace
 from nsbox.supervisor.connection import Link
 from nsbox.supervisor.process import Process
+from nsbox.values.result import EnvironmentDied
 
 _HEADER_SIZE: Final = runtime.HEADER.size
 _CHUNK: Final = 1 << 16

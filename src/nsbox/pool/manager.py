@@ -17,9 +17,7 @@ from typing import Final
 from nsbox.environment.environment import ExecutionEnvironment, State, ask_to_end
 from nsbox.errors import (
     ConfigError,
-    EnvironmentDied,
     EnvironmentStateError,
-    FunctionError,
     InvokeError,
     NsboxError,
     PoolClosed,
@@ -45,6 +43,8 @@ from nsbox.pool.settings import Settings
 from nsbox.supervisor import standby
 from nsbox.supervisor.connection import await_farewell
 from nsbox.values.config import Config
+from nsbox.values.invocation import FunctionError
+from nsbox.values.result import EnvironmentDied
 
 PoolLease = Lease[ExecutionEnvironment, Source]
 PoolSlot = Slot[ExecutionEnvironment, Source]

@@ -16,14 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from typing import Any, Final, TypeVar
 
-from nsbox.errors import (
-    DescriptorsExhausted,
-    EnvironmentDied,
-    LauncherError,
-    NsboxError,
-    SetupError,
-    SyscallError,
-)
+from nsbox.errors import DescriptorsExhausted, LauncherError, NsboxError, SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.isolation import cgroups, readback
 from nsbox.launcher import protocol
@@ -31,7 +24,7 @@ from nsbox.supervisor import reports
 from nsbox.supervisor.channel import BrokenAnswer, Channel, Workplace
 from nsbox.supervisor.launcher import Launcher
 from nsbox.supervisor.requests import END_DEADLINE, Supervision
-from nsbox.values.result import Outcome
+from nsbox.values.result import EnvironmentDied, Outcome
 
 BIRTH_DEADLINE: Final = 30.0
 """Seconds a birth may take."""

@@ -6,19 +6,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 
-from nsbox.errors import (
-    ConfigError,
-    EnvironmentDied,
-    EnvironmentStateError,
-    NsboxError,
-    SyscallError,
-)
+from nsbox.errors import ConfigError, EnvironmentStateError, NsboxError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.linux.descriptors import close_all
 from nsbox.supervisor.channel import BrokenAnswer, Channel
 from nsbox.supervisor.connection import Link
 from nsbox.values.config import Config, check_text
 from nsbox.values.invocation import NOTHING, LeftRunning
+from nsbox.values.result import EnvironmentDied
 
 _CALLS = {"open": "openat2", "kind": "open (regular files only)", "size": "read"}
 """What failed at a stage, where it is not called as the stage."""

@@ -26,7 +26,6 @@ from typing import Any, Final
 import nsbox
 from nsbox.errors import (
     ConfigError,
-    EnvironmentDied,
     EnvironmentStateError,
     LauncherError,
     PoolClosed,
@@ -36,6 +35,7 @@ from nsbox.errors import (
 from nsbox.launcher import protocol, spawn
 from nsbox.linux import proc
 from nsbox.supervisor.idmaps import write_launcher_maps
+from nsbox.values.result import EnvironmentDied
 
 _log = logging.getLogger("nsbox")
 

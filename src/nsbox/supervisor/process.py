@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import IO, Any, Final, NoReturn, Self
 
-from nsbox.errors import ConfigError, EnvironmentDied, SyscallError, refuse_pickling
+from nsbox.errors import ConfigError, SyscallError, refuse_pickling
 from nsbox.guest import protocol as p
 from nsbox.linux.descriptors import close_all
 from nsbox.linux.proc import pidfd_number
@@ -24,7 +24,7 @@ from nsbox.supervisor.evidence import Verdict, judge_signal, start_error
 from nsbox.supervisor.reports import exit_code
 from nsbox.supervisor.streams import NAMES, Relays, descriptor_of, gives_more
 from nsbox.values.counters import oom_evidence, usage_between
-from nsbox.values.result import Outcome, Protections, Result
+from nsbox.values.result import EnvironmentDied, Outcome, Protections, Result
 
 PIPE: Final = -1
 """Make a pipe, whose other end is an attribute of the `Process`."""

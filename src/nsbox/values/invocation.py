@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from nsbox.errors import FunctionError
+from nsbox.errors import InvokeError
 from nsbox.values.json_text import decode_answer
 
 
@@ -112,3 +113,40 @@ class Invocation:
         if self.error_type:
             parts.append(f"Error Type: {self.error_type}")
         return "\t".join(parts) + "\t"
+
+
+class FunctionError(InvokeError):
+    """The function failed: its handler raised, its module cannot be imported, it exited...
+
+    Attributes:
+        error_type: Name of the exception's class, or ``Runtime.ExitError`` and the like, as AWS
+            Lambda names them.
+        message: What it said.
+        stack_trace: Lines of its own frames, as `traceback.format_list` gives them.
+        invocation: The `Invocation`, with its log; None when the module was being imported.
+    """
+
+    def __init__(
+        self,
+        error_type: str,
+        message: str,
+        stack_trace: Sequence[str] = (),
+        invocation: Invocation | None = None,
+    ) -> None:
+        super().__init__(f"{error_type}: {message}")
+        self.error_type = error_type
+        self.message = message
+        self.stack_trace = tuple(stack_trace)
+        self.invocation = invocation
+
+
+class InvokeTimeout(InvokeError, TimeoutError):
+    """An invocation, or the import before the first, took too long; its environment was killed.
+
+    Attributes:
+        invocation: The `Invocation`, with its log; None when the module was being imported.
+    """
+
+    def __init__(self, message: str, invocation: Invocation | None = None) -> None:
+        super().__init__(message)
+        self.invocation = invocation

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nsbox.errors import CommandFailed
+from nsbox.errors import InvokeError, NsboxError
 
 
 class Outcome(enum.Enum):
@@ -203,3 +203,27 @@ def _json_bytes(data: bytes) -> str | dict[str, str]:
         import base64
 
         return {"base64": base64.b64encode(data).decode()}
+
+
+class CommandFailed(NsboxError):
+    """Raised by `Result.check()` when the command did not exit with 0.
+
+    Attributes:
+        result: The whole result.
+    """
+
+    def __init__(self, result: Result) -> None:
+        super().__init__(f"{result.argv[0]!r} failed: {result.evidence}")
+        self.result = result
+
+
+class EnvironmentDied(InvokeError):
+    """The environment ended under a running command, by no verdict of nsbox.
+
+    Attributes:
+        outcome: The `Outcome` that describes its end, or None when nothing is known.
+    """
+
+    def __init__(self, message: str, outcome: Outcome | None = None) -> None:
+        super().__init__(message)
+        self.outcome = outcome
