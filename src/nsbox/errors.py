@@ -206,10 +206,11 @@ class Throttled(PoolError):
     Attributes:
         reason: ``"full"``: too many calls wait; ``"start failures"``: environments do not start;
             ``"reserved"``: the function has no place, and gets none.
-        retry_after: Seconds after which another try may do better; math.inf for ``"reserved"``.
+        retry_after: Seconds after which another try may do better; None: never, as for
+            ``"reserved"``.
     """
 
-    def __init__(self, message: str, *, reason: str, retry_after: float) -> None:
+    def __init__(self, message: str, *, reason: str, retry_after: float | None) -> None:
         super().__init__(message)
         self.reason = reason
         self.retry_after = retry_after

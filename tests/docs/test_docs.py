@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import configparser
 import functools
 import importlib
 import importlib.metadata
 import inspect
+import math
 import os
 import re
 import subprocess
@@ -16,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support import PATIENCE, SOURCE
@@ -94,6 +97,23 @@ def check_python(code: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("code", with_needs("README.md", "python"))
 def test_readme_python(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     check_python(code, capsys)
+
+
+@pytest.mark.parametrize(("seconds", "headers"), [(0.2, {"Retry-After": "1"}), (None, {})])
+def test_readme_answers_a_throttled_call(seconds: float | None, headers: dict[str, str]) -> None:
+    (handler,) = (
+        node
+        for _, code in blocks("README.md", "python")
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.AsyncFunctionDef) and node.name == "throttled"
+    )
+    handler.decorator_list.clear()
+    for argument in handler.args.args:
+        argument.annotation = None
+    names: dict[str, Any] = {"math": math, "JSONResponse": lambda *arguments: arguments}
+    exec(compile(ast.Module([handler], []), "<README>", "exec"), names)  # noqa: S102
+    error = nsbox.Throttled("full", reason="full", retry_after=seconds)
+    assert asyncio.run(names["throttled"](None, error)) == ({"error": "full"}, 429, headers)
 
 
 @pytest.mark.parametrize("code", with_needs("docs/api.md", "python"))

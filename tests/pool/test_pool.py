@@ -220,6 +220,7 @@ def test_too_many_waiting_are_throttled() -> None:
             with pytest.raises(nsbox.Throttled) as info, pool.acquire():
                 pass
             assert info.value.reason == "full"
+            assert info.value.retry_after is not None
             assert info.value.retry_after > 0
         with pool.acquire() as env:
             assert env.run(["true"]).ok
@@ -437,16 +438,43 @@ def test_close_without_drain_ends_running_and_waiting_calls(make: Make) -> None:
     assert (stats["Errors"], stats["Throttles"], stats["Environments"]) == (1, 2, 0)
 
 
-def test_nothing_hangs_at_exit(make: Make, tmp_path: Path) -> None:
+def test_close_without_drain_overtakes_one_that_drains(make: Make) -> None:
+    with nsbox.WarmPool(make(), max_environments=1, acquire_timeout=None) as pool:
+        futures = [pool.submit({"sleep": 3600}, timeout=900) for _ in range(2)]
+        wait_until(lambda: pool.stats()["ConcurrentExecutions"] == 1, "one runs", 20)
+        draining = threading.Thread(target=pool.close)
+        draining.start()
+
+        def is_draining() -> bool:
+            try:
+                futures.append(pool.submit({}))
+            except nsbox.PoolClosed:
+                return True
+            return False
+
+        wait_until(is_draining, "it takes no more calls", 20)
+        pool.close(drain=False)
+        for future in futures:
+            with pytest.raises(nsbox.PoolClosed):
+                future.result(0)
+        draining.join(30 * PATIENCE)
+        assert not draining.is_alive()
+
+
+@pytest.mark.parametrize(
+    "last_word", ["", "threading.Thread(target=pool.close, daemon=True).start()"]
+)
+def test_nothing_hangs_at_exit(make: Make, tmp_path: Path, last_word: str) -> None:
     make()
     program = host_program(
         f"""
-        import nsbox, time
+        import nsbox, threading, time
         fn = nsbox.Function("app.handler", code={str(tmp_path)!r}, timeout=900)
         pool = nsbox.WarmPool(fn, provisioned=1, max_environments=2)
         futures = [pool.submit({{"sleep": 3600}}) for _ in range(5)]
         while pool.stats()["ConcurrentExecutions"] < 2:
             time.sleep(0.01)
+        {last_word}
         """
     )
     assert program.wait(60 * PATIENCE) == 0

@@ -200,3 +200,26 @@ def test_a_loop_that_ends_without_its_calls_keeps_nothing(make: Make) -> None:
         # Python tells of a task that was forgotten; this one was, on purpose.
         task._log_destroy_pending = False  # type: ignore[attr-defined]
         task.get_coro().close()
+
+
+def test_a_pool_whose_making_is_cancelled_is_closed(make: Make) -> None:
+    told: list[str] = []
+    born = threading.Event()
+
+    def note(event: nsbox.PoolEvent) -> None:
+        told.append(event.kind)
+        born.set()
+
+    async def main() -> None:
+        pool = nsbox.AsyncWarmPool(make(), provisioned=1, on_event=note)
+        entering = asyncio.create_task(pool.__aenter__())
+        await asyncio.to_thread(born.wait)
+        entering.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await entering
+        with pytest.raises(nsbox.PoolError, match="enter the pool first"):
+            _ = pool.pool
+
+    asyncio.run(main())  # waits for the threads of its loop
+    assert told[-1] == "retired"
+    assert not [thread for thread in threading.enumerate() if thread.name == "nsbox-pool"]

@@ -109,6 +109,7 @@ def test_nothing_reserved_throttles_all(make: Make) -> None:
         with pytest.raises(nsbox.Throttled, match="no place") as info:
             none.invoke({})
         assert info.value.reason == "reserved"
+        assert info.value.retry_after is None, "never"
         assert none.stats()["Throttles"] == none.stats()["Calls"] == 1
         all_of_it = pool.function(make(), reserved=1)
         assert all_of_it.invoke({})["calls"] == 1

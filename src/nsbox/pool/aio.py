@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import threading
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Self, Unpack
 
@@ -105,7 +107,14 @@ class AsyncWarmPool:
             await asyncio.to_thread(self._pool.close, drain=drain)
 
     async def __aenter__(self) -> Self:
-        self._pool = await asyncio.to_thread(WarmPool, self._source, **self._settings)
+        loop = asyncio.get_running_loop()
+        making = _Making(functools.partial(WarmPool, self._source, **self._settings))
+        try:
+            await loop.run_in_executor(None, making.run)
+        except BaseException:
+            loop.run_in_executor(None, making.abandon)  # waits for what is under way
+            raise
+        self._pool = making.pool
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -119,3 +128,24 @@ async def _each(events: Iterable[object] | AsyncIterable[object]) -> AsyncIterat
     else:
         for event in events:
             yield event
+
+
+class _Making:
+    """A pool made in a thread, which cannot be stopped when nobody wants the pool any more."""
+
+    def __init__(self, make: Callable[[], WarmPool]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._is_unwanted = False
+        self.pool: WarmPool | None = None
+
+    def run(self) -> None:
+        with self._lock:
+            if not self._is_unwanted:
+                self.pool = self._make()
+
+    def abandon(self) -> None:
+        with self._lock:
+            self._is_unwanted = True
+            if self.pool is not None:
+                self.pool.close(drain=False)

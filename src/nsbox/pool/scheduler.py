@@ -313,11 +313,8 @@ class Scheduler(Generic[E, W]):
             places = queue.places
             if not self._may_have_one(queue, what):
                 queue.counters.throttles += 1
-                raise Throttled(
-                    "no place is reserved for it, or left by others",
-                    reason="reserved",
-                    retry_after=math.inf,
-                )
+                what_lacks = "no place is reserved for it, or left by others"
+                raise Throttled(what_lacks, reason="reserved", retry_after=None)
             if queue.waiters and len(queue.waiters) >= self._max_waiting and not again:
                 raise self._refuse_full(queue)
             # Whoever waits comes first, each in turn.
