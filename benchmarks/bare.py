@@ -29,6 +29,7 @@ from _socket import socketpair  # noqa: E402 - the C half, as in nsbox's templat
 
 from nsbox.isolation import etc, filesystem, landlock, namespaces, rootfs  # noqa: E402
 from nsbox.launcher import inside  # noqa: E402
+from nsbox.launcher.messages import Spec  # noqa: E402
 from nsbox.linux import calls  # noqa: E402
 from nsbox.linux import constants as c  # noqa: E402
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes  # noqa: E402
@@ -40,7 +41,7 @@ if KIND == "whole":
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
-    from typing import Any, NoReturn
+    from typing import NoReturn
 
     from nsbox.isolation.cgroups import EnvironmentCgroup
     from nsbox.linux.prepared import Entry
@@ -54,12 +55,11 @@ RETRY = 0.0005  # seconds; a cgroup is busy for a moment after its last process
 class Starter:
     """Makes environments one after another."""
 
-    def __init__(self, spec: dict[str, Any], first_host_id: int) -> None:
+    def __init__(self, spec: Spec, first_host_id: int) -> None:
         """Do once what nsbox's launcher does once: cgroup tree, layout, extent of /proc."""
         self._spec = spec
         # nsbox as root takes a network namespace that was made ahead; here are none.
-        spec["namespaces"] |= c.CLONE_NEWNET
-        spec["cgroup_view"] = {}
+        spec.namespaces |= c.CLONE_NEWNET
         self._next_id = first_host_id
         self.tree = None
         if KIND == "whole":
@@ -68,7 +68,7 @@ class Starter:
         calls.unshare(c.CLONE_NEWNS)
         calls.mount(None, "/", None, c.MS_REC | c.MS_SLAVE)
         self._home = self._own(os.open("/proc/self/ns/mnt", os.O_RDONLY), 0)
-        layout = spec["layout"] | {"cgroups": None}
+        layout = spec.layout | {"cgroups": None}
         self._layout = self._own(rootfs.hold(layout, etc.HostFiles()), 1)
         calls.setns(self._layout, c.CLONE_NEWNS)
         self._extent = filesystem.probe_proc()
@@ -78,7 +78,7 @@ class Starter:
             os.dup2(null, number, inheritable=False)
         if landlock.is_available():
             os.dup2(landlock.make_ruleset(), inside.RULESET, inheritable=False)
-        self._clone = calls.Clone(spec["namespaces"])
+        self._clone = calls.Clone(spec.namespaces)
         self._prepared: dict[tuple[int, ...], list[Entry]] = {}
         self._absent: set[object] = set()
 
@@ -94,7 +94,7 @@ class Starter:
         self._next_id += 1
         cgroup = tasks = None
         if self.tree is not None:
-            cgroup = self.tree.make(f"bare-{self._next_id}", self._spec["cgroup_limits"])
+            cgroup = self.tree.make(f"bare-{self._next_id}", self._spec.cgroup_limits)
             tasks = cgroup.open_tasks()
         control, theirs = socketpair()
         maps, maps_write = os.pipe()
@@ -106,7 +106,7 @@ class Starter:
             be_pid_1(theirs, maps_write, entries)
         calls.setns(self._home, c.CLONE_NEWNS)
         theirs.close()
-        namespaces.write_id_maps(pid, self._spec["user_id"], self._next_id)
+        namespaces.write_id_maps(pid, self._spec.user_id, self._next_id)
         os.write(maps_write, inside.MAPPED)
         close_all([maps, maps_write, *(tasks or [])])
         output = b""
@@ -139,7 +139,7 @@ class Starter:
         numbers = tuple(tasks)
         if numbers not in self._prepared:
             program = Program()
-            inherited = inside.Inherited(self._extent, False, True, tasks, {}, Name("nsbox-"))
+            inherited = inside.Inherited(self._extent, False, True, tasks, {}, Name("nsbox-"), {})
             for step in inside.STEPS[1:]:  # the first closes what is still needed here
                 program.step = step.name
                 step.run(program, self._spec, inherited)
@@ -168,8 +168,8 @@ def be_pid_1(control: socket, maps_write: int, entries: list[Entry]) -> NoReturn
 
 def main() -> None:
     """Serve until stdin ends."""
-    spec = marshal.loads(bytes.fromhex(sys.stdin.readline()))  # noqa: S302 - the benchmark's
-    starter = Starter(spec, int(FIRST_HOST_ID))
+    fields = marshal.loads(bytes.fromhex(sys.stdin.readline()))  # noqa: S302 - the benchmark's
+    starter = Starter(Spec.from_wire(fields), int(FIRST_HOST_ID))
     try:
         gc.disable()
         gc.collect()

@@ -147,7 +147,8 @@ class BareServer:
         client = importlib.import_module("nsbox.supervisor.launcher")
         config = importlib.import_module("nsbox.values.config").make_config(None, {})
         hello = client.get_launcher().hello
-        spec = importlib.import_module("nsbox.supervisor.plan").plan(config, hello).spec
+        plan = importlib.import_module("nsbox.supervisor.plan").make_plan(config, hello)
+        spec = plan.spec.to_wire()
         program, paths = str(Path(__file__).with_name("bare.py")), client.import_paths()
         self._processes = [
             subprocess.Popen(

@@ -186,7 +186,7 @@ def cgroups(launcher: Launcher | None) -> frozenset[str]:
     found = set(_own_cgroups(launcher))
     bases = _cgroup_bases()
     if launcher is not None:
-        bases |= {os.path.dirname(tree) for tree in launcher.hello["trees"].values()}
+        bases |= {os.path.dirname(tree) for tree in launcher.hello.trees.values()}
     for base in bases:
         for entry in _directories(base):
             if entry.startswith("nsbox.") and entry.count(".") == 4 and _is_dead(entry):
@@ -196,7 +196,7 @@ def cgroups(launcher: Launcher | None) -> frozenset[str]:
 
 def _own_cgroups(launcher: Launcher | None) -> list[str]:
     found = []
-    for tree in set() if launcher is None else set(launcher.hello["trees"].values()):
+    for tree in set() if launcher is None else set(launcher.hello.trees.values()):
         try:
             found += [entry.path for entry in os.scandir(tree) if entry.is_dir()]
         except FileNotFoundError:

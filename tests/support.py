@@ -150,4 +150,4 @@ def cgroup_feature(name: str) -> bool:
     """Whether environments here have this cgroup feature."""
     from nsbox.supervisor.launcher import get_launcher
 
-    return "missing" not in get_launcher().hello["cgroups"][name]
+    return "missing" not in get_launcher().hello.cgroups[name]

@@ -156,20 +156,26 @@ class SyscallError(NsboxError, OSError):
         syscall: Its name in the manual, e.g. ``"pivot_root"``.
         errno: The error number.
         filename: The path it was about, or None.
+        note: What nsbox knows besides of the reason, or "".
     """
 
     syscall: str
+    note: str
 
-    def __init__(self, syscall: str, errno: int, filename: str | None = None) -> None:
+    def __init__(
+        self, syscall: str, errno: int, filename: str | None = None, note: str = ""
+    ) -> None:
         # OSError.__init__ with (errno, strerror, filename) fills the usual attributes; a
         # subclass is never turned into PermissionError and friends, so match on .errno.
         super().__init__(errno, os.strerror(errno), filename)
         self.syscall = syscall
+        self.note = note
 
     def __str__(self) -> str:
         place = f" on {self.filename}" if self.filename else ""
         name = _errno.errorcode.get(self.errno or 0, str(self.errno))
-        return f"{self.syscall}{place}: {self.strerror} ({name})"
+        note = f"; {self.note}" if self.note else ""
+        return f"{self.syscall}{place}: {self.strerror} ({name}){note}"
 
 
 class EnvironmentStateError(NsboxError):

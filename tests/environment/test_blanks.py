@@ -15,6 +15,7 @@ from tests.support import attack, host_program, wait_until
 
 import nsbox
 from nsbox.functions.deployment import kind_of
+from nsbox.launcher.messages import Keep
 from nsbox.launcher.protocol import BLANK_LIFE
 from nsbox.supervisor import standby
 from nsbox.supervisor.connection import Link
@@ -139,7 +140,7 @@ def test_wished_for_ones_are_kept_alive_and_replaced() -> None:
         for link in (first, second):
             link.asked_at -= BLANK_LIFE
         os.kill(pid_of(first.env_id), signal.SIGKILL)
-        wait_until(lambda: not first.hold("keep"), "its end is known")
+        wait_until(lambda: not first.tell_of_taker(Keep()), "its end is known")
         standby.wish(owner, launcher, [spec], 2)
         assert ready()[0] is second
         assert len(ready()) == 2

@@ -302,7 +302,7 @@ def test_what_is_left_of_all_is_removed_later(
 
 
 def live_cgroups() -> set[str]:
-    return set(get_launcher().hello["trees"].values())
+    return set(get_launcher().hello.trees.values())
 
 
 @pytest.mark.needs("root")

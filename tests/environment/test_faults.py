@@ -18,6 +18,7 @@ from tests.support import IS_ROOT, host_program, name_of, wait_until
 import nsbox
 from nsbox.isolation import readback
 from nsbox.linux import proc
+from nsbox.supervisor import connection, requests
 from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
@@ -93,7 +94,7 @@ def test_a_full_tmp(make_env: Callable[..., nsbox.ExecutionEnvironment]) -> None
     env = make_env(tmp_size="1M")
     with pytest.raises(nsbox.SyscallError) as caught:
         env.write_file("/tmp/large", bytes(2 << 20))
-    assert caught.value.errno == errno.ENOSPC
+    assert (caught.value.syscall, caught.value.errno) == ("write", errno.ENOSPC)
     result = env.run(["sh", "-c", "cat /dev/zero > /tmp/large"])
     assert result.exit_code == 1
     assert "No space left" in result.stderr_text()
@@ -111,6 +112,37 @@ def test_no_inode_left_in_tmp(make_env: Callable[..., nsbox.ExecutionEnvironment
     assert caught.value.errno == errno.ENOSPC
     env.write_file("/tmp/0", b"there is room for bytes")
     assert env.read_file("/tmp/0") == b"there is room for bytes"
+
+
+# -- a launcher that is silent ---------------------------------------------------------------------
+
+
+def test_a_silent_launcher_makes_no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it was asked may be done later, and how PID 1 ended is not known: both are said so."""
+    monkeypatch.setattr(requests, "END_DEADLINE", 0.1)
+    monkeypatch.setattr(connection, "END_DEADLINE", 0.1)
+    asked, killed, other = (nsbox.ExecutionEnvironment() for _ in range(3))
+    launcher = get_launcher().pid
+    os.kill(launcher, signal.SIGSTOP)
+    try:
+        with pytest.raises(nsbox.LauncherError, match=r"did not answer 'freeze' within 0\.1 sec"):
+            asked.freeze()
+        with pytest.raises(nsbox.EnvironmentStateError, match="dead: the launcher did not answer"):
+            asked.run(["true"])
+        with killed.popen(["sleep", "60"]) as sleeper:
+            os.kill(killed.pid, signal.SIGKILL)
+            with pytest.raises(nsbox.EnvironmentDied, match="launcher did not say within") as died:
+                sleeper.wait(5)
+            assert died.value.outcome is None, "nobody has told it"
+        assert killed.state is nsbox.State.DEAD
+        with pytest.raises(nsbox.CleanupError, match="did not say within"):
+            killed.close()
+        assert other.run(["echo", "fine"], timeout=5).text() == "fine\n"
+        asked.close(wait=False)
+    finally:
+        os.kill(launcher, signal.SIGCONT)
+    other.close()
+    wait_until(_has_no_environment, "it removes them when it goes on")
 
 
 # -- system calls of a birth ---------------------------------------------------------------------
@@ -241,7 +273,7 @@ def check_call(call: str, error: str, count: int) -> list[str]:
 
 def _has_no_environment() -> bool:
     launcher = get_launcher()  # another one, where an error ended it
-    for tree in set(launcher.hello["trees"].values()):
+    for tree in set(launcher.hello.trees.values()):
         if any(os.path.isdir(f"{tree}/{name}") for name in os.listdir(tree)):
             return False
     return True

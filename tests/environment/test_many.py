@@ -48,7 +48,7 @@ def counts() -> dict[str, int]:
         ),
         "cgroups": sum(
             os.path.isdir(f"{tree}/{name}")
-            for tree in set(launcher.hello["trees"].values())
+            for tree in set(launcher.hello.trees.values())
             for name in os.listdir(tree)
         ),
         "named sockets": Path("/proc/net/unix").read_text().count(f"nsbox-{os.getpid()}"),
@@ -79,7 +79,7 @@ def warm_up() -> None:
     """Let caches fill: layouts, prepared calls, network namespaces kept ready."""
     for _ in range(WARM_UP):
         nsbox.run(["true"]).check()
-    if get_launcher().hello["networks_ready"]:
+    if get_launcher().hello.networks_ready:
         ready = [-1, -1]
 
         def steady() -> bool:
@@ -125,9 +125,9 @@ def test_all_at_once() -> None:
             alive = counts()
             launcher = get_launcher()
             assert alive["descendants of the launcher"] >= AT_ONCE
-            if launcher.hello["trees"]:
+            if launcher.hello.trees:
                 assert alive["cgroups"] - before["cgroups"] >= AT_ONCE
-            if launcher.hello["ids"] == "range":
+            if launcher.hello.ids == "range":
                 uids = {psutil.Process(env.pid).uids().real for env in envs}
                 assert len(uids) == AT_ONCE, "no two share a host uid"
         finally:

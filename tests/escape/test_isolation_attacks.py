@@ -134,7 +134,7 @@ def test_the_launcher_of_another_environment_is_not_the_parent(
 
 def test_supplementary_groups(env: nsbox.ExecutionEnvironment) -> None:
     groups = attack(env, "answer = os.getgroups()")
-    if get_launcher().hello["drops_groups"]:
+    if get_launcher().hello.drops_groups:
         assert groups in ([], [1000])
     else:
         assert "caller's groups remain" in env.protections["identity"].detail

@@ -12,9 +12,11 @@ from typing import IO
 import pytest
 from tests import leaks
 from tests.functions.conftest import MakeFunction
-from tests.support import wait_until
+from tests.support import name_of, wait_until
 
 import nsbox
+from nsbox.launcher.server import TEMPLATES_KEPT
+from nsbox.linux import proc
 from nsbox.supervisor import standby
 from nsbox.supervisor.launcher import get_launcher
 
@@ -153,6 +155,31 @@ def test_a_preloaded_module_that_is_missing(publish: Callable[..., nsbox.Functio
     version = publish("def handler(event, context): return event", preload=["not_there_at_all"])
     with pytest.raises(nsbox.NsboxError, match="not_there_at_all"):
         nsbox.ExecutionEnvironment(version)
+
+
+def test_the_template_that_was_used_last_is_kept(
+    publish: Callable[..., nsbox.FunctionVersion],
+) -> None:
+    def templates() -> dict[str, int]:
+        found = {}
+        for pid in proc.children(get_launcher().pid):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if name_of(pid) == "nsbox-template" and b"template" in words:
+                found[words[words.index(b"template") + 2].decode()] = pid
+        return found
+
+    modules = ["bisect", "colorsys", "keyword", "opcode", "token"]
+    versions = [publish("def handler(event, context): pass", preload=[name]) for name in modules]
+    assert len(versions) == TEMPLATES_KEPT + 1
+    for version in versions[:-1]:
+        nsbox.ExecutionEnvironment(version).close()
+    before = templates()["python,bisect"]
+    nsbox.ExecutionEnvironment(versions[0]).close()
+    nsbox.ExecutionEnvironment(versions[-1]).close()
+    kept = templates()
+    assert kept["python,bisect"] == before
+    assert "python,colorsys" not in kept
+    assert "python,token" in kept
 
 
 # -- many ----------------------------------------------------------------------------------------

@@ -59,6 +59,7 @@ BAD: list[tuple[Misuse, type[NsboxError], str]] = [
     (lambda e: e.write_file("/tmp/x", b"", mode=0o4755), ConfigError, "mode: must be permission"),
     (lambda e: e.read_file("/tmp/x", max_bytes=-1), ConfigError, "max_bytes: must not be negative"),
     (lambda e: e.read_file("/tmp/none"), nsbox.SyscallError, "openat2 on /tmp/none: No such file"),
+    (lambda e: e.read_file("/dev/null"), nsbox.SyscallError, "(EINVAL); it is no regular file"),
     (lambda e: e.write_file("/usr/x", b""), nsbox.SyscallError, "on /usr/x: Read-only file system"),
 ]
 

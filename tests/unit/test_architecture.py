@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -40,18 +41,19 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("errors", ("errors",)),
 )
 
-# One process each: neither side may load the other's code. `launcher.wire` and `guest.protocol`,
-# the two descriptions of messages, belong to both.
+# One process each: neither side may load the other's code. `launcher.messages` and
+# `guest.protocol`, the two descriptions of messages, belong to both.
 LAUNCHER_SIDE = {
     "launcher.main", "launcher.server", "launcher.birth", "launcher.identity", "launcher.janitor",
-    "launcher.layouts", "launcher.requests", "launcher.templates", "launcher.template",
+    "launcher.layouts", "launcher.resources", "launcher.templates", "launcher.template",
     "launcher.inside", "launcher.steps", "launcher.instance", "guest.init", "guest.exec",
     "guest.files", "guest.processes", "guest.bootstrap",
     "guest.reset", "guest.prewarm",
 }  # fmt: skip
 SHARED = {
-    "launcher", "launcher.protocol", "launcher.spawn", "guest", "guest.protocol",
-    "guest.runtime", "guest.log_setup", "guest.failures", "guest.standard", "values.json_text",
+    "launcher", "launcher.messages", "launcher.protocol", "launcher.spawn", "guest",
+    "guest.protocol", "guest.runtime", "guest.log_setup", "guest.failures", "guest.standard",
+    "values.json_text",
 }  # fmt: skip
 
 MAX_LINES = 800
@@ -305,6 +307,15 @@ def test_no_library_is_searched_for_and_nothing_evaluated(module: Module) -> Ite
 def test_time_limits_do_not_follow_the_wall_clock(module: Module) -> Iterator[str]:
     if "time.time" in module.calls:
         yield "time.time: a clock that somebody sets back stops a deadline"
+
+
+@rule
+def test_system_call_errors_name_a_system_call(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "SyscallError":
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and not re.fullmatch("[a-z0-9_]+", str(name.value)):
+                yield f"line {node.lineno}: {name.value!r}"
 
 
 # -- form --------------------------------------------------------------------------------------

@@ -48,11 +48,11 @@ LEAKS_OF_A_TEST = """
 
     def test_cgroup():
         kept[-1].close()
-        for tree in set(get_launcher().hello["trees"].values()):
+        for tree in set(get_launcher().hello.trees.values()):
             os.mkdir(f"{tree}/forgotten")
 
     def test_clean_again():
-        for tree in set(get_launcher().hello["trees"].values()):
+        for tree in set(get_launcher().hello.trees.values()):
             os.rmdir(f"{tree}/forgotten")
 """
 

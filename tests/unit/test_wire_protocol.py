@@ -19,9 +19,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from nsbox.errors import LauncherError
 from nsbox.guest import files, init
 from nsbox.guest import protocol as p
-from nsbox.launcher import protocol
+from nsbox.launcher import messages, protocol
 from nsbox.linux.descriptors import MOST_FDS_FROM_INSIDE, close_all, receive_bytes, send_bytes
 from nsbox.supervisor import channel
 from nsbox.supervisor.channel import Channel
@@ -362,16 +363,18 @@ JSON = st.recursive(
 
 @given(st.dictionaries(st.text(max_size=10), JSON), st.integers(0, MOST_FDS_FROM_INSIDE))
 def test_message_makes_the_round_trip_with_its_descriptors(
-    message: dict[str, Any], count: int
+    cgroups: dict[str, Any], count: int
 ) -> None:
     before = open_descriptors()
     ours, theirs = datagrams()
     null = os.open("/dev/null", os.O_RDONLY)
+    message = messages.Born(pid=1, inode=2, host_id=3, cgroup=cgroups)
     protocol.send(ours, message, [null] * count)
     os.close(null)
     received = protocol.receive(theirs)
     assert received is not None
-    assert received[0] == message
+    assert isinstance(received[0], messages.Born)
+    assert received[0].to_wire() == message.to_wire()
     assert len(received[1]) == count
     assert not any(os.get_inheritable(fd) for fd in received[1])
     close_all(received[1])
@@ -381,17 +384,50 @@ def test_message_makes_the_round_trip_with_its_descriptors(
     assert open_descriptors() == before
 
 
+BORN = {"pid": 1, "inode": 2, "host_id": 3, "cgroup": {}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"kind": "Born", **BORN, "more": 1}, r"a Born without \[\] and with \['more'\]"),
+        ({"kind": "Born", "pid": 1}, r"a Born without \['cgroup', 'host_id', 'inode'\]"),
+        ({"kind": "Unborn"}, "a message 'Unborn' is not known"),
+        ({}, "a message '' is not known"),
+    ],
+)
+def test_message_of_another_version_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(LauncherError, match=words):
+        messages.decode(fields)
+
+
+def test_every_message_has_its_name_on_the_wire() -> None:
+    def kinds(kind: type[messages.Message]) -> set[type[messages.Message]]:
+        below = {kind for other in kind.__subclasses__() for kind in kinds(other)}
+        return below or {kind}
+
+    for kind in kinds(messages.Message):
+        fields = dict.fromkeys(kind.FIELDS)
+        assert type(messages.decode({"kind": kind.__name__, **fields})) is kind
+
+
 def test_largest_message_passes_and_a_larger_one_is_refused() -> None:
     ours, theirs = datagrams()
     with ours, theirs:
-        room = protocol.LARGEST - len(json.dumps({"x": ""}))
-        protocol.send(ours, {"x": "y" * room})
-        assert protocol.receive(theirs) == ({"x": "y" * room}, [])
+        room = protocol.LARGEST - len(json.dumps(messages.encode(failed(""))))
+        protocol.send(ours, failed("y" * room))
+        received = protocol.receive(theirs)
+        assert received is not None
+        assert received[0].to_wire() == failed("y" * room).to_wire()
         with pytest.raises(ValueError, match=f"{protocol.LARGEST + 1} bytes is over the limit"):
-            protocol.send(ours, {"x": "y" * (room + 1)})
+            protocol.send(ours, failed("y" * (room + 1)))
         theirs.settimeout(0)
         with pytest.raises(BlockingIOError):
             protocol.receive(theirs)
+
+
+def failed(message: str) -> messages.Failed:
+    return messages.Failed(step="clone", errno=1, message=message)
 
 
 def test_largest_message_fits_the_kernels_default_buffer() -> None:
@@ -400,12 +436,12 @@ def test_largest_message_fits_the_kernels_default_buffer() -> None:
 
 def test_end_with_messages_unread_is_an_end() -> None:
     ours, theirs = datagrams()
-    protocol.send(ours, {"a": 1})
+    protocol.send(ours, messages.Done())
     theirs.close()  # with an unread message, so that the kernel resets the connection
     with ours:
         assert protocol.receive(ours) is None
         with pytest.raises(OSError, match="pipe"):
-            protocol.send(ours, {"b": 2})
+            protocol.send(ours, messages.Done())
 
 
 def test_cut_off_datagram_is_no_message() -> None:

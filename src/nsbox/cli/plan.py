@@ -21,18 +21,18 @@ def plan_command(as_json: bool, **options: object) -> int:
     """
     from nsbox.launcher.birth import STEPS
     from nsbox.supervisor.launcher import get_launcher
-    from nsbox.supervisor.plan import Blueprint
+    from nsbox.supervisor.plan import Plan
 
     options.pop("timeout")
     config = make_config(options)
-    blueprint = Blueprint(config, get_launcher().hello)
-    spec = blueprint.spec
+    plan = Plan(config, get_launcher().hello)
+    spec = plan.spec
     steps = [
         {"number": number, "side": step.side, "name": step.name, "text": step.describe(spec)}
         for number, step in enumerate(STEPS, 1)
     ]
     if as_json:
-        layers = [asdict(layer) for layer in blueprint.layers]
+        layers = [asdict(layer) for layer in plan.layers]
         click.echo(json.dumps({"steps": steps, "protections": layers}, indent=2))
         return 0
     side = ""
@@ -42,6 +42,6 @@ def plan_command(as_json: bool, **options: object) -> int:
             click.echo(f"In the {side}:")
         click.echo(f"{step['number']:>4}  {step['name']:<14} {step['text']}")
     click.echo("Protections decided before the birth (it verifies the others at its end):")
-    for layer in blueprint.layers:
+    for layer in plan.layers:
         click.echo(f"  {'yes' if layer.in_force else 'no ':<4} {layer.name:<18} {layer.detail}")
     return 0

@@ -25,12 +25,13 @@ from nsbox.errors import (
 )
 from nsbox.functions.deployment import outfit_of
 from nsbox.functions.function import FunctionVersion
+from nsbox.launcher import messages
 from nsbox.supervisor import standby
 from nsbox.supervisor.channel import RunRequest
 from nsbox.supervisor.connection import Furniture, Link, await_farewell
 from nsbox.supervisor.files import begin_reset, finish_reset, read_file, write_file
 from nsbox.supervisor.launcher import get_launcher
-from nsbox.supervisor.plan import Blueprint, born_layers, interpreter, plan
+from nsbox.supervisor.plan import Plan, born_layers, interpreter, make_plan
 from nsbox.supervisor.process import DEVNULL, PIPE, Process, Stream
 from nsbox.supervisor.streams import NAMES, descriptor_of
 from nsbox.values.config import (
@@ -102,14 +103,14 @@ class ExecutionEnvironment(FunctionMethods):
             outfit = outfit_of(config)
             runtime, config, furniture = outfit.runtime, outfit.config, outfit.furniture
         self.config = make_config(config, fields)
-        blueprint, link = self._give_birth(runtime, furniture)
-        self._kind = blueprint.spec if blueprint.may_be_blank else None
+        plan, link = self._give_birth(runtime, furniture)
+        self._kind = plan.spec if plan.may_be_blank else None
         self.id = link.env_id
         self.pid = link.pid
-        self._accounts_cpu = blueprint.accounts_cpu
-        self._environment = blueprint.environment
+        self._accounts_cpu = plan.accounts_cpu
+        self._environment = plan.environment
         self._describe = functools.partial(
-            born_layers, self.config, self._launcher.hello, link, blueprint.layers
+            born_layers, self.config, self._launcher.hello, link, plan.layers
         )
         self._link = link
         if version is not None:
@@ -127,7 +128,7 @@ class ExecutionEnvironment(FunctionMethods):
                 self.close()
                 raise
 
-    def _give_birth(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
+    def _give_birth(self, runtime: str, furniture: Furniture) -> tuple[Plan, Link]:
         self._launcher = get_launcher()
         try:
             return self._take(runtime, furniture)
@@ -138,10 +139,10 @@ class ExecutionEnvironment(FunctionMethods):
         self._launcher = get_launcher()
         return self._take(runtime, furniture)
 
-    def _take(self, runtime: str, furniture: Furniture) -> tuple[Blueprint, Link]:
-        blueprint = plan(self.config, self._launcher.hello, runtime)
-        link = standby.take(self._launcher, blueprint.spec, furniture, is_brief=self._is_brief)
-        return blueprint, link
+    def _take(self, runtime: str, furniture: Furniture) -> tuple[Plan, Link]:
+        plan = make_plan(self.config, self._launcher.hello, runtime)
+        link = standby.take(self._launcher, plan.spec, furniture, is_brief=self._is_brief)
+        return plan, link
 
     # -- what users do -------------------------------------------------------------------------
 
@@ -308,14 +309,14 @@ class ExecutionEnvironment(FunctionMethods):
 
         By the cgroup freezer where there is one, else by SIGSTOP to every process.
         """
-        self._ready_link().request("freeze")
+        self._ready_link().request(messages.Freeze(id=self.id))
         self._frozen = True
 
     def thaw(self) -> None:
         """Let a frozen environment run again; does nothing to one that is not frozen."""
         link = self._live_link()
         if self._frozen:
-            link.request("thaw")
+            link.request(messages.Thaw(id=self.id))
             self._frozen = False
 
     def reset(self) -> None:
@@ -393,7 +394,7 @@ class ExecutionEnvironment(FunctionMethods):
         if wait:
             if not link.await_end():
                 leaked.append(f"process {self.pid}")
-            leaked += (link.end or {}).get("leaked", [])
+            leaked += link.end.leaked if link.end is not None else []
         link.close()
         if leaked:
             raise CleanupError(leaked)
@@ -465,7 +466,7 @@ def ask_to_end(env: ExecutionEnvironment) -> Socket | None:
 
 
 class _BriefEnvironment(ExecutionEnvironment):
-    """Lives for one command, and has room where no other is born any more (`wire.scarcity`)."""
+    """Lives for one command, and has room where no other is born any more (`protocol.scarcity`)."""
 
     _is_brief = True
 

@@ -21,6 +21,8 @@ from nsbox.functions.left_running import Sweep, count
 from nsbox.functions.request import Options, Request, check_payload, encode_event
 from nsbox.functions.session import Invoker
 from nsbox.guest.runtime import ENDED
+from nsbox.launcher import messages
+from nsbox.launcher.messages import Spec
 from nsbox.supervisor import standby
 from nsbox.supervisor.channel import Channel
 from nsbox.supervisor.connection import Link
@@ -58,7 +60,7 @@ class Invocations:
         self.is_used = False  # an invocation is over
         self.is_unsent = False  # the last one, which failed, has not reached the worker
         # Whom to ask for a blank environment, and for which kind; and its sockets.
-        self.next_kind: tuple[Launcher, Mapping[str, Any]] | None = None
+        self.next_kind: tuple[Launcher, Spec] | None = None
         self._spare: Link | None = None
         # Whether there is something to do when an invocation is over.
         self.has_end = self._function.reuse == "never"
@@ -303,7 +305,7 @@ class FunctionMethods:
     _owner: int
     _link: Link | None
     _frozen: bool
-    _kind: Mapping[str, Any] | None
+    _kind: Spec | None
     _environment: Mapping[str, str]
     _version: FunctionVersion | None
     _invocations: Invocations | None
@@ -466,7 +468,7 @@ class FunctionMethods:
                 f"environment {self.id} belongs to no function; make one of Function(...).publish()"
             )
         if self._frozen:
-            link.request("thaw")
+            link.request(messages.Thaw(id=link.env_id))
             self._frozen = False
         return self._invocations
 

@@ -16,8 +16,9 @@ from typing import Any, Final
 
 from nsbox.errors import ConfigError
 from nsbox.functions.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
+from nsbox.launcher.messages import Spec
 from nsbox.supervisor.launcher import Launcher, get_launcher
-from nsbox.supervisor.plan import interpreter_prefixes, plan
+from nsbox.supervisor.plan import interpreter_prefixes, make_plan
 from nsbox.values.config import Config
 
 
@@ -87,7 +88,7 @@ def outfit_of(version: FunctionVersion) -> Outfit:
     return known
 
 
-def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Mapping[str, Any] | None]:
+def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Spec | None]:
     """Return the launcher, and what blank environments of `source` are made from.
 
     That is None where there are none: of what binds directories, or has the host's network.
@@ -95,10 +96,10 @@ def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Mapping[str, An
     launcher = get_launcher()
     if isinstance(source, FunctionVersion):
         outfit = outfit_of(source)
-        blueprint = plan(outfit.config, launcher.hello, outfit.runtime)
+        plan = make_plan(outfit.config, launcher.hello, outfit.runtime)
     else:
-        blueprint = plan(source, launcher.hello)
-    return launcher, blueprint.spec if blueprint.may_be_blank else None
+        plan = make_plan(source, launcher.hello)
+    return launcher, plan.spec if plan.may_be_blank else None
 
 
 def _details(version: FunctionVersion, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -417,7 +417,7 @@ class Invoker:
         if returncode == -signal.SIGKILL:
             # v1's OOM killer takes one process. Its worker may be quicker than the launcher.
             self._link.await_end()
-            after = (self._link.end or {}).get("usage") or {}
+            after = self._link.end.usage if self._link.end is not None else {}
             if evidence := oom_evidence({}, after):
                 return self._out_of_memory(call, evidence)
         return self._exit_error(call, returncode)

@@ -46,13 +46,13 @@ def _expect(condition: bool, result: Result, what: str) -> None:
 
 
 def _supported(feature: str) -> None:
-    found = get_launcher().hello["cgroups"][feature]
+    found = get_launcher().hello.cgroups[feature]
     if "missing" in found:
         raise UnsupportedHostError(feature, found["missing"], found["hint"])
 
 
 def _version(feature: str) -> str:
-    return f"cgroup v{get_launcher().hello['cgroups'][feature]['version']}"
+    return f"cgroup v{get_launcher().hello.cgroups[feature]['version']}"
 
 
 def _environment() -> str:
@@ -79,7 +79,7 @@ def _pids() -> str:
     )
     result = _run(_python(code), limits=Limits(pids_max=16))
     _expect(result.ok and int(result.text() or 999) < 16, result, "more than pids_max processes")
-    how = get_launcher().hello["cgroups"]["cgroup.pids"]
+    how = get_launcher().hello.cgroups["cgroup.pids"]
     if "missing" in how:
         # RLIMIT_NPROC does the work in the environment; the controller is what was asked about.
         raise UnsupportedHostError(
@@ -175,7 +175,7 @@ def _freeze() -> str:
 
 def _kill() -> str:
     _supported("cgroup.kill")
-    unified = get_launcher().hello["trees"]["unified"]
+    unified = get_launcher().hello.trees["unified"]
     with ExecutionEnvironment() as environment:
         with open(f"{unified}/{environment.id}/cgroup.kill", "w") as file:
             file.write("1")

@@ -377,7 +377,7 @@ def _place_synthetic_etc(root: str, layout: dict[str, Any], names: dict[str, byt
     contents = _synthetic_etc(layout, names)
     if os.path.islink(f"{root}/etc"):
         # Followed here it would lead to the host's files.
-        raise SyscallError("open (a symbolic link in the rootfs)", errno.ELOOP, "/etc")
+        raise SyscallError("open", errno.ELOOP, "/etc", "it is a symbolic link in the rootfs")
     if not layout["rootfs"] or not os.path.isdir("./etc"):
         for name, content in contents.items():
             _write(f"{root}/etc/{name}", content)
@@ -404,14 +404,13 @@ def _make_mount_point(
         path = f"{path}/{part}"
         if os.path.lexists(path):
             if os.path.islink(path):
-                raise SyscallError(
-                    "mkdir (a symbolic link is in the way)", errno.ELOOP, destination
-                )
+                note = "a symbolic link is in the way"
+                raise SyscallError("mkdir", errno.ELOOP, destination, note)
             continue
         if parent_device != device:
             # Creating it would write to the host's tree.
-            what = "mkdir (a mount point in a bound tree must exist there already)"
-            raise SyscallError(what, errno.ENOENT, destination)
+            note = "a mount point in a bound tree must exist there already"
+            raise SyscallError("mkdir", errno.ENOENT, destination, note)
         if index < len(parts) - 1:
             os.mkdir(path, way_mode)
         elif is_directory:

@@ -16,36 +16,50 @@ class Stopper:
     """Stops and continues the processes of one pid namespace."""
 
     def __init__(self, pid: int) -> None:
-        """`pid` is the namespace's PID 1, by its number outside."""
+        """`pid` is the namespace's PID 1, by its number outside: a child of this process."""
         self._pid = pid
-        self._stopped: list[int] = []
+        self._pidfds: dict[int, int] = {}
 
     def stop(self) -> None:
         """Stop every process, until a pass finds none running.
 
         Raises:
-            OSError: EBUSY, it makes processes faster than they can be stopped; they are let go.
+            OSError: EBUSY, it makes processes faster than they can be stopped; EMFILE, there is no
+                room for a descriptor of each. They are let go.
         """
-        # Init goes first, so that it does not see its children stop.
-        for _ in range(_PASSES):
-            alive = [self._pid, *proc.descendants(self._pid)]
-            running = [pid for pid in alive if pid not in self._stopped]
-            if not running:
-                return
-            for pid in running:
-                try:
-                    os.kill(pid, signal.SIGSTOP)
-                except ProcessLookupError:
-                    continue
-                self._stopped.append(pid)
-        self.go_on()
-        raise OSError(errno.EBUSY, "it makes processes faster than they can be stopped")
+        try:
+            for _ in range(_PASSES):
+                # Init goes first, so that it does not see its children stop.
+                alive = [self._pid, *proc.descendants(self._pid)]
+                # A number may be another process's by the time its pidfd is opened: what is found
+                # in the namespace again afterwards is what the pidfd is about.
+                are_stopped = [self._signal(pid) for pid in alive]
+                if all(are_stopped):
+                    return
+            raise OSError(errno.EBUSY, "it makes processes faster than they can be stopped")
+        except BaseException:
+            self.go_on()
+            raise
+
+    def _signal(self, pid: int) -> bool:
+        """Stop a process by the pidfd of an earlier pass; without one, open it."""
+        try:
+            if pid in self._pidfds:
+                signal.pidfd_send_signal(self._pidfds[pid], signal.SIGSTOP)
+                return True
+            self._pidfds[pid] = os.pidfd_open(pid)
+        except ProcessLookupError:
+            if pid in self._pidfds:
+                os.close(self._pidfds.pop(pid))
+        return False
 
     def go_on(self) -> None:
-        """Let them run again, init last."""
-        for pid in reversed(self._stopped):
+        """Let them run again, init last; those that have ended meanwhile are forgotten."""
+        while self._pidfds:
+            pidfd = self._pidfds.popitem()[1]
             try:
-                os.kill(pid, signal.SIGCONT)
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
             except ProcessLookupError:
-                continue
-        self._stopped.clear()
+                pass
+            finally:
+                os.close(pidfd)

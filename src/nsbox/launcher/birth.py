@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from nsbox.isolation.cgroups import EnvironmentCgroup
     from nsbox.launcher.layouts import KnownSpec
-    from nsbox.launcher.server import Server
+    from nsbox.launcher.messages import GiveBirth, Spec
+    from nsbox.launcher.resources import Resources
 
 
 class Birth:
@@ -32,24 +33,23 @@ class Birth:
 
     def __init__(
         self,
-        server: Server,
+        resources: Resources,
         known: KnownSpec,
-        request: dict[str, Any],
+        request: GiveBirth,
         control: int,
         host: Socket,
     ) -> None:
-        self.server = server
+        self._resources = resources
         self.known = known
         self.spec = known.spec
         self.key = known.key
-        self.env_id: str = request["id"]
-        self.awaits: str = request["awaits"]
+        self.env_id = request.id
+        self.awaits = request.awaits
         self.is_second_attempt = False
         self.control = control
         self.host = host
         self.step = ""
         self.host_id = 0
-        self.takes_id = False
         self.cgroup: EnvironmentCgroup | None = None
         self.cgroup_fd = -1
         self.network = -1
@@ -73,22 +73,19 @@ class Birth:
         self.tasks, self.trees = [], {}
 
     def _take_id(self) -> None:
-        pool = None if self.spec["as_caller"] else self.server.ids
-        self.takes_id = pool is not None
-        self.host_id = 0 if pool is None else pool.take()
+        self.host_id = self._resources.take_id(self.spec)
 
     def _make_cgroup(self) -> None:
-        self.cgroup = self.server.make_cgroup(self.env_id, self.spec["cgroup_limits"])
+        self.cgroup = self._resources.make_cgroup(self.env_id, self.spec)
         if self.cgroup is not None:
             self.cgroup_fd = self.cgroup.clone_fd
             self.tasks = self.cgroup.open_tasks()
 
     def _find_layout(self) -> None:
-        self.layout = self.server.layouts.find(self.known)
+        self.layout = self._resources.layouts.find(self.known)
 
     def _take_network(self) -> None:
-        if self.server.networks is not None and self.spec["network"] == "none":
-            self.network = self.server.networks.take()
+        self.network = self._resources.take_network(self.spec)
 
     def _open_trees(self) -> None:
         mappings: dict[tuple[int, int], int] = {}
@@ -127,13 +124,13 @@ def _template_side(_birth: Birth) -> None:
     """Made by `nsbox.launcher.template`."""
 
 
-def _cgroup_text(spec: dict[str, Any]) -> str:
-    limits = ", ".join(f"{name}={value}" for name, value in spec["cgroup_limits"].items() if value)
+def _cgroup_text(spec: Spec) -> str:
+    limits = ", ".join(f"{name}={value}" for name, value in spec.cgroup_limits.items() if value)
     return f"make the cgroup below the launcher's own, with {limits or 'no limit'}"
 
 
-def _layout_text(spec: dict[str, Any]) -> str:
-    layout = spec["layout"]
+def _layout_text(spec: Spec) -> str:
+    layout = spec.layout
     shared = [mount["destination"] for mount in layout["mounts"] if mount["shared"]]
     parts = [layout["rootfs"] or "/usr", *shared]
     etc = (
@@ -145,9 +142,9 @@ def _layout_text(spec: dict[str, Any]) -> str:
     )
 
 
-def _clone_text(spec: dict[str, Any]) -> str:
-    names = ", ".join(spec["namespace_names"])
-    network = "in" if spec["network"] == "none" else "in the host's network, in"
+def _clone_text(spec: Spec) -> str:
+    names = ", ".join(spec.namespace_names)
+    network = "in" if spec.network == "none" else "in the host's network, in"
     return f"clone3 the template into new {names} namespaces, {network} the cgroup where v2"
 
 
@@ -166,7 +163,7 @@ TEMPLATE_STEPS = (
     Step("template", "prepare", "prepare the calls of the environment's own steps",
          _template_side),
     Step("template", "clone", _clone_text, _template_side),
-    Step("template", "id-maps", lambda spec: f"write uid_map and gid_map: {spec['user_id']} inside",
+    Step("template", "id-maps", lambda spec: f"write uid_map and gid_map: {spec.user_id} inside",
          _template_side),
 )  # fmt: skip
 

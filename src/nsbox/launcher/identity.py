@@ -68,7 +68,19 @@ def expect_no_chroot(mounts: int) -> None:
     before = os.stat("/")
     calls.setns(mounts, c.CLONE_NEWNS)
     if not os.path.samestat(before, os.stat("/")):
-        raise OSError(errno.EPERM, f"unshare: {proc.CHROOT}")
+        raise OSError(errno.EPERM, proc.CHROOT)
+
+
+def expect_mapped(first: int, count: int) -> None:
+    """Check that the operator's range of host ids can be had here.
+
+    Raises:
+        OSError: EINVAL, it is not mapped in this user namespace.
+    """
+    if not any(begin <= first and first + count <= begin + n for begin, _, n in _extents()):
+        mapped = ", ".join(f"{begin}:{n}" for begin, _, n in _extents())
+        raise OSError(errno.EINVAL, f"{first}:{count} is not in {mapped}, which this user "
+                      "namespace has (/proc/self/uid_map and gid_map)")  # fmt: skip
 
 
 def choose(*, own_namespace: bool, id_range: tuple[int, int] | None) -> Identity:
@@ -93,8 +105,6 @@ def choose(*, own_namespace: bool, id_range: tuple[int, int] | None) -> Identity
         if inside <= first and first + count <= inside + length:
             place = lock_directory(*_LOCK_DIRECTORIES)
             return Identity(IdPool(first, count, directory=place), "range")
-    if id_range is not None:
-        raise ValueError(f"NSBOX_ID_RANGE {first}:{count} is not mapped in this user namespace")
     # Root of a container: take the upper half of what was given to it.
     inside, outside, length = max(extents, key=lambda extent: extent[2])
     if length < 2:

@@ -18,8 +18,8 @@ from nsbox.linux.interfaces import set_link_up
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any
 
+    from nsbox.launcher.messages import Spec
     from nsbox.linux.prepared import Name, Program
 
 # Descriptors that every clone finds under these numbers; all others are the template's own.
@@ -44,9 +44,10 @@ class Inherited:
         tasks: Descriptors of the v1 ``tasks`` files to write itself into.
         trees: Destination -> descriptor of its own binds' detached trees.
         name: Filled in with its id before it is cloned.
+        cgroup_view: Hierarchy -> where it sees its own cgroup (`isolation.cgroups.view`).
     """
 
-    __slots__ = ("drop_groups", "extent", "has_image", "name", "tasks", "trees")
+    __slots__ = ("cgroup_view", "drop_groups", "extent", "has_image", "name", "tasks", "trees")
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class Inherited:
         tasks: list[int],
         trees: dict[str, int],
         name: Name,
+        cgroup_view: dict[str, str],
     ) -> None:
         self.extent = extent
         self.has_image = has_image
@@ -63,9 +65,10 @@ class Inherited:
         self.tasks = tasks
         self.trees = trees
         self.name = name
+        self.cgroup_view = cgroup_view
 
 
-def _start_session(program: Program, _spec: dict[str, Any], birth: Inherited) -> None:
+def _start_session(program: Program, _spec: Spec, birth: Inherited) -> None:
     # First of all: nothing of the template's may outlive this point in the clone.
     program.set_name(birth.name)
     kept = [*range(PAGEMAP + birth.has_image), *birth.tasks, *birth.trees.values()]
@@ -74,7 +77,7 @@ def _start_session(program: Program, _spec: dict[str, Any], birth: Inherited) ->
     program.call(os.setsid)
 
 
-def _join_cgroups(program: Program, _spec: dict[str, Any], birth: Inherited) -> None:
+def _join_cgroups(program: Program, _spec: Spec, birth: Inherited) -> None:
     for fd in birth.tasks:
         program.call(os.write, fd, b"0")
         program.call(os.close, fd)
@@ -84,90 +87,90 @@ def _join_cgroups(program: Program, _spec: dict[str, Any], birth: Inherited) -> 
         program.unshare(c.CLONE_NEWCGROUP)
 
 
-def _await_maps(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
+def _await_maps(program: Program, _spec: Spec, _birth: Inherited) -> None:
     # The template holds the only other end: its death at any moment reads as the end of the pipe.
     # Whether there are maps is not asked: without them the kernel refuses the next step (EINVAL).
     program.call(os.read, SYNC, 1)
     program.call(os.close, SYNC)
 
 
-def _become_user(program: Program, spec: dict[str, Any], birth: Inherited) -> None:
-    privileges.become(program, spec["user_id"], drop_groups=birth.drop_groups)
+def _become_user(program: Program, spec: Spec, birth: Inherited) -> None:
+    privileges.become(program, spec.user_id, drop_groups=birth.drop_groups)
 
 
-def _set_hostname(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
-    program.sethostname(spec["layout"]["hostname"])
+def _set_hostname(program: Program, spec: Spec, _birth: Inherited) -> None:
+    program.sethostname(spec.layout["hostname"])
 
 
-def _set_loopback_up(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
-    if spec["namespaces"] & c.CLONE_NEWNET:
+def _set_loopback_up(program: Program, spec: Spec, _birth: Inherited) -> None:
+    if spec.namespaces & c.CLONE_NEWNET:
         program.call(set_link_up, "lo")
 
 
-def _take_root(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
+def _take_root(program: Program, _spec: Spec, _birth: Inherited) -> None:
     filesystem.take_root(program)
 
 
-def _show_cgroup(program: Program, spec: dict[str, Any], birth: Inherited) -> None:
-    filesystem.show_cgroup(program, spec["cgroup_view"], birth.name)
+def _show_cgroup(program: Program, spec: Spec, birth: Inherited) -> None:
+    filesystem.show_cgroup(program, birth.cgroup_view, birth.name)
 
 
-def _mount_scratch(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
-    filesystem.mount_scratch(program, spec["tmp_size"])
+def _mount_scratch(program: Program, spec: Spec, _birth: Inherited) -> None:
+    filesystem.mount_scratch(program, spec.tmp_size)
 
 
-def _mount_proc(program: Program, _spec: dict[str, Any], birth: Inherited) -> None:
+def _mount_proc(program: Program, _spec: Spec, birth: Inherited) -> None:
     filesystem.mount_proc(program, birth.extent)
 
 
-def _mount_extra(program: Program, spec: dict[str, Any], birth: Inherited) -> None:
-    filesystem.mount_extra(program, spec["layout"]["mounts"], birth.trees)
+def _mount_extra(program: Program, spec: Spec, birth: Inherited) -> None:
+    filesystem.mount_extra(program, spec.layout["mounts"], birth.trees)
 
 
-def _pivot(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
+def _pivot(program: Program, _spec: Spec, _birth: Inherited) -> None:
     filesystem.pivot(program)
 
 
-def _set_rlimits(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
-    privileges.set_rlimits(program, spec["rlimits"])
+def _set_rlimits(program: Program, spec: Spec, _birth: Inherited) -> None:
+    privileges.set_rlimits(program, spec.rlimits)
 
 
-def _drop_privileges(program: Program, _spec: dict[str, Any], _birth: Inherited) -> None:
+def _drop_privileges(program: Program, _spec: Spec, _birth: Inherited) -> None:
     privileges.drop_all(program)
     privileges.shield(program)
 
 
-def _restrict(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
-    if spec["landlock"]:
+def _restrict(program: Program, spec: Spec, _birth: Inherited) -> None:
+    if spec.landlock:
         landlock.restrict(program, RULESET)
 
 
-def _load_filter(program: Program, spec: dict[str, Any], _birth: Inherited) -> None:
-    if spec["seccomp"]:
-        program.set_filter(bytes.fromhex(spec["seccomp"]))
+def _load_filter(program: Program, spec: Spec, _birth: Inherited) -> None:
+    if spec.seccomp:
+        program.set_filter(bytes.fromhex(spec.seccomp))
 
 
-def _user_text(spec: dict[str, Any]) -> str:
-    return f"no supplementary groups; become uid and gid {spec['user_id']}"
+def _user_text(spec: Spec) -> str:
+    return f"no supplementary groups; become uid and gid {spec.user_id}"
 
 
-def _mounts_text(spec: dict[str, Any]) -> str:
-    own = [mount["destination"] for mount in spec["layout"]["mounts"] if not mount["shared"]]
+def _mounts_text(spec: Spec) -> str:
+    own = [mount["destination"] for mount in spec.layout["mounts"] if not mount["shared"]]
     return f"attach this environment's own mounts: {', '.join(own) or 'none'}"
 
 
-def _rlimit_text(spec: dict[str, Any]) -> str:
-    return "set " + ", ".join(f"RLIMIT_{k.upper()}={v}" for k, v in spec["rlimits"].items())
+def _rlimit_text(spec: Spec) -> str:
+    return "set " + ", ".join(f"RLIMIT_{k.upper()}={v}" for k, v in spec.rlimits.items())
 
 
-def _landlock_text(spec: dict[str, Any]) -> str:
-    if not spec["landlock"]:
+def _landlock_text(spec: Spec) -> str:
+    if not spec.landlock:
         return f"none: {landlock.MISSING}"
     return "reach no abstract Unix socket and no process outside"
 
 
 def _environment_step(
-    name: str, text: str | Callable[[dict[str, Any]], str], prepare: Callable[..., None]
+    name: str, text: str | Callable[[Spec], str], prepare: Callable[..., None]
 ) -> Step:
     return Step("environment", name, text, prepare)
 
@@ -179,7 +182,7 @@ STEPS = (
                       _join_cgroups),
     _environment_step("maps", "wait for the id maps", _await_maps),
     _environment_step("identity", _user_text, _become_user),
-    _environment_step("hostname", lambda spec: f"sethostname {spec['layout']['hostname']!r}",
+    _environment_step("hostname", lambda spec: f"sethostname {spec.layout['hostname']!r}",
                       _set_hostname),
     _environment_step("loopback", "set lo up, where the namespace was not made ready before",
                       _set_loopback_up),
@@ -187,7 +190,7 @@ STEPS = (
     _environment_step("cgroup-view", "bind its own cgroup at /sys/fs/cgroup, read-only, where "
                       "memory or CPUs are limited", _show_cgroup),
     _environment_step("scratch",
-                      lambda spec: f"mount /tmp and /dev/shm of {spec['tmp_size']} bytes each, "
+                      lambda spec: f"mount /tmp and /dev/shm of {spec.tmp_size} bytes each, "
                       "and /dev/pts", _mount_scratch),
     _environment_step("proc", "mount /proc of its own pid namespace, masked", _mount_proc),
     _environment_step("mounts", _mounts_text, _mount_extra),
@@ -197,6 +200,6 @@ STEPS = (
     _environment_step("privileges", "lock securebits, empty all capability sets, no_new_privs, "
                       "not dumpable, new keyring", _drop_privileges),
     _environment_step("landlock", _landlock_text, _restrict),
-    _environment_step("seccomp", lambda spec: f"load the filter: {spec['seccomp_name']}",
+    _environment_step("seccomp", lambda spec: f"load the filter: {spec.seccomp_name}",
                       _load_filter),
 )  # fmt: skip

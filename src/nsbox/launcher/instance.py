@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An environment that lives, as its launcher knows it."""
+"""Environments that live, as their launcher knows them, and what the host asks of them."""
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
+from _socket import AF_UNIX, SOCK_SEQPACKET
+from _socket import socket as Socket
 
+from nsbox.isolation import readback
 from nsbox.isolation.sigstop import Stopper
+from nsbox.launcher import messages, protocol
+from nsbox.launcher.steps import failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from _socket import socket as Socket
+    from collections.abc import Callable
 
     from nsbox.launcher.birth import Birth
 
@@ -26,7 +33,6 @@ class Environment:
         pidfd: Readable when it has ended; -1 once it has.
         cgroup: Its cgroup, or None.
         host_id: Uid and gid it has outside.
-        takes_id: Whether `host_id` is to be given back.
         oom_event: Readable when v1's OOM killer struck, or -1.
         oom_notices: How often it did; the environment is ended at the first.
         is_reported: Whether somebody wants its counters once it has ended.
@@ -41,7 +47,6 @@ class Environment:
         self.pidfd = pidfd
         self.cgroup = birth.cgroup
         self.host_id = birth.host_id
-        self.takes_id = birth.takes_id
         self.oom_event = -1
         self.oom_notices = 0
         self.is_reported = True
@@ -69,3 +74,89 @@ class Environment:
             self.cgroup.thaw()
         else:
             self._stopper.go_on()
+
+    def release(self) -> None:
+        """Close what was kept of its processes: PID 1 has ended, and so have they."""
+        os.close(self.pidfd)
+        self.pidfd = -1
+        self._stopper.go_on()
+
+    def verify(self) -> None:
+        """Read back that it is locked in."""
+        missing = readback.missing_lock(self.pid, filtered=True)
+        if missing:
+            raise OSError(errno.EPERM, f"its status does not say {missing!r}")
+
+
+_FORGOTTEN = messages.Gone(status=None, usage={}, leaked=[])
+_ACTS = {
+    messages.Freeze: Environment.freeze,
+    messages.Thaw: Environment.thaw,
+    messages.Verify: Environment.verify,
+}
+
+
+class Requests:
+    """What the host asks of environments, each time on a socket of its own.
+
+    Attributes:
+        living: Environments by id, until what they had is removed.
+    """
+
+    def __init__(self, channel: Socket) -> None:
+        self._channel = channel
+        self.living: dict[str, Environment] = {}
+        self._ended: dict[str, messages.Gone] = {}  # until the host asks, or lets go of it
+
+    def fileno(self) -> int:
+        """Descriptor that is readable when there is something to `serve`."""
+        return self._channel.fileno()
+
+    def serve(self) -> bool:
+        """Do what is asked; False when the host is gone."""
+        try:
+            received = protocol.receive(self._channel)
+        except OSError:
+            return True  # no room for the socket of its answer, which is closed
+        if received is None:
+            return False
+        request, fds = received
+        if not isinstance(request, messages.Request):
+            raise TypeError(f"{request!r} is no request")
+        environment = self.living.get(request.id)
+        # Told what it is, it need not ask the kernel.
+        host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, fds[0]) if fds else None
+        is_end = isinstance(request, messages.Close)
+        if environment is None or (environment.pidfd < 0 and not is_end):
+            ended = self._ended.get(request.id, _FORGOTTEN)
+            if is_end:
+                self._ended.pop(request.id, None)
+            protocol.reply(host, ended)
+        elif isinstance(request, messages.Close):
+            environment.is_let_go = host is None  # nobody waits for it any more
+            environment.reply = host or environment.reply
+            environment.is_reported = host is not None and request.is_reported
+            environment.kill()
+        elif isinstance(request, messages.Kill):
+            environment.kill()
+        else:
+            act, name = _ACTS[type(request)], type(request).__name__.lower()
+            protocol.reply(host, outcome(name, lambda: act(environment)))
+        return True
+
+    def conclude(self, environment: Environment, report: messages.Gone) -> None:
+        """Tell, or keep, how an environment has ended."""
+        del self.living[environment.id]
+        if environment.reply is not None:
+            protocol.reply(environment.reply, report)
+        elif not environment.is_let_go:
+            self._ended[environment.id] = report
+
+
+def outcome(kind: str, act: Callable[[], None]) -> messages.Message:
+    """Return the answer to a request that `act` fulfils."""
+    try:
+        act()
+    except OSError as error:
+        return messages.Failed(**failure(kind, error))
+    return messages.Done()

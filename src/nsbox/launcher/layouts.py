@@ -8,12 +8,14 @@ import os
 
 from nsbox.isolation import cgroups, etc, filesystem, rootfs
 from nsbox.isolation.namespaces import come_home
+from nsbox.launcher.messages import Spec
 from nsbox.linux import calls
 from nsbox.linux import constants as c
 from nsbox.linux.descriptors import close_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
 LAYOUTS_KEPT = 8
@@ -25,7 +27,8 @@ class KnownSpec:
 
     Attributes:
         key: The host's name for it.
-        spec: The host's, and ``cgroup_view``: {hierarchy: where an environment sees its own}.
+        spec: The host's.
+        cgroup_view: Hierarchy -> where an environment sees its own cgroup.
         layout: What `userland.build` makes: the host's, and ``cgroups``.
         layout_key: The same for all specs with the same layout.
         sources: Host paths of the layout.
@@ -33,14 +36,17 @@ class KnownSpec:
         own_binds: Mounts that each environment has attached for itself.
     """
 
-    __slots__ = ("is_full", "key", "layout", "layout_key", "own_binds", "sources", "spec")
+    __slots__ = (
+        "cgroup_view", "is_full", "key", "layout", "layout_key", "own_binds", "sources", "spec"
+    )  # fmt: skip
 
-    def __init__(self, key: str, spec: dict[str, Any], tree: cgroups.Tree) -> None:
-        view = cgroups.view_of(tree, spec["cgroup_limits"])
-        layout = self.layout = spec["layout"] | {"cgroups": view}
+    def __init__(self, spec: Spec, tree: cgroups.Tree) -> None:
+        view = cgroups.view_of(tree, spec.cgroup_limits)
+        layout = self.layout = spec.layout | {"cgroups": view}
         places = {name: cgroups.place(name) for name in view["own"]} if view else {}
-        self.key = key
-        self.spec = spec | {"cgroup_view": places}
+        self.key = spec.key
+        self.spec = spec
+        self.cgroup_view = places
         self.layout_key = json.dumps(layout, sort_keys=True)
         self.sources = rootfs.sources(layout)
         self.is_full = rootfs.is_full(layout)
@@ -63,7 +69,7 @@ class KnownSpecs:
         if known is None:
             if spec is None:
                 return None
-            known = KnownSpec(key, spec, self._tree)
+            known = KnownSpec(Spec.from_wire(spec), self._tree)
             if len(self._specs) >= SPECS_KEPT:
                 del self._specs[next(iter(self._specs))]
         self._specs[key] = known  # the most recently used last
@@ -108,7 +114,7 @@ class Layouts:
         self._held[wanted.layout_key] = known  # the most recently used last
         return known[0]
 
-    def furnish(self, pid: int, mounts: list[list[str]]) -> None:
+    def attach(self, pid: int, mounts: Sequence[Sequence[str]]) -> None:
         """Attach read-only trees inside an environment in which no code of a guest has run.
 
         Args:

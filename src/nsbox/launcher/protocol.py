@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages between the host and its launcher: one JSON object a datagram, with descriptors.
+"""How messages go between host and launcher: one JSON object a datagram, with descriptors.
 
-Both ends are trusted. What comes from inside an environment has its own, fixed-size frames
-(`nsbox.guest.protocol`).
+`nsbox.launcher.messages` has them. Both ends are trusted. What comes from inside an environment has
+its own, fixed-size frames (`nsbox.guest.protocol`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import socket
 from _socket import getdefaulttimeout, socketpair
 from resource import RLIMIT_NOFILE, getrlimit
 
+from nsbox.launcher.messages import Message, decode, encode
 from nsbox.linux.descriptors import close_all, receive_message, send_bytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
     from collections.abc import Sequence
-    from typing import Any
 
 BLANK_LIFE = 60.0
 """Seconds after which the launcher ends a blank environment that nobody has claimed."""
@@ -66,21 +66,25 @@ def pair() -> tuple[socket.socket, Socket]:
     return end, theirs
 
 
-def send(channel: Socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+def send(channel: Socket, message: Message, fds: Sequence[int] = ()) -> None:
     """Send one message.
 
     Raises:
         ValueError: The message is larger than `LARGEST`.
         OSError: The other end is gone.
     """
-    data = json.dumps(message).encode()
+    data = json.dumps(encode(message)).encode()
     if len(data) > LARGEST:
         raise ValueError(f"a message of {len(data)} bytes is over the limit of {LARGEST}")
     send_bytes(channel, data, fds)
 
 
-def receive(channel: Socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Return the next message and its descriptors, or None when the other end is gone."""
+def receive(channel: Socket) -> tuple[Message, list[int]] | None:
+    """Return the next message and its descriptors, or None when the other end is gone.
+
+    Raises:
+        LauncherError: It is no message of this version of nsbox.
+    """
     try:
         data, fds = receive_message(channel)
     except ConnectionError:
@@ -88,7 +92,23 @@ def receive(channel: Socket) -> tuple[dict[str, Any], list[int]] | None:
     if not data:
         close_all(fds)
         return None
-    return json.loads(data.decode()), fds  # for bytes it looks which encoding they have
+    return decode(json.loads(data.decode())), fds  # for bytes it looks which encoding they have
+
+
+def answer(host: Socket, message: Message, fds: Sequence[int] = ()) -> bool:
+    """Send an answer; False when the host has closed its end."""
+    try:
+        send(host, message, fds)
+    except OSError:
+        return False
+    return True
+
+
+def reply(host: Socket | None, message: Message) -> None:
+    """Send the only answer there will be, if somebody waits for one."""
+    if host is not None:
+        answer(host, message)
+        host.close()
 
 
 def is_readable(fd: int, timeout: float) -> bool:

@@ -20,13 +20,11 @@ from _socket import AF_UNIX, SOCK_SEQPACKET
 from _socket import socket as Socket
 
 from nsbox.errors import NsboxError
-from nsbox.isolation import cgroups, landlock, namespaces, privileges
-from nsbox.isolation.network import NetworkPool
-from nsbox.launcher import identity, janitor, protocol
+from nsbox.isolation import landlock, namespaces, privileges
+from nsbox.launcher import identity, janitor, messages, protocol
 from nsbox.launcher.birth import Birth
-from nsbox.launcher.instance import Environment
-from nsbox.launcher.layouts import KnownSpecs, Layouts
-from nsbox.launcher.requests import Requests, answer, outcome, reply
+from nsbox.launcher.instance import Environment, Requests, outcome
+from nsbox.launcher.resources import Resources
 from nsbox.launcher.steps import failure
 from nsbox.launcher.templates import TemplateGone, TemplateProcess
 from nsbox.linux import calls, proc
@@ -37,7 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
-NETWORKS_READY = 4
+    from nsbox.isolation.cgroups import EnvironmentCgroup
+
 TEMPLATES_KEPT = 4  # besides that of commands; one for each set of preloaded modules
 # A socket queues few messages (net.unix.max_dgram_qlen): more births at once could have launcher
 # and template each wait for the other to read.
@@ -60,10 +59,22 @@ class Server:
         paths: Sequence[str],
         id_range: tuple[int, int] | None,
     ) -> None:
+        """Take what was inherited; `start` does the rest.
+
+        Args:
+            channel: Where the host asks for births.
+            requests: Where it asks about environments.
+            host: Its pidfd.
+            done: For the janitor (`janitor.start`).
+            host_pid: The host's number.
+            paths: What is imported from.
+            id_range: First host id and count, as the operator wants them; None for the default.
+        """
         self._channel = channel
         self._requests = Requests(requests)
         self._host_pid = host_pid
         self._paths = paths
+        self._id_range = id_range
         self._host = host
         self._done = done
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -71,62 +82,86 @@ class Server:
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._environments: dict[int, Environment] = {}
         self._blanks: dict[int, float] = {}
+        self._templates: dict[str, TemplateProcess] = {}
         self._lifeline, self._lifeline_write = os.pipe()
+        self._janitor = self._janitor_pid = -1
+        self.step = ""
 
+    # -- the start -----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run `STEPS`; an exception leaves `step` at the one that failed."""
+        for name, run in STEPS:
+            self.step = name
+            run(self)
+        self.step = "run"
+
+    def _start_template(self) -> None:
         # Before this process enters a user namespace: what executes inside one has its files in
         # /proc owned by that namespace's root, who outside is the user (fs/proc/base.c,
         # task_dump_owner), so that PID 1's would be open to commands that have the same id.
-        self._templates: dict[str, TemplateProcess] = {}
         template = self._find_template("")
         # Since Linux 6.9 an inode names a process for good; before, all pidfds have the same one.
-        self._has_pid_inodes = os.fstat(host).st_ino != os.fstat(template.pidfd).st_ino
-        own_namespace = not identity.is_privileged()
-        if own_namespace:
+        self._has_pid_inodes = os.fstat(self._host).st_ino != os.fstat(template.pidfd).st_ino
+
+    def _enter_user_namespace(self) -> None:
+        self._own_namespace = not identity.is_privileged()
+        if self._own_namespace:
             calls.unshare(c.CLONE_NEWUSER)
-            protocol.send(channel, {"kind": "user-namespace", "pid": os.getpid()})
-            if protocol.receive(channel) is None:
+
+    def _await_id_maps(self) -> None:
+        if self._own_namespace:
+            protocol.send(self._channel, messages.UserNamespace(pid=os.getpid()))
+            if protocol.receive(self._channel) is None:
                 os._exit(0)
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
+
+    def _enter_mount_namespace(self) -> None:
         calls.unshare(c.CLONE_NEWNS)
-        mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        identity.expect_no_chroot(mounts)
+        self._mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+
+    def _expect_no_chroot(self) -> None:
+        identity.expect_no_chroot(self._mounts)
+
+    def _follow_mounts(self) -> None:
         # Slave: what the operator mounts later is seen here, nothing here is seen there.
         calls.mount(None, "/", None, c.MS_REC | c.MS_SLAVE)
-        self.layouts = Layouts(mounts)
-        # Without root it could not come back from one: its own belongs to the user namespace
-        # it left (setns(2)). Environments get theirs from clone3 then.
-        self.networks = None if own_namespace else NetworkPool(NETWORKS_READY)
-        self.identity = identity.choose(own_namespace=own_namespace, id_range=id_range)
-        self.ids = self.identity.ids
-        self._proc_extent = ""
-        self._tree = cgroups.Tree.for_process(os.getpid())
-        self._specs = KnownSpecs(self._tree)
-        self._candidates = self._tree.candidates
-        self._janitor = self._janitor_pid = -1
-        # Before the first directory is made: whoever kills this process at any later moment finds
-        # somebody who removes it.
-        self._start_janitor()
-        capabilities = self._tree.capabilities()
-        protocol.send(
-            channel,
-            {
-                "kind": "hello",
-                "pid": os.getpid(),
-                "privileged": not own_namespace,
-                "ids": self.identity.kind,
-                "drops_groups": self.identity.may_drop_groups,
-                "networks_ready": self.networks is not None,
-                "namespaces": [
-                    name
-                    for name, file in zip(namespaces.FLAGS, namespaces.FILES, strict=True)
-                    if os.path.exists(f"/proc/self/ns/{file}")
-                ],
-                "landlock": landlock.is_available(),
-                "cgroups": capabilities,
-                "trees": self._tree.paths,
-            },
+
+    def _check_id_range(self) -> None:
+        if self._id_range is not None and not self._own_namespace:
+            identity.expect_mapped(*self._id_range)
+
+    def _gather_resources(self) -> None:
+        chosen = identity.choose(own_namespace=self._own_namespace, id_range=self._id_range)
+        # Without root it could not come back from a network namespace: its own belongs to the user
+        # namespace it left (setns(2)). Environments get theirs from clone3 then.
+        self._resources = Resources(chosen, self._mounts, has_networks=not self._own_namespace)
+
+    def _start_janitor(self) -> None:
+        candidates = self._resources.tree.candidates
+        if candidates:
+            self._janitor_pid, self._janitor = janitor.start(candidates, self._done)
+            self._watch(self._janitor, self._on_janitor_exit)
+
+    def _say_hello(self) -> None:
+        tree, chosen = self._resources.tree, self._resources.identity
+        hello = messages.Hello(
+            pid=os.getpid(),
+            privileged=not self._own_namespace,
+            ids=chosen.kind,
+            drops_groups=chosen.may_drop_groups,
+            networks_ready=self._resources.networks is not None,
+            namespaces=[
+                name
+                for name, file in zip(namespaces.FLAGS, namespaces.FILES, strict=True)
+                if os.path.exists(f"/proc/self/ns/{file}")
+            ],
+            landlock=landlock.is_available(),
+            cgroups=tree.capabilities(),  # it makes the directories
+            trees=tree.paths,
         )
+        protocol.send(self._channel, hello)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -135,7 +170,7 @@ class Server:
         self._watch(self._channel.fileno(), self._on_request)
         self._watch(self._requests.fileno(), self._on_ask)
         self._watch(self._host, self._leave)
-        self.layouts.look_ahead()  # the host decides meanwhile what to ask for
+        self._resources.layouts.look_ahead()  # the host decides meanwhile what to ask for
         while True:
             # One event at a time: its handler may close descriptors that others are about, and
             # the kernel serves those that are ready in turn (epoll(7)), so that none starves.
@@ -146,7 +181,8 @@ class Server:
                 self._on_idle()
 
     def _wait_time(self) -> float | None:
-        if self.networks is not None and self.networks.wants_more and not self._timers:
+        networks = self._resources.networks
+        if networks is not None and networks.wants_more and not self._timers:
             return _QUIET
         moments = [moment for moment, _ in self._timers]
         # All live equally long, so that the first to come is the first to go.
@@ -162,8 +198,9 @@ class Server:
         for pidfd in [pidfd for pidfd, end in self._blanks.items() if end <= now]:
             del self._blanks[pidfd]
             self._environments[pidfd].kill()
-        if not due and self.networks is not None and self.networks.wants_more:
-            self.networks.add()
+        networks = self._resources.networks
+        if not due and networks is not None and networks.wants_more:
+            networks.add()
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
@@ -186,11 +223,6 @@ class Server:
                     self._forget(fd)
         os._exit(0)
 
-    def _start_janitor(self) -> None:
-        if self._candidates:
-            self._janitor_pid, self._janitor = janitor.start(self._candidates, self._done)
-            self._watch(self._janitor, self._on_janitor_exit)
-
     def _on_janitor_exit(self) -> None:
         self._forget(self._janitor)
         os.waitid(os.P_PIDFD, self._janitor, os.WEXITED)
@@ -200,15 +232,16 @@ class Server:
     # -- births --------------------------------------------------------------------------------
 
     def _find_template(self, kind: str) -> TemplateProcess:
-        template = self._templates.get(kind)
+        template = self._templates.pop(kind, None)
         if template is None:
             idle = [other for other in self._templates.values() if other.kind and not other.pending]
             for other in idle[: max(0, len(idle) - TEMPLATES_KEPT + 1)]:
                 self._end_template(other)
             words = [str(self._host_pid), kind, *self._paths]
-            template = self._templates[kind] = TemplateProcess(kind, words, self._lifeline)
-            self._watch(template.fileno(), lambda: self._on_born(template))
-            self._watch(template.pidfd, lambda: self._replace_template(template))
+            made = template = TemplateProcess(kind, words, self._lifeline)
+            self._watch(made.fileno(), lambda: self._on_born(made))
+            self._watch(made.pidfd, lambda: self._replace_template(made))
+        self._templates[kind] = template  # the most recently used last
         return template
 
     def _on_request(self) -> None:
@@ -219,20 +252,22 @@ class Server:
         if received is None:
             self._leave()
         request, (control, host_fd) = received
+        if not isinstance(request, messages.GiveBirth):
+            raise TypeError(f"{request!r} asks for no birth")
         # Told what it is, it need not ask the kernel.
         host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, host_fd)
-        scarce = protocol.scarcity((control, host_fd), is_brief="brief" in request)
+        scarce = protocol.scarcity((control, host_fd), is_brief=request.is_brief)
         if scarce is not None:
             count, limit = scarce
-            reply(host, {"kind": "no-descriptors", "count": count, "limit": limit})
+            protocol.reply(host, messages.NoDescriptors(count=count, limit=limit))
             os.close(control)
             return
-        known = self._specs.find(request["key"], request.get("spec"))
+        known = self._resources.specs.find(request.key, request.spec)
         if known is None:
-            reply(host, {"kind": "unknown-spec"})
+            protocol.reply(host, messages.UnknownSpec())
             os.close(control)
             return
-        birth = Birth(self, known, request, control, host)
+        birth = Birth(self._resources, known, request, control, host)
         try:
             birth.run_launcher_side()
             birth.step = "clone"
@@ -243,10 +278,11 @@ class Server:
             self._abort(birth, failure(birth.step, error))
 
     def _send_to_template(self, birth: Birth) -> None:
-        template = self._find_template(birth.spec["runtime"])
+        template = self._find_template(birth.spec.runtime)
         if not template.is_introduced:
-            extent = self.layouts.proc_extent(birth.layout)
-            template.introduce(extent, drop_groups=self.identity.may_drop_groups)
+            extent = self._resources.layouts.proc_extent(birth.layout)
+            drops_groups = self._resources.identity.may_drop_groups
+            template.introduce(extent, drop_groups=drops_groups)
         template.send_birth(birth)
         if len(template.pending) >= _BIRTHS_AT_ONCE:
             self._hear_requests(False)
@@ -280,14 +316,13 @@ class Server:
         self._watch_memory(environment)
         if birth.awaits == "taker":
             self._blanks[pidfd] = time.monotonic() + protocol.BLANK_LIFE
-        born = {
-            "kind": "born",
-            "pid": pid,
-            "host_id": birth.host_id,
-            "cgroup": birth.cgroup.paths if birth.cgroup is not None else {},
-            "inode": os.fstat(pidfd).st_ino,
-        }
-        is_heard = answer(birth.host, born, [] if self._has_pid_inodes else [pidfd])
+        born = messages.Born(
+            pid=pid,
+            inode=os.fstat(pidfd).st_ino,
+            host_id=birth.host_id,
+            cgroup=birth.cgroup.paths if birth.cgroup is not None else {},
+        )
+        is_heard = protocol.answer(birth.host, born, [] if self._has_pid_inodes else [pidfd])
         if birth.awaits and is_heard:
             self._watch(birth.host.fileno(), lambda: self._on_host(environment))
             return
@@ -328,18 +363,13 @@ class Server:
         birth.close()
 
         def finish(_left: Sequence[str]) -> None:
-            if birth.takes_id and self.ids is not None:
-                self.ids.give_back(birth.host_id)
-            reply(birth.host, {"kind": "failed", **failed})
+            self._resources.give_back_id(birth.host_id)
+            protocol.reply(birth.host, messages.Failed(**failed))
 
         if birth.cgroup is None:
             finish(())
         else:
             self._remove_cgroup(birth.cgroup, finish)
-
-    def make_cgroup(self, env_id: str, limits: dict[str, Any]) -> cgroups.EnvironmentCgroup | None:
-        """Make the cgroup of an environment, or None where no hierarchy is usable."""
-        return self._tree.make(env_id, limits) if self._tree.paths else None
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -357,7 +387,7 @@ class Server:
         environment.kill()
 
     def _on_host(self, environment: Environment) -> None:
-        """Hear of a birth that is not over: its taker, its furniture, or that nobody wants it."""
+        """Hear of a birth that is not over: its taker, attachments, or that nobody wants it."""
         host = environment.host
         if host is None:
             return
@@ -367,16 +397,17 @@ class Server:
             self._settle(environment)
             environment.kill()
             return
-        kind = received[0]["kind"]
+        message = received[0]
         is_blank = self._blanks.pop(environment.pidfd, None) is not None
-        if kind == "keep" and is_blank:
-            self._blanks[environment.pidfd] = time.monotonic() + protocol.BLANK_LIFE
-        elif kind == "furnish":  # who furnishes it has taken it
-            mounts = received[0]["mounts"]
-            act = functools.partial(self.layouts.furnish, environment.pid, mounts)
-            answer(host, outcome(kind, act))
-        if kind != "keep":
-            self._settle(environment)
+        if isinstance(message, messages.Keep):
+            if is_blank:
+                self._blanks[environment.pidfd] = time.monotonic() + protocol.BLANK_LIFE
+            return
+        if isinstance(message, messages.Attach):  # who attaches something has taken it
+            layouts, pid = self._resources.layouts, environment.pid
+            act = functools.partial(layouts.attach, pid, message.mounts)
+            protocol.answer(host, outcome("attach", act))
+        self._settle(environment)
 
     def _settle(self, environment: Environment) -> None:
         """Close the socket of a birth that is over, or of an environment that has ended."""
@@ -396,17 +427,15 @@ class Server:
         del self._environments[environment.pidfd]
         self._blanks.pop(environment.pidfd, None)
         self._forget(environment.pidfd)
-        os.close(environment.pidfd)
-        environment.pidfd = -1
-        report: dict[str, Any] = {"kind": "gone", "status": status, "usage": {}, "leaked": []}
+        environment.release()
+        report = messages.Gone(status=status, usage={}, leaked=[])
         if environment.oom_event >= 0:
             self._forget(environment.oom_event)
             os.close(environment.oom_event)
 
         def finish(left: list[str]) -> None:
-            report["leaked"] = left
-            if environment.takes_id and self.ids is not None:
-                self.ids.give_back(environment.host_id)
+            report.leaked = left
+            self._resources.give_back_id(environment.host_id)
             self._settle(environment)
             self._requests.conclude(environment, report)
 
@@ -414,13 +443,11 @@ class Server:
             finish([])
             return
         if environment.is_reported and not environment.is_let_go:
-            usage = report["usage"] = environment.cgroup.read_usage()
-            usage["oom_notices"] = environment.oom_notices
+            report.usage = environment.cgroup.read_usage()
+            report.usage["oom_notices"] = environment.oom_notices
         self._remove_cgroup(environment.cgroup, finish)
 
-    def _remove_cgroup(
-        self, cgroup: cgroups.EnvironmentCgroup, then: Callable[[list[str]], None]
-    ) -> None:
+    def _remove_cgroup(self, cgroup: EnvironmentCgroup, then: Callable[[list[str]], None]) -> None:
         deadline = time.monotonic() + _REMOVAL_DEADLINE
 
         def attempt(delay: float = _REMOVAL_RETRY) -> None:
@@ -433,6 +460,23 @@ class Server:
                 then(left)
 
         attempt()
+
+
+STEPS = (
+    ("template", Server._start_template),
+    ("user-namespace", Server._enter_user_namespace),
+    ("id-maps", Server._await_id_maps),
+    ("mount-namespace", Server._enter_mount_namespace),
+    ("chroot", Server._expect_no_chroot),
+    ("mounts", Server._follow_mounts),
+    ("id-range", Server._check_id_range),
+    ("resources", Server._gather_resources),
+    # Before the first directory is made: whoever kills this process at any later moment finds
+    # somebody who removes it.
+    ("janitor", Server._start_janitor),
+    ("hello", Server._say_hello),
+)
+"""The launcher's start, in order; `messages.Fatal` has the name of one that fails."""
 
 
 def _end_child(pid: int) -> None:
@@ -459,20 +503,22 @@ def main(
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     privileges.set_name("nsbox-launcher")
+    server: Server | None = None
     try:
         host = os.pidfd_open(host_pid)
         if os.getppid() != host_pid:
             os._exit(0)  # the host died meanwhile, and its number may be another's
-        Server(channel, requests, host, done, host_pid, paths, _parse_range(id_range)).run()
+        server = Server(channel, requests, host, done, host_pid, paths, _parse_range(id_range))
+        server.start()
+        server.run()
     except Exception as error:  # noqa: BLE001 - the host is told whatever it was
         import traceback  # needed once at most, and it is half as large as the rest
 
         text = "".join(traceback.format_exception(error))
+        step = "" if server is None else server.step
         try:
-            protocol.send(
-                channel,
-                {"kind": "fatal", "text": text[-8192:], **failure("launcher", error)},
-            )
+            fatal = messages.Fatal(text=text[-8192:], **failure(step, error))
+            protocol.send(channel, fatal)
         except OSError:
             sys.stderr.write(text)
     os._exit(1)

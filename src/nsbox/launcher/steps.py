@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from nsbox.launcher.messages import Spec
+
 
 class Step:
     """One step of a birth.
@@ -24,7 +26,7 @@ class Step:
         self,
         side: str,
         name: str,
-        text: str | Callable[[dict[str, Any]], str],
+        text: str | Callable[[Spec], str],
         run: Callable[..., None],
     ) -> None:
         self.side = side
@@ -32,7 +34,7 @@ class Step:
         self._text = text
         self.run = run
 
-    def describe(self, spec: dict[str, Any]) -> str:
+    def describe(self, spec: Spec) -> str:
         """Say what the step does for the environment `spec` describes."""
         return self._text if isinstance(self._text, str) else self._text(spec)
 

@@ -28,6 +28,7 @@ from nsbox.guest.protocol import failure_word
 from nsbox.guest.reset import reset
 from nsbox.isolation import landlock, namespaces, privileges
 from nsbox.launcher import inside
+from nsbox.launcher.messages import Spec
 from nsbox.launcher.steps import failure
 from nsbox.linux import calls, image
 from nsbox.linux import constants as c
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from nsbox.linux.prepared import Entry
+
+    _Prepared = dict[tuple[int, ...], list[Entry]]
 
 
 _THREAD_COUNTS = (
@@ -87,7 +90,7 @@ class Template:
         self._runtime = runtime
         self._births_to_image = _SETTLED if has_image else 0
         self._has_image = False
-        self._specs: dict[str, tuple[dict[str, Any], dict[tuple[int, ...], list[Entry]]]] = {}
+        self._specs: dict[str, tuple[Spec, dict[str, str], _Prepared]] = {}
         self._clones: dict[int, calls.Clone] = {}
         self._extent = b""
         self._drop_groups = False
@@ -113,10 +116,11 @@ class Template:
                     if not self._births_to_image:
                         self._runtime.image = image.take_when_tried()
                         self._has_image = self._runtime.image is not None
-                        for _, prepared in self._specs.values():
+                        for _, _, prepared in self._specs.values():
                             prepared.clear()
             elif message[0] == "spec":
-                self._specs[message[1]] = (message[2], {})
+                _, key, fields, view = message
+                self._specs[key] = (Spec.from_wire(fields), view, {})
             elif message[0] == "forget":
                 del self._specs[message[1]]
             else:
@@ -151,7 +155,7 @@ class Template:
 
     def _give_birth(self, message: tuple[Any, ...], fds: list[int]) -> None:
         _, key, env_id, host_id, destinations, has_cgroup, has_network, self._is_blank = message
-        spec, prepared = self._specs[key]
+        spec, view, prepared = self._specs[key]
         control, layout, *rest = fds
         cgroup = rest.pop(0) if has_cgroup else -1
         network = rest.pop(0) if has_network else -1
@@ -161,29 +165,29 @@ class Template:
             numbers = tuple(rest)
             entries = prepared.get(numbers)
             if entries is None:
-                entries = prepared[numbers] = self._prepare(spec, destinations, rest)
+                entries = prepared[numbers] = self._prepare(spec, view, destinations, rest)
             os.dup2(control, inside.CONTROL, inheritable=False)
             sync, sync_write = os.pipe()
             os.dup2(sync, inside.SYNC, inheritable=False)
             step = "clone"
-            flags = spec["namespaces"]
+            flags = spec.namespaces
             self._name.fill_in(env_id)
             self._clone(flags, entries, layout, cgroup, network)
             step = "id-maps"
-            namespaces.write_id_maps(self._pid, spec["user_id"], host_id)
+            namespaces.write_id_maps(self._pid, spec.user_id, host_id)
             os.write(sync_write, inside.MAPPED)
         except (OSError, ValueError) as error:
             # A clone that is there already reads the end of the pipe, and ends.
             raise _Failure(step, error) from error
 
     def _prepare(
-        self, spec: dict[str, Any], destinations: list[str], fds: list[int]
+        self, spec: Spec, view: dict[str, str], destinations: list[str], fds: list[int]
     ) -> list[Entry]:
         tree_count = len(destinations)
         trees = dict(zip(destinations, fds[:tree_count], strict=True))
         inherited = inside.Inherited(
             self._extent.decode(), self._has_image, self._drop_groups, fds[tree_count:], trees,
-            self._name,
+            self._name, view,
         )  # fmt: skip
         program = Program()
         for step in inside.STEPS:

@@ -95,7 +95,7 @@ class TemplateProcess:
                 oldest = next(iter(self._known))
                 del self._known[oldest]
                 self._send(("forget", oldest))
-            self._send(("spec", key, spec))
+            self._send(("spec", key, spec.to_wire(), birth.known.cgroup_view))
             self._known[key] = None
         optional = (birth.cgroup_fd, birth.network)
         fds = [birth.control, birth.layout, *(fd for fd in optional if fd >= 0)]

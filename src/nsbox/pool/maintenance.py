@@ -19,6 +19,7 @@ from typing import Any, Final, Generic
 from nsbox.errors import NsboxError, PoolClosed
 from nsbox.functions.deployment import kind_of
 from nsbox.functions.function import FunctionVersion
+from nsbox.launcher.messages import Spec
 from nsbox.launcher.protocol import BLANK_LIFE
 from nsbox.pool import pressure
 from nsbox.pool.accounts import E, Lease, Slot
@@ -143,7 +144,7 @@ class KeepStandby(Task, Generic[E]):
     def work(self) -> float:
         """See `Task.work`."""
         try:
-            by_launcher: dict[Launcher, list[Mapping[str, Any]]] = {}
+            by_launcher: dict[Launcher, list[Spec]] = {}
             for launcher, spec in map(kind_of, self._scheduler.sources()):
                 specs = by_launcher.setdefault(launcher, [])
                 if spec is not None:

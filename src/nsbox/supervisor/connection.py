@@ -12,18 +12,19 @@ import os
 import signal
 import time
 from _socket import socket as Socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, suppress
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from nsbox.errors import DescriptorsExhausted, LauncherError, NsboxError, SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.isolation import cgroups, readback
-from nsbox.launcher import protocol
+from nsbox.launcher import messages, protocol
+from nsbox.launcher.messages import Gone, Spec
 from nsbox.supervisor import reports
 from nsbox.supervisor.channel import BrokenAnswer, Channel, Workplace
 from nsbox.supervisor.launcher import Launcher
-from nsbox.supervisor.requests import END_DEADLINE, Supervision
+from nsbox.supervisor.requests import END_DEADLINE, Supervision, receive
 from nsbox.values.result import EnvironmentDied, Outcome
 
 BIRTH_DEADLINE: Final = 30.0
@@ -91,7 +92,7 @@ class Link:
     def __init__(
         self,
         launcher: Launcher,
-        spec: Mapping[str, Any],
+        spec: Spec,
         env_id: str,
         *,
         is_brief: bool = False,
@@ -117,7 +118,7 @@ class Link:
         self.closing = self.is_killed = False
         self.cause = ""
         self.running: set[int] = set()
-        self.has_callers_id = launcher.hello["ids"] == "own" or spec["as_caller"]
+        self.has_callers_id = launcher.hello.ids == "own" or spec.as_caller
         self.workplace: Workplace | None = None
         self._awaits_furniture = False
         self.pid = self._pid_inode = 0
@@ -128,7 +129,7 @@ class Link:
             # Where its birth is answered; closed when that is over.
             self._birth, birth = _pair(protocol.raw_pair)
             unused.callback(_close_both, self._birth, birth)
-            if spec["runtime"]:
+            if spec.runtime:
                 self.workplace = Workplace(self._control)
                 unused.callback(self.workplace.close)
             made = [end.fileno() for end in (self._control, control, self._birth, birth)]
@@ -141,14 +142,15 @@ class Link:
             unused.pop_all()
 
     @property
-    def end(self) -> dict[str, Any] | None:
+    def end(self) -> Gone | None:
         """What the launcher said of its end; None while it lives."""
         return self._supervision.end
 
     def ask_for_birth(self, awaits: str = "") -> None:
         """Ask the launcher for the environment; `awaits` is as in `Launcher.request_birth`.
 
-        With ``"taker"`` nobody needs it yet: the launcher ends it when nobody takes it (`hold`).
+        With ``"taker"`` nobody needs it yet: the launcher ends it when nobody takes it
+        (`tell_of_taker`).
 
         Raises:
             LauncherError: The launcher is gone.
@@ -178,28 +180,28 @@ class Link:
             if furniture and word and p.parse_failure(word) is None:
                 self._awaits_furniture = True
                 with suppress(OSError):  # it is gone, which is seen next
-                    protocol.send(self._birth, {"kind": "furnish", "mounts": furniture})
+                    protocol.send(self._birth, messages.Attach(mounts=furniture))
             born = self._hear_of_birth()
             self.proc = _check_ready(word)
-            self._verify(filtered=bool(self._spec["seccomp"]))
+            self._verify(filtered=bool(self._spec.seccomp))
         except BaseException:
             self._abandon()
             raise
         if not self._awaits_furniture:
             self._birth.close()
-        self.host_id: int = born["host_id"]
+        self.host_id = born.host_id
         absent = self._launcher.absent_files
-        self.reader = cgroups.UsageReader(born["cgroup"], absent) if born["cgroup"] else None
+        self.reader = cgroups.UsageReader(born.cgroup, absent) if born.cgroup else None
 
     # -- birth ---------------------------------------------------------------------------------
 
-    def hold(self, kind: str) -> bool:
-        """Tell the launcher to ``claim`` this blank environment for its taker, or ``keep`` it.
+    def tell_of_taker(self, message: messages.Claim | messages.Keep) -> bool:
+        """Tell the launcher that this standby environment has a taker, or that it is to wait on.
 
         Returns whether that could be told; otherwise it is gone, which its taker will see.
         """
         try:
-            protocol.send(self._birth, {"kind": kind})
+            protocol.send(self._birth, message)
         except OSError:
             return False
         return True
@@ -213,12 +215,8 @@ class Link:
         """
         if self._awaits_furniture:
             self._awaits_furniture = False
-            answer = None
-            with closing(self._birth), suppress(OSError):
-                if protocol.is_readable(self._birth.fileno(), END_DEADLINE):
-                    received = protocol.receive(self._birth)
-                    answer = None if received is None else received[0]
-            self._check_answer("furnish", answer)
+            with closing(self._birth):
+                self._check_answer("attach", lambda: receive(self._birth, END_DEADLINE))
 
     def _await_ready(self) -> bytes:
         """Return the environment's own first word, b"" when it ended without one.
@@ -232,10 +230,10 @@ class Link:
         except ConnectionError:
             return b""
 
-    def _hear_of_birth(self) -> dict[str, Any]:
+    def _hear_of_birth(self) -> messages.Born:
         """Return the launcher's report on the clone; it comes at about the same time."""
         if not protocol.is_readable(self._birth.fileno(), BIRTH_DEADLINE):
-            raise SetupError("birth", f"the launcher was silent for {BIRTH_DEADLINE:g} seconds")
+            raise LauncherError(f"the launcher did not answer within {BIRTH_DEADLINE:g} seconds")
         try:
             received = protocol.receive(self._birth)
         except OSError as error:
@@ -245,18 +243,21 @@ class Link:
             self._launcher.is_lost = True
             raise LauncherError(f"the launcher died during the birth. {words}")
         message, fds = received
-        if message["kind"] == "born":
-            self.pid, self._pid_inode = message["pid"], message["inode"]
+        if isinstance(message, messages.Born):
+            self.pid, self._pid_inode = message.pid, message.inode
             if fds:
                 self._pidfd = fds[0]
             return message
-        if message["kind"] == "unknown-spec":
+        if isinstance(message, messages.UnknownSpec):
             self._launcher.forget_spec(self._spec)
             raise ForgottenSpec(self.env_id)
-        if message["kind"] == "no-descriptors":
-            count, limit = message["count"], message["limit"]
-            raise DescriptorsExhausted("nsbox's launcher", count, limit, _MORE_IN_LAUNCHER)
-        raise _setup_error(message["step"], message["errno"], message["message"])
+        if isinstance(message, messages.NoDescriptors):
+            raise DescriptorsExhausted(
+                "nsbox's launcher", message.count, message.limit, _MORE_IN_LAUNCHER
+            )
+        if isinstance(message, messages.Failed):
+            raise _setup_error(message.step, message.errno, message.message)
+        raise LauncherError(f"the launcher answered a birth with {message!r}")
 
     def _abandon(self) -> None:
         """Close a link whose birth failed, when nothing is left of the environment."""
@@ -269,7 +270,9 @@ class Link:
         try:
             missing = readback.missing_lock(self.pid, filtered=filtered)
         except OSError:
-            self.request("verify")  # /proc hides it from us (hidepid), not from its launcher
+            self.request(
+                messages.Verify(id=self.env_id)
+            )  # /proc hides it from us (hidepid), not from its launcher
             return
         if missing:
             raise SetupError("verify", f"its status does not say {missing!r}")
@@ -330,7 +333,7 @@ class Link:
             return
         except OSError:  # no room for a descriptor here; the launcher has one
             with suppress(OSError):
-                self._supervision.tell("kill")
+                self._supervision.tell(messages.Kill(id=self.env_id))
             return
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -349,23 +352,35 @@ class Link:
         """Descriptor that is readable when PID 1 has ended; -1 once this is closed."""
         return self._control.fileno()
 
-    def request(self, kind: str) -> None:
+    def request(self, request: messages.Request) -> None:
         """Have the launcher do something to the environment.
 
         Raises:
             SetupError: It could not.
             EnvironmentDied: The environment is gone.
+            LauncherError: It did not answer in time. It may do it later, so that the environment
+                was killed.
             SyscallError: This process has no room for a socket.
         """
-        self._check_answer(kind, self._supervision.request(kind))
+        name = type(request).__name__.lower()
+        self._check_answer(name, lambda: self._supervision.request(request))
 
-    def _check_answer(self, kind: str, answer: Mapping[str, Any] | None) -> None:
-        if answer is None or answer["kind"] == "gone":
+    def _check_answer(self, what: str, ask: Callable[[], messages.Message | None]) -> None:
+        try:
+            answer = ask()
+        except TimeoutError:
+            self.kill(f"the launcher did not answer {what!r} within {END_DEADLINE:g} seconds")
+            raise LauncherError(f"environment {self.env_id}: {self.describe_end()}") from None
+        except SyscallError:
+            raise
+        except OSError:
+            answer = None
+        if isinstance(answer, messages.Failed):
+            raise SetupError(what, answer.message, errno=answer.errno)
+        if not isinstance(answer, messages.Done):
             self.kill()
             self.await_end()
             raise EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}")
-        if answer["kind"] == "failed":
-            raise SetupError(kind, answer["message"], errno=answer["errno"])
 
     def note_end(self) -> bool:
         """Whether PID 1 is gone; then `end` is told, which it is a moment later."""
@@ -378,9 +393,12 @@ class Link:
     def await_end(self) -> bool:
         """Wait for the end of a killed environment; False when it does not come."""
         self._supervision.await_end()
-        if self.end is not None and "launcher" in self.end:
-            return self._await_death()  # nobody else can say it
-        return self.end is not None
+        if self.end is not None and not self._supervision.unsaid:
+            return True
+        if not self._await_death():  # nobody else can say it
+            return False
+        self._supervision.end_unsaid()
+        return True
 
     def _await_death(self) -> bool:
         try:
@@ -388,17 +406,20 @@ class Link:
         except ProcessLookupError:
             return True
         try:
-            return protocol.is_readable(pidfd, END_DEADLINE)
+            # Of a silent launcher it was waited for already.
+            return protocol.is_readable(pidfd, 0 if self.end is None else END_DEADLINE)
         finally:
             os.close(pidfd)
 
     def describe_end(self) -> str:
         """Say how the environment ended, for people."""
-        return reports.describe_end(self.end or {}, self.cause, closing=self.closing)
+        return reports.describe_end(
+            self.end, self._supervision.unsaid, self.cause, closing=self.closing
+        )
 
     def end_outcome(self) -> Outcome | None:
         """Return what its end was, as far as the launcher has told; None: it has not."""
-        return reports.end_outcome(self.end or {}, self.cause if self.is_killed else "")
+        return reports.end_outcome(self.end, self.cause if self.is_killed else "")
 
     def open_pidfd(self) -> int:
         """Return a descriptor, for the caller to close, that is readable when PID 1 has ended.
@@ -440,7 +461,7 @@ class Link:
     def usage(self) -> Counters:
         """Return everything that can be read of its cgroups now; at its end, what was read then."""
         if self.end is not None:
-            return self.end.get("usage") or {}
+            return self.end.usage
         try:
             return {} if self.reader is None else self.reader.read()
         except OSError:

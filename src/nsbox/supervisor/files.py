@@ -15,8 +15,13 @@ from nsbox.values.config import Config, check_text
 from nsbox.values.invocation import NOTHING, LeftRunning
 from nsbox.values.result import EnvironmentDied
 
-_CALLS = {"open": "openat2", "kind": "open (regular files only)", "size": "read"}
-"""What failed at a stage, where it is not called as the stage."""
+_CALLS = {
+    "open": ("openat2", ""),
+    "kind": ("openat2", "it is no regular file"),
+    "size": ("read", "it has more than max_bytes"),
+    "place": ("openat", ""),
+}
+"""What failed at a stage, and why it did; at another one it was the transfer itself."""
 _SCRIPT_MAX = 1 << 20  # bytes of a script that is looked at
 _INTERPRETER_MAX = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 
@@ -39,7 +44,7 @@ def read_file(get_link: Callable[[], Link], path: str, max_bytes: int) -> bytes:
     link = get_link()
     channel = link.ask(p.READ, request, [])
     with channel:
-        size = expect_ok(link, channel, path)
+        size = expect_ok(link, channel, "read", path)
         if not 0 <= size <= max_bytes:
             raise link.died(BrokenAnswer("PID 1 sent a malformed answer"))
         data = bytearray()
@@ -86,7 +91,7 @@ def send_file(link: Link, operation: bytes, path: bytes, data: bytes, mode: int)
             pass  # it has answered with an error already
         except OSError as error:
             raise link.died(error) from error
-        expect_ok(link, channel, path.decode(errors="surrogateescape"))
+        expect_ok(link, channel, "write", path.decode(errors="surrogateescape"))
 
 
 def place_files(link: Link, files: Mapping[str, bytes]) -> None:
@@ -168,9 +173,13 @@ def _answer(link: Link, channel: Channel) -> tuple[bytes, int, int]:
     return kind, first, second
 
 
-def expect_ok(link: Link, channel: Channel, path: str) -> int:
-    """Return the number in PID 1's answer, or raise what it says went wrong with `path`."""
+def expect_ok(link: Link, channel: Channel, call: str, path: str) -> int:
+    """Return the number in PID 1's answer, or raise what it says went wrong with `path`.
+
+    `call` is what transfers the bytes.
+    """
     kind, first, stage = _answer(link, channel)
     if kind == p.FAILED:
-        raise SyscallError(_CALLS.get(p.STAGES[stage], p.STAGES[stage]), first, path)
+        name, note = _CALLS.get(p.STAGES[stage], (call, ""))
+        raise SyscallError(name, first, path, note)
     return first

@@ -19,7 +19,7 @@ import sys
 import threading
 from _socket import socket as Socket
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
@@ -32,7 +32,8 @@ from nsbox.errors import (
     SetupError,
     UnsupportedHostError,
 )
-from nsbox.launcher import protocol, spawn
+from nsbox.launcher import messages, protocol, spawn
+from nsbox.launcher.messages import Hello, Spec
 from nsbox.linux import proc
 from nsbox.supervisor.idmaps import write_launcher_maps
 from nsbox.values.result import EnvironmentDied
@@ -99,7 +100,7 @@ class Launcher:
             self.close()
             raise
 
-    def _await_hello(self) -> dict[str, Any]:
+    def _await_hello(self) -> Hello:
         self._channel.settimeout(START_DEADLINE)
         while True:
             try:
@@ -111,18 +112,18 @@ class Launcher:
             if received is None:
                 raise LauncherError("the launcher ended before it said hello")
             message = received[0]
-            if message["kind"] == "user-namespace":
-                self._write_maps(message["pid"])
-            elif message["kind"] == "fatal":
-                _raise_start_failure(message)
-            else:
+            if isinstance(message, messages.UserNamespace):
+                self._write_maps(message.pid)
+            elif isinstance(message, Hello):
                 self._channel.settimeout(None)
                 return message
+            else:
+                raise _start_failure(message)
 
     def _write_maps(self, pid: int) -> None:
         try:
             write_launcher_maps(pid)
-            protocol.send(self._channel, {"kind": "mapped"})
+            protocol.send(self._channel, messages.Mapped())
         except (OSError, UnsupportedHostError) as error:
             # Files of a process that ends meanwhile are gone, or root's (proc(5)).
             if isinstance(error, UnsupportedHostError) and self.alive:
@@ -147,7 +148,7 @@ class Launcher:
     def request_birth(
         self,
         env_id: str,
-        spec: Mapping[str, Any],
+        spec: Spec,
         fds: Sequence[int],
         awaits: str = "",
         *,
@@ -159,9 +160,9 @@ class Launcher:
             env_id: Its id.
             spec: What it is to be.
             fds: Its control socket, and where the answer is to come.
-            awaits: What is to come on that socket after the answer: ``"taker"``, ``"furniture"``,
+            awaits: What is to come on that socket after the answer: ``"taker"``, ``"attachments"``
                 or nothing. Until then the environment ends when this end of it is closed.
-            is_brief: It is for one command (`wire.scarcity`).
+            is_brief: It is for one command (`protocol.scarcity`).
 
         The spec itself travels once, its key always. The launcher may forget it ("unknown-spec"):
         then `forget_spec` and ask again.
@@ -171,12 +172,14 @@ class Launcher:
             LauncherError: The launcher is gone.
             SetupError: The kernel takes no message with descriptors now (ETOOMANYREFS).
         """
-        key = spec["key"]
-        message: dict[str, Any] = {"id": env_id, "key": key, "awaits": awaits}
-        if is_brief:
-            message["brief"] = True
-        if key not in self._specs_sent:
-            message["spec"] = spec
+        key = spec.key
+        message = messages.GiveBirth(
+            id=env_id,
+            key=key,
+            spec=None if key in self._specs_sent else spec.to_wire(),
+            awaits=awaits,
+            is_brief=is_brief,
+        )
         try:
             with self._lock:
                 protocol.send(self._channel, message, fds)
@@ -193,7 +196,7 @@ class Launcher:
             self._specs_sent.clear()
         self._specs_sent.add(key)
 
-    def ask(self, kind: str, env_id: str, answer: Socket | None = None, **details: object) -> None:
+    def ask(self, request: messages.Request, answer: Socket | None = None) -> None:
         """Ask something of an environment that was born; it is answered on `answer`.
 
         Raises:
@@ -203,11 +206,11 @@ class Launcher:
             raise ProcessLookupError(errno.ESRCH, "the launcher is the parent process's")
         fds = [] if answer is None else [answer.fileno()]
         with self._lock_of_requests:
-            protocol.send(self._requests, {"kind": kind, "id": env_id, **details}, fds)
+            protocol.send(self._requests, request, fds)
 
-    def forget_spec(self, spec: Mapping[str, Any]) -> None:
+    def forget_spec(self, spec: Spec) -> None:
         """Have the next `request_birth` send the spec again."""
-        self._specs_sent.discard(spec["key"])
+        self._specs_sent.discard(spec.key)
 
     def last_words(self) -> str:
         """Return what a launcher that failed has said of it, or ""."""
@@ -215,7 +218,7 @@ class Launcher:
             if self._channel.fileno() < 0 or not protocol.is_readable(self._channel.fileno(), 0.1):
                 return ""
             received = protocol.receive(self._channel)
-        return "" if received is None else str(received[0].get("text", ""))
+        return "" if received is None else getattr(received[0], "text", "")
 
     def close(self) -> None:
         """End the launcher and wait until nothing of it or its environments is left."""
@@ -289,18 +292,21 @@ def _check_id_range(text: str) -> None:
         raise ConfigError(f"NSBOX_ID_RANGE: {text!r} is not FIRST:COUNT, such as 1879048192:65536")
 
 
-def _raise_start_failure(message: dict[str, Any]) -> None:
-    if proc.CHROOT in message["message"] or (
-        "unshare" in message["message"] and proc.is_in_chroot()
-    ):
-        raise UnsupportedHostError("namespace.user", proc.CHROOT, LEAVE_CHROOT)
-    if "unshare" in message["message"]:
-        raise UnsupportedHostError(
+def _start_failure(message: messages.Message) -> Exception:
+    if not isinstance(message, messages.Fatal):
+        return LauncherError(f"the launcher said {message!r} before its hello")
+    if message.step == "id-range":
+        return ConfigError(f"NSBOX_ID_RANGE: {message.message}; name a part of that, or unset it")
+    is_refused = message.step in ("user-namespace", "mount-namespace")
+    if message.step == "chroot" or (is_refused and proc.is_in_chroot()):
+        return UnsupportedHostError("namespace.user", proc.CHROOT, LEAVE_CHROOT)
+    if is_refused:
+        return UnsupportedHostError(
             "namespace.user",
-            message["message"],
+            message.message,
             "Unprivileged user namespaces are switched off here; 'nsbox doctor' names the remedy.",
         )
-    raise LauncherError(f"the launcher failed to start: {message['message']}\n{message['text']}")
+    return LauncherError(f"the launcher failed to start: {message.message}\n{message.text}")
 
 
 LEAVE_CHROOT: Final = (

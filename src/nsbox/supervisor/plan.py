@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from nsbox.errors import ConfigError, UnsupportedHostError
 from nsbox.isolation import landlock, namespaces
+from nsbox.launcher.messages import Hello, Spec
 from nsbox.seccomp import filters
 from nsbox.supervisor.connection import Link
 from nsbox.values.config import LEAST_OPEN_FILES, Config, Limits, Mount
@@ -194,11 +195,11 @@ def _check_cpus(cpus: str) -> None:
             )
 
 
-class Blueprint:
+class Plan:
     """The spec for the launcher, and what will be in force.
 
     Attributes:
-        spec: What the launcher is told; JSON-able.
+        spec: What the launcher is told.
         layers: Protections decided so far; the birth adds the rest.
         accounts_cpu: Whether CPU time of the whole environment can be read.
         environment: Variables of every command.
@@ -206,8 +207,8 @@ class Blueprint:
         may_be_blank: Whether such ones may be born ahead of need (`nsbox.supervisor.standby`).
     """
 
-    def __init__(self, config: Config, hello: Mapping[str, Any], runtime: str = "") -> None:
-        """Decide; `plan` does so once for a config.
+    def __init__(self, config: Config, hello: Hello, runtime: str = "") -> None:
+        """Decide; `make_plan` does so once for a config.
 
         `runtime` is the kind of template to be cloned (`nsbox.launcher.template.main`).
 
@@ -222,7 +223,7 @@ class Blueprint:
         self._policy = config.seccomp
         if any(mount.type == "bind" and mount.writable for mount in config.mounts):
             self._policy = config.seccomp.without_set_id_bits()
-        self._cgroups: Mapping[str, Mapping[str, Any]] = hello["cgroups"]
+        self._cgroups: Mapping[str, Mapping[str, Any]] = hello.cgroups
         self.layers: list[Protection] = []
         self._rlimits: dict[str, int] = {}
         names = self._choose_namespaces()
@@ -232,11 +233,13 @@ class Blueprint:
         self.accounts_cpu = self._choose_cpu_time(config.limits)
         flags = 0
         for name in names:
-            if name != "network" or not hello["networks_ready"]:
+            if name != "network" or not hello.networks_ready:
                 flags |= namespaces.FLAGS[name]
-        idmap = hello["privileged"] and "idmapped_mounts" not in config.allow_missing
-        as_caller = hello["ids"] == "subordinate" and _binds_callers_own(config)
-        self.spec: dict[str, Any] = {
+        idmap = hello.privileged and "idmapped_mounts" not in config.allow_missing
+        as_caller = hello.ids == "subordinate" and _binds_callers_own(config)
+        self.environment = base_environment(config)
+        self.program = self._compile_filter()
+        fields: dict[str, Any] = {
             "as_caller": as_caller,
             "layout": make_layout(config, idmap=idmap),
             "namespaces": flags,
@@ -247,15 +250,13 @@ class Blueprint:
             "cgroup_limits": limits,
             "rlimits": self._rlimits,
             "runtime": runtime,
-            "landlock": hello["landlock"],
+            "landlock": hello.landlock,
+            "seccomp": self.program.hex(),
             "seccomp_name": f"policy {self._policy.name!r}",
         }
-        self.environment = base_environment(config)
-        self.program = self._compile_filter()
-        self.spec["seccomp"] = self.program.hex()
         # The launcher prepares the calls of a spec once and finds them again by this.
-        canonical = json.dumps(self.spec, sort_keys=True).encode()
-        self.spec["key"] = hashlib.sha256(canonical).hexdigest()
+        canonical = json.dumps(fields, sort_keys=True).encode()
+        self.spec = Spec(**fields, key=hashlib.sha256(canonical).hexdigest())
         self._add("tmp", True, f"private, as /dev/shm is; {config.tmp_size} bytes each")
 
     def _add(self, name: str, in_force: bool, detail: str) -> None:
@@ -287,7 +288,7 @@ class Blueprint:
             if name == "network" and self._config.network == "host":
                 self._add_unwanted(feature, "the host's network was asked for")
                 continue
-            if name not in self._hello["namespaces"]:
+            if name not in self._hello.namespaces:
                 reason = f"this kernel has no {name} namespaces"
                 if name not in _BEST_EFFORT_NAMESPACES:
                     raise UnsupportedHostError(feature, reason, "Use a kernel that has them.")
@@ -298,7 +299,7 @@ class Blueprint:
         return names
 
     def _choose_landlock(self) -> None:
-        if self._hello["landlock"]:
+        if self._hello.landlock:
             self._add("landlock", True, "no abstract Unix socket and no process outside is reached")
         elif self._config.network == "host":
             self._add(
@@ -393,24 +394,22 @@ class Blueprint:
         return accounts
 
 
-_plans: dict[tuple[int, str], tuple[Config, Mapping[str, Any], Blueprint]] = {}
+_plans: tuple[tuple[Config, Hello, str, Plan], ...] = ()
 _PLANS_KEPT: Final = 32
 
 
-def plan(config: Config, hello: Mapping[str, Any], runtime: str = "") -> Blueprint:
-    """Return the blueprint of `config` for the host that `hello` describes.
+def make_plan(config: Config, hello: Hello, runtime: str = "") -> Plan:
+    """Return the plan of `config` for the host that `hello` describes.
 
-    The same config object gets the same blueprint again: deciding takes longer than the rest of
-    the host's part of a birth.
+    The same config object gets the same plan again, of the last ones made: deciding takes longer
+    than the rest of the host's part of a birth, and hashing a config a tenth of that.
     """
-    known = _plans.get((id(config), runtime))
-    if known is not None and known[0] is config and known[1] is hello:
-        return known[2]
-    made = Blueprint(config, hello, runtime)
-    if len(_plans) >= _PLANS_KEPT:
-        _plans.clear()
-    # Holding the config keeps its id from being another's.
-    _plans[id(config), runtime] = (config, hello, made)
+    global _plans  # noqa: PLW0603 - replaced as a whole: other threads read it meanwhile
+    for known, host, kind, made in _plans:
+        if known is config and host is hello and kind == runtime:
+            return made
+    made = Plan(config, hello, runtime)
+    _plans = ((config, hello, runtime, made), *_plans[: _PLANS_KEPT - 1])
     return made
 
 
@@ -422,7 +421,7 @@ _MASKED_PROC: Final = (
 
 def born_layers(
     config: Config,
-    hello: Mapping[str, Any],
+    hello: Hello,
     link: Link,
     decided: Sequence[Protection],
 ) -> list[Protection]:
@@ -431,8 +430,8 @@ def born_layers(
         "range": f"host id {link.host_id}, of no other environment",
         "subordinate": f"subordinate id {link.host_id}, of no other environment",
         "own": "the caller's own id: environments share it",
-    }["own" if link.has_callers_id else hello["ids"]]
-    groups = "no supplementary groups" if hello["drops_groups"] else "the caller's groups remain"
+    }["own" if link.has_callers_id else hello.ids]
+    groups = "no supplementary groups" if hello.drops_groups else "the caller's groups remain"
     proc_text = {
         "full": "its own, sensitive files masked, settings read-only",
         "subset=pid": f"its own, processes only: {_MASKED_PROC}",

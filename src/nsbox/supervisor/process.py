@@ -480,8 +480,7 @@ class Process:
     def _finish_from_end(self) -> None:
         """Conclude from the launcher's report on the end of the whole environment."""
         self._heard += 1
-        report = self._link.end or {}
-        after: dict[str, int | None] = report.get("usage") or {}
+        after = self._link.usage()
         if evidence := oom_evidence(self._before, after):
             self._conclude(Outcome.OOM_KILLED, -signal.SIGKILL, evidence, after)
         elif self._verdict is not None:

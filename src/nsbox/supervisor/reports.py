@@ -5,40 +5,37 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
-from typing import Any
 
+from nsbox.launcher.messages import Gone
 from nsbox.values.counters import oom_evidence
 from nsbox.values.result import Outcome
 
 
-def describe_end(end: Mapping[str, Any], cause: str, *, closing: bool) -> str:
+def describe_end(end: Gone | None, unsaid: str, cause: str, *, closing: bool) -> str:
     """Say how the environment ended, for people."""
     if closing:
         return "it was closed"
     if cause:
         return f"{cause}; nsbox killed it"
-    if "launcher" in end:
-        return "the launcher died, and the environment with it"
-    if oom_evidence({}, end.get("usage") or {}):
-        return "the kernel killed it at the memory limit"
-    status = end.get("status")
-    if status is None:
+    if unsaid:
+        return unsaid
+    if end is None or end.status is None:
         return "PID 1 is gone"
-    code = os.waitstatus_to_exitcode(status)
+    if oom_evidence({}, end.usage):
+        return "the kernel killed it at the memory limit"
+    code = os.waitstatus_to_exitcode(end.status)
     if code < 0:
         return f"PID 1 was killed from outside by {signal_name(-code)}"
     return f"PID 1 ended with status {code}"
 
 
-def end_outcome(end: Mapping[str, Any], cause: str) -> Outcome | None:
+def end_outcome(end: Gone | None, cause: str) -> Outcome | None:
     """Return what its end was, as far as the launcher has told; None: it has not."""
-    if oom_evidence({}, end.get("usage") or {}):
-        return Outcome.OOM_KILLED
-    status = end.get("status")
-    if status is None:
+    if end is None or end.status is None:
         return None
-    return Outcome.KILLED if cause else outcome_of(status)
+    if oom_evidence({}, end.usage):
+        return Outcome.OOM_KILLED
+    return Outcome.KILLED if cause else outcome_of(end.status)
 
 
 def exit_code(status: int) -> int | None:

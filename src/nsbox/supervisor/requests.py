@@ -6,17 +6,18 @@ Nothing stays open for that: each request brings the socket that its answer come
 
 from __future__ import annotations
 
+import errno
 import threading
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from nsbox.errors import SyscallError
-from nsbox.launcher import protocol
+from nsbox.launcher import messages, protocol
 
 if TYPE_CHECKING:
     from _socket import socket as Socket
-    from collections.abc import Mapping
 
+    from nsbox.launcher.messages import Spec
     from nsbox.supervisor.launcher import Launcher
 
 END_DEADLINE: Final = 10.0
@@ -28,6 +29,7 @@ class Supervision:
 
     Attributes:
         end: What the launcher has said of its end; None before.
+        unsaid: Why `end` does not say how it was, or "".
     """
 
     def __init__(self, launcher: Launcher, env_id: str) -> None:
@@ -36,31 +38,33 @@ class Supervision:
         self._lock = threading.Lock()
         self._report: Socket | None = None  # where the end will be told
         self._is_asked = self._is_let_go = False
-        self.end: dict[str, Any] | None = None
+        self.end: messages.Gone | None = None
+        self.unsaid = ""
 
-    def ask_for_birth(
-        self, spec: Mapping[str, Any], fds: list[int], awaits: str, *, is_brief: bool
-    ) -> None:
+    def ask_for_birth(self, spec: Spec, fds: list[int], awaits: str, *, is_brief: bool) -> None:
         """Ask for the environment; see `Launcher.request_birth`."""
         self._launcher.request_birth(self._env_id, spec, fds, awaits, is_brief=is_brief)
         self._is_asked = True
 
-    def tell(self, kind: str) -> None:
+    def tell(self, request: messages.Request) -> None:
         """Have the launcher do something that it does not answer. OSError: it is gone."""
-        self._launcher.ask(kind, self._env_id)
+        self._launcher.ask(request)
 
-    def request(self, kind: str) -> dict[str, Any] | None:
-        """Have it do something; return its answer, None when it gives none.
+    def request(self, request: messages.Request) -> messages.Message | None:
+        """Have it do something; return its answer, None when it is gone.
 
         Raises:
             SyscallError: This process has no room for a socket.
+            TimeoutError: It is silent, and may do it yet.
         """
         ours, theirs = _pair()
         with closing(ours):
             try:
                 with closing(theirs):
-                    self._launcher.ask(kind, self._env_id, theirs)
-                return _receive(ours, END_DEADLINE)
+                    self._launcher.ask(request, theirs)
+                return receive(ours, END_DEADLINE)
+            except TimeoutError:
+                raise
             except OSError:
                 return None
 
@@ -84,9 +88,22 @@ class Supervision:
             return
         try:
             with closing(theirs):
-                self._launcher.ask("close", self._env_id, theirs, is_reported=is_reported)
+                self._launcher.ask(messages.Close(id=self._env_id, is_reported=is_reported), theirs)
         except OSError:
-            self.end = {"kind": "gone", "launcher": True}
+            self._end_with_launcher()
+
+    def _end_with_launcher(self) -> None:
+        self.unsaid = "the launcher died, and the environment with it"
+        self.end = messages.Gone(status=None, usage={}, leaked=[])
+
+    def end_unsaid(self) -> None:
+        """Note that PID 1 has ended and the launcher says nothing, which it had time for."""
+        late = f"the launcher did not say within {END_DEADLINE:g} seconds"
+        with self._lock:
+            if self.end is None:
+                self.unsaid = f"PID 1 is gone; {late} how it ended"
+                left = f"cgroups of environment {self._env_id}: {late} that they are removed"
+                self.end = messages.Gone(status=None, usage={}, leaked=[left])
 
     def await_end(self) -> None:
         """Wait until `end` is told, or `END_DEADLINE` is over."""
@@ -98,8 +115,11 @@ class Supervision:
         if protocol.is_readable(fd, END_DEADLINE):
             with self._lock:  # another thread may have read it meanwhile
                 if self.end is None and self._report.fileno() >= 0:
-                    received = protocol.receive(self._report)
-                    self.end = received[0] if received else {"kind": "gone", "launcher": True}
+                    said = receive(self._report, 0)
+                    if isinstance(said, messages.Gone):
+                        self.end = said
+                    else:
+                        self._end_with_launcher()
 
     def close(self) -> None:
         """Let go of the environment: the launcher ends what is left of it, and forgets it."""
@@ -113,7 +133,7 @@ class Supervision:
         if not self._is_let_go:
             self._is_let_go = True
             with suppress(OSError):  # it is gone, and the environment with it
-                self.tell("close")
+                self.tell(messages.Close(id=self._env_id, is_reported=False))
 
 
 def _pair() -> tuple[Socket, Socket]:
@@ -123,8 +143,13 @@ def _pair() -> tuple[Socket, Socket]:
         raise SyscallError("socketpair", error.errno or 0) from error
 
 
-def _receive(channel: Socket, timeout: float) -> dict[str, Any] | None:
+def receive(channel: Socket, timeout: float) -> messages.Message | None:
+    """Return the launcher's answer; None when it is gone.
+
+    Raises:
+        TimeoutError: There is none yet.
+    """
     if not protocol.is_readable(channel.fileno(), timeout):
-        return None
+        raise TimeoutError(errno.ETIMEDOUT, "the launcher is silent")
     received = protocol.receive(channel)
     return None if received is None else received[0]

@@ -14,10 +14,12 @@ import contextlib
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final
+from collections.abc import Sequence
+from typing import ClassVar, Final
 
 from nsbox.errors import ConfigError, NsboxError
+from nsbox.launcher import messages
+from nsbox.launcher.messages import Spec
 from nsbox.launcher.protocol import BLANK_LIFE
 from nsbox.supervisor.connection import ForgottenSpec, Furniture, Link
 from nsbox.supervisor.launcher import Launcher, running_launcher
@@ -61,17 +63,17 @@ def set_blanks(count: int) -> None:
     _trim()
 
 
-def wish(owner: object, launcher: Launcher, specs: Sequence[Mapping[str, Any]], count: int) -> None:
+def wish(owner: object, launcher: Launcher, specs: Sequence[Spec], count: int) -> None:
     """Have `count` kept of each of these kinds, and of no others, as long as `owner` wants them.
 
     To be said again within a minute: the launcher ends those that nobody wants.
     """
-    _Setting.wishes[owner] = (frozenset(spec["key"] for spec in specs), count)
+    _Setting.wishes[owner] = (frozenset(spec.key for spec in specs), count)
     _trim()
     for spec in specs:
-        blanks = launcher.companions.get(spec["key"], collections.deque())
+        blanks = launcher.companions.get(spec.key, collections.deque())
         for link in list(blanks):
-            if link.hold("keep"):
+            if link.tell_of_taker(messages.Keep()):
                 link.asked_at = time.monotonic()
             else:
                 with contextlib.suppress(ValueError):  # somebody has just taken it
@@ -109,7 +111,7 @@ def _trim() -> None:
 
 def take(
     launcher: Launcher,
-    spec: Mapping[str, Any],
+    spec: Spec,
     furniture: Furniture = (),
     *,
     is_brief: bool = False,
@@ -121,7 +123,7 @@ def take(
     Raises:
         As `nsbox.supervisor.connection.Link`.
     """
-    blanks = launcher.companions.get(spec["key"])
+    blanks = launcher.companions.get(spec.key)
     while blanks:
         try:
             link: Link = blanks.popleft()
@@ -130,7 +132,7 @@ def take(
         if time.monotonic() - link.asked_at < _TAKEN_UNTIL:
             try:
                 if not furniture:
-                    link.hold("claim")
+                    link.tell_of_taker(messages.Claim())
                 link.await_birth(furniture)
             except NsboxError:
                 continue  # whatever became of it: a birth now tells the caller what is wrong
@@ -142,18 +144,16 @@ def take(
         return _give_birth(launcher, spec, furniture, is_brief=is_brief)
 
 
-def _give_birth(
-    launcher: Launcher, spec: Mapping[str, Any], furniture: Furniture, *, is_brief: bool
-) -> Link:
+def _give_birth(launcher: Launcher, spec: Spec, furniture: Furniture, *, is_brief: bool) -> Link:
     link = Link(launcher, spec, secrets.token_hex(4), is_brief=is_brief)
-    link.ask_for_birth("furniture" if furniture else "")
+    link.ask_for_birth("attachments" if furniture else "")
     link.await_birth(furniture)
     return link
 
 
-def prepare(launcher: Launcher, spec: Mapping[str, Any]) -> Link | None:
+def prepare(launcher: Launcher, spec: Spec) -> Link | None:
     """Return what `refill` will need, made while there is time for it; None when nothing is."""
-    if len(launcher.companions.get(spec["key"], ())) >= kept(spec["key"]):
+    if len(launcher.companions.get(spec.key, ())) >= kept(spec.key):
         return None
     try:
         return Link(launcher, spec, secrets.token_hex(4))
@@ -161,11 +161,11 @@ def prepare(launcher: Launcher, spec: Mapping[str, Any]) -> Link | None:
         return None  # there is no room for its sockets
 
 
-def refill(launcher: Launcher, spec: Mapping[str, Any], prepared: Link | None = None) -> None:
+def refill(launcher: Launcher, spec: Spec, prepared: Link | None = None) -> None:
     """Ask for the blanks of this kind that are missing. Waits for nothing, raises nothing."""
-    count = kept(spec["key"])
+    count = kept(spec.key)
     companions = launcher.companions
-    blanks = companions.setdefault(spec["key"], collections.deque())
+    blanks = companions.setdefault(spec.key, collections.deque())
     unwanted = [key for key in list(companions) if not _wishes(key)]
     for key in unwanted[: max(0, len(unwanted) - KINDS_KEPT)]:
         _close_all(companions.pop(key, ()))

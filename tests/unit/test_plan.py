@@ -16,6 +16,7 @@ import pytest
 
 from nsbox import Config, ConfigError, IoMax, Limits, Mount, Protections, UnsupportedHostError
 from nsbox.isolation import namespaces
+from nsbox.launcher.messages import Hello, Spec
 from nsbox.linux import constants as c
 from nsbox.seccomp import filters
 from nsbox.supervisor import plan as b
@@ -40,27 +41,29 @@ MISSING = {
     "missing": "the directory belongs to root",
     "hint": "Delegate it: see docs/host-setup.md",
 }
-FULL_HOST: dict[str, Any] = {
-    "privileged": True,
-    "ids": "range",
-    "drops_groups": True,
-    "namespaces": list(namespaces.FLAGS),
-    "networks_ready": True,
-    "landlock": True,
-    "cgroups": {f"cgroup.{name}": {"version": 2} for name in FEATURES},
-}
+FULL_HOST = Hello(
+    pid=1,
+    privileged=True,
+    ids="range",
+    drops_groups=True,
+    namespaces=list(namespaces.FLAGS),
+    networks_ready=True,
+    landlock=True,
+    cgroups={f"cgroup.{name}": {"version": 2} for name in FEATURES},
+    trees={},
+)
 
 
-def host(*missing: str, **changes: object) -> dict[str, Any]:
+def host(*missing: str, **changes: object) -> Hello:
     """Return a hello of a host that has everything but the cgroup features named."""
-    hello: dict[str, Any] = {**copy.deepcopy(FULL_HOST), **changes}
+    hello = Hello.from_wire(copy.deepcopy(FULL_HOST.to_wire()) | changes)
     for name in missing:
-        hello["cgroups"][name] = MISSING
+        hello.cgroups[name] = MISSING
     return hello
 
 
 POOR_HOST = host(
-    *FULL_HOST["cgroups"], privileged=False, ids="own", drops_groups=False, networks_ready=False
+    *FULL_HOST.cgroups, privileged=False, ids="own", drops_groups=False, networks_ready=False
 )
 
 
@@ -77,12 +80,12 @@ def _block_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(b, "_BLOCK_DEVICES", str(tmp_path))
 
 
-def decide(hello: dict[str, Any] = FULL_HOST, **fields: object) -> b.Blueprint:
-    return b.Blueprint(Config(**fields), hello)  # type: ignore[arg-type]
+def decide(hello: Hello = FULL_HOST, **fields: object) -> b.Plan:
+    return b.Plan(Config(**fields), hello)  # type: ignore[arg-type]
 
 
-def layers(blueprint: b.Blueprint) -> Protections:
-    return Protections(tuple(blueprint.layers))
+def layers(plan: b.Plan) -> Protections:
+    return Protections(tuple(plan.layers))
 
 
 # -- limits ------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ LIMITS: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("name", "value", "feature"), LIMITS)
 def test_limit_goes_to_its_controller(name: str, value: object, feature: str) -> None:
     made = decide(limits=Limits(**{name: value}))  # type: ignore[arg-type]
-    assert name in made.spec["cgroup_limits"]
+    assert name in made.spec.cgroup_limits
     assert layers(made)[feature].in_force
     assert "cgroup v2" in layers(made)[feature].detail
 
@@ -122,7 +125,7 @@ def test_named_limit_may_be_done_without_by_name(name: str, value: object, featu
         limits=Limits(**{name: value}),  # type: ignore[arg-type]
         allow_missing={feature},
     )
-    assert name not in made.spec["cgroup_limits"]
+    assert name not in made.spec.cgroup_limits
     layer = layers(made)[feature]
     assert not layer.in_force
     assert "belongs to root" in layer.detail
@@ -136,14 +139,14 @@ def test_allowing_one_to_be_missing_allows_no_other() -> None:
 
 def test_default_limit_that_cannot_be_had_is_said_not_to_be_in_force() -> None:
     made = decide(host("cgroup.memory"))
-    assert "memory_max" not in made.spec["cgroup_limits"]
+    assert "memory_max" not in made.spec.cgroup_limits
     assert not layers(made)["cgroup.memory"].in_force
     assert layers(made)["cgroup.memory"].detail == "memory_max: the directory belongs to root"
 
 
 def test_a_poor_host_gets_an_environment_with_all_defaults_and_the_truth() -> None:
     made = decide(POOR_HOST)
-    assert made.spec["cgroup_limits"] == {}
+    assert made.spec.cgroup_limits == {}
     assert not made.accounts_cpu
     assert [layer.name for layer in layers(made).missing] == ["cgroup.memory"]
     unwanted = {layer.name for layer in made.layers if not layer.wanted}
@@ -153,9 +156,9 @@ def test_a_poor_host_gets_an_environment_with_all_defaults_and_the_truth() -> No
 
 def test_limit_switched_off_by_name_is_not_in_force_and_never_refused() -> None:
     made = decide(host("cgroup.memory"), limits=Limits(memory_max=None, pids_max=None))
-    assert made.spec["cgroup_limits"] == {}
+    assert made.spec.cgroup_limits == {}
     assert layers(made)["cgroup.memory"].detail == "no limit was asked for"
-    assert "nproc" not in made.spec["rlimits"]
+    assert "nproc" not in made.spec.rlimits
 
 
 def release(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -166,10 +169,10 @@ def release(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
 def test_pids_fall_back_to_rlimits(monkeypatch: pytest.MonkeyPatch) -> None:
     release(monkeypatch, "5.14.0-1-amd64")
     made = decide(host("cgroup.pids"), limits=Limits(pids_max=40))
-    assert made.spec["rlimits"]["nproc"] == 40
+    assert made.spec.rlimits["nproc"] == 40
     assert layers(made)["cgroup.pids"].in_force
     assert "RLIMIT_NPROC" in layers(made)["cgroup.pids"].detail
-    assert "nproc" not in decide().spec["rlimits"]
+    assert "nproc" not in decide().spec.rlimits
 
 
 def test_pids_do_not_fall_back_where_rlimits_count_all_of_the_user(
@@ -180,13 +183,13 @@ def test_pids_do_not_fall_back_where_rlimits_count_all_of_the_user(
         decide(host("cgroup.pids"), limits=Limits(pids_max=40))
     made = decide(host("cgroup.pids"))
     assert not layers(made)["cgroup.pids"].in_force
-    assert "nproc" not in made.spec["rlimits"]
+    assert "nproc" not in made.spec.rlimits
 
 
 def test_rlimits_are_those_asked_for() -> None:
-    assert decide().spec["rlimits"] == {"nofile": 1024, "core": 0}
+    assert decide().spec.rlimits == {"nofile": 1024, "core": 0}
     made = decide(limits=Limits(open_files=None, file_size="1M", core_size=None))
-    assert made.spec["rlimits"] == {"fsize": 1 << 20}
+    assert made.spec.rlimits == {"fsize": 1 << 20}
     assert layers(made)["rlimit.fsize"].in_force
 
 
@@ -201,13 +204,13 @@ def test_a_default_is_no_higher_than_the_hard_limit(monkeypatch: pytest.MonkeyPa
     release(monkeypatch, "5.14.0")
     hard_limits(monkeypatch, nofile=256, nproc=100)
     made = decide(host("cgroup.pids"))
-    assert made.spec["rlimits"] == {"nproc": 100, "nofile": 256, "core": 0}
+    assert made.spec.rlimits == {"nproc": 100, "nofile": 256, "core": 0}
     files, processes = layers(made)["rlimit.nofile"], layers(made)["cgroup.pids"]
     assert files.in_force
     assert files.detail == "open_files=256, this process's hard limit; by default 1024"
     assert processes.in_force
     assert processes.detail.startswith("pids_max=100, this process's hard limit; by default 256")
-    assert "nproc" not in decide().spec["rlimits"]  # its cgroup is not bounded by that
+    assert "nproc" not in decide().spec.rlimits  # its cgroup is not bounded by that
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,7 @@ def test_a_named_limit_over_the_hard_one_is_refused(
         decide(host("cgroup.pids"), limits=Limits(**given))
     given[name] = 256
     made = decide(host("cgroup.pids"), limits=Limits(**given))
-    assert made.spec["rlimits"][kind] == 256
+    assert made.spec.rlimits[kind] == 256
 
 
 def test_fewer_descriptors_than_pid_1_needs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +274,7 @@ def test_cpus_must_be_of_this_host(cpus: str) -> None:
 
 def test_io_device_is_told_by_number() -> None:
     made = decide(limits=Limits(io_max=(IoMax(device="8:16", rbps="1M", wiops=5),)))
-    assert made.spec["cgroup_limits"]["io_max"] == [
+    assert made.spec.cgroup_limits["io_max"] == [
         {"device": "8:16", "rbps": 1 << 20, "wbps": None, "riops": None, "wiops": 5}
     ]
 
@@ -281,21 +284,21 @@ def test_io_device_is_told_by_number() -> None:
 
 def test_all_namespaces_are_made() -> None:
     made = decide(host(networks_ready=False))
-    assert made.spec["namespace_names"] == list(namespaces.FLAGS)
-    assert made.spec["namespaces"] == sum(namespaces.FLAGS.values())
+    assert made.spec.namespace_names == list(namespaces.FLAGS)
+    assert made.spec.namespaces == sum(namespaces.FLAGS.values())
 
 
 def test_a_network_namespace_held_ready_is_not_made_anew() -> None:
     made = decide()
-    assert "network" in made.spec["namespace_names"]
-    assert not made.spec["namespaces"] & c.CLONE_NEWNET
+    assert "network" in made.spec.namespace_names
+    assert not made.spec.namespaces & c.CLONE_NEWNET
     assert layers(made)["namespace.network"].in_force
 
 
 def test_the_hosts_network_is_said_to_be_in_reach() -> None:
     made = decide(network="host")
-    assert "network" not in made.spec["namespace_names"]
-    assert not made.spec["namespaces"] & c.CLONE_NEWNET
+    assert "network" not in made.spec.namespace_names
+    assert not made.spec.namespaces & c.CLONE_NEWNET
     assert not layers(made)["namespace.network"].in_force
 
 
@@ -308,14 +311,14 @@ def test_time_namespaces_are_done_without_and_all_others_are_not() -> None:
     made = decide(host(namespaces=[other for other in namespaces.FLAGS if other != "time"]))
     assert [layer.name for layer in layers(made).missing] == ["namespace.time"]
     assert layers(made)["namespace.time"].detail == "this kernel has no time namespaces"
-    assert not made.spec["namespaces"] & c.CLONE_NEWTIME
+    assert not made.spec.namespaces & c.CLONE_NEWTIME
 
 
 def test_landlock_is_missed_where_nothing_else_does_the_same() -> None:
     assert layers(decide())["landlock"].in_force
-    assert decide().spec["landlock"] is True
+    assert decide().spec.landlock is True
     without = decide(host(landlock=False))
-    assert without.spec["landlock"] is False
+    assert without.spec.landlock is False
     assert layers(without).missing == ()
     open_network = decide(host(landlock=False), network="host")
     missing = [layer for layer in layers(open_network).missing if layer.wanted]
@@ -337,7 +340,7 @@ def test_filter_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_filter_is_that_of_the_policy() -> None:
     made = decide(seccomp="strict")
-    assert bytes.fromhex(made.spec["seccomp"]) == made.program == b"strict"
+    assert bytes.fromhex(made.spec.seccomp) == made.program == b"strict"
     assert "strict" in layers(made)["seccomp"].detail
 
 
@@ -381,8 +384,8 @@ def source(tmp_path: Path) -> Path:
 def test_idmaps_are_for_root_and_can_be_done_without(source: Path, rw: bool) -> None:
     mounts = (Mount.bind(source, "/data", rw=rw),)
 
-    def is_idmapped(made: b.Blueprint) -> bool:
-        return any(entry["idmapped"] for entry in made.spec["layout"]["mounts"])
+    def is_idmapped(made: b.Plan) -> bool:
+        return any(entry["idmapped"] for entry in made.spec.layout["mounts"])
 
     assert is_idmapped(decide(mounts=mounts))
     assert not is_idmapped(decide(mounts=mounts, allow_missing={"idmapped_mounts"}))
@@ -408,7 +411,7 @@ def test_idmaps_of_what_belongs_to_root(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_set_id_bits_are_told_of_where_something_is_writable(source: Path) -> None:
     made = decide(mounts=(Mount.bind(source, "/data", rw=True),))
     assert layers(made)["set_id_bits"].in_force
-    assert made.spec["seccomp_name"] == "policy 'default without set-id bits'"
+    assert made.spec.seccomp_name == "policy 'default without set-id bits'"
     for mount in (Mount.bind(source, "/data"), Mount.tmpfs("/data")):
         assert "set_id_bits" not in layers(decide(mounts=(mount,)))
 
@@ -428,8 +431,8 @@ def test_parents_are_mounted_before_what_is_in_them() -> None:
 
 def test_spec_is_json_and_says_nothing_of_the_command() -> None:
     made = decide(env={"TOKEN": "hunter2"}, limits=Limits(memory_max="1G"))
-    text = json.dumps(made.spec)
-    assert json.loads(text) == made.spec
+    text = json.dumps(made.spec.to_wire())
+    assert Spec.from_wire(json.loads(text)).to_wire() == made.spec.to_wire()
     # Later environments are clones of the launcher: it must never see the tenant's data.
     assert "hunter2" not in text
     assert made.environment["TOKEN"] == "hunter2"
@@ -531,15 +534,15 @@ def test_own_root_and_own_mount_replace_the_interpreter(
 
 def test_plan_is_made_once_for_a_config_and_a_host() -> None:
     config = Config()
-    one = b.plan(config, FULL_HOST)
-    assert b.plan(config, FULL_HOST) is one
-    assert b.plan(Config(), FULL_HOST) is not one
-    assert b.plan(config, host()) is not one, "another launcher may have found another host"
+    one = b.make_plan(config, FULL_HOST)
+    assert b.make_plan(config, FULL_HOST) is one
+    assert b.make_plan(Config(), FULL_HOST) is not one
+    assert b.make_plan(config, host()) is not one, "another launcher may have found another host"
 
 
 def test_plans_kept_are_few() -> None:
     for _ in range(100):
-        b.plan(Config(), FULL_HOST)
+        b.make_plan(Config(), FULL_HOST)
     assert len(b._plans) <= 40
 
 
@@ -554,7 +557,7 @@ def test_plans_kept_are_few() -> None:
 def test_identity_is_said_as_it_is(ids: str, drops_groups: bool, words: str) -> None:
     hello = host(ids=ids, drops_groups=drops_groups)
     link = cast(
-        "Link", SimpleNamespace(host_id=77, proc="subset=pid", has_callers_id=hello["ids"] == "own")
+        "Link", SimpleNamespace(host_id=77, proc="subset=pid", has_callers_id=hello.ids == "own")
     )
     made = Protections(tuple(b.born_layers(Config(), hello, link, [])))
     assert words in made["identity"].detail
