@@ -184,7 +184,7 @@ def _launcher_descriptors(launcher: Launcher | None, of_launcher: list[_Process]
 def cgroups(launcher: Launcher | None) -> frozenset[str]:
     """Return directories of environments of our launcher, and those whose launcher is dead."""
     found = set(_own_cgroups(launcher))
-    bases = _cgroup_bases()
+    bases = cgroup_bases()
     if launcher is not None:
         bases |= {os.path.dirname(tree) for tree in launcher.hello.trees.values()}
     for base in bases:
@@ -207,7 +207,7 @@ def _own_cgroups(launcher: Launcher | None) -> list[str]:
 _bases: set[str] | None = None
 
 
-def _cgroup_bases() -> set[str]:
+def cgroup_bases() -> set[str]:
     """Return this process's cgroup directories, where launchers make theirs."""
     global _bases  # noqa: PLW0603 - asked often, and never changes
     if _bases is None:

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from tests.leaks import _cgroup_bases
+from tests.leaks import cgroup_bases
 from tests.support import PATIENCE
 
 REPOSITORY = str(Path(__file__).resolve().parents[2])
@@ -98,7 +98,7 @@ LEAKS_OF_A_MODULE = {
         def test():
             owner = Owner.current()
             owner.pid, owner.start_time = {NOBODY}, 1
-            for base in leaks._cgroup_bases():
+            for base in leaks.cgroup_bases():
                 if os.access(base, os.W_OK):
                     os.mkdir(os.path.join(base, owner.name))
     """,
@@ -157,7 +157,7 @@ def test_what_is_nobodys_is_told_after_the_module(tmp_path: Path) -> None:
     try:
         found = run_pytest(tmp_path, *ALONE)
     finally:
-        for base in _cgroup_bases():
+        for base in cgroup_bases():
             for left in Path(base).glob(f"nsbox.{NOBODY}.1.*"):
                 left.rmdir()
     assert re.search(r"\{'mounts': \['.* tmpfs forgotten rw", found.pop("test_mount.py"))
