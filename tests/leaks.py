@@ -20,14 +20,11 @@ if TYPE_CHECKING:
 
 import nsbox
 
-_PACKAGES = tuple(
-    f"{directory}/launcher/main.py".encode()
-    for directory in (
-        os.path.dirname(os.path.abspath(nsbox.__file__)),
-        os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "src", "nsbox"),
-    )
-)
-"""Entry points of launchers of this session: as installed, and as its other hosts import it."""
+_MAIN = {
+    os.fsencode(os.path.join(os.path.dirname(find(nsbox.__file__)), "launcher", "main.py"))
+    for find in (os.path.abspath, os.path.realpath)
+}
+"""Entry point of the launchers of this session and of the hosts that it starts."""
 _OUR_NAME = re.compile(r"nsbox-(launcher|template|janitor|[0-9a-f]{8})")
 _TEMPLATES_OF_FUNCTIONS = 4
 """Templates kept for functions at most (nsbox.launcher.server)."""
@@ -283,7 +280,7 @@ def _words_of(pid: int) -> list[bytes]:
 
 def _is_ours(process: _Process) -> bool:
     """Whether it is a launcher, or a clone of one, of the nsbox under test and not of another."""
-    return any(path in _words_of(process.pid) for path in _PACKAGES)
+    return not _MAIN.isdisjoint(_words_of(process.pid))
 
 
 def host_of(pid: int) -> int:

@@ -19,7 +19,8 @@ from tests import leaks
 
 import nsbox
 
-SOURCE = str(Path(__file__).resolve().parent.parent / "src")
+SOURCE = str(Path(nsbox.__file__).resolve().parent.parent)
+"""Where other programs find the package under test: as installed, and so compiled already."""
 
 IS_ROOT = os.geteuid() == 0
 

@@ -150,6 +150,7 @@ def strike(host: subprocess.Popen[bytes], victim: str, delay: float) -> None:
         kill(launcher)
         wait_until(lambda: is_over(launcher), "the launcher is gone")
         return
+    janitors_of(launcher)  # it has its own name by now, and is not taken for a PID 1
     found: list[int] = []
 
     def look() -> bool:
