@@ -186,9 +186,17 @@ def cgroups(launcher: Launcher | None) -> frozenset[str]:
         bases |= {os.path.dirname(tree) for tree in launcher.hello.trees.values()}
     for base in bases:
         for entry in _directories(base):
-            if entry.startswith("nsbox.") and entry.count(".") == 4 and _is_dead(entry):
+            is_owned = entry.startswith("nsbox.") and entry.count(".") == 4
+            if is_owned and _is_dead(entry) and _is_mine(f"{base}/{entry}"):
                 found.add(f"{base}/{entry}")
     return frozenset(found)
+
+
+def _is_mine(path: str) -> bool:
+    try:
+        return os.stat(path).st_uid == os.geteuid()  # another user's session has its own check
+    except FileNotFoundError:
+        return False
 
 
 def _own_cgroups(launcher: Launcher | None) -> list[str]:
