@@ -145,6 +145,50 @@ def test_a_silent_launcher_makes_no_verdicts(monkeypatch: pytest.MonkeyPatch) ->
     wait_until(_has_no_environment, "it removes them when it goes on")
 
 
+# -- a file system that does not answer ----------------------------------------------------------
+
+
+UNANSWERED = """
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+import nsbox
+from nsbox.linux import calls, constants as c
+
+source = sys.argv[1]
+calls.unshare(c.CLONE_NEWNS)
+calls.mount(None, "/", None, c.MS_REC | c.MS_SHARED)  # so that the launcher sees later mounts
+nsbox.set_blanks(0)
+config = nsbox.Config(mounts=(nsbox.Mount.bind(source, "/data"),))
+with nsbox.ExecutionEnvironment(config):
+    pass  # the plan is made, and the launcher holds the layout
+server = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+options = f"fd={server},rootmode=40000,user_id=0,group_id=0"
+calls.mount("none", source, "fuse", 0, options)  # nobody reads its requests
+with ThreadPoolExecutor(2) as threads:
+    hung = threads.submit(nsbox.ExecutionEnvironment, config)
+    try:
+        for _ in range(3):
+            print(threads.submit(nsbox.run, ["echo", "fine"]).result(5).text(), end="")
+        print("it waits" if not hung.done() else hung.result())
+    finally:
+        os.close(server)  # whoever waits gets an error
+    try:
+        hung.result(5)
+    except nsbox.SetupError as error:
+        print(error)
+"""
+
+
+@pytest.mark.needs("root")
+def test_a_source_that_does_not_answer_stops_its_caller_alone(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/fuse"):
+        pytest.skip("no FUSE in this kernel")
+    host = host_program(UNANSWERED, str(tmp_path), stdout=subprocess.PIPE)
+    out = host.communicate(timeout=60)[0].decode()
+    assert out.startswith("fine\nfine\nfine\nit waits\nstep 'layout' failed: "), out
+    assert str(tmp_path) in out
+
+
 # -- system calls of a birth ---------------------------------------------------------------------
 
 # Call, error, and how many of them are made to fail one by one. strace counts the calls of each

@@ -85,13 +85,6 @@ def clone_tree(source: str, *, writable: bool = False, device: bool = False) -> 
     return fd
 
 
-def sources(layout: dict[str, Any]) -> list[str]:
-    """Return the host paths a layout is made of; when one is replaced, the layout is stale."""
-    shared = [mount["source"] for mount in layout["mounts"] if mount["shared"]]
-    view = layout["cgroups"]
-    return [layout["rootfs"] or "/usr", *shared, *(view["own"].values() if view else ())]
-
-
 def is_full(layout: dict[str, Any]) -> bool:
     """Return whether a layout has the host's /etc, and so needs its `HostFiles`."""
     return not layout["rootfs"] and bool(layout["userland"] == "full")

@@ -45,6 +45,7 @@ class Birth:
         self.key = known.key
         self.env_id = request.id
         self.awaits = request.awaits
+        self._sources = request.sources
         self.is_second_attempt = False
         self.control = control
         self.host = host
@@ -82,7 +83,7 @@ class Birth:
             self.tasks = self.cgroup.open_tasks()
 
     def _find_layout(self) -> None:
-        self.layout = self._resources.layouts.find(self.known)
+        self.layout = self._resources.layouts.find(self.known, self._sources)
 
     def _take_network(self) -> None:
         self.network = self._resources.take_network(self.spec)

@@ -31,13 +31,13 @@ class KnownSpec:
         cgroup_view: Hierarchy -> where an environment sees its own cgroup.
         layout: What `userland.build` makes: the host's, and ``cgroups``.
         layout_key: The same for all specs with the same layout.
-        sources: Host paths of the layout.
+        cgroups: Directories of cgroups that are in the layout.
         is_full: Whether the layout has the host's /etc.
         own_binds: Mounts that each environment has attached for itself.
     """
 
     __slots__ = (
-        "cgroup_view", "is_full", "key", "layout", "layout_key", "own_binds", "sources", "spec"
+        "cgroup_view", "cgroups", "is_full", "key", "layout", "layout_key", "own_binds", "spec"
     )  # fmt: skip
 
     def __init__(self, spec: Spec, tree: cgroups.Tree) -> None:
@@ -48,7 +48,7 @@ class KnownSpec:
         self.spec = spec
         self.cgroup_view = places
         self.layout_key = json.dumps(layout, sort_keys=True)
-        self.sources = rootfs.sources(layout)
+        self.cgroups = list(view["own"].values()) if view else []
         self.is_full = rootfs.is_full(layout)
         self.own_binds = [
             mount for mount in layout["mounts"] if not mount["shared"] and mount["type"] == "bind"
@@ -82,7 +82,7 @@ class Layouts:
     def __init__(self, home_mounts: int) -> None:
         """`home_mounts` is the launcher's own mount namespace, to come back to."""
         self._home_mounts = home_mounts
-        self._held: dict[str, tuple[int, list[tuple[int, int]], list[int]]] = {}
+        self._held: dict[str, tuple[int, tuple[str, list[tuple[int, int]]], list[int]]] = {}
         self._proc_extent = ""
         self._host_files: etc.HostFiles | None = None
 
@@ -90,13 +90,17 @@ class Layouts:
         """Read /etc through for the first layout, while nobody waits for this process."""
         self._host_files = etc.HostFiles()
 
-    def find(self, wanted: KnownSpec) -> int:
+    def find(self, wanted: KnownSpec, sources: str) -> int:
         """Return the mount namespace of a layout, built anew when a source was replaced.
+
+        `sources` is what the host has seen there (`messages.GiveBirth`): this process looks at none
+        itself for a layout that it holds, since the file system of one may not answer.
 
         Raises:
             OSError: A source is gone, or a mount was refused.
         """
-        stamps = [(status.st_dev, status.st_ino) for status in map(os.stat, wanted.sources)]
+        views = [(status.st_dev, status.st_ino) for status in map(os.stat, wanted.cgroups)]
+        stamps = (sources, views)
         etc_stamps = etc.stamps() if wanted.is_full else []
         if wanted.layout["network"] == "host":
             etc_stamps += etc.name_stamps()

@@ -80,6 +80,7 @@ class Spec(Record):
         landlock: Whether a ruleset is to be in force.
         seccomp: The filter's program in hexadecimal digits, "" for none.
         seccomp_name: What it is called, for people.
+        sources: Paths of what is bound from the host, the userland first.
         key: Digest of all that, by which launcher and template know it again.
     """
 
@@ -96,6 +97,7 @@ class Spec(Record):
     landlock: bool
     seccomp: str
     seccomp_name: str
+    sources: list[str]
     key: str
 
 
@@ -161,6 +163,7 @@ class GiveBirth(Message):
         id: Its id.
         key: The key of its spec.
         spec: The spec's fields; None when the launcher knows them.
+        sources: What `Spec.sources` are just now; another text when one was replaced.
         awaits: What will come on the socket of the birth: ``"taker"``, ``"attachments"`` or "".
         is_brief: It is for one command (`protocol.scarcity`).
     """
@@ -168,6 +171,7 @@ class GiveBirth(Message):
     id: str
     key: str
     spec: dict[str, Any] | None
+    sources: str
     awaits: str
     is_brief: bool
 

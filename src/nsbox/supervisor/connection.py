@@ -179,6 +179,9 @@ class Link:
             word = self._await_ready()
             if furniture and word and p.parse_failure(word) is None:
                 self._awaits_furniture = True
+                for source, _ in furniture:
+                    with suppress(OSError):  # the launcher tells
+                        os.stat(source)  # one that does not answer stops this thread, not all
                 with suppress(OSError):  # it is gone, which is seen next
                     protocol.send(self._birth, messages.Attach(mounts=furniture))
             born = self._hear_of_birth()

@@ -170,13 +170,15 @@ class Launcher:
         Raises:
             ConfigError: The configuration is too large for one message.
             LauncherError: The launcher is gone.
-            SetupError: The kernel takes no message with descriptors now (ETOOMANYREFS).
+            SetupError: What is to be bound is not there; or the kernel takes no message with
+                descriptors now (ETOOMANYREFS).
         """
         key = spec.key
         message = messages.GiveBirth(
             id=env_id,
             key=key,
             spec=None if key in self._specs_sent else spec.to_wire(),
+            sources=_look_at(spec.sources),
             awaits=awaits,
             is_brief=is_brief,
         )
@@ -258,6 +260,15 @@ class Launcher:
         self._requests.close()
         for fd in (self._done, self._pidfd):
             os.close(fd)
+
+
+def _look_at(sources: Sequence[str]) -> str:
+    """Say what is at these paths. Of a file system that does not answer, only the caller waits."""
+    try:
+        return " ".join([f"{found.st_dev}:{found.st_ino}" for found in map(os.stat, sources)])
+    except OSError as error:
+        text = f"{error.strerror}: {error.filename!r}"
+        raise SetupError("layout", text, errno=error.errno or 0) from error
 
 
 def import_paths() -> list[str]:

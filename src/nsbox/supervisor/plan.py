@@ -239,9 +239,12 @@ class Plan:
         as_caller = hello.ids == "subordinate" and _binds_callers_own(config)
         self.environment = base_environment(config)
         self.program = self._compile_filter()
+        layout = make_layout(config, idmap=idmap)
+        binds = [mount["source"] for mount in layout["mounts"] if mount["type"] == "bind"]
         fields: dict[str, Any] = {
             "as_caller": as_caller,
-            "layout": make_layout(config, idmap=idmap),
+            "layout": layout,
+            "sources": [config.rootfs or "/usr", *binds],
             "namespaces": flags,
             "namespace_names": names,
             "network": config.network,
