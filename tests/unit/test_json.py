@@ -285,12 +285,29 @@ def depth_of(text: str) -> int:
     return most
 
 
+@pytest.mark.needs("json")
+@given(
+    text=VALUES.map(json.dumps) | st.text(alphabet='[]{}"\\,: \u00fb\u015b', max_size=80),
+    bound=st.integers(0, 40),
+)
+def test_what_is_deep_is_never_taken_for_shallow(text: str, bound: int) -> None:
+    from nsbox.values import _json
+
+    is_shallow = _json.is_shallow(memoryview(text.encode()), bound)
+    if depth_of(text) > bound:
+        assert not is_shallow
+    else:  # what is opened is counted before what is closed, in eight bytes at once
+        assert is_shallow or depth_of(text) > bound - 8
+
+
 @given(text=VALUES.map(json.dumps), bound=st.integers(2, 9))
 def test_depth_is_that_of_the_brackets(text: str, bound: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_text, "DEPTH_MAX", bound)
         patch.setattr(json_text, "_PASSES", 2)
         kind, _ = outcome(json_text.check_depth, text.encode())
+        with plainly():
+            assert outcome(json_text.check_depth, text.encode())[0] == kind
     assert (kind == "returned") == (depth_of(text) <= bound)
 
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What json.dumps says of plain values in a fraction of the time: the same bytes, or None. nsbox/values/json_text.py asks
- * json then, which tells what is wrong, too.
+ * json then, which tells what is wrong, too. And a first look at how deep a text is nested.
  *
  * Plain are None, bool, int of 64 bits, finite float, str, and list, tuple and dict of these with keys that
  * are str: no subclass of any. So no code of theirs runs here, and nothing changes while it is read.
@@ -13,6 +13,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bytes are looked at eight at a time, the first as the lowest"
+#endif
 
 enum {
     DEEPEST = 200,          /* lists and objects in one another; json recurses deeper, and finds circles */
@@ -52,7 +56,7 @@ static inline int has_room(struct text *text, size_t size)
     return (size_t)(text->end - text->at) >= size || grow(text, size);
 }
 
-static int put(struct text *text, const char *words, size_t size)
+static inline int put(struct text *text, const char *words, size_t size)
 {
     if (!has_room(text, size))
         return 0;
@@ -92,7 +96,7 @@ static int put_int(struct text *text, PyObject *value)
  *
  * n / 10**k is rounded correctly, since n and 10**k are exact: when it is the number, then n with k decimals is read
  * as that. It has 15 digits at most, of which no two that differ are read as one number, so it is the
- * shortest, for the first k there is. repr has an exponent below 1e-4 and from 1e16 on. */
+ * shortest, for the first k there is, and n / 10**k is not rounded up to a whole number. repr has an exponent below 1e-4 and from 1e16 on. */
 static int put_float(struct text *text, PyObject *value)
 {
     static const double powers[] = {1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6};
@@ -108,11 +112,11 @@ static int put_float(struct text *text, PyObject *value)
             continue;
         if (!has_room(text, 24))
             return 0;
-        uint64_t power = (uint64_t)powers[k], rest = n % power;
+        uint64_t power = (uint64_t)powers[k], whole = (uint64_t)size, rest = n - whole * power;
         char *at = text->at;
         if (number < 0)
             *at++ = '-';
-        at = put_digits(at, n / power);
+        at = put_digits(at, whole);
         *at++ = '.';
         for (uint64_t place = power / 10; place > 1 && rest < place; place /= 10)
             *at++ = '0';
@@ -182,27 +186,29 @@ static int put_string(struct text *text, PyObject *value)
         return 0;
     }
     const unsigned char *end = p + size;
-    unsigned char last = text->is_ascii ? 0x7e : 0xff;
+    int is_ascii = text->is_ascii;
+    unsigned char last = is_ascii ? 0x7e : 0xff;
     if (!has_room(text, size + 2))
         return 0;
-    *text->at++ = '"';
+    char *at = text->at; /* kept out of memory, which is what is written to */
+    *at++ = '"';
     for (;;) {
-        for (uint64_t eight; end - p >= 8; p += 8, text->at += 8) {
+        for (uint64_t eight; end - p >= 8; p += 8, at += 8) {
             memcpy(&eight, p, 8);
-            if (has_odd(eight, text->is_ascii))
+            if (has_odd(eight, is_ascii))
                 break;
-            memcpy(text->at, &eight, 8);
+            memcpy(at, &eight, 8);
         }
         while (p < end && *p >= ' ' && *p <= last && *p != '"' && *p != '\\')
-            *text->at++ = *p++;
+            *at++ = *p++;
+        text->at = at;
         if (p == end)
-            break;
+            return put(text, "\"", 1);
         if (!has_room(text, LARGEST_ESCAPE + (end - p) + 1))
             return 0;
         p = escape(text, p);
+        at = text->at;
     }
-    *text->at++ = '"';
-    return 1;
 }
 
 static int put_value(struct text *text, PyObject *value, int depth);
@@ -287,7 +293,66 @@ static PyObject *py_encode_ascii(PyObject *module, PyObject *value)
     return encode(module, value, 1);
 }
 
+/* Of each byte of eight that is `byte` a bit, the first byte's the lowest. */
+static inline unsigned bits_of(uint64_t eight, unsigned char byte)
+{
+    const uint64_t ones = 0x0101010101010101, low = ones * 0x7f;
+    uint64_t other = eight ^ ones * byte;
+    uint64_t found = ~(((other & low) + low) | other | low); /* the highest bit of each that is equal */
+    return (found >> 7) * 0x0102040810204080 >> 56;
+}
+
+/* Return whether brackets that are in no string are nested at most `most` deep; perhaps 0 where they are.
+ * The bytes are hostile. A parser has the same strings as long as it reads on. */
+static int is_shallow(const unsigned char *p, size_t size, Py_ssize_t most)
+{
+    static const unsigned char counts[] = {0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4};
+    unsigned is_inside = 0, is_escaped = 0; /* is the next byte in a string, and behind a backslash there? */
+    Py_ssize_t depth = 0;
+    for (; size >= 8; size -= 8, p += 8) {
+        uint64_t eight;
+        memcpy(&eight, p, 8);
+        unsigned inside = 0, quotes = bits_of(eight, '"');
+        if (is_escaped || bits_of(eight, '\\')) {
+            for (int i = 0; i < 8; i++) {
+                inside |= is_inside << i;
+                if (is_escaped)
+                    is_escaped = 0;
+                else if (p[i] == '"')
+                    is_inside ^= 1;
+                else
+                    is_escaped = is_inside && p[i] == '\\';
+            }
+        } else {
+            inside = quotes;
+            inside ^= inside << 1;
+            inside ^= inside << 2;
+            inside = (inside ^ inside << 4 ^ -is_inside) & 0xff;
+            is_inside = inside >> 7;
+        }
+        eight |= 0x2020202020202020; /* [ is {, and ] is } */
+        unsigned opened = bits_of(eight, '{') & ~inside, closed = bits_of(eight, '}') & ~inside;
+        depth += counts[opened & 15] + counts[opened >> 4];
+        if (depth > most)
+            return 0;
+        depth -= counts[closed & 15] + counts[closed >> 4];
+    }
+    return depth + (Py_ssize_t)size <= most;
+}
+
+static PyObject *py_is_shallow(PyObject *module, PyObject *args)
+{
+    Py_buffer data;
+    Py_ssize_t most;
+    if (!PyArg_ParseTuple(args, "y*n", &data, &most))
+        return NULL;
+    int is = is_shallow(data.buf, data.len, most);
+    PyBuffer_Release(&data);
+    return PyBool_FromLong(is);
+}
+
 static PyMethodDef methods[] = {
+    {"is_shallow", py_is_shallow, METH_VARARGS, "is_shallow(data, most): nested at most so deep, as far as is seen at once?"},
     {"encode", py_encode, METH_O, "encode(value): JSON in UTF-8, or None"},
     {"encode_ascii", py_encode_ascii, METH_O, "encode_ascii(value): JSON in ASCII, or None"},
     {NULL, NULL, 0, NULL},

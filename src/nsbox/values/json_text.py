@@ -118,7 +118,9 @@ def quick_decoder(*, may_import: bool) -> Decode | None:
 
 def check_depth(data: Data) -> None:
     """Raise ValueError when JSON is nested deeper than `DEPTH_MAX`, whatever else is wrong."""
-    if len(data) > DEPTH_MAX and _has_many(data := bytes(data)) and _is_deep(data):
+    if len(data) <= DEPTH_MAX or (_compiled and _compiled.is_shallow(data, DEPTH_MAX)):
+        return
+    if _has_many(data := bytes(data)) and _is_deep(data):
         raise ValueError(f"it is nested more than {DEPTH_MAX} deep")
 
 
