@@ -354,7 +354,7 @@ class Invoker:
         end: float | None = None,
     ) -> Invocation:
         """Return the record of a call that is over, at the moment `end` or now."""
-        peak = self._link.usage().get("memory_peak")
+        peak = self._link.memory_peak()
         return Invocation(
             request_id=call.request_id,
             payload=payload,

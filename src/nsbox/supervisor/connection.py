@@ -470,6 +470,15 @@ class Link:
         except OSError:
             return {}  # they have just been removed
 
+    def memory_peak(self) -> int | None:
+        """Return the bytes it has had at most, which costs one file of the ten."""
+        if self.end is not None:
+            return self.usage().get("memory_peak")
+        try:
+            return None if self.reader is None else self.reader.memory_peak()
+        except OSError:
+            return None
+
     def counters(self) -> Counters:
         """Return what only grows, and what it costs less to read."""
         try:

@@ -80,16 +80,21 @@ class UsageReader:
         values = self.counters()
         if self._memory is not None:
             values["memory_current"] = self._get(self._memory, "usage_in_bytes")
-            values["memory_peak"] = self._get(self._memory, "max_usage_in_bytes")
         elif self._unified is not None:
             values["memory_current"] = self._get(self._unified, "memory_current")
-            values["memory_peak"] = self._get(self._unified, "memory_peak")
+        values["memory_peak"] = self.memory_peak()
         pids = self._pids or self._unified
         if pids is not None:
             current, peak = ("current", "peak") if self._pids else ("pids_current", "pids_peak")
             values["pids_current"] = self._get(pids, current)
             values["pids_peak"] = self._get(pids, peak)
         return values
+
+    def memory_peak(self) -> int | None:
+        """Return how many bytes it has had at most; None where they are not counted."""
+        if self._memory is not None:
+            return self._get(self._memory, "max_usage_in_bytes")  # type: ignore[no-any-return]
+        return self._get(self._unified, "memory_peak")  # type: ignore[no-any-return]
 
     def open_counter(self) -> int:
         """Return a descriptor of the file that counts its threads, -1 where there is none."""
