@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -27,7 +28,7 @@ def _one_blank() -> Iterator[None]:
     nsbox.set_blanks(1)
     yield
     nsbox.set_blanks(0)
-    standby.drop(get_launcher())
+    get_launcher().companions.close()
 
 
 def ready() -> list[Link]:
@@ -57,7 +58,7 @@ def test_it_is_asked_for_after_the_first_answer_and_at_the_latest_at_the_end() -
         assert len(ready()) == 1
         env.run(["true"])
         assert len(ready()) == 1
-    standby.drop(get_launcher())
+    get_launcher().companions.close()
     with nsbox.ExecutionEnvironment():
         assert ready() == []
     assert len(ready()) == 1
@@ -262,3 +263,29 @@ def pid_of(env_id: str) -> int:
             except OSError:
                 continue
     return 0
+
+
+def test_what_is_too_old_and_taken_in_that_moment_is_no_error() -> None:
+    """A run that succeeded sees to its kind's blanks while another thread ends them."""
+    others: list[threading.Thread] = []
+
+    class Old(Link):
+        @property
+        def asked_at(self) -> float:  # type: ignore[override]
+            other = threading.Thread(target=nsbox.set_blanks, args=(0,))
+            other.start()
+            other.join(0.02)
+            others.append(other)
+            return -math.inf
+
+    with nsbox.ExecutionEnvironment() as env:
+        env.run(["true"]).check()
+        (link,) = ready()
+        del link.asked_at
+        link.__class__ = Old
+        launcher, kind = kind_of(env.config)
+        assert kind is not None
+        standby.refill(launcher, kind)
+        for other in others:
+            other.join()
+    assert others

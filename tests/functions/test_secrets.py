@@ -17,7 +17,6 @@ from tests.support import name_of, wait_until
 import nsbox
 from nsbox.launcher.server import TEMPLATES_KEPT
 from nsbox.linux import proc
-from nsbox.supervisor import standby
 from nsbox.supervisor.launcher import get_launcher
 
 
@@ -26,7 +25,7 @@ def one_blank() -> Iterator[None]:
     nsbox.set_blanks(1)
     yield
     nsbox.set_blanks(0)
-    standby.drop(get_launcher())
+    get_launcher().companions.close()
 
 
 def holds(pid: int, words: list[bytes]) -> list[bytes]:

@@ -204,11 +204,12 @@ def test_a_loop_that_ends_without_its_calls_keeps_nothing(make: Make) -> None:
 
 def test_a_pool_whose_making_is_cancelled_is_closed(make: Make) -> None:
     told: list[str] = []
-    born = threading.Event()
+    born, cancelled = threading.Event(), threading.Event()
 
     def note(event: nsbox.PoolEvent) -> None:
         told.append(event.kind)
         born.set()
+        cancelled.wait(30)
 
     async def main() -> None:
         pool = nsbox.AsyncWarmPool(make(), provisioned=1, on_event=note)
@@ -217,6 +218,7 @@ def test_a_pool_whose_making_is_cancelled_is_closed(make: Make) -> None:
         entering.cancel()
         with pytest.raises(asyncio.CancelledError):
             await entering
+        cancelled.set()
         with pytest.raises(nsbox.PoolError, match="enter the pool first"):
             _ = pool.pool
 

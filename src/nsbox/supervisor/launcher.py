@@ -47,6 +47,75 @@ _SPECS_NOTED: Final = 1024
 _REAP: Final = 1.0  # seconds from the launcher's last word to its exit status
 
 
+class Companions:
+    """The environments that are closed with a launcher: standby ones, by key of their kind.
+
+    From any thread: whoever takes one out has it alone.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[str, deque[Any]] = {}
+
+    def keys(self) -> list[str]:
+        """Return the kinds, the first one used first."""
+        with self._lock:
+            return list(self._kept)
+
+    def values(self) -> list[list[Any]]:
+        """Return those of each kind."""
+        return [self.of(key) for key in self.keys()]
+
+    def of(self, key: str) -> list[Any]:
+        """Return those of a kind, the oldest first."""
+        with self._lock:
+            return list(self._kept.get(key, ()))
+
+    def take(self, key: str) -> Any | None:  # noqa: ANN401
+        """Take out the oldest of a kind; None: there is none."""
+        with self._lock:
+            kept = self._kept.get(key)
+            return kept.popleft() if kept else None
+
+    def take_all(self, key: str) -> list[Any]:
+        """Take out a kind."""
+        with self._lock:
+            return list(self._kept.pop(key, ()))
+
+    def take_old(self, key: str, moment: float) -> list[Any]:
+        """Take out those that were asked for before `moment`, and note that the kind is used."""
+        with self._lock:
+            kept = self._kept.setdefault(key, deque())
+            old = []
+            while kept and kept[0].asked_at <= moment:
+                old.append(kept.popleft())
+            return old
+
+    def put(self, key: str, companion: Any, most: int) -> bool:  # noqa: ANN401
+        """Keep one more; False: there are `most` already."""
+        with self._lock:
+            kept = self._kept.setdefault(key, deque())
+            if len(kept) >= most:
+                return False
+            kept.append(companion)
+            return True
+
+    def remove(self, key: str, companion: Any) -> bool:  # noqa: ANN401
+        """Take out this one; False: somebody else has."""
+        with self._lock:
+            kept = self._kept.get(key, ())
+            if companion not in kept:
+                return False
+            self._kept[key].remove(companion)
+            return True
+
+    def close(self) -> None:
+        """Close all."""
+        for key in self.keys():
+            for companion in self.take_all(key):
+                companion.close()
+
+
 class Launcher:
     """A running launcher process.
 
@@ -73,7 +142,7 @@ class Launcher:
         self._owner = os.getpid()
         self._specs_sent: set[str] = set()
         self.is_lost = False
-        self.companions: dict[str, deque[Any]] = {}
+        self.companions = Companions()
         self.absent_files: set[object] = set()
         self._lock = threading.Lock()
         self._lock_of_requests = threading.Lock()
@@ -224,7 +293,7 @@ class Launcher:
 
     def close(self) -> None:
         """End the launcher and wait until nothing of it or its environments is left."""
-        self._close_companions()
+        self.companions.close()
         for channel, lock in (
             (self._channel, self._lock),
             (self._requests, self._lock_of_requests),
@@ -248,14 +317,9 @@ class Launcher:
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
 
-    def _close_companions(self) -> None:
-        while self.companions:
-            for companion in self.companions.popitem()[1]:
-                companion.close()
-
     def abandon(self) -> None:
         """Close the descriptors only: in a forked child of the host, whose launcher it is not."""
-        self._close_companions()
+        self.companions.close()
         self._channel.close()
         self._requests.close()
         for fd in (self._done, self._pidfd):

@@ -9,8 +9,6 @@ answers are read by whoever takes it. The launcher ends a blank that nobody take
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import os
 import secrets
 import time
@@ -71,14 +69,11 @@ def wish(owner: object, launcher: Launcher, specs: Sequence[Spec], count: int) -
     _Setting.wishes[owner] = (frozenset(spec.key for spec in specs), count)
     _trim()
     for spec in specs:
-        blanks = launcher.companions.get(spec.key, collections.deque())
-        for link in list(blanks):
+        for link in launcher.companions.of(spec.key):
             if link.tell_of_taker(messages.Keep()):
                 link.asked_at = time.monotonic()
-            else:
-                with contextlib.suppress(ValueError):  # somebody has just taken it
-                    blanks.remove(link)
-                    link.close()
+            elif launcher.companions.remove(spec.key, link):
+                link.close()
         refill(launcher, spec)
 
 
@@ -103,10 +98,11 @@ def _trim() -> None:
     """End those beyond what is wanted."""
     launcher = running_launcher()
     if launcher is not None:
-        for key, blanks in list(launcher.companions.items()):
-            while len(blanks) > kept(key):
-                with contextlib.suppress(IndexError):  # another thread was faster
-                    blanks.popleft().close()
+        for key in launcher.companions.keys():  # noqa: SIM118 - no mapping
+            surplus = len(launcher.companions.of(key)) - kept(key)
+            for _ in range(surplus):
+                if (link := launcher.companions.take(key)) is not None:
+                    link.close()
 
 
 def take(
@@ -123,12 +119,7 @@ def take(
     Raises:
         As `nsbox.supervisor.connection.Link`.
     """
-    blanks = launcher.companions.get(spec.key)
-    while blanks:
-        try:
-            link: Link = blanks.popleft()
-        except IndexError:
-            break  # another thread was faster
+    while (link := _take_kept(launcher, spec)) is not None:
         if time.monotonic() - link.asked_at < _TAKEN_UNTIL:
             try:
                 if not furniture:
@@ -144,6 +135,11 @@ def take(
         return _give_birth(launcher, spec, furniture, is_brief=is_brief)
 
 
+def _take_kept(launcher: Launcher, spec: Spec) -> Link | None:
+    link: Link | None = launcher.companions.take(spec.key)
+    return link
+
+
 def _give_birth(launcher: Launcher, spec: Spec, furniture: Furniture, *, is_brief: bool) -> Link:
     link = Link(launcher, spec, secrets.token_hex(4), is_brief=is_brief)
     link.ask_for_birth("attachments" if furniture else "")
@@ -153,7 +149,7 @@ def _give_birth(launcher: Launcher, spec: Spec, furniture: Furniture, *, is_brie
 
 def prepare(launcher: Launcher, spec: Spec) -> Link | None:
     """Return what `refill` will need, made while there is time for it; None when nothing is."""
-    if len(launcher.companions.get(spec.key, ())) >= kept(spec.key):
+    if len(launcher.companions.of(spec.key)) >= kept(spec.key):
         return None
     try:
         return Link(launcher, spec, secrets.token_hex(4))
@@ -165,31 +161,21 @@ def refill(launcher: Launcher, spec: Spec, prepared: Link | None = None) -> None
     """Ask for the blanks of this kind that are missing. Waits for nothing, raises nothing."""
     count = kept(spec.key)
     companions = launcher.companions
-    blanks = companions.setdefault(spec.key, collections.deque())
-    unwanted = [key for key in list(companions) if not _wishes(key)]
-    for key in unwanted[: max(0, len(unwanted) - KINDS_KEPT)]:
-        _close_all(companions.pop(key, ()))
     # What has become too old to be taken is only in the way.
-    while blanks and time.monotonic() - blanks[0].asked_at >= _TAKEN_UNTIL:
-        blanks.popleft().close()
+    unwanted = companions.take_old(spec.key, time.monotonic() - _TAKEN_UNTIL)
+    others = [key for key in companions.keys() if not _wishes(key)]  # noqa: SIM118 - no mapping
+    for key in others[: max(0, len(others) - KINDS_KEPT)]:
+        unwanted += companions.take_all(key)
+    for link in unwanted:
+        link.close()
     try:
-        while len(blanks) < count:
+        for _ in range(count - len(companions.of(spec.key))):
             link, prepared = prepared or Link(launcher, spec, secrets.token_hex(4)), None
             link.ask_for_birth("taker")
-            blanks.append(link)
-    except NsboxError:
+            if not companions.put(spec.key, link, count):
+                link.close()
+    except (NsboxError, OSError):
         return  # the next environment is born when it is needed, and says why it cannot be
     finally:
         if prepared is not None:
             prepared.close()
-
-
-def drop(launcher: Launcher) -> None:
-    """End all blanks of a launcher."""
-    while launcher.companions:
-        _close_all(launcher.companions.popitem()[1])
-
-
-def _close_all(blanks: collections.abc.Iterable[Link]) -> None:
-    for link in blanks:
-        link.close()
