@@ -233,7 +233,14 @@ def test_every_public_name_is_in_the_api_document() -> None:
         public = {name for name, _ in inspect.getmembers(kind) if not name.startswith("_")}
         assert (
             public
-            - {"register", "communicate", "condemn", "poll_milliseconds", "abandon", "descriptors"}
+            - {
+                "register",
+                "communicate",
+                "kill_with_verdict",
+                "poll_milliseconds",
+                "abandon",
+                "descriptors",
+            }
             - {"call", "call_async"}  # for pools
             <= told
         )

@@ -17,9 +17,9 @@ from tests.support import attack, host_program, wait_until
 import nsbox
 from nsbox.functions.deployment import kind_of
 from nsbox.launcher.messages import Keep
-from nsbox.launcher.protocol import BLANK_LIFE
+from nsbox.launcher.protocol import STANDBY_LIFE
 from nsbox.supervisor import standby
-from nsbox.supervisor.connection import Link
+from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.launcher import get_launcher
 
 
@@ -31,7 +31,7 @@ def _one_blank() -> Iterator[None]:
     get_launcher().companions.close()
 
 
-def ready() -> list[Link]:
+def ready() -> list[EnvironmentConnection]:
     return [link for kind in get_launcher().companions.values() for link in kind]
 
 
@@ -139,7 +139,7 @@ def test_wished_for_ones_are_kept_alive_and_replaced() -> None:
         first, second = ready()
         wait_until(lambda: pid_of(first.env_id), "it is born")
         for link in (first, second):
-            link.asked_at -= BLANK_LIFE
+            link.asked_at -= STANDBY_LIFE
         os.kill(pid_of(first.env_id), signal.SIGKILL)
         wait_until(lambda: not first.tell_of_taker(Keep()), "its end is known")
         standby.wish(owner, launcher, [spec], 2)
@@ -181,7 +181,7 @@ def test_a_dead_one_is_passed_over() -> None:
 def test_one_that_is_too_old_is_passed_over() -> None:
     use_one()
     (link,) = ready()
-    link.asked_at -= BLANK_LIFE
+    link.asked_at -= STANDBY_LIFE
     assert use_one() != link.env_id
     wait_until(lambda: not pid_of(link.env_id), "it is ended")
 
@@ -235,8 +235,8 @@ def test_one_that_nobody_takes_is_ended() -> None:
     (link,) = ready()
     wait_until(lambda: pid_of(link.env_id), "it is born")
     begin = time.monotonic()
-    wait_until(lambda: not pid_of(link.env_id), "its time is over", BLANK_LIFE + 10)
-    assert time.monotonic() - begin > BLANK_LIFE - 10
+    wait_until(lambda: not pid_of(link.env_id), "its time is over", STANDBY_LIFE + 10)
+    assert time.monotonic() - begin > STANDBY_LIFE - 10
     assert use_one() != link.env_id
 
 
@@ -269,7 +269,7 @@ def test_what_is_too_old_and_taken_in_that_moment_is_no_error() -> None:
     """A run that succeeded sees to its kind's blanks while another thread ends them."""
     others: list[threading.Thread] = []
 
-    class Old(Link):
+    class Old(EnvironmentConnection):
         @property
         def asked_at(self) -> float:  # type: ignore[override]
             other = threading.Thread(target=nsbox.set_blanks, args=(0,))

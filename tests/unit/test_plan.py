@@ -22,7 +22,7 @@ from nsbox.seccomp import filters
 from nsbox.supervisor import plan as b
 
 if TYPE_CHECKING:
-    from nsbox.supervisor.connection import Link
+    from nsbox.supervisor.connection import EnvironmentConnection
 
 pytestmark = pytest.mark.static
 
@@ -557,7 +557,8 @@ def test_plans_kept_are_few() -> None:
 def test_identity_is_said_as_it_is(ids: str, drops_groups: bool, words: str) -> None:
     hello = host(ids=ids, drops_groups=drops_groups)
     link = cast(
-        "Link", SimpleNamespace(host_id=77, proc="subset=pid", has_callers_id=hello.ids == "own")
+        "EnvironmentConnection",
+        SimpleNamespace(host_id=77, proc="subset=pid", has_callers_id=hello.ids == "own"),
     )
     made = Protections(tuple(b.born_layers(Config(), hello, link, [])))
     assert words in made["identity"].detail

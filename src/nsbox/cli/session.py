@@ -182,11 +182,11 @@ class Session:
     def _enforce(self, process: Process) -> None:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
-            process.condemn(Outcome.TIMED_OUT, f"not over after {self._timeout:g} s")
+            process.kill_with_verdict(Outcome.TIMED_OUT, f"not over after {self._timeout:g} s")
         if self._output_max is not None:
             for name, pump in self._outputs.items():
                 if pump.total > self._output_max:
-                    process.condemn(
+                    process.kill_with_verdict(
                         Outcome.OUTPUT_LIMIT,
                         f"{name} is over {self._output_max} bytes",
                     )

@@ -28,7 +28,7 @@ from nsbox.functions.function import FunctionVersion
 from nsbox.launcher import messages
 from nsbox.supervisor import standby
 from nsbox.supervisor.channel import RunRequest
-from nsbox.supervisor.connection import Furniture, Link, await_farewell
+from nsbox.supervisor.connection import Attachments, EnvironmentConnection, await_exit_notice
 from nsbox.supervisor.files import begin_reset, finish_reset, read_file, write_file
 from nsbox.supervisor.launcher import get_launcher
 from nsbox.supervisor.plan import Plan, born_layers, interpreter, make_plan
@@ -91,20 +91,20 @@ class ExecutionEnvironment(FunctionMethods):
             LauncherError: The launcher cannot be started.
         """
         self._owner = os.getpid()
-        self._link: Link | None = None
+        self._link: EnvironmentConnection | None = None
         self._frozen = False
         self._protections: Protections | None = None
         self._close_lock = threading.Lock()
         self._invocations: Invocations | None = None
         self._version = version = config if isinstance(config, FunctionVersion) else None
-        furniture: Furniture = ()
+        attachments: Attachments = ()
         runtime = ""
         if isinstance(config, FunctionVersion):
             outfit = outfit_of(config)
-            runtime, config, furniture = outfit.runtime, outfit.config, outfit.furniture
+            runtime, config, attachments = outfit.runtime, outfit.config, outfit.attachments
         self.config = make_config(config, fields)
-        plan, link = self._give_birth(runtime, furniture)
-        self._kind = plan.spec if plan.may_be_blank else None
+        plan, link = self._give_birth(runtime, attachments)
+        self._kind = plan.spec if plan.may_stand_by else None
         self.id = link.env_id
         self.pid = link.pid
         self._accounts_cpu = plan.accounts_cpu
@@ -123,25 +123,27 @@ class ExecutionEnvironment(FunctionMethods):
                 self._invocations.prepare()
                 # While the launcher binds it to its place; nothing of it is run before.
                 version.verify()
-                link.await_furnished()
+                link.await_attached()
             except BaseException:
                 self.close()
                 raise
 
-    def _give_birth(self, runtime: str, furniture: Furniture) -> tuple[Plan, Link]:
+    def _give_birth(
+        self, runtime: str, attachments: Attachments
+    ) -> tuple[Plan, EnvironmentConnection]:
         self._launcher = get_launcher()
         try:
-            return self._take(runtime, furniture)
+            return self._take(runtime, attachments)
         except LauncherError:
             if self._launcher.alive:
                 raise
         # It died under a birth, of which nothing is left: another one is started.
         self._launcher = get_launcher()
-        return self._take(runtime, furniture)
+        return self._take(runtime, attachments)
 
-    def _take(self, runtime: str, furniture: Furniture) -> tuple[Plan, Link]:
+    def _take(self, runtime: str, attachments: Attachments) -> tuple[Plan, EnvironmentConnection]:
         plan = make_plan(self.config, self._launcher.hello, runtime)
-        link = standby.take(self._launcher, plan.spec, furniture, is_brief=self._is_brief)
+        link = standby.take(self._launcher, plan.spec, attachments, is_brief=self._is_brief)
         return plan, link
 
     # -- what users do -------------------------------------------------------------------------
@@ -371,7 +373,7 @@ class ExecutionEnvironment(FunctionMethods):
         """
         if grace != 0:
             seconds = parse_seconds(grace, "grace")
-            await_farewell(ask_to_end(self), seconds)
+            await_exit_notice(ask_to_end(self), seconds)
         with self._close_lock:
             link, self._link = self._link, None
         if link is None:
@@ -418,7 +420,7 @@ class ExecutionEnvironment(FunctionMethods):
 
     # -- states --------------------------------------------------------------------------------
 
-    def _own_link(self) -> Link:
+    def _own_link(self) -> EnvironmentConnection:
         """Return the link, unless the environment is closed or another process's."""
         if self._owner != os.getpid():
             raise EnvironmentStateError(
@@ -430,7 +432,7 @@ class ExecutionEnvironment(FunctionMethods):
             raise EnvironmentStateError(f"environment {self.id} is closed; make a new one")
         return link
 
-    def _known_link(self) -> Link:
+    def _known_link(self) -> EnvironmentConnection:
         """Return the link, unless the environment is known to be of no use."""
         link = self._own_link()
         if link.end is not None or link.is_killed:
@@ -439,11 +441,11 @@ class ExecutionEnvironment(FunctionMethods):
             )
         return link
 
-    def _live_link(self) -> Link:
+    def _live_link(self) -> EnvironmentConnection:
         link = self._known_link()
         return self._known_link() if link.note_end() else link
 
-    def _ready_link(self) -> Link:
+    def _ready_link(self) -> EnvironmentConnection:
         link = self._live_link()
         if self._frozen:
             raise EnvironmentStateError(f"environment {self.id} is frozen; call thaw() first")
@@ -453,16 +455,16 @@ class ExecutionEnvironment(FunctionMethods):
 def ask_to_end(env: ExecutionEnvironment) -> Socket | None:
     """SIGTERM everything in an environment that is about to be closed; thaw it for that.
 
-    Returns what `await_farewell` takes; None when there is nothing to wait for.
+    Returns what `await_exit_notice` takes; None when there is nothing to wait for.
     """
     try:
         env.thaw()
-        farewell = env._live_link().ask_to_end()
+        notice = env._live_link().ask_to_end()
     except NsboxError:
         return None  # it is gone, or does not thaw, or is another process's
     if env._invocations is not None:
         env._invocations.end_events()
-    return farewell
+    return notice
 
 
 class _BriefEnvironment(ExecutionEnvironment):

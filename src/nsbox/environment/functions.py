@@ -25,7 +25,7 @@ from nsbox.launcher import messages
 from nsbox.launcher.messages import Spec
 from nsbox.supervisor import standby
 from nsbox.supervisor.channel import Channel
-from nsbox.supervisor.connection import Link
+from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.files import finish_reset, place_files, remove_files
 from nsbox.supervisor.launcher import Launcher
 from nsbox.supervisor.plan import interpreter
@@ -48,7 +48,7 @@ class Invocations:
         self,
         env: ExecutionEnvironment,
         version: FunctionVersion,
-        link: Link,
+        link: EnvironmentConnection,
         protections: Callable[[], Protections],
     ) -> None:
         self._env = env
@@ -61,7 +61,7 @@ class Invocations:
         self.is_unsent = False  # the last one, which failed, has not reached the worker
         # Whom to ask for a blank environment, and for which kind; and its sockets.
         self.next_kind: tuple[Launcher, Spec] | None = None
-        self._spare: Link | None = None
+        self._spare: EnvironmentConnection | None = None
         # Whether there is something to do when an invocation is over.
         self.has_end = self._function.reuse == "never"
         self._loop: LoopCalls | None = None
@@ -104,7 +104,7 @@ class Invocations:
             self._spare, self.next_kind = standby.prepare(*self.next_kind), None
             self.has_end = True
 
-    def take_spare(self) -> Link | None:
+    def take_spare(self) -> EnvironmentConnection | None:
         """Return the sockets made for the next blank, if they were, for the caller to close."""
         spare, self._spare = self._spare, None
         self.has_end = self._function.reuse == "never"
@@ -303,7 +303,7 @@ class FunctionMethods:
 
     id: str
     _owner: int
-    _link: Link | None
+    _link: EnvironmentConnection | None
     _frozen: bool
     _kind: Spec | None
     _environment: Mapping[str, str]
@@ -313,7 +313,7 @@ class FunctionMethods:
     def __reduce__(self) -> NoReturn:
         refuse_pickling("an environment", "make one there, from the Config or FunctionVersion")
 
-    def _known_link(self) -> Link:
+    def _known_link(self) -> EnvironmentConnection:
         raise NotImplementedError
 
     def _replace_blank(self) -> None:

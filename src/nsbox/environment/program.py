@@ -13,7 +13,7 @@ from nsbox.functions.function import FunctionVersion
 from nsbox.functions.request import Request
 from nsbox.functions.session import error_payload
 from nsbox.guest import runtime as runtime
-from nsbox.supervisor.connection import Link
+from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.files import begin_reset, finish_reset
 from nsbox.supervisor.process import DEVNULL, PIPE, Process
 from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout
@@ -24,7 +24,10 @@ _SIGNALED: Final = "Runtime exited with error: signal"
 
 
 def run_program(
-    link: Link, version: FunctionVersion, request: Request, start: Callable[..., Process]
+    link: EnvironmentConnection,
+    version: FunctionVersion,
+    request: Request,
+    start: Callable[..., Process],
 ) -> Invocation:
     """Serve one event with a run of the function's command; stderr is its log.
 

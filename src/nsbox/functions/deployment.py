@@ -27,7 +27,7 @@ class Outfit:
 
     Attributes:
         config: The `Config` that environments of the version are born with.
-        furniture: What is attached to them after their birth: directories of the host, and places.
+        attachments: Directories of the host, and where they are attached after the birth.
         runtime: The kind of template whose clones can serve it (`nsbox.launcher.template.main`).
         source: The version's own config.
     """
@@ -45,7 +45,7 @@ class Outfit:
                         f"{what}: their place is {place}, where the Python in use is ({prefix}); "
                         "use one that is elsewhere"
                     )
-        self.furniture = [(os.fspath(path), place) for path, place in places if path is not None]
+        self.attachments = [(os.fspath(path), place) for path, place in places if path is not None]
         self.config = version.config.replace(mounts=version.function.mounts)
         self._start: tuple[Mapping[str, str], str] | None = None
 
@@ -99,7 +99,7 @@ def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Spec | None]:
         plan = make_plan(outfit.config, launcher.hello, outfit.runtime)
     else:
         plan = make_plan(source, launcher.hello)
-    return launcher, plan.spec if plan.may_be_blank else None
+    return launcher, plan.spec if plan.may_stand_by else None
 
 
 def _details(version: FunctionVersion, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -142,10 +142,11 @@ def _runtime_of(function: Function) -> str:
         ConfigError: None can.
     """
     if function.handler is None:
-        # Without root only those templates can be furnished that were executed in the launcher's
-        # user namespace, which the one of commands is older than (ptrace_may_access, mm->user_ns).
-        is_furnished = function.code is not None or function.layers
-        return "python" if function.reuse == "reset" or is_furnished else ""
+        # Without root attachments are for clones only of templates that were executed in the
+        # launcher's user namespace, which that of commands is older than (ptrace_may_access,
+        # mm->user_ns).
+        has_code = function.code is not None or function.layers
+        return "python" if function.reuse == "reset" or has_code else ""
     if function.limits.cpu_time is not None:
         raise ConfigError(
             "limits: cpu_time is of commands, which end; a handler has its timeout, and cpu_max "

@@ -14,7 +14,7 @@ from nsbox.functions.call import Call
 from nsbox.functions.function import FunctionVersion
 from nsbox.functions.worker import Worker
 from nsbox.supervisor.channel import Channel
-from nsbox.supervisor.connection import Link
+from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.files import begin_left_running, finish_left_running
 from nsbox.values.invocation import NOTHING, LeftRunning
 from nsbox.values.result import EnvironmentDied
@@ -23,7 +23,7 @@ _OWN: Final = 2  # processes that are nsbox's: PID 1 and the worker
 _PID_1_AND_WORKER: Final = b"2\n"  # pids.current when there is no other thread
 
 
-def known(link: Link, version: FunctionVersion, call: Call) -> LeftRunning | None:
+def known(link: EnvironmentConnection, version: FunctionVersion, call: Call) -> LeftRunning | None:
     """Return what `call` has left running, as far as no process need be asked for that."""
     if call.left_running is not None:
         return call.left_running
@@ -39,7 +39,7 @@ def known(link: Link, version: FunctionVersion, call: Call) -> LeftRunning | Non
     return LeftRunning(max(0, processes - _OWN), max(0, threads - processes))
 
 
-def count(link: Link, worker: Worker | None) -> LeftRunning:
+def count(link: EnvironmentConnection, worker: Worker | None) -> LeftRunning:
     """Ask PID 1 what runs now besides it and its worker.
 
     Raises:
@@ -56,7 +56,7 @@ class Sweep:
         on_kill: Called when there was something.
     """
 
-    def __init__(self, link: Link, version: FunctionVersion) -> None:
+    def __init__(self, link: EnvironmentConnection, version: FunctionVersion) -> None:
         self._link = link
         # Opened once: that costs ten times a look. Beside a worker that was executed there is
         # one that waits since the birth, or has ended.

@@ -28,7 +28,7 @@ from nsbox.functions.worker import Worker
 from nsbox.guest import runtime as runtime
 from nsbox.guest.executed import executed_worker
 from nsbox.supervisor.channel import Channel, RunRequest, make_socket
-from nsbox.supervisor.connection import Link
+from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.evidence import describe_exit
 from nsbox.supervisor.files import begin_reset, finish_reset
 from nsbox.supervisor.process import PIPE, Process
@@ -57,7 +57,10 @@ class Invoker:
     """
 
     def __init__(
-        self, link: Link, version: FunctionVersion, protections: Callable[[], Protections]
+        self,
+        link: EnvironmentConnection,
+        version: FunctionVersion,
+        protections: Callable[[], Protections],
     ) -> None:
         self._link = link
         self._version = version
@@ -393,7 +396,7 @@ class Invoker:
             return self._end_error(call, error.result)
         worker = self._worker
         worker.drain_logs(call)
-        worker.process.condemn(Outcome.TIMED_OUT, f"not over after {call.timeout:g} s")
+        worker.process.kill_with_verdict(Outcome.TIMED_OUT, f"not over after {call.timeout:g} s")
         what = "its import" if call.number == _START else "an invocation"
         self._link.kill(f"{what} timed out after {call.timeout:.2f} seconds")
         if call.number == _START:

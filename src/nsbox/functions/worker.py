@@ -21,7 +21,7 @@ from nsbox.functions.call import Call, Frame, WorkerEnded, WorkerOver, WorkerSil
 from nsbox.guest import runtime as runtime
 from nsbox.linux.sending import send_at_once
 from nsbox.supervisor.channel import EventPlace
-from nsbox.supervisor.connection import Link
+from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.process import Process
 from nsbox.values.result import EnvironmentDied
 
@@ -45,7 +45,7 @@ class Worker:
     the worker itself says how a fork ended that gave no whole answer.
     """
 
-    def __init__(self, link: Link, process: Process, channel: Socket) -> None:
+    def __init__(self, link: EnvironmentConnection, process: Process, channel: Socket) -> None:
         """`channel` is this end of its socket; both are closed by `close`."""
         self._link = link
         self.process = process

@@ -112,7 +112,7 @@ class Init:
         self._worker_end = b""  # what is answered to who asks for it
         self._deferred: list[tuple[bytes, list[int]]] = []
         self._commands: dict[int, _Command] = {}
-        self._farewell: _Socket | None = None  # where it is told that all of them have ended
+        self._exit_notice: _Socket | None = None  # where it is told that all of them have ended
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None] | _Command] = {}
         self._watch(control, self._on_control)
@@ -336,21 +336,21 @@ class Init:
         channel.sendall(p.ANSWER.pack(p.OK, left, threads, 0))
 
     def _terminate(self, channel: _Socket) -> None:
-        self._farewell = channel
+        self._exit_notice = channel
         try:
             os.kill(-1, c.SIGTERM)  # kill(2): every process of this pid namespace but the caller
         except ProcessLookupError:
             pass
-        self._say_farewell()
+        self._send_exit_notice()
 
-    def _say_farewell(self) -> None:
-        if self._farewell is not None and not self._commands:
+    def _send_exit_notice(self) -> None:
+        if self._exit_notice is not None and not self._commands:
             try:
-                self._farewell.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
+                self._exit_notice.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
             except OSError:
                 pass  # the host waits no longer
-            self._farewell.close()
-            self._farewell = None
+            self._exit_notice.close()
+            self._exit_notice = None
 
     def _kill_all_but(self, kept: tuple[int, ...]) -> None:
         """Kill every process but those of `kept`, none of which makes others meanwhile.
@@ -395,7 +395,7 @@ class Init:
         # A code above 0 is the kernel's word: processes cannot send one (rt_sigqueueinfo(2)).
         code, pid = processes.CHILD.unpack(os.read(self._signals, processes.CHILD.size))
         self._reap(pid if code == os.CLD_EXITED else -1)
-        self._say_farewell()
+        self._send_exit_notice()
 
     def _reap(self, exited: int = -1) -> None:
         while True:

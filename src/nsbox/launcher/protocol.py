@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from _socket import socket as Socket
     from collections.abc import Sequence
 
-BLANK_LIFE = 60.0
-"""Seconds after which the launcher ends a blank environment that nobody has claimed."""
+STANDBY_LIFE = 60.0
+"""Seconds after which the launcher ends a standby environment that nobody has claimed."""
 KEPT_FREE = 256
 """Descriptors that births leave free, or a quarter of the limit of open files if that is less."""
 LARGEST = 160 << 10

@@ -81,7 +81,7 @@ class Server:
         self._poll = select.epoll()
         self._timers: list[tuple[float, Callable[[], None]]] = []
         self._environments: dict[int, Environment] = {}
-        self._blanks: dict[int, float] = {}
+        self._standby: dict[int, float] = {}
         self._templates: dict[str, TemplateProcess] = {}
         self._lifeline, self._lifeline_write = os.pipe()
         self._janitor = self._janitor_pid = -1
@@ -186,7 +186,7 @@ class Server:
             return _QUIET
         moments = [moment for moment, _ in self._timers]
         # All live equally long, so that the first to come is the first to go.
-        moments += [next(iter(self._blanks.values()))] if self._blanks else []
+        moments += [next(iter(self._standby.values()))] if self._standby else []
         return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _on_idle(self) -> None:
@@ -195,8 +195,8 @@ class Server:
         self._timers = [timer for timer in self._timers if timer[0] > now]
         for _, action in due:
             action()
-        for pidfd in [pidfd for pidfd, end in self._blanks.items() if end <= now]:
-            del self._blanks[pidfd]
+        for pidfd in [pidfd for pidfd, end in self._standby.items() if end <= now]:
+            del self._standby[pidfd]
             self._environments[pidfd].kill()
         networks = self._resources.networks
         if not due and networks is not None and networks.wants_more:
@@ -315,7 +315,7 @@ class Server:
         self._watch(pidfd, lambda: self._on_exit(environment))
         self._watch_memory(environment)
         if birth.awaits == "taker":
-            self._blanks[pidfd] = time.monotonic() + protocol.BLANK_LIFE
+            self._standby[pidfd] = time.monotonic() + protocol.STANDBY_LIFE
         born = messages.Born(
             pid=pid,
             inode=os.fstat(pidfd).st_ino,
@@ -398,10 +398,10 @@ class Server:
             environment.kill()
             return
         message = received[0]
-        is_blank = self._blanks.pop(environment.pidfd, None) is not None
+        was_standby = self._standby.pop(environment.pidfd, None) is not None
         if isinstance(message, messages.Keep):
-            if is_blank:
-                self._blanks[environment.pidfd] = time.monotonic() + protocol.BLANK_LIFE
+            if was_standby:
+                self._standby[environment.pidfd] = time.monotonic() + protocol.STANDBY_LIFE
             return
         if isinstance(message, messages.Attach):  # who attaches something has taken it
             layouts, pid = self._resources.layouts, environment.pid
@@ -425,7 +425,7 @@ class Server:
     def _on_exit(self, environment: Environment) -> None:
         _, status = os.waitpid(environment.pid, 0)
         del self._environments[environment.pidfd]
-        self._blanks.pop(environment.pidfd, None)
+        self._standby.pop(environment.pidfd, None)
         self._forget(environment.pidfd)
         environment.release()
         report = messages.Gone(status=status, usage={}, leaked=[])

@@ -96,7 +96,7 @@ class Template:
         self._drop_groups = False
         # Of the clone being made.
         self._name = Name("nsbox-")
-        self._is_blank = False
+        self._is_standby = False
         self._pid, self._pidfd = 0, -1
 
     def run(self) -> NoReturn:
@@ -154,7 +154,7 @@ class Template:
         calls.close_range(self._first_own, c.CLOSE_RANGE_MAX)
 
     def _give_birth(self, message: tuple[Any, ...], fds: list[int]) -> None:
-        _, key, env_id, host_id, destinations, has_cgroup, has_network, self._is_blank = message
+        _, key, env_id, host_id, destinations, has_cgroup, has_network, self._is_standby = message
         spec, view, prepared = self._specs[key]
         control, layout, *rest = fds
         cgroup = rest.pop(0) if has_cgroup else -1
@@ -232,7 +232,7 @@ class Template:
             finally:
                 os._exit(1)
         try:
-            self._init.run(is_blank=self._is_blank, pagemap=pagemap)
+            self._init.run(is_blank=self._is_standby, pagemap=pagemap)
         finally:
             os._exit(1)
 

@@ -20,7 +20,7 @@ from nsbox.errors import NsboxError, PoolClosed
 from nsbox.functions.deployment import kind_of
 from nsbox.functions.function import FunctionVersion
 from nsbox.launcher.messages import Spec
-from nsbox.launcher.protocol import BLANK_LIFE
+from nsbox.launcher.protocol import STANDBY_LIFE
 from nsbox.pool import pressure
 from nsbox.pool.accounts import E, Lease, Slot
 from nsbox.pool.pressure import Pressure
@@ -36,7 +36,7 @@ _log: Final = logging.getLogger("nsbox.pool")
 _EXIT_DEADLINE: Final = 5.0
 _AFTER_ERROR: Final = 1.0  # seconds until a task that raised is run again
 _FREEZES_AT_ONCE: Final = 8  # a millisecond or two each, and deaths are to be seen meanwhile
-_WISH_SECONDS: Final = BLANK_LIFE / 3
+_WISH_SECONDS: Final = STANDBY_LIFE / 3
 _REFILL_AGAIN: Final = 0.2  # seconds until a thread for a birth is asked for again
 
 

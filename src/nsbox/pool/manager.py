@@ -41,7 +41,7 @@ from nsbox.pool.pressure import Pressure
 from nsbox.pool.scheduler import Scheduler
 from nsbox.pool.settings import Settings
 from nsbox.supervisor import standby
-from nsbox.supervisor.connection import await_farewell
+from nsbox.supervisor.connection import await_exit_notice
 from nsbox.values.config import Config
 from nsbox.values.invocation import FunctionError
 from nsbox.values.result import EnvironmentDied
@@ -303,7 +303,7 @@ class PoolManager:
         notices = [None if is_hurried else self._ask_to_end(slot) for slot in slots]
         deadline = time.monotonic() + self.settings.shutdown_grace
         for slot, notice in zip(slots, notices, strict=True):
-            await_farewell(notice, max(0.0, deadline - time.monotonic()))
+            await_exit_notice(notice, max(0.0, deadline - time.monotonic()))
             try:
                 self._close(slot, wait=wait)
             except NsboxError as error:

@@ -52,7 +52,7 @@ class ForgottenSpec(NsboxError):
     """The launcher no longer knows a spec by its key: ask again."""
 
 
-Furniture = Sequence[tuple[str, str]]
+Attachments = Sequence[tuple[str, str]]
 """Directories of the host, and where they are bound read-only inside."""
 Counters = dict[str, int | None]
 """What `isolation.cgroups.UsageReader` reads; empty where there is no cgroup."""
@@ -72,7 +72,7 @@ def _check_ready(word: bytes) -> str:
     return word.decode()
 
 
-class Link:
+class EnvironmentConnection:
     """Made with the birth, closed with the environment. Safe to use from many threads.
 
     Attributes:
@@ -120,7 +120,7 @@ class Link:
         self.running: set[int] = set()
         self.has_callers_id = launcher.hello.ids == "own" or spec.as_caller
         self.workplace: Workplace | None = None
-        self._awaits_furniture = False
+        self._awaits_attachments = False
         self.pid = self._pid_inode = 0
         self._pidfd = -1  # only where pidfds have no inode of their own
         with ExitStack() as unused:
@@ -164,11 +164,11 @@ class Link:
             raise
         _close_both(*self._others)
 
-    def await_birth(self, furniture: Furniture = ()) -> None:
+    def await_birth(self, attachments: Attachments = ()) -> None:
         """Wait until the environment is locked in, and see that it is.
 
-        With `furniture` the launcher is told to attach it, which it does meanwhile, and that
-        somebody has taken the environment; `await_furnished` waits for its answer.
+        With `attachments` the launcher is told to attach them, which it does meanwhile, and that
+        somebody has taken the environment; `await_attached` waits for its answer.
 
         Raises:
             SetupError: A step failed; nothing is left of it.
@@ -177,20 +177,20 @@ class Link:
         """
         try:
             word = self._await_ready()
-            if furniture and word and p.parse_failure(word) is None:
-                self._awaits_furniture = True
-                for source, _ in furniture:
+            if attachments and word and p.parse_failure(word) is None:
+                self._awaits_attachments = True
+                for source, _ in attachments:
                     with suppress(OSError):  # the launcher tells
                         os.stat(source)  # one that does not answer stops this thread, not all
                 with suppress(OSError):  # it is gone, which is seen next
-                    protocol.send(self._birth, messages.Attach(mounts=furniture))
+                    protocol.send(self._birth, messages.Attach(mounts=attachments))
             born = self._hear_of_birth()
             self.proc = _check_ready(word)
             self._verify(filtered=bool(self._spec.seccomp))
         except BaseException:
             self._abandon()
             raise
-        if not self._awaits_furniture:
+        if not self._awaits_attachments:
             self._birth.close()
         self.host_id = born.host_id
         absent = self._launcher.absent_files
@@ -209,15 +209,15 @@ class Link:
             return False
         return True
 
-    def await_furnished(self) -> None:
-        """Wait until all of the furniture is in its place.
+    def await_attached(self) -> None:
+        """Wait until all attachments are in their places.
 
         Raises:
             SetupError: A source is gone, or a mount was refused.
             EnvironmentDied: The environment is gone.
         """
-        if self._awaits_furniture:
-            self._awaits_furniture = False
+        if self._awaits_attachments:
+            self._awaits_attachments = False
             with closing(self._birth):
                 self._check_answer("attach", lambda: receive(self._birth, END_DEADLINE))
 
@@ -263,7 +263,7 @@ class Link:
         raise LauncherError(f"the launcher answered a birth with {message!r}")
 
     def _abandon(self) -> None:
-        """Close a link whose birth failed, when nothing is left of the environment."""
+        """Close a connection whose birth failed, when nothing is left of the environment."""
         if self.pid:
             self.kill()
             self.await_end()
@@ -310,7 +310,7 @@ class Link:
         return EnvironmentDied(what, self.end_outcome())
 
     def ask_to_end(self) -> Socket:
-        """SIGTERM everything in it; return what `await_farewell` takes.
+        """SIGTERM everything in it; return what `await_exit_notice` takes.
 
         Raises:
             EnvironmentDied: PID 1 is gone.
@@ -494,13 +494,13 @@ class Link:
             return None
 
 
-def await_farewell(farewell: Socket | None, seconds: float) -> None:
-    """Wait until all that was asked to end has ended, or the time is over; close `farewell`."""
-    if farewell is not None:
+def await_exit_notice(notice: Socket | None, seconds: float) -> None:
+    """Wait until all that was asked to end has ended, or the time is over; close `notice`."""
+    if notice is not None:
         try:
-            protocol.is_readable(farewell.fileno(), seconds)
+            protocol.is_readable(notice.fileno(), seconds)
         finally:
-            farewell.close()
+            notice.close()
 
 
 def _pair(make: Callable[[], tuple[_End, Socket]]) -> tuple[_End, Socket]:

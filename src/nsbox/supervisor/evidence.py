@@ -13,7 +13,7 @@ from typing import Final
 from nsbox.errors import CommandStartError, SetupError
 from nsbox.supervisor import kernel_log
 from nsbox.supervisor.channel import RunRequest
-from nsbox.supervisor.connection import Link
+from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.files import missing_interpreter
 from nsbox.supervisor.reports import signal_name
 from nsbox.values.result import Outcome
@@ -63,7 +63,9 @@ def judge_signal(number: int, host_pid: int, started_at: float) -> tuple[Outcome
     return Outcome.SIGNALED, f"{name}, not sent by nsbox"
 
 
-def start_error(link: Link, name: str, request: RunRequest, error: int, stage: str) -> Exception:
+def start_error(
+    connection: EnvironmentConnection, name: str, request: RunRequest, error: int, stage: str
+) -> Exception:
     """Return the exception for a command that was not started, by the error number of `stage`."""
     text = os.strerror(error)
     if stage == "cwd":
@@ -77,7 +79,7 @@ def start_error(link: Link, name: str, request: RunRequest, error: int, stage: s
     places = [""] if "/" in name else [f"{place}/" for place in path.split(":")]
     if error == errno.ENOENT:
         for place in places:
-            missing = missing_interpreter(link, os.path.join(request.cwd, place + name))
+            missing = missing_interpreter(connection, os.path.join(request.cwd, place + name))
             if missing:
                 return CommandStartError(name, error, f"{missing} inside the environment")
     where = f" in PATH={path}" if error == errno.ENOENT and "/" not in name else ""

@@ -10,7 +10,7 @@ from nsbox.errors import ConfigError, EnvironmentStateError, NsboxError, Syscall
 from nsbox.guest import protocol as p
 from nsbox.linux.descriptors import close_all
 from nsbox.supervisor.channel import BrokenAnswer, Channel
-from nsbox.supervisor.connection import Link
+from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.values.config import Config, check_text
 from nsbox.values.invocation import NOTHING, LeftRunning
 from nsbox.values.result import EnvironmentDied
@@ -26,7 +26,9 @@ _SCRIPT_MAX = 1 << 20  # bytes of a script that is looked at
 _INTERPRETER_MAX = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 
 
-def write_file(get_link: Callable[[], Link], path: str, data: bytes, mode: int) -> None:
+def write_file(
+    get_link: Callable[[], EnvironmentConnection], path: str, data: bytes, mode: int
+) -> None:
     """See `ExecutionEnvironment.write_file`."""
     if not isinstance(data, bytes | bytearray | memoryview):
         raise ConfigError(f"data: must be bytes, got {type(data).__name__}; encode it")
@@ -36,17 +38,17 @@ def write_file(get_link: Callable[[], Link], path: str, data: bytes, mode: int) 
     send_file(get_link(), p.WRITE, name, data, mode)
 
 
-def read_file(get_link: Callable[[], Link], path: str, max_bytes: int) -> bytes:
+def read_file(get_link: Callable[[], EnvironmentConnection], path: str, max_bytes: int) -> bytes:
     """See `ExecutionEnvironment.read_file`."""
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
         raise ConfigError(f"max_bytes: must not be negative, got {max_bytes!r}")
     request = p.read_request(os.fsencode(_inside(path)), max_bytes)
-    link = get_link()
-    channel = link.ask(p.READ, request, [])
+    connection = get_link()
+    channel = connection.ask(p.READ, request, [])
     with channel:
-        size = expect_ok(link, channel, "read", path)
+        size = expect_ok(connection, channel, "read", path)
         if not 0 <= size <= max_bytes:
-            raise link.died(BrokenAnswer("PID 1 sent a malformed answer"))
+            raise connection.died(BrokenAnswer("PID 1 sent a malformed answer"))
         data = bytearray()
         while len(data) < size:
             chunk = channel.socket.recv(min(size - len(data), 1 << 20))
@@ -56,10 +58,10 @@ def read_file(get_link: Callable[[], Link], path: str, max_bytes: int) -> bytes:
     return bytes(data)
 
 
-def missing_interpreter(link: Link, path: str) -> str:
+def missing_interpreter(connection: EnvironmentConnection, path: str) -> str:
     """Say what is missing for a program that execve(2) did not find though it is there, or ""."""
     try:
-        data = read_file(lambda: link, path, _SCRIPT_MAX)
+        data = read_file(lambda: connection, path, _SCRIPT_MAX)
     except (NsboxError, OSError):
         return ""  # it is not there, or too large for a script
     first = data.partition(b"\n")[0][:_INTERPRETER_MAX]
@@ -76,75 +78,80 @@ def _inside(path: str) -> str:
     return text
 
 
-def send_file(link: Link, operation: bytes, path: bytes, data: bytes, mode: int) -> None:
+def send_file(
+    connection: EnvironmentConnection, operation: bytes, path: bytes, data: bytes, mode: int
+) -> None:
     """Have PID 1 write a file: `operation` is WRITE or PLACE.
 
     Raises:
         SyscallError: It cannot; the file is named as `path`.
         EnvironmentDied: PID 1 is gone, or does not listen.
     """
-    channel = link.ask(operation, p.write_request(path, mode, len(data)), [])
+    channel = connection.ask(operation, p.write_request(path, mode, len(data)), [])
     with channel:
         try:
             channel.socket.sendall(data)
         except BrokenPipeError:
             pass  # it has answered with an error already
         except OSError as error:
-            raise link.died(error) from error
-        expect_ok(link, channel, "write", path.decode(errors="surrogateescape"))
+            raise connection.died(error) from error
+        expect_ok(connection, channel, "write", path.decode(errors="surrogateescape"))
 
 
-def place_files(link: Link, files: Mapping[str, bytes]) -> None:
+def place_files(connection: EnvironmentConnection, files: Mapping[str, bytes]) -> None:
     """Have PID 1 write files below /tmp; see `send_file`."""
     for name, data in files.items():
-        send_file(link, p.PLACE, name.encode(), data, 0o644)
+        send_file(connection, p.PLACE, name.encode(), data, 0o644)
 
 
-def remove_files(link: Link, names: Iterable[str]) -> Channel:
+def remove_files(connection: EnvironmentConnection, names: Iterable[str]) -> Channel:
     """Ask PID 1 to remove what was placed; its answer is on the channel."""
-    return link.ask(p.REMOVE, p.names_request([name.encode() for name in names]), [])
+    return connection.ask(p.REMOVE, p.names_request([name.encode() for name in names]), [])
 
 
-def begin_reset(link: Link, config: Config, kept: int | None = None) -> Channel:
+def begin_reset(
+    connection: EnvironmentConnection, config: Config, kept: int | None = None
+) -> Channel:
     """Ask PID 1 to take away everything that was left; its answer is for `finish_reset`.
 
     Args:
-        link: The environment's.
+        connection: The environment's.
         config: What it was made from: its tmpfs mounts are emptied too.
         kept: Of a handler's: the process that serves it, which stays; 0 for PID 1's own worker.
     """
     places = [os.fsencode(m.destination) for m in config.mounts if m.type == "tmpfs"]
     request = p.reset_request(kept or 0, places, has_commands=kept is None)
-    return link.ask(p.RESET, request, [])
+    return connection.ask(p.RESET, request, [])
 
 
-def finish_reset(link: Link, channel: Channel) -> None:
+def finish_reset(connection: EnvironmentConnection, channel: Channel) -> None:
     """Wait until everything that was left is gone, or the files of an invocation.
 
     Raises:
         EnvironmentStateError: It could not be removed; the environment was killed.
     """
     with channel:
-        kind, error, stage = _answer(link, channel)
+        kind, error, stage = _answer(connection, channel)
     if kind != p.OK:
         why = f"{p.STAGES[stage]}: {os.strerror(error)}" if kind == p.FAILED else "no answer"
         if kind == p.FAILED and p.STAGES[stage] == "worker":
             why = "its worker had ended"
-        link.kill(f"it could not be reset ({why})")
+        connection.kill(f"it could not be reset ({why})")
         raise EnvironmentStateError(
-            f"environment {link.env_id} could not be reset ({why}) and was killed; make a new one"
+            f"environment {connection.env_id} could not be reset ({why}) and was killed; "
+            "make a new one"
         )
 
 
-def begin_left_running(link: Link, worker: int, *, kill: bool) -> Channel:
+def begin_left_running(connection: EnvironmentConnection, worker: int, *, kill: bool) -> Channel:
     """Ask PID 1 what runs besides `worker`, and kill it; the answer is for `finish_left_running`.
 
     What other commands of the environment have started is not meant.
     """
-    return link.ask(p.LEFT, p.left_request(worker, kill=kill), [])
+    return connection.ask(p.LEFT, p.left_request(worker, kill=kill), [])
 
 
-def finish_left_running(link: Link, channel: Channel) -> LeftRunning | None:
+def finish_left_running(connection: EnvironmentConnection, channel: Channel) -> LeftRunning | None:
     """Return what ran, or was killed and of what there are threads still.
 
     None: the worker has ended, and with it all that it had left.
@@ -153,32 +160,32 @@ def finish_left_running(link: Link, channel: Channel) -> LeftRunning | None:
         EnvironmentDied: It could not be told, or killed; the environment was killed.
     """
     with channel:
-        kind, first, second = _answer(link, channel)
+        kind, first, second = _answer(connection, channel)
     if kind == p.FAILED and p.STAGES[second] == "worker":
         return None
     if kind != p.OK or first < 0 or second < 0:
         why = os.strerror(first) if kind == p.FAILED else "no answer"
-        link.kill(f"what is left running in it is not known ({why})")
-        raise EnvironmentDied(f"environment {link.env_id}: {link.describe_end()}")
+        connection.kill(f"what is left running in it is not known ({why})")
+        raise EnvironmentDied(f"environment {connection.env_id}: {connection.describe_end()}")
     return LeftRunning(first, second) if first or second else NOTHING
 
 
-def _answer(link: Link, channel: Channel) -> tuple[bytes, int, int]:
+def _answer(connection: EnvironmentConnection, channel: Channel) -> tuple[bytes, int, int]:
     """Return kind and two numbers of PID 1's answer, or raise what it died of."""
     try:
         kind, first, second, _, fds = channel.receive_answer()
     except OSError as error:
-        raise link.died(error) from error
+        raise connection.died(error) from error
     close_all(fds)
     return kind, first, second
 
 
-def expect_ok(link: Link, channel: Channel, call: str, path: str) -> int:
+def expect_ok(connection: EnvironmentConnection, channel: Channel, call: str, path: str) -> int:
     """Return the number in PID 1's answer, or raise what it says went wrong with `path`.
 
     `call` is what transfers the bytes.
     """
-    kind, first, stage = _answer(link, channel)
+    kind, first, stage = _answer(connection, channel)
     if kind == p.FAILED:
         name, note = _CALLS.get(p.STAGES[stage], (call, ""))
         raise SyscallError(name, first, path, note)

@@ -42,7 +42,7 @@ _log = logging.getLogger("nsbox")
 
 START_DEADLINE: Final = 30.0
 """Seconds the launcher may take to say hello."""
-_FAREWELL: Final = 5.0  # seconds the interpreter waits at its exit until all is removed
+_EXIT_SECONDS: Final = 5.0  # seconds the interpreter waits at its exit until all is removed
 _SPECS_NOTED: Final = 1024
 _REAP: Final = 1.0  # seconds from the launcher's last word to its exit status
 
@@ -123,7 +123,7 @@ class Launcher:
         hello: What it found out about this host (see `nsbox.launcher`).
         pid: Its process id.
         is_lost: Whether somebody has seen its end before the kernel tells it.
-        companions: What is closed with it: blank environments by key of their spec.
+        companions: What is closed with it: standby environments by key of their spec.
         absent_files: Control files that cgroups of its environments do not have (`UsageReader`).
     """
 
@@ -304,8 +304,8 @@ class Launcher:
             with lock:
                 channel.close()
         # EOF comes when the launcher and its janitor are both gone.
-        if not protocol.is_readable(self._done, _FAREWELL):
-            _log.warning("the launcher %d had not cleaned up after %g s", self.pid, _FAREWELL)
+        if not protocol.is_readable(self._done, _EXIT_SECONDS):
+            _log.warning("the launcher %d had not cleaned up after %g s", self.pid, _EXIT_SECONDS)
         os.close(self._done)
         self._reap()
         os.close(self._pidfd)

@@ -21,7 +21,7 @@ from nsbox.errors import ConfigError, UnsupportedHostError
 from nsbox.isolation import landlock, namespaces
 from nsbox.launcher.messages import Hello, Spec
 from nsbox.seccomp import filters
-from nsbox.supervisor.connection import Link
+from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.values.config import LEAST_OPEN_FILES, Config, Limits, Mount
 from nsbox.values.result import Protection
 
@@ -204,7 +204,7 @@ class Plan:
         accounts_cpu: Whether CPU time of the whole environment can be read.
         environment: Variables of every command.
         program: The compiled system call filter.
-        may_be_blank: Whether such ones may be born ahead of need (`nsbox.supervisor.standby`).
+        may_stand_by: Whether such ones may be born ahead of need (`nsbox.supervisor.standby`).
     """
 
     def __init__(self, config: Config, hello: Hello, runtime: str = "") -> None:
@@ -219,7 +219,7 @@ class Plan:
         self._config = config
         self._hello = hello
         # Not what holds on to directories of the caller's, or to what the host's network is now.
-        self.may_be_blank = not config.mounts and not config.rootfs and config.network == "none"
+        self.may_stand_by = not config.mounts and not config.rootfs and config.network == "none"
         self._policy = config.seccomp
         if any(mount.type == "bind" and mount.writable for mount in config.mounts):
             self._policy = config.seccomp.without_set_id_bits()
@@ -425,21 +425,21 @@ _MASKED_PROC: Final = (
 def born_layers(
     config: Config,
     hello: Hello,
-    link: Link,
+    connection: EnvironmentConnection,
     decided: Sequence[Protection],
 ) -> list[Protection]:
     """Return what is in force: the protections verified at the end of a birth, then `decided`."""
     ids = {
-        "range": f"host id {link.host_id}, of no other environment",
-        "subordinate": f"subordinate id {link.host_id}, of no other environment",
+        "range": f"host id {connection.host_id}, of no other environment",
+        "subordinate": f"subordinate id {connection.host_id}, of no other environment",
         "own": "the caller's own id: environments share it",
-    }["own" if link.has_callers_id else hello.ids]
+    }["own" if connection.has_callers_id else hello.ids]
     groups = "no supplementary groups" if hello.drops_groups else "the caller's groups remain"
     proc_text = {
         "full": "its own, sensitive files masked, settings read-only",
         "subset=pid": f"its own, processes only: {_MASKED_PROC}",
         "none": f"none: {_MASKED_PROC}",
-    }[link.proc]
+    }[connection.proc]
     userland = config.rootfs or "the host's /usr"
     return [
         Protection("identity", True, f"uid {config.user_id} inside; {ids}; {groups}"),

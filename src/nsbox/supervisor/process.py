@@ -19,7 +19,7 @@ from nsbox.guest import protocol as p
 from nsbox.linux.descriptors import close_all
 from nsbox.linux.proc import pidfd_number
 from nsbox.supervisor.channel import BrokenAnswer, Channel, RunRequest, Workplace, make_pipe
-from nsbox.supervisor.connection import Counters, Link
+from nsbox.supervisor.connection import Counters, EnvironmentConnection
 from nsbox.supervisor.evidence import Verdict, judge_signal, start_error
 from nsbox.supervisor.reports import exit_code
 from nsbox.supervisor.streams import NAMES, Relays, descriptor_of, gives_more
@@ -54,7 +54,7 @@ class Process:
 
     def __init__(
         self,
-        link: Link,
+        connection: EnvironmentConnection,
         argv: tuple[str, ...],
         request: RunRequest | Workplace,
         streams: tuple[Stream, Stream, Stream] = (None, None, None),
@@ -64,7 +64,7 @@ class Process:
     ) -> None:
         """Start `argv` with `streams`; or, given a workplace, take its worker for the command."""
         self._protections = protections
-        self._link = link
+        self._connection = connection
         self.argv = argv
         self.pid = 0
         self.tty = -1
@@ -90,7 +90,7 @@ class Process:
             self.stdout, self.stderr = request.stdout, request.stderr
         else:
             self._request = request
-            self._before = link.counters()
+            self._before = connection.counters()
             self._started_at = time.monotonic()
             self._start(request, streams)
         if cpu_time is not None:
@@ -109,18 +109,18 @@ class Process:
                     setattr(self, NAMES[number], io.FileIO(ours, "w" if number == 0 else "r"))
                 elif stream is not None and stream != DEVNULL:
                     fd = descriptor_of(stream, NAMES[number])
-                    if gives_more(fd, NAMES[number], is_own=self._link.has_callers_id):
+                    if gives_more(fd, NAMES[number], is_own=self._connection.has_callers_id):
                         fd = self._relays.add(fd, NAMES[number])
                     given.append(fd)
                 stdio.append(stream is not None and stream != DEVNULL)
             frame = request.encode(self.argv, stdio)
-            self._link.running.add(id(self))
-            self._channel = self._link.ask(request.operation, frame, request.arrange(given))
+            self._connection.running.add(id(self))
+            self._channel = self._connection.ask(request.operation, frame, request.arrange(given))
             self._relays.start()
             if request.is_announced:
                 self._await_start(request, self._channel)
         except BaseException:
-            self._link.running.discard(id(self))
+            self._connection.running.discard(id(self))
             self._close_streams()
             raise
         finally:
@@ -140,11 +140,11 @@ class Process:
             kind, first, stage, _, fds = channel.receive_answer()
         except OSError as error:
             channel.socket.close()
-            raise self._link.died(error) from error
+            raise self._connection.died(error) from error
         if kind == p.FAILED:
             close_all(fds)
             channel.socket.close()
-            raise start_error(self._link, self.argv[0], request, first, p.STAGES[stage])
+            raise start_error(self._connection, self.argv[0], request, first, p.STAGES[stage])
         self.pid = first
         if fds:
             self.tty = fds[0]
@@ -174,7 +174,7 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL the command and everything it started. The outcome will be KILLED."""
-        self.condemn(Outcome.KILLED, "the caller asked for it")
+        self.kill_with_verdict(Outcome.KILLED, "the caller asked for it")
 
     def send_signal(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the command's own process.
@@ -268,7 +268,7 @@ class Process:
                 else:
                     is_due = True
             if deadline is not None and time.monotonic() >= deadline:
-                self.condemn(Outcome.TIMED_OUT, f"not over after {timeout:g} s")
+                self.kill_with_verdict(Outcome.TIMED_OUT, f"not over after {timeout:g} s")
             if is_due or self._killed_at is not None:
                 result = self._advance(0.0)
         # Every process that could write is gone: what is in the pipes now is all there will be.
@@ -291,9 +291,9 @@ class Process:
 
     def descriptors(self) -> list[int]:
         """Return what becomes readable when `poll` may have an answer."""
-        # The link has none after the environment's close; the channel tells its end too.
+        # The connection has none after the environment's close; the channel tells its end too.
         own = -1 if self._channel is None else self._channel.socket.fileno()
-        return [fd for fd in (own, self._link.fileno()) if fd >= 0]
+        return [fd for fd in (own, self._connection.fileno()) if fd >= 0]
 
     def _read_some(self, fd: int, name: str, buffer: io.BytesIO, limit: int) -> bool:
         """Read once; False at the end of the stream. Bytes over the limit are dropped."""
@@ -308,7 +308,7 @@ class Process:
         if name == "stderr" and self._on_stderr is not None:
             self._on_stderr(data)
         elif len(data) > room:
-            self.condemn(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes")
+            self.kill_with_verdict(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes")
         return True
 
     def _write_some(self, fd: int, view: memoryview) -> memoryview:
@@ -353,23 +353,23 @@ class Process:
             try:
                 if channel is not None and channel.socket.fileno() in ready:
                     self._finish_from_channel(channel)
-                elif (ready or self._link.closing) and self._link.note_end():
+                elif (ready or self._connection.closing) and self._connection.note_end():
                     self._finish_from_end()
             finally:
                 if self._result is not None or self._death is not None:
-                    self._link.running.discard(id(self))
+                    self._connection.running.discard(id(self))
                     self._end_relays()
             self._check_cpu_time()
             if self._killed_at is not None and self._result is None:
                 late = time.monotonic() - self._killed_at - KILL_DEADLINE
                 if late > 0:
-                    self._link.kill("PID 1 did not end a killed command")
+                    self._connection.kill("PID 1 did not end a killed command")
             return self._result
 
     def _ask_for_end(self) -> Channel | None:
         """Ask PID 1 how a worker ends; None when PID 1 is gone, too."""
         with suppress(EnvironmentDied):
-            self._channel = self._link.ask(p.END, b"", [])
+            self._channel = self._connection.ask(p.END, b"", [])
             self._channel.socket.settimeout(None)
         return self._channel
 
@@ -388,14 +388,14 @@ class Process:
             return
         used = self._cpu_used()
         if used >= self._cpu_time:
-            self.condemn(
+            self.kill_with_verdict(
                 Outcome.CPU_TIMED_OUT,
                 f"used {used:.3f} s of CPU of {self._cpu_time:g} s",
             )
         self._next_cpu_check = time.monotonic() + self._cpu_wait(self._cpu_time - used)
 
     def _cpu_used(self) -> float:
-        now = self._link.cpu_usec()
+        now = self._connection.cpu_usec()
         before = self._before.get("cpu_usec")
         return 0.0 if now is None or before is None else (now - before) / 1e6
 
@@ -403,7 +403,7 @@ class Process:
         """Return how long the limit cannot be reached: all CPUs would have to run for it."""
         return max(left / (os.cpu_count() or 1), _LEAST_CPU_WAIT)
 
-    def condemn(self, outcome: Outcome, evidence: str) -> None:
+    def kill_with_verdict(self, outcome: Outcome, evidence: str) -> None:
         """Note the verdict, then kill. The first verdict stands.
 
         Args:
@@ -444,29 +444,31 @@ class Process:
                 raise BrokenAnswer("PID 1 sent a malformed answer")
         except OSError as error:
             # Broken rules end the environment.
-            self._link.kill(str(error) if isinstance(error, BrokenAnswer) else "")
-            if self._link.await_end() or self._link.closing:
+            self._connection.kill(str(error) if isinstance(error, BrokenAnswer) else "")
+            if self._connection.await_end() or self._connection.closing:
                 self._finish_from_end()
                 return
-            self._death = self._link.died(error)
+            self._death = self._connection.died(error)
             raise self._death from error
         if unstarted is not None:
             self._close_channel()
-            self._death = start_error(self._link, self.argv[0], unstarted, status, p.STAGES[user])
+            self._death = start_error(
+                self._connection, self.argv[0], unstarted, status, p.STAGES[user]
+            )
             raise self._death
         returncode = code or 0
-        after = dict(self._link.usage())
+        after = dict(self._connection.usage())
         if after.get("cpu_user_usec") is None:
             # Nobody else counts it, or the cgroup has gone with the environment just now.
             after["cpu_user_usec"] = user + (self._before.get("cpu_user_usec") or 0)
             after["cpu_system_usec"] = system + (self._before.get("cpu_system_usec") or 0)
         if evidence := oom_evidence(self._before, after):
             # v1 kills one process; the environment's memory is as good as gone all the same.
-            self._link.kill(evidence)
+            self._connection.kill(evidence)
             self._conclude(Outcome.OOM_KILLED, returncode, evidence, after)
         elif self._verdict is not None and self._verdict.holds(returncode):
             self._conclude(self._verdict.outcome, returncode, self._verdict.say(returncode), after)
-        elif self._link.closing and returncode in (-signal.SIGTERM, -signal.SIGKILL):
+        elif self._connection.closing and returncode in (-signal.SIGTERM, -signal.SIGKILL):
             self._conclude(Outcome.KILLED, returncode, _CLOSED, after)
         elif kind == p.SWEPT and returncode == -signal.SIGKILL:
             evidence = "its environment was reset; nsbox killed it"
@@ -480,18 +482,18 @@ class Process:
     def _finish_from_end(self) -> None:
         """Conclude from the launcher's report on the end of the whole environment."""
         self._heard += 1
-        after = self._link.usage()
+        after = self._connection.usage()
         if evidence := oom_evidence(self._before, after):
             self._conclude(Outcome.OOM_KILLED, -signal.SIGKILL, evidence, after)
         elif self._verdict is not None:
             evidence = f"{self._verdict.say(-signal.SIGKILL)} with its whole environment"
             self._conclude(self._verdict.outcome, -signal.SIGKILL, evidence, after)
-        elif self._link.closing:
+        elif self._connection.closing:
             self._conclude(Outcome.KILLED, -signal.SIGKILL, _CLOSED, after)
         else:
             self._close_channel()
-            what = f"{self.argv[0]!r}: {self._link.describe_end()}"
-            self._death = EnvironmentDied(what, self._link.end_outcome())
+            what = f"{self.argv[0]!r}: {self._connection.describe_end()}"
+            self._death = EnvironmentDied(what, self._connection.end_outcome())
             raise self._death
 
     def _conclude(

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blank environments: born ahead of need, so that the next cold start costs only the rest.
+"""Standby environments: born ahead of need, so that the next cold start costs only the rest.
 
-A blank is a whole environment, locked in, that nobody has used: for every kind of environment that
+One is a whole environment, locked in, that nobody has used: for every kind of environment that
 was used lately one is asked for as soon as the one before has been taken and has given its first
 answer, so that its birth is on nobody's way. Nothing waits for it: its request is sent, and its
-answers are read by whoever takes it. The launcher ends a blank that nobody takes in time.
+answers are read by whoever takes it. The launcher ends one that nobody takes in time.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import ClassVar, Final
 from nsbox.errors import ConfigError, NsboxError
 from nsbox.launcher import messages
 from nsbox.launcher.messages import Spec
-from nsbox.launcher.protocol import BLANK_LIFE
-from nsbox.supervisor.connection import ForgottenSpec, Furniture, Link
+from nsbox.launcher.protocol import STANDBY_LIFE
+from nsbox.supervisor.connection import Attachments, EnvironmentConnection, ForgottenSpec
 from nsbox.supervisor.launcher import Launcher, running_launcher
 
 KINDS_KEPT: Final = 4
-"""Kinds of environments that blanks are kept of, the latest used."""
+"""Kinds of environments that are kept on standby, the latest used."""
 MOST: Final = 64
-"""Blanks that may be kept of one kind."""
-_TAKEN_UNTIL: Final = BLANK_LIFE - 10  # seconds; the launcher hears of it before it ends the blank
+"""Environments that may be kept of one kind."""
+_TAKEN_UNTIL: Final = STANDBY_LIFE - 10  # seconds; the launcher hears of it before it ends it
 
 
 def _initial_count() -> int:
@@ -43,9 +43,9 @@ class _Setting:
 
 
 def set_blanks(count: int) -> None:
-    """Set how many blank environments are kept ready for each kind lately used.
+    """Set how many standby environments are kept ready for each kind lately used.
 
-    A blank costs about a megabyte and two processes' worth of kernel state, counts in no limit of
+    One costs about a megabyte and two processes' worth of kernel state, counts in no limit of
     a pool, and is ended when nobody takes it for a minute. The default is 1, or what the variable
     NSBOX_BLANKS says when the first environment is made.
 
@@ -69,11 +69,11 @@ def wish(owner: object, launcher: Launcher, specs: Sequence[Spec], count: int) -
     _Setting.wishes[owner] = (frozenset(spec.key for spec in specs), count)
     _trim()
     for spec in specs:
-        for link in launcher.companions.of(spec.key):
-            if link.tell_of_taker(messages.Keep()):
-                link.asked_at = time.monotonic()
-            elif launcher.companions.remove(spec.key, link):
-                link.close()
+        for connection in launcher.companions.of(spec.key):
+            if connection.tell_of_taker(messages.Keep()):
+                connection.asked_at = time.monotonic()
+            elif launcher.companions.remove(spec.key, connection):
+                connection.close()
         refill(launcher, spec)
 
 
@@ -101,64 +101,66 @@ def _trim() -> None:
         for key in launcher.companions.keys():  # noqa: SIM118 - no mapping
             surplus = len(launcher.companions.of(key)) - kept(key)
             for _ in range(surplus):
-                if (link := launcher.companions.take(key)) is not None:
-                    link.close()
+                if (connection := launcher.companions.take(key)) is not None:
+                    connection.close()
 
 
 def take(
     launcher: Launcher,
     spec: Spec,
-    furniture: Furniture = (),
+    attachments: Attachments = (),
     *,
     is_brief: bool = False,
-) -> Link:
-    """Return a link to an environment that nobody has used: a blank one, else one born now.
+) -> EnvironmentConnection:
+    """Return the connection to an environment nobody has used: on standby, else born now.
 
-    It is being furnished then (`Link.await_furnished`).
+    It is being given its attachments then (`EnvironmentConnection.await_attached`).
 
     Raises:
-        As `nsbox.supervisor.connection.Link`.
+        As `nsbox.supervisor.connection.EnvironmentConnection`.
     """
-    while (link := _take_kept(launcher, spec)) is not None:
-        if time.monotonic() - link.asked_at < _TAKEN_UNTIL:
+    while (connection := _take_kept(launcher, spec)) is not None:
+        if time.monotonic() - connection.asked_at < _TAKEN_UNTIL:
             try:
-                if not furniture:
-                    link.tell_of_taker(messages.Claim())
-                link.await_birth(furniture)
+                if not attachments:
+                    connection.tell_of_taker(messages.Claim())
+                connection.await_birth(attachments)
             except NsboxError:
                 continue  # whatever became of it: a birth now tells the caller what is wrong
-            return link
-        link.close()
+            return connection
+        connection.close()
     try:
-        return _give_birth(launcher, spec, furniture, is_brief=is_brief)
+        return _give_birth(launcher, spec, attachments, is_brief=is_brief)
     except ForgottenSpec:  # it is sent this time
-        return _give_birth(launcher, spec, furniture, is_brief=is_brief)
+        return _give_birth(launcher, spec, attachments, is_brief=is_brief)
 
 
-def _take_kept(launcher: Launcher, spec: Spec) -> Link | None:
-    link: Link | None = launcher.companions.take(spec.key)
-    return link
+def _take_kept(launcher: Launcher, spec: Spec) -> EnvironmentConnection | None:
+    connection: EnvironmentConnection | None = launcher.companions.take(spec.key)
+    return connection
 
 
-def _give_birth(launcher: Launcher, spec: Spec, furniture: Furniture, *, is_brief: bool) -> Link:
-    link = Link(launcher, spec, secrets.token_hex(4), is_brief=is_brief)
-    link.ask_for_birth("attachments" if furniture else "")
-    link.await_birth(furniture)
-    return link
+def _give_birth(
+    launcher: Launcher, spec: Spec, attachments: Attachments, *, is_brief: bool
+) -> EnvironmentConnection:
+    connection = EnvironmentConnection(launcher, spec, secrets.token_hex(4), is_brief=is_brief)
+    connection.ask_for_birth("attachments" if attachments else "")
+    connection.await_birth(attachments)
+    return connection
 
 
-def prepare(launcher: Launcher, spec: Spec) -> Link | None:
+def prepare(launcher: Launcher, spec: Spec) -> EnvironmentConnection | None:
     """Return what `refill` will need, made while there is time for it; None when nothing is."""
     if len(launcher.companions.of(spec.key)) >= kept(spec.key):
         return None
     try:
-        return Link(launcher, spec, secrets.token_hex(4))
+        return EnvironmentConnection(launcher, spec, secrets.token_hex(4))
     except NsboxError:
         return None  # there is no room for its sockets
 
 
-def refill(launcher: Launcher, spec: Spec, prepared: Link | None = None) -> None:
-    """Ask for the blanks of this kind that are missing. Waits for nothing, raises nothing."""
+def refill(launcher: Launcher, spec: Spec, prepared: EnvironmentConnection | None = None) -> None:
+    """Ask for those of this kind that are missing. Waits for nothing, raises nothing."""
     count = kept(spec.key)
     companions = launcher.companions
     # What has become too old to be taken is only in the way.
@@ -166,14 +168,17 @@ def refill(launcher: Launcher, spec: Spec, prepared: Link | None = None) -> None
     others = [key for key in companions.keys() if not _wishes(key)]  # noqa: SIM118 - no mapping
     for key in others[: max(0, len(others) - KINDS_KEPT)]:
         unwanted += companions.take_all(key)
-    for link in unwanted:
-        link.close()
+    for connection in unwanted:
+        connection.close()
     try:
         for _ in range(count - len(companions.of(spec.key))):
-            link, prepared = prepared or Link(launcher, spec, secrets.token_hex(4)), None
-            link.ask_for_birth("taker")
-            if not companions.put(spec.key, link, count):
-                link.close()
+            connection, prepared = (
+                prepared or EnvironmentConnection(launcher, spec, secrets.token_hex(4)),
+                None,
+            )
+            connection.ask_for_birth("taker")
+            if not companions.put(spec.key, connection, count):
+                connection.close()
     except (NsboxError, OSError):
         return  # the next environment is born when it is needed, and says why it cannot be
     finally:
