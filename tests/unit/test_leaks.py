@@ -125,7 +125,10 @@ def run_pytest(directory: Path, *wrapper: str) -> dict[str, str]:
         timeout=60 * PATIENCE,
     )
     found: dict[str, str] = {}
-    for part in done.stdout.split(" ERROR at teardown of ")[1:]:
+    told = done.stdout.partition(" short test summary info ")[
+        0
+    ]  # which repeats them where CI is set
+    for part in told.split(" ERROR at teardown of ")[1:]:
         for who, what in re.findall(r"AssertionError: left behind by (.*?): (.*)", part):
             found[part.split()[0] if who == "the test" else who] = what
     print(done.stdout, done.stderr)  # for whoever looks at a failure
