@@ -125,9 +125,8 @@ def run_pytest(directory: Path, *wrapper: str) -> dict[str, str]:
         timeout=60 * PATIENCE,
     )
     found: dict[str, str] = {}
-    told = done.stdout.partition(" short test summary info ")[
-        0
-    ]  # which repeats them where CI is set
+    # The summary repeats them where CI is set.
+    told, _, _ = done.stdout.partition(" short test summary info ")
     for part in told.split(" ERROR at teardown of ")[1:]:
         for who, what in re.findall(r"AssertionError: left behind by (.*?): (.*)", part):
             found[part.split()[0] if who == "the test" else who] = what
