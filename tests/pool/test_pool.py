@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.support import PATIENCE, host_program, wait_until
 
@@ -290,9 +292,8 @@ def test_death_of_an_idle_one_is_seen_at_once_and_a_provisioned_one_replaced(mak
     retired: list[nsbox.PoolEvent] = []
     # Not frozen: v1's freezer holds up even a kill.
     with nsbox.WarmPool(make(), provisioned=1, freeze_after=None, on_event=retired.append) as pool:
-        (slot,) = pool._scheduler._slots
-        assert slot.env is not None
-        os.kill(slot.env.pid, signal.SIGKILL)
+        (env,) = pool.snapshot().environments
+        os.kill(env.pid, signal.SIGKILL)
         wait_until(lambda: pool.stats()["Births"] == 2, "another is born", 20)
         wait_until(lambda: pool.stats()["Idle"] == 1, "it is ready", 20)
         assert [event.reason for event in retired if event.kind == "retired"] == [
@@ -314,6 +315,33 @@ def test_a_late_word_of_a_death_is_not_believed_of_another(commands: nsbox.WarmP
     with commands.acquire() as again:
         assert again is env
     maintenance.dispatch(1 << 20)
+
+
+def test_a_snapshot_is_what_there_is_at_one_moment(make: Make) -> None:
+    version = make()
+    with nsbox.WarmPool(version, max_environments=3, freeze_after=None) as pool:
+        own = pool.function(nsbox.Function(command=["/bin/cat"], name="cat"), reserved=1)
+        own.invoke(1)
+        pool.invoke({}, tenant="a")
+        running = [pool.submit({"sleep": 0.5 * PATIENCE}) for _ in range(3)]
+        wait_until(lambda: pool.stats()["Waiting"] == 1, "one waits", 20)
+        wait_until(lambda: pool.snapshot().count("busy") == 2, "two run", 20)
+        snapshot = pool.snapshot()
+        first, second = snapshot.functions
+        assert (snapshot.max_environments, snapshot.memory_budget) == (3, None)
+        assert (first.name, first.version) == (version.name, version.id)
+        assert (first.waiting, first.reserved, first.provisioned) == (1, None, 0)
+        assert (second.name, second.waiting, second.reserved) == ("cat", 0, 1)
+        (idle,) = second.environments
+        assert (idle.state, idle.invocations, idle.tenant) == ("idle", 1, None)
+        assert psutil.Process(idle.pid).is_running()
+        assert len(snapshot.environments) == 3
+        for future in running:
+            future.result()
+        assert snapshot.count("busy") == 2, "it does not change"
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            snapshot.max_environments = 9  # type: ignore[misc]
+    assert pool.snapshot().environments == ()
 
 
 def test_provisioned_ones_are_ready_when_the_pool_is(make: Make) -> None:
@@ -382,11 +410,11 @@ def test_lives_end_by_calls_idleness_and_age(make: Make) -> None:
 
 def test_provisioned_ones_stay_however_idle(make: Make) -> None:
     with nsbox.WarmPool(make(), provisioned=1, idle_timeout=0.02) as pool:
-        (first,) = pool._scheduler._slots
+        (first,) = pool.snapshot().environments
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(lambda _: pool.invoke({"sleep": 0.2 * PATIENCE}), range(2)))
         wait_until(lambda: pool.stats()["Environments"] == 1, "the other one is closed")
-        assert pool._scheduler._slots == {first}
+        assert [env.id for env in pool.snapshot().environments] == [first.id]
         assert pool.stats()["ProvisionedConcurrencySpilloverInvocations"] == 1
 
 
@@ -494,12 +522,11 @@ def test_a_forked_child_has_no_part_in_it(commands: nsbox.WarmPool) -> None:
 
 def kill_one(pool: nsbox.WarmPool) -> None:
     """Kill whatever environment comes first, busy or idle, from outside."""
-    with pool._scheduler._lock:
-        for slot in pool._scheduler._slots:
-            if slot.env is not None and slot.phase is not Phase.RETIRED:
-                with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-                    os.kill(slot.env.pid, signal.SIGKILL)
-                return
+    for env in pool.snapshot().environments:
+        if env.state not in ("starting", "ending"):
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(env.pid, signal.SIGKILL)
+            return
 
 
 def test_random_schedules_add_up(make: Make) -> None:

@@ -60,6 +60,7 @@ def test_numbers_have_the_names_that_are_told() -> None:
         assert set(re.findall(r"`(\w+)`", str(rows("Numbers")))) - {
             "Throttled",
             "PoolTimeout",
+            "ConfigError",
         } == set(pool.stats())
 
 

@@ -94,13 +94,12 @@ def test_a_pool_that_gets_no_thread_to_fill_it_tries_again(
 ) -> None:
     with nsbox.WarmPool(make(), provisioned=1, max_environments=1) as pool:
         refused = no_thread("nsbox-pool-fill")
-        (slot,) = pool._scheduler._slots
-        assert slot.env is not None
-        os.kill(slot.env.pid, signal.SIGKILL)
+        (first,) = pool.snapshot().environments
+        os.kill(first.pid, signal.SIGKILL)
 
         def is_filled() -> bool:
-            slots = list(pool._scheduler._slots)
-            return len(refused) == 2 and any(e.env is not None and e is not slot for e in slots)
+            ids = {env.id for env in pool.snapshot().environments}
+            return len(refused) == 2 and bool(ids - {first.id, ""})
 
         wait_until(is_filled, "another one is there")
         assert pool.invoke({"echo": 1})["echo"] == 1
@@ -141,12 +140,11 @@ def test_a_pool_goes_on_when_its_thread_meets_an_error(
         pool._manager._wake()
         wait_until(lambda: errors == ["sweep"], "it has met one")
         monkeypatch.setattr(pool._scheduler, "died", fail_once("died", died))
-        (slot,) = pool._scheduler._slots
-        assert slot.env is not None
-        os.kill(slot.env.pid, signal.SIGKILL)
+        (env,) = pool.snapshot().environments
+        os.kill(env.pid, signal.SIGKILL)
         wait_until(lambda: errors == ["sweep", "died"], "it has met the second")
-        with pool.acquire() as env:
-            assert env.run(["true"]).ok
+        with pool.acquire() as another:
+            assert another.run(["true"]).ok
         assert [r.levelname for r in caplog.records if r.exc_info] == ["ERROR", "ERROR"]
 
 

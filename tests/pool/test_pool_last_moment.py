@@ -173,9 +173,8 @@ def test_what_a_worker_has_got_is_not_sent_again(publish: Publish) -> None:
     with nsbox.WarmPool(
         publish("keep"), provisioned=2, max_environments=2, freeze_after=None
     ) as pool:
-        for slot in list(pool._scheduler._slots):
-            assert slot.env is not None
-            (worker,) = psutil.Process(slot.env.pid).children()
+        for env in pool.snapshot().environments:
+            (worker,) = psutil.Process(env.pid).children()
             worker.suspend()  # the socket takes the event, and nobody reads it
         future = pool.submit({"echo": 1})
         wait_until(lambda: pool.stats()["ConcurrentExecutions"] == 1, "it is leased")

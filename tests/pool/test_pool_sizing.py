@@ -182,7 +182,7 @@ def test_how_many_are_kept_ready_can_be_changed(make: Make, events: Events) -> N
         assert events.reasons() == [Reason.PROVISIONED]
         with pytest.raises(nsbox.ConfigError, match="max_environments: 3 are too few"):
             pool.provision(4)
-        assert pool._queue.provisioned == 1
+        assert pool.snapshot().functions[0].provisioned == 1
 
 
 def test_the_function_is_told_how_it_was_initialised(make: Make) -> None:
@@ -244,9 +244,7 @@ def test_idle_ones_are_frozen_and_thawed_for_the_next_call(make: Make, events: E
     with nsbox.WarmPool(make(), freeze_after=0.02, on_event=events.append) as pool:
         first = pool.invoke({})
         wait_until(lambda: events.of("frozen"), "it is frozen", 20)
-        (slot,) = pool._scheduler._slots
-        assert slot.env is not None
-        assert slot.env.state is nsbox.State.FROZEN
+        assert pool.snapshot().count("frozen") == 1
         assert pool.invoke({}) == first | {"calls": 2}
         wait_until(lambda: len(events.of("frozen")) == 2, "it is frozen again", 20)
         assert asyncio.run(pool.invoke_async({})) == first | {"calls": 3}

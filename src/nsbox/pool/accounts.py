@@ -28,6 +28,7 @@ class Closable(Protocol):
 
 E = TypeVar("E", bound=Closable)
 W = TypeVar("W")
+V = TypeVar("V")
 Resolve = Callable[[str | None], tuple[Hashable, W]]
 """From a tenant to the key of its environments, and their source."""
 
@@ -241,10 +242,12 @@ class Places(Generic[E, W]):
         memory: Bytes of memory that those may use.
         waiters: Calls that wait for one.
         queues: The functions whose they are.
+        is_reserved: Whether they are one function's.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, is_reserved: bool = False) -> None:
         self.most = most
+        self.is_reserved = is_reserved
         self.aside = self.taken = self.memory = self.waiters = 0
         self.queues: list[FunctionQueue[E, W]] = []
 

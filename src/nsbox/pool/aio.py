@@ -15,6 +15,7 @@ from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import PoolError
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.request import TimedCallOptions
+from nsbox.pool.events import PoolSnapshot
 from nsbox.pool.function import PoolFunction
 from nsbox.pool.pool import WarmPool
 from nsbox.values.config import Config
@@ -100,6 +101,10 @@ class AsyncWarmPool:
     def stats(self) -> dict[str, float]:
         """Return the numbers of one moment; see `WarmPool.stats`."""
         return self.pool.stats()
+
+    def snapshot(self) -> PoolSnapshot:
+        """Return what the pool has at this moment; see `WarmPool.snapshot`."""
+        return self.pool.snapshot()
 
     async def close(self, *, drain: bool = True) -> None:
         """End the pool; see `WarmPool.close`."""

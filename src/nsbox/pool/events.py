@@ -59,6 +59,61 @@ class PoolEvent:
     left_running: LeftRunning | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentSnapshot:
+    """One environment of a pool, as it was at one moment."""
+
+    id: str
+    """Its id; empty before its birth."""
+    pid: int
+    """Process id of its PID 1; 0 before its birth."""
+    state: str
+    """``starting``, ``busy``, ``idle``, ``frozen`` or ``ending``."""
+    tenant: str | None
+    provisioned: bool
+    """Whether it is one of those that are kept ready."""
+    invocations: int
+    """Calls that it has served."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionSnapshot:
+    """One function of a pool, or its `Config`, as it was at one moment."""
+
+    name: str
+    """The function's name; empty for a `Config`."""
+    version: str
+    """The id of the version that the next call runs; empty for a `Config`."""
+    environments: tuple[EnvironmentSnapshot, ...]
+    """All that take a place, the oldest first."""
+    waiting: int
+    """Calls that wait for one."""
+    reserved: int | None
+    """Places that are its own; None: it shares those of the pool."""
+    provisioned: int
+    """Environments to be kept ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSnapshot:
+    """A pool as it was at one moment: `WarmPool.snapshot`."""
+
+    functions: tuple[FunctionSnapshot, ...]
+    max_environments: int
+    """The most at a time."""
+    memory_budget: int | None
+    """Bytes that the memory limits of all may sum up to; None: any."""
+
+    @property
+    def environments(self) -> tuple[EnvironmentSnapshot, ...]:
+        """Those of all functions."""
+        return tuple(each for function in self.functions for each in function.environments)
+
+    def count(self, state: str) -> int:
+        """Return how many environments are in a state."""
+        return sum(each.state == state for each in self.environments)
+
+
 class Counters:
     """The numbers of one function of a pool; the scheduler's lock is held for every change.
 

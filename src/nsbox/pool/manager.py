@@ -25,8 +25,14 @@ from nsbox.errors import (
 from nsbox.functions.function import FunctionVersion
 from nsbox.linux.proc import has_pending
 from nsbox.pool import members
-from nsbox.pool.accounts import FunctionQueue, Lease, Resolve, Slot, Waiter
-from nsbox.pool.events import PoolEvent, Retirement
+from nsbox.pool.accounts import FunctionQueue, Lease, Phase, Resolve, Slot, Waiter
+from nsbox.pool.events import (
+    EnvironmentSnapshot,
+    FunctionSnapshot,
+    PoolEvent,
+    PoolSnapshot,
+    Retirement,
+)
 from nsbox.pool.maintenance import (
     ExpireIdle,
     GracefulExits,
@@ -423,6 +429,14 @@ class PoolManager:
         except Exception:  # noqa: BLE001 - the caller's; the pool's own work goes on
             _log.exception("on_event raised for %s", event)
 
+    def snapshot(self) -> PoolSnapshot:
+        """Return what there is now; see `WarmPool.snapshot`."""
+        return PoolSnapshot(
+            functions=tuple(self.scheduler.observe(_describe)),
+            max_environments=self.settings.max_environments,
+            memory_budget=self.settings.memory_budget,
+        )
+
     def begin_close(self, *, drain: bool) -> Exception | None:
         """Close idle environments, and have the others closed when their calls end.
 
@@ -449,6 +463,39 @@ class PoolManager:
         standby.forget(self)
         if self._memory is not None:
             self._memory.close()
+
+
+_STATES: Final = {
+    (Phase.BIRTH, False): "starting",
+    (Phase.LEASED, False): "busy",
+    (Phase.IDLE, False): "idle",
+    (Phase.IDLE, True): "frozen",
+    (Phase.RETIRED, False): "ending",
+    (Phase.RETIRED, True): "ending",
+}
+
+
+def _describe(queue: PoolQueue, slots: list[PoolSlot]) -> FunctionSnapshot:
+    """Return what a function has; the scheduler's lock is held."""
+    what = queue.resolve(None)[1]
+    return FunctionSnapshot(
+        name=what.name if isinstance(what, FunctionVersion) else "",
+        version=what.id if isinstance(what, FunctionVersion) else "",
+        environments=tuple(
+            EnvironmentSnapshot(
+                id="" if slot.env is None else slot.env.id,
+                pid=0 if slot.env is None else slot.env.pid,
+                state=_STATES[slot.phase, slot.is_cold],
+                tenant=slot.what.tenant if isinstance(slot.what, FunctionVersion) else None,
+                provisioned=slot.is_provisioned,
+                invocations=slot.invocations,
+            )
+            for slot in sorted(slots, key=lambda slot: slot.born)
+        ),
+        waiting=len(queue.waiters),
+        reserved=queue.places.most if queue.places.is_reserved else None,
+        provisioned=queue.provisioned,
+    )
 
 
 def doubt_of(what: Source, error: BaseException | None, reuse: str) -> Retirement | None:

@@ -18,7 +18,7 @@ from nsbox.errors import ConfigError, NsboxError
 from nsbox.functions.credentials import Provider
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.pool.accounts import Resolve
-from nsbox.pool.events import PoolEvent
+from nsbox.pool.events import PoolEvent, PoolSnapshot
 from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
 from nsbox.pool.maintenance import Source
 from nsbox.pool.manager import RETURN_DEADLINE, PoolManager
@@ -184,6 +184,10 @@ class WarmPool(PoolFunction):
     def stats(self) -> dict[str, float]:
         """Return the numbers of all functions of the pool; see `PoolFunction.stats`."""
         return self._scheduler.stats()
+
+    def snapshot(self) -> PoolSnapshot:
+        """Return what there is at this moment: environments by function, and calls that wait."""
+        return self._manager.snapshot()
 
     # -- the end -------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from nsbox.pool.accounts import (
     Places,
     Resolve,
     Slot,
+    V,
     W,
     Waiter,
     check_promises,
@@ -184,7 +185,8 @@ class Scheduler(Generic[E, W]):
             ConfigError: There are no such places, or not that much memory.
         """
         with self._lock:
-            places = self._shared if reserved is None else Places[E, W](reserved)
+            own = None if reserved is None else Places[E, W](reserved, is_reserved=True)
+            places = own or self._shared
             queue = FunctionQueue(resolve, places, provisioned, self._clock, is_optional=optional)
             if reserved is not None and provisioned > reserved:
                 raise ConfigError(
@@ -268,6 +270,14 @@ class Scheduler(Generic[E, W]):
                 slot.is_provisioned = False
             idle = [slot for slot in surplus if slot.phase is Phase.IDLE]
             return self._retire_idle(idle, Retirement.PROVISIONED)
+
+    def observe(self, tell: Callable[[FunctionQueue[E, W], list[Slot[E, W]]], V]) -> list[V]:
+        """Return what `tell` says of each function and its slots, all of one moment."""
+        with self._lock:
+            return [
+                tell(queue, [slot for slot in self._slots if slot.queue is queue])
+                for queue in self._queues
+            ]
 
     def stats(self, queue: FunctionQueue[E, W] | None = None) -> dict[str, float]:
         """Return the numbers of one moment, of one function or of all."""
