@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nsbox.environment.environment import ExecutionEnvironment as ExecutionEnvironment
     from nsbox.environment.environment import State as State
-    from nsbox.environment.environment import run as run
+    from nsbox.environment.run import run as run
     from nsbox.errors import CleanupError as CleanupError
     from nsbox.errors import CommandStartError as CommandStartError
     from nsbox.errors import ConfigError as ConfigError
@@ -81,7 +81,8 @@ _HOMES = {
     "nsbox.supervisor.process": ("DEVNULL", "PIPE", "Process"),
     "nsbox.values.config": ("Config", "IoMax", "Limits", "Mount"),
     "nsbox.functions.credentials": ("CredentialCache", "Credentials"),
-    "nsbox.environment.environment": ("ExecutionEnvironment", "State", "run"),
+    "nsbox.environment.environment": ("ExecutionEnvironment", "State"),
+    "nsbox.environment.run": ("run",),
     "nsbox.errors": (
         "CleanupError", "CommandStartError", "ConfigError", "CredentialsError",
         "DescriptorsExhausted", "EnvironmentStateError", "InvokeError", "LauncherError",

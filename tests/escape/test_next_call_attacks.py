@@ -17,8 +17,8 @@ import pytest
 from tests.support import PATIENCE
 
 import nsbox
-import nsbox.functions.loop
-from nsbox.functions.session import Invoker
+import nsbox.functions.session
+from nsbox.functions.session import Session
 from nsbox.supervisor.channel import ANSWER_DEADLINE
 
 pytestmark = pytest.mark.needs("userns")
@@ -241,9 +241,9 @@ def test_a_worker_that_dies_at_the_last_moment_is_nobodys_error(
     """Before its event is sent, or with the event in its socket, which no fork has read."""
     version = publish(HINDERER, reuse="reset")
     killed: list[int] = []
-    send = Invoker.send
+    send = Session._send
 
-    def send_and_kill(self: Invoker, request: object) -> object:
+    def send_and_kill(self: Session, request: object) -> object:
         if killed:
             return send(self, request)  # type: ignore[arg-type]
         (worker,) = psutil.Process(self._link.pid).children()
@@ -252,14 +252,12 @@ def test_a_worker_that_dies_at_the_last_moment_is_nobodys_error(
             worker.kill()
             return send(self, request)  # type: ignore[arg-type]
         worker.suspend()
-        self.finish_reset()  # which continues it
-        worker.suspend()
         call = send(self, request)  # type: ignore[arg-type]
         worker.kill()
         return call
 
     with nsbox.WarmPool(version, provisioned=2, max_environments=2, freeze_after=None) as pool:
-        monkeypatch.setattr(Invoker, "send", send_and_kill)
+        monkeypatch.setattr(Session, "_send", send_and_kill)
         if how == "invoke":
             assert pool.invoke("victim") == "answered"
         else:
@@ -334,19 +332,19 @@ def test_a_small_event_that_nobody_reads_holds_up_no_loop(publish: Publish) -> N
 
 def test_a_silent_pid_1_holds_up_no_loop(publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
     """After its time it is killed, and the call is told so; a pool would make it elsewhere."""
-    monkeypatch.setattr(nsbox.functions.loop, "ANSWER_DEADLINE", 0.2 * PATIENCE)
+    monkeypatch.setattr(nsbox.functions.session, "ANSWER_DEADLINE", 0.2 * PATIENCE)
     with nsbox.ExecutionEnvironment(publish(HINDERER, reuse="reset")) as env:
-        send = env._link.ask  # type: ignore[union-attr]
+        send = env._link.begin  # type: ignore[union-attr]
 
         def ask_and_stop(*arguments: object) -> object:
             os.kill(env.pid, signal.SIGSTOP)
             return send(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(env._link, "ask", ask_and_stop)
+        monkeypatch.setattr(env._link, "begin", ask_and_stop)
         assert env.invoke("victim") == "answered"
         begin = time.monotonic()
         with pytest.raises(nsbox.EnvironmentDied, match="PID 1 did not answer"):
             asyncio.run(env.invoke_async("victim"))
         assert time.monotonic() - begin < ANSWER_DEADLINE / 2, "it waited on the loop"
-        assert env._invocations is not None
-        assert env._invocations.is_unsent
+        assert env._session is not None
+        assert env._session.is_unsent

@@ -581,10 +581,8 @@ def test_a_worker_that_ends_between_two_calls_is_no_failure_of_the_second(
             return os.getpid()
     """)
     env.invoke(1)
-    invocations = env._invocations
-    assert invocations is not None
-    assert invocations._invoker is not None
-    worker = invocations._invoker.worker
+    assert env._session is not None
+    worker = env._session.worker
     assert worker is not None
     wait_until(lambda: bool(select.select([worker._fd], [], [], 0)[0]), "it has ended")
     with pytest.raises(nsbox.EnvironmentDied, match=r"its worker had ended .exit status 3."):
@@ -605,9 +603,9 @@ def test_a_call_of_an_environment_that_is_closed_meanwhile(make_function: MakeFu
     env.init()
     thread = threading.Thread(target=call)
     thread.start()
-    invocations = env._invocations
-    assert invocations is not None
-    wait_until(invocations._busy.locked, "it is called")
+    session = env._session
+    assert session is not None
+    wait_until(session._busy.locked, "it is called")
     env.close()
     thread.join()
     assert isinstance(failures[0], nsbox.EnvironmentDied)

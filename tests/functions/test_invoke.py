@@ -21,7 +21,7 @@ from tests.support import PATIENCE, wait_until
 
 import nsbox
 from nsbox import State
-from nsbox.functions.call import Call
+from nsbox.functions.exchange import Call
 
 ECHO = """
 def handler(event, context):

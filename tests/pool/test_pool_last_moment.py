@@ -74,9 +74,9 @@ def socket_of(slot: PoolSlot) -> int:
     """The host's end of the worker's socket."""
     env = slot.env
     assert env is not None
-    assert env._invocations is not None
-    assert env._invocations._invoker is not None
-    return env._invocations._invoker.descriptors()[0]
+    assert env._session is not None
+    assert env._session.worker is not None
+    return env._session.worker._base_fd
 
 
 def hears(slot: PoolSlot, events: int) -> bool:
@@ -118,7 +118,7 @@ def kill_at_lease(
             # Not by asking the environment, which would note its end.
             if victim == "init":
                 wait_until(lambda: is_readable(slot.fd), "it is gone")
-            if env._invocations is not None and env._invocations._invoker is not None:
+            if env._session is not None and env._session.worker is not None:
                 wait_until(lambda: hears(slot, select.POLLHUP), "its worker's socket is closed")
         return lease
 

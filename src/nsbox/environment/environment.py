@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ExecutionEnvironment`: one isolated environment, from birth to removal; and `run`."""
+"""`ExecutionEnvironment`: one isolated environment, from birth to removal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import warnings
 import weakref
 from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
-from typing import Self, Unpack
+from typing import Any, NoReturn, Self, Unpack
 
-from nsbox.environment.functions import FunctionMethods, Invocations
 from nsbox.errors import (
     CleanupError,
     ConfigError,
@@ -22,22 +21,25 @@ from nsbox.errors import (
     LauncherError,
     NsboxError,
     UnsupportedHostError,
+    refuse_pickling,
 )
+from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.functions.deployment import outfit_of
+from nsbox.functions.exchange import Answer, OnLog, drive
 from nsbox.functions.function import FunctionVersion
+from nsbox.functions.request import Options, Request, check_payload, encode_event
+from nsbox.functions.session import Session
 from nsbox.launcher import messages
 from nsbox.supervisor import standby
 from nsbox.supervisor.channel import RunRequest
 from nsbox.supervisor.connection import Attachments, EnvironmentConnection, await_exit_notice
-from nsbox.supervisor.files import begin_reset, finish_reset, read_file, write_file
+from nsbox.supervisor.files import read_file, reset, write_file
 from nsbox.supervisor.launcher import get_launcher
 from nsbox.supervisor.plan import Plan, born_layers, interpreter, make_plan
 from nsbox.supervisor.process import DEVNULL, PIPE, Process, Stream
-from nsbox.supervisor.streams import NAMES, descriptor_of
 from nsbox.values.config import (
     Config,
     ConfigFields,
-    RunFields,
     Word,
     check_argv,
     check_environment,
@@ -47,6 +49,7 @@ from nsbox.values.config import (
     parse_seconds,
 )
 from nsbox.values.counters import usage_between
+from nsbox.values.invocation import Invocation, LeftRunning
 from nsbox.values.result import Protections, Result, Usage
 
 
@@ -60,7 +63,7 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-class ExecutionEnvironment(FunctionMethods):
+class ExecutionEnvironment:
     """A complete sandbox in which many commands run, one after another or at once.
 
     Files in its /tmp stay until it is closed; processes do not outlive their command. Use it as a
@@ -95,7 +98,7 @@ class ExecutionEnvironment(FunctionMethods):
         self._frozen = False
         self._protections: Protections | None = None
         self._close_lock = threading.Lock()
-        self._invocations: Invocations | None = None
+        self._session: Session | None = None
         self._version = version = config if isinstance(config, FunctionVersion) else None
         attachments: Attachments = ()
         runtime = ""
@@ -116,11 +119,21 @@ class ExecutionEnvironment(FunctionMethods):
         if version is not None:
             # In no cycle: a closed environment would hold on to its code until a collection.
             own = weakref.proxy(self)
-            self._invocations = Invocations(own, version, link, lambda: own.protections)
+
+            def start(*args: Any, **options: Any) -> Process:  # noqa: ANN401
+                return own._start(*args, **options)  # type: ignore[no-any-return]
+
+            session = self._session = Session(
+                link,
+                version,
+                self._environment,
+                protections=lambda: own.protections,
+                start_command=start,
+            )
             if self._kind is not None:
-                self._invocations.next_kind = (self._launcher, self._kind)
+                session.next_kind = (self._launcher, self._kind)
             try:
-                self._invocations.prepare()
+                session.prepare()
                 # While the launcher binds it to its place; nothing of it is run before.
                 version.verify()
                 link.await_attached()
@@ -284,6 +297,10 @@ class ExecutionEnvironment(FunctionMethods):
             cpu_time=limit,
         )
 
+    def base_environment(self) -> dict[str, str]:
+        """Return the environment variables that every command begins with."""
+        return dict(self._environment)
+
     # -- files ---------------------------------------------------------------------------------
 
     def write_file(self, path: str, data: bytes, *, mode: int = 0o644) -> None:
@@ -333,17 +350,181 @@ class ExecutionEnvironment(FunctionMethods):
                 which has its policy (``Function(reuse="reset")``); or closed, frozen or dead.
             EnvironmentDied: It was ended from outside meanwhile.
         """
-        if self._invocations is not None:
+        if self._session is not None:
             raise EnvironmentStateError(
                 f"environment {self.id} is a function's: give the Function reuse='reset'"
             )
-        link = self._ready_link()
-        finish_reset(link, begin_reset(link, self.config))
+        reset(self._ready_link(), self.config)
+
+    # -- functions -----------------------------------------------------------------------------
+
+    def init(self, *, provisioned: bool = False) -> None:
+        """Import the function's module under its `init_timeout`; else the first `invoke` does.
+
+        Args:
+            provisioned: It is kept ready, with nobody waiting for it: the function is told so in
+                AWS_LAMBDA_INITIALIZATION_TYPE, and no invocation's report has its Init Duration.
+
+        Raises:
+            FunctionError: It cannot be imported, or has no such handler.
+            InvokeTimeout: It took too long; the environment was killed.
+            EnvironmentStateError: This is no environment of a function, or it cannot do this now.
+        """
+        drive(self._function_session().init(provisioned=provisioned))
+
+    def invoke(
+        self,
+        event: object,
+        *,
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes] | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        request_id: str | None = None,
+        client_context: Mapping[str, Any] | None = None,
+        on_log: OnLog | None = None,
+    ) -> Any:  # noqa: ANN401 - any JSON value
+        """Call the function with an event and return its answer; both are JSON values.
+
+        One at a time: a second call while one is under way raises. The `Invocation` is `last`.
+
+        Args:
+            event: What json.dumps takes, up to 6 MiB of it.
+            timeout: Seconds, instead of the function's.
+            env: Variables over those of the function, for this invocation alone; 4 KiB in all.
+            files: Bytes by names such as ``"in/data.csv"``, for this invocation alone: they are
+                below /tmp before its time begins. Up to 256 of them and 64 MiB.
+            credentials: `Credentials`, or a mapping with the names of AWS STS, for this invocation
+                alone: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN. Or what gives
+                them, called with `role`: a function, or a `CredentialCache` of one.
+            role: The role that credentials are asked for; the function's name by default.
+            request_id: The context's aws_request_id; a new one by default.
+            client_context: The context's client_context.
+            on_log: Called with ``"stdout"`` or ``"stderr"`` and what the function writes; first,
+                in the first invocation, with what its module has written in its import.
+
+        Raises:
+            FunctionError: The handler raised, answered no JSON or too much, or its process ended.
+            InvokeTimeout: It took too long; the environment was killed.
+            EnvironmentDied: The environment was ended from outside, or its worker broke the rules.
+            EnvironmentStateError: It is busy, closed or dead.
+            SyscallError: A file cannot be written (ENOSPC, when /tmp is full); it was killed.
+            CredentialsError: There are none for the role; nothing was run.
+            ConfigError: A value is wrong, or too large.
+        """
+        payload = encode_event(event)
+        found = None if credentials is None else resolve(credentials, self._role(role))
+        request = Request(
+            payload, found, timeout=timeout, env=env, files=files,
+            request_id=request_id, client_context=client_context, on_log=on_log,
+        )  # fmt: skip
+        return self.call(request).json()
+
+    def invoke_bytes(
+        self,
+        payload: bytes,
+        *,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[Options],
+    ) -> Invocation:
+        """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
+        data = check_payload(payload)
+        found = resolve(credentials, self._role(role))
+        answer = self.call(Request(data, found, **options))
+        return answer.invocation() if isinstance(answer, Answer) else answer
+
+    async def invoke_async(
+        self,
+        event: object,
+        *,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[Options],
+    ) -> Any:  # noqa: ANN401 - any JSON value
+        """Do as `invoke`, on the running asyncio loop.
+
+        Threads serve providers of credentials, files, programs, and ends, alone. A cancelled
+        invocation is killed, and the environment with it.
+        """
+        payload = encode_event(event)
+        found = None
+        if credentials is not None:
+            found = await resolve_async(credentials, self._role(role))
+        return (await self.call_async(Request(payload, found, **options))).json()
+
+    def call(self, request: Request) -> Invocation | Answer:
+        """Serve what was checked: by a pool, before it takes an environment for it."""
+        session = self._function_session()
+        try:
+            return drive(session.serve(request))
+        finally:
+            if self._kind is not None or session.has_end:
+                self._end_invocation(session)
+
+    async def call_async(self, request: Request) -> Invocation | Answer:
+        """Do as `call`, on the running asyncio loop."""
+        import asyncio  # 25 ms at the start of every program, and most need none of it
+
+        if self._frozen:
+            from nsbox.functions.loop import aside
+
+            await aside(self._function_session)
+        session = self._function_session()
+        try:
+            driver = session.driver_on(asyncio.get_running_loop())
+            return await driver.run(session.serve(request))
+        finally:
+            if self._kind is not None or session.has_end:
+                self._end_invocation(session)
+
+    def left_running(self) -> LeftRunning:
+        """Return what the function has running between invocations, as PID 1 counts it now.
+
+        Raises:
+            EnvironmentDied: PID 1 is gone, or has no /proc to count by; the environment is killed.
+            EnvironmentStateError: This is no environment of a function, or it is busy, or dead.
+        """
+        return drive(self._function_session().count_left())
+
+    def _role(self, role: str | None) -> str:
+        return self._version.name if role is None and self._version is not None else role or ""
+
+    @property
+    def last(self) -> Invocation | None:
+        """The last `Invocation`, failed ones too; None before the first."""
+        return None if self._session is None else self._session.last()
+
+    def _function_session(self) -> Session:
+        """Return the session of an environment that can serve a call; a frozen one is thawed."""
+        # An end that nobody has noticed yet is seen at once by who waits for the answer.
+        session, link = self._session, self._link
+        is_alive = link is not None and link.end is None and not link.is_killed
+        if session is not None and is_alive and self._owner == os.getpid() and not self._frozen:
+            return session
+        link = self._known_link()
+        if session is None:
+            raise EnvironmentStateError(
+                f"environment {self.id} belongs to no function; make one of Function(...).publish()"
+            )
+        if self._frozen:
+            link.request(messages.Thaw(id=link.env_id))
+            self._frozen = False
+        return session
+
+    def _end_invocation(self, session: Session) -> None:
+        self._replace_blank()
+        # Not for a call that was refused before it began, while another may be under way.
+        if session.is_used and session.reuse == "never":
+            self.close(wait=False)
+
+    # -- the end -------------------------------------------------------------------------------
 
     def _replace_blank(self) -> None:
         """Have another environment of this kind born, now that this one has been of use."""
         kind, self._kind = self._kind, None
-        spare = None if self._invocations is None else self._invocations.take_spare()
+        spare = None if self._session is None else self._session.take_spare()
         # While the interpreter finalizes nothing is needed next, and nothing can be imported.
         if kind is not None and not sys.is_finalizing():
             standby.refill(self._launcher, kind, spare)
@@ -379,8 +560,8 @@ class ExecutionEnvironment(FunctionMethods):
         if link is None:
             return
         if self._owner != os.getpid():
-            if self._invocations is not None:
-                self._invocations.close()
+            if self._session is not None:
+                self._session.close()
             link.close()  # a forked child's copies of the descriptors; it is not its own
             return
         if wait:
@@ -388,9 +569,9 @@ class ExecutionEnvironment(FunctionMethods):
         else:
             link.closing = True
             link.kill()
-        if self._invocations is not None:
-            self._invocations.await_idle()
-            self._invocations.close()
+        if self._session is not None:
+            self._session.await_idle()
+            self._session.close()
         self._replace_blank()
         leaked: list[str] = []
         if wait:
@@ -400,6 +581,9 @@ class ExecutionEnvironment(FunctionMethods):
         link.close()
         if leaked:
             raise CleanupError(leaked)
+
+    def __reduce__(self) -> NoReturn:
+        refuse_pickling("an environment", "make one there, from the Config or FunctionVersion")
 
     def __enter__(self) -> Self:
         return self
@@ -462,50 +646,6 @@ def ask_to_end(env: ExecutionEnvironment) -> Socket | None:
         notice = env._live_link().ask_to_end()
     except NsboxError:
         return None  # it is gone, or does not thaw, or is another process's
-    if env._invocations is not None:
-        env._invocations.end_events()
+    if env._session is not None:
+        env._session.end_events()
     return notice
-
-
-class _BriefEnvironment(ExecutionEnvironment):
-    """Lives for one command, and has room where no other is born any more (`protocol.scarcity`)."""
-
-    _is_brief = True
-
-
-def run(
-    argv: Sequence[Word],
-    *,
-    config: Config | None = None,
-    input: bytes | None = None,
-    timeout: float | None = None,
-    env: Mapping[str, str] | None = None,
-    cwd: str | None = None,
-    stdin: Stream = None,
-    stdout: Stream = None,
-    stderr: Stream = None,
-    cpu_time: float | None = None,
-    check: bool = False,
-    **fields: Unpack[RunFields],
-) -> Result:
-    """Run one command in a fresh environment of its own and return its `Result`.
-
-    Takes what `ExecutionEnvironment.run` takes, and the fields of `Config`: ``limits=``,
-    ``mounts=``, ``tmp_size=``, ``network=``, ``seccomp=``, ``rootfs=``, ``allow_missing=``...
-    The environment is dead when this returns, and removed soon after.
-
-    Raises:
-        As `ExecutionEnvironment` and `ExecutionEnvironment.run`.
-    """
-    check_argv(argv)
-    for name, stream in zip(NAMES, (stdin, stdout, stderr), strict=True):
-        if stream not in (None, PIPE, DEVNULL):
-            descriptor_of(stream, name)
-    environment = _BriefEnvironment(config, **fields)
-    try:
-        return environment.run(
-            argv, input=input, timeout=timeout, env=env, cwd=cwd, stdin=stdin, stdout=stdout,
-            stderr=stderr, cpu_time=cpu_time, check=check,
-        )  # fmt: skip
-    finally:
-        environment.close(wait=False)

@@ -1,185 +1,210 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Invocations on a running asyncio loop: its readers and one future each.
+"""Steps on a running asyncio loop: readers and writers, one timer, and threads for what takes long.
 
-A thread waits where a guest decides how long that takes and no reader can tell: for room in the
-socket of an event, and for what is told of the end of a worker or an environment.
+The loop itself waits for no guest, and the threads are none of its own executor's: that is the host
+program's, and a few guests would hold all of it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any, TypeVar
 
-from nsbox.functions.call import Call, Frame, WorkerEnded, WorkerOver, WorkerSilent
-from nsbox.functions.left_running import Sweep
-from nsbox.functions.session import Invoker
-from nsbox.supervisor.channel import ANSWER_DEADLINE
+from nsbox.functions.exchange import Step, Steps, Wait
+
+_T = TypeVar("_T")
 
 
-class LoopCalls:
-    """Watches one invoker's descriptors on one loop, for as long as both are used together.
+async def aside(work: Callable[..., _T], *args: object) -> _T:
+    """Return what `work` returns, in a thread of its own."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
 
-    The readers stay between invocations: adding and removing them would cost more than the rest.
+    def finish(value: Any, error: BaseException | None) -> None:  # noqa: ANN401
+        if future.done():
+            return
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+    _start(loop, lambda: work(*args), finish)
+    return await future
+
+
+def _start(
+    loop: asyncio.AbstractEventLoop,
+    work: Callable[[], Any],
+    finish: Callable[[Any, BaseException | None], object],
+) -> None:
+    """Have `finish` called on the loop with what `work` returns or raises in a thread."""
+
+    def run() -> None:
+        told: tuple[Any, BaseException | None]
+        try:
+            told = work(), None
+        except BaseException as error:  # noqa: BLE001 - handed to who waits
+            told = None, error
+        with suppress(RuntimeError):  # it is closed
+            loop.call_soon_threadsafe(finish, *told)
+        del told  # an error has this frame
+
+    try:
+        threading.Thread(target=run, name="nsbox-aside", daemon=True).start()
+    except RuntimeError:
+        if not sys.is_finalizing():
+            raise
+        run()  # no thread is started any more
+
+
+class LoopDriver:
+    """Takes the steps of one session's calls on one loop, for as long as both are used together.
+
+    Readers stay between calls: adding and removing them would cost more than the rest. So does the
+    timer, which looks for the deadline that holds when it fires.
     """
 
-    def __init__(self, invoker: Invoker, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, kill: Callable[[str], object]) -> None:
+        """`kill` ends the environment of a call that is cancelled."""
         self.loop = loop
-        self._invoker = invoker
-        self._call: Call | None = None
-        self.last: Call | None = None
-        self._future: asyncio.Future[Frame] | None = None
+        self._kill = kill
+        self._steps: Steps[Any] | None = None  # until they are over
+        self._future: asyncio.Future[Any] | None = None
+        self._wait: Wait | None = None
         self._watched: set[int] = set()
-        self._watches_all = False
-        self._has_own = invoker.resets  # each event has a socket of its own
+        self._brief: Wait | None = None  # one whose descriptors are watched no longer than needed
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
 
-    async def await_reset(self) -> None:
-        """Wait until the reset after the last event is over; PID 1 has its time for that."""
-        fd = self._invoker.reset_descriptor()
-        if fd >= 0:
-            await self._await_readable(fd)
-
-    async def sweep(self, call: Call, sweep: Sweep) -> None:
-        """Do as `Sweep.run`."""
-        channel = sweep.begin(call, self._invoker.worker)
-        if channel is None:
-            return
-        try:
-            await self._await_readable(channel.socket.fileno())
-        except BaseException:
-            channel.socket.close()
-            raise
-        if channel.has_answer():
-            sweep.finish(call, channel)
-        else:
-            await asyncio.to_thread(sweep.finish, call, channel)  # it is gone, or does not answer
-
-    async def _await_readable(self, fd: int) -> None:
-        """Wait for a word of PID 1, or as long as it may take."""
-        future = self.loop.create_future()
-        self.loop.add_reader(fd, _finish, future)
-        # Its end closes the channel, which is readable then.
-        timer = self.loop.call_later(ANSWER_DEADLINE, self._invoker.kill, "PID 1 did not answer")
-        try:
-            await future
-        except asyncio.CancelledError:
-            self._invoker.kill("an invocation was cancelled")
-            raise
-        finally:
-            timer.cancel()
-            self.loop.remove_reader(fd)
-
-    async def exchange(self, begin: Callable[[], Call]) -> tuple[Call, Frame]:
-        """Send what `begin` sends; return it with the answer.
-
-        What the socket does not take at once a thread sends: a worker may be slow to read it, or
-        not read it at all.
-
-        Raises:
-            As `Invoker.exchange`; `asyncio.CancelledError` after the environment was killed.
-        """
-        self.last = None
-        try:
-            call = self.last = begin()
-            if call.rest is not None:
-                await asyncio.to_thread(self._invoker.send_rest, call)
-        except asyncio.CancelledError:
-            self._invoker.kill("an invocation was cancelled")
-            self.forget()
-            raise
-        self._call = call
-        if self._has_own or not self._watches_all:
-            self._watch()
+    async def run(self, steps: Steps[_T]) -> _T:
+        """Take all steps and return what they come to; a call that is cancelled is killed."""
+        if self._steps is not None:
+            return await LoopDriver(self.loop, self._kill).run(steps)  # it is refused
+        self._steps = steps
         future = self._future = self.loop.create_future()
-        timer = self.loop.call_later(call.timeout, self._on_timeout)
+        self._go_on(steps.send, None)
         try:
-            frame = await future
-        except asyncio.CancelledError:
-            self._invoker.kill("an invocation was cancelled")
-            self.forget()
+            return await future  # type: ignore[no-any-return]
+        except BaseException as error:
+            if self._steps is steps:  # they are not over: cancelled, or the environment is closed
+                self.forget()
+                self._steps = self._wait = None
+                if isinstance(error, asyncio.CancelledError):
+                    self._kill("an invocation was cancelled")
+                steps.throw(error)
             raise
-        except WorkerOver:
-            raise await _in_thread(self._judge_end, call) from None
-        except WorkerSilent as error:
-            raise await _in_thread(self._invoker.judge, call, error) from None
         finally:
-            timer.cancel()
-            self._call = self._future = None
-            if self._has_own:
-                self._unwatch_event()
-        self._invoker.drain_logs(call)
-        return call, frame
+            self._future = None
+            del future  # an error has this frame
 
-    def _judge_end(self, call: Call) -> Exception:
-        worker = self._invoker.worker
-        error = WorkerSilent() if worker is None else worker.end_of(call)
-        if isinstance(error, WorkerEnded | WorkerSilent):
-            return self._invoker.judge(call, error)
-        return error
+    def _go_on(self, advance: Callable[[Any], Step], value: Any) -> None:  # noqa: ANN401
+        future = self._future
+        if self._brief is not None:
+            self._end_brief(self._brief)
+        self._wait = None
+        try:
+            step = advance(value)
+        except StopIteration as end:
+            self._steps = None
+            if future is not None and not future.done():
+                future.set_result(end.value)
+            return
+        except BaseException as error:
+            self._steps = value = None  # an error has this frame
+            if future is not None and not future.done():
+                future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        if type(step) is Wait:
+            self._wait = step
+            if not step.is_lasting or not step.fds <= self._watched:
+                self._watch(step)
+            if self._timer is None or step.deadline < self._timer_at:
+                self._set_timer(step.deadline)
+        else:
+            steps = self._steps
+            _start(self.loop, step, lambda *told: self._on_done(steps, *told))  # type: ignore[arg-type]
 
-    def _unwatch_event(self) -> None:
-        """Let go of an event's own socket and pipes before they are closed."""
-        for fd in self._invoker.event_descriptors():
-            self.loop.remove_reader(fd)
+    def _on_done(self, steps: object, value: Any, error: BaseException | None) -> None:  # noqa: ANN401
+        if self._steps is steps and self._steps is not None and self._is_awaited:
+            if error is None:
+                self._go_on(self._steps.send, value)
+            else:
+                self._go_on(self._steps.throw, error)
+
+    @property
+    def _is_awaited(self) -> bool:
+        return self._future is not None and not self._future.done()
+
+    # -- descriptors ---------------------------------------------------------------------------
+
+    def _watch(self, wait: Wait) -> None:
+        if not wait.is_lasting:
+            self._brief = wait
+            if wait.write >= 0:
+                self.loop.add_writer(wait.write, self._on_ready, wait.write)
+        for fd in wait.fds - self._watched:
+            self._watched.add(fd)
+            self.loop.add_reader(fd, self._on_ready, fd)
+
+    def _end_brief(self, wait: Wait) -> None:
+        self._brief = None
+        if wait.write >= 0:
+            self.loop.remove_writer(wait.write)
+        self.unwatch(wait.fds)
+
+    def unwatch(self, fds: Iterable[int]) -> None:
+        """Let go of descriptors before they are closed."""
+        for fd in self._watched.intersection(fds):
             self._watched.discard(fd)
-
-    def _watch(self) -> None:
-        for fd in self._invoker.descriptors():
-            if fd not in self._watched:
-                self._watched.add(fd)
-                self.loop.add_reader(fd, self._on_readable, fd)
-        self._watches_all = True
+            self.loop.remove_reader(fd)
 
     def forget(self) -> None:
         """Watch nothing any more."""
-        for fd in list(self._watched):
-            self.loop.remove_reader(fd)
-        self._watched.clear()
-        self._watches_all = False
+        if self._brief is not None:
+            self._end_brief(self._brief)
+        self.unwatch(self._watched)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def close(self) -> None:
         """Watch nothing any more, and tell who waits on this thread: its environment is closed."""
         self.forget()
         if self._future is not None and not self._future.done():
-            self._future.set_exception(ConnectionError("the environment was closed"))
+            self._future.set_exception(ValueError("the environment was closed"))
 
-    def _on_readable(self, fd: int) -> None:
-        call, future = self._call, self._future
-        if call is None or future is None or future.done():
-            # Nobody waits: it stays where it is, for the next call to see.
-            self.loop.remove_reader(fd)
-            self._watched.discard(fd)
-            self._watches_all = False
+    def _on_ready(self, fd: int) -> None:
+        wait, steps = self._wait, self._steps
+        is_meant = wait is not None and (fd in wait.fds or fd == wait.write)
+        if wait is None or steps is None or not self._is_awaited or not is_meant:
+            # Nobody waits for it: it stays where it is, for the next call to see.
+            self.unwatch((fd,))
             return
-        worker = self._invoker.worker
-        if worker is None:
+        ready = wait.poll.poll(0)  # all there is, as a thread sees it
+        if ready:
+            self._go_on(steps.send, ready)
+
+    # -- the deadline --------------------------------------------------------------------------
+
+    def _set_timer(self, deadline: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_at = deadline
+        self._timer = self.loop.call_later(deadline - time.monotonic(), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        wait, steps = self._wait, self._steps
+        if wait is None or steps is None or not self._is_awaited:
             return
-        try:
-            answer = worker.advance(call, [fd])
-        except Exception as error:  # noqa: BLE001 - handed to who waits
-            self.forget()
-            future.set_exception(error)
-            return
-        if answer is not None:
-            future.set_result(answer)
-        elif fd not in worker.descriptors():
-            self.loop.remove_reader(fd)
-            self._watched.discard(fd)
-
-    def _on_timeout(self) -> None:
-        if self._call is not None and self._future is not None and not self._future.done():
-            self.forget()
-            self._future.set_exception(WorkerSilent())
-
-
-async def _in_thread(judge: Callable[..., Exception], *args: object) -> Exception:
-    """Return what is concluded, which may take a while."""
-    try:
-        future = asyncio.get_running_loop().run_in_executor(None, judge, *args)
-    except RuntimeError:  # the interpreter ends, and starts no thread any more
-        return judge(*args)
-    return await future
-
-
-def _finish(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
+        if wait.deadline > time.monotonic():
+            self._set_timer(wait.deadline)
+        else:
+            self._go_on(steps.send, [])

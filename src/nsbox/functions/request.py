@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any, Final, TypedDict
 
 from nsbox.errors import ConfigError
-from nsbox.functions.call import OnLog
 from nsbox.functions.credentials import Credentials, Provider
+from nsbox.functions.exchange import Call, OnLog
 from nsbox.guest import runtime as runtime
 from nsbox.values import json_text
 from nsbox.values.config import check_environment, check_text, parse_seconds
@@ -38,6 +38,7 @@ _CREDENTIALS: Final = re.compile(r"AWS_(ACCESS_KEY(_ID)?|SECRET_ACCESS_KEY|SESSI
 
 
 _HEAD_SIZE: Final = runtime.INVOCATION.size
+_pack_event: Final = runtime.EVENT.pack
 
 
 class PoolOptions(TypedDict, total=False):
@@ -105,16 +106,20 @@ class Request:
             self.env |= credentials.variables()
         self.files = _check_files(files) if files else {}
 
-    def words(self, request_id: str) -> bytes:
+    def words(self, call: Call) -> bytes:
         """Return what comes between the numbers of its frame and the payload."""
         if not self.env:
-            return f"{request_id}\0{self.client_context}\0".encode()
-        return f"{request_id}\0{self.client_context}\0{json.dumps(self.env)}".encode()
+            return f"{call.request_id}\0{self.client_context}\0".encode()
+        return f"{call.request_id}\0{self.client_context}\0{json.dumps(self.env)}".encode()
 
-    def frame(self, number: int, timeout: float, words: bytes) -> bytes:
+    def frame(self, call: Call) -> bytes:
         """Return its frame (`nsbox.guest.runtime`) without the payload, which is next."""
+        if self.env or self.client_context:
+            words = self.words(call)
+        else:
+            words = call.request_id.encode() + b"\0\0"
         size = _HEAD_SIZE + len(words) + len(self.payload)
-        return runtime.EVENT.pack(runtime.INVOKE, size, number, timeout, len(words)) + words
+        return _pack_event(runtime.INVOKE, size, call.number, call.timeout, len(words)) + words
 
 
 def encode_event(event: object) -> bytes:

@@ -1,185 +1,269 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One function version in one environment: start its worker, send events, judge what comes back.
+"""One function version in one environment: its worker's start, one event at a time, what is left.
 
-How a worker ended is told by its environment's PID 1 and cgroup (`nsbox.supervisor.process`), never
-by itself.
-After anything doubtful the environment is killed, and what is raised says why.
+Each sequence is written once (`Steps`), for threads and for event loops. How a worker ended is told
+by its environment's PID 1 and cgroup (`nsbox.supervisor.process`), never by itself. After anything
+doubtful the environment is killed, and what is raised says why. A plain program
+(``Function(command=...)``) is one command for each event, with the same errors and records.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import struct
+import threading
 import time
 import uuid
 from _socket import socket as Socket
 from collections.abc import Callable, Mapping
-from typing import Final
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from nsbox.errors import EnvironmentStateError, InvokeError, SyscallError
-from nsbox.functions import left_running
-from nsbox.functions.call import Answer, Call, Frame, OnLog, WorkerEnded, WorkerSilent
 from nsbox.functions.deployment import outfit_of
+from nsbox.functions.exchange import (
+    Answer,
+    Call,
+    Frame,
+    OnLog,
+    Steps,
+    Wait,
+    WorkerEnded,
+    WorkerOver,
+    WorkerSilent,
+    drive,
+    error_payload,
+)
 from nsbox.functions.function import FunctionVersion
+from nsbox.functions.program import run_program
 from nsbox.functions.request import Request
-from nsbox.functions.worker import Worker
+from nsbox.functions.worker import WorkerConnection
+from nsbox.guest import protocol as p
 from nsbox.guest import runtime as runtime
 from nsbox.guest.executed import executed_worker
-from nsbox.supervisor.channel import Channel, RunRequest, make_socket
+from nsbox.launcher.messages import Spec
+from nsbox.linux.descriptors import close_all
+from nsbox.supervisor import standby
+from nsbox.supervisor.channel import ANSWER_DEADLINE, Channel, RunRequest, make_socket
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.evidence import describe_exit
-from nsbox.supervisor.files import begin_reset, finish_reset
+from nsbox.supervisor.files import check_left, check_reset, place_files, reset_request
+from nsbox.supervisor.launcher import Launcher
+from nsbox.supervisor.plan import interpreter
 from nsbox.supervisor.process import PIPE, Process
 from nsbox.supervisor.reports import exit_code
 from nsbox.values.counters import oom_evidence
-from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout
+from nsbox.values.invocation import (
+    NOTHING,
+    FunctionError,
+    Invocation,
+    InvokeTimeout,
+    LeftRunning,
+)
 from nsbox.values.json_text import decode_answer
 from nsbox.values.result import EnvironmentDied, Outcome, Protections, Result
 
-_Started = tuple[Process, Socket]
+if TYPE_CHECKING:
+    import asyncio
+
+    from nsbox.functions.loop import LoopDriver
+
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
 _QUIET: Final = 0.02  # seconds in which the log of a start is not read
 _NUMBERS: Final = struct.Struct("!16Q")
 _SENT_ALONG: Final = 1 << 15  # bytes that a socket surely takes before anybody reads (unix(7))
+_LAST_WORDS: Final = 10.0  # seconds in which a call sees that its environment is killed
+_OWN: Final = 2  # processes that are nsbox's: PID 1 and the worker
+_PID_1_AND_WORKER: Final = b"2\n"  # pids.current when there is no other thread
 
 
-class Invoker:
-    """Made with the environment of a `FunctionVersion` that has a handler.
+class Session:
+    """Made with the environment of a `FunctionVersion`. Serves one call at a time.
 
     Attributes:
+        worker: Its connection; None of a plain program, and before the start of an executed one.
+        reuse: The function's policy.
         init_seconds: What importing the module took; None before.
         is_provisioned: Whether that is done with nobody waiting for it.
-        resets: Whether each event is served by a fork, with a socket of its own.
+        is_used: Whether a call is over.
+        is_unsent: Whether the last one, which failed, has not reached the worker.
+        next_kind: Whom to ask for a blank environment, and for which kind.
+        has_end: Whether there is something to do when a call is over.
+        on_kill: Called when a call has left processes running, which were killed.
     """
 
     def __init__(
         self,
         link: EnvironmentConnection,
         version: FunctionVersion,
+        environment: Mapping[str, str],
+        *,
         protections: Callable[[], Protections],
+        start_command: Callable[..., Process],
     ) -> None:
+        """Take what belongs to the environment.
+
+        Args:
+            link: Its connection.
+            version: Whose it is.
+            environment: Variables besides the function's own.
+            protections: Tells what is in force.
+            start_command: Starts a command in it, for `run_program`.
+        """
         self._link = link
         self._version = version
         self._function = version.function
+        self._environment = environment
         self._protections = protections
+        self._start_command = start_command
+        self._busy = threading.Lock()
+        self._holder = 0  # the thread that has it
+        self._loop: LoopDriver | None = None
         self._count = 0  # of events
         self._numbers: list[int] = []
+        self._id_prefix = str(uuid.uuid4())[:24]
         self._room = self._function.limits.output_max
         self._timeout = self._function.timeout
-        self.resets = self._function.reuse == "reset"
+        self.reuse = self._function.reuse
+        self._resets = self.reuse == "reset" and self._function.handler is not None
+        limit = self._function.limits.memory_max
+        self._memory_mb = limit >> 20 if limit is not None else None
         self._quiet_until = 0.0
         self._is_begun = False
         self._start: Call | None = None  # until the first event has it
-        self._reset: Channel | None = None
-        self._id_prefix = str(uuid.uuid4())[:24]
-        self.worker: Worker | None = None
+        self._cleanup: Channel | None = None  # PID 1's, after the last call
+        # Of the last call: its record, or what that is made of. An answer would make a cycle.
+        self._last: Invocation | tuple[Call, bytes | memoryview] | None = None
+        self._spare: EnvironmentConnection | None = None
+        # Opened once: that costs ten times a look. Beside a worker that was executed there is
+        # one that waits since the birth, or has ended.
+        self._kills_left = version.kills_left_running
+        is_counted = self._kills_left and self._function.start == "clone"
+        self._counter = link.reader.open_counter() if is_counted and link.reader else -1
+        self.worker: WorkerConnection | None = None
         self.init_seconds: float | None = None
-        self.is_provisioned = False
-        limit = self._function.limits.memory_max
-        self._memory_mb = int(limit) >> 20 if limit is not None else None
+        self.is_provisioned = self.is_used = self.is_unsent = False
+        self.next_kind: tuple[Launcher, Spec] | None = None
+        self.has_end = self._function.reuse == "never"
+        self.on_kill: Callable[[], object] | None = None
 
     def close(self) -> None:
         """Let go of worker and sockets."""
-        if self._reset is not None:
-            self._reset.socket.close()
+        driver, self._loop = self._loop, None
+        if driver is not None and not driver.loop.is_closed():
+            driver.close()
+        if self._cleanup is not None:
+            self._cleanup.close()
+        counter, self._counter = self._counter, -1
+        if counter >= 0:
+            os.close(counter)
         if self.worker is not None:
             self.worker.close()
 
     def end_events(self) -> None:
-        """Wake a worker that waits for an event which will not come."""
-        if self.worker is not None:
+        """Wake the worker, so that it runs its handler of SIGTERM; one that works will by itself.
+
+        A signal that comes just before a system call that waits does not interrupt it.
+        """
+        if self.worker is not None and self._busy.acquire(blocking=False):
             self.worker.end_events()
+            self._busy.release()
 
-    def kill(self, cause: str) -> None:
-        """Kill the whole environment."""
-        self._link.kill(cause)
+    def await_idle(self) -> None:
+        """Wait until no other thread is in a call of this killed environment."""
+        # This thread may be in one itself, on a loop or in a callback: it will see by itself.
+        if self._holder != threading.get_ident() and self._busy.acquire(timeout=_LAST_WORDS):
+            self._busy.release()
 
-    def descriptors(self) -> list[int]:
-        """Return what becomes readable when the worker has something to say."""
-        return [] if self.worker is None else self.worker.descriptors()
+    def take_spare(self) -> EnvironmentConnection | None:
+        """Return the sockets made for the next blank, if they were, for the caller to close."""
+        spare, self._spare = self._spare, None
+        self.has_end = self._function.reuse == "never"
+        return spare
 
-    def event_descriptors(self) -> list[int]:
-        """Return those that are the event's own."""
-        return [] if self.worker is None else self.worker.event_descriptors()
+    def driver_on(self, loop: asyncio.AbstractEventLoop) -> LoopDriver:
+        """Return what takes steps on a loop; its readers stay from call to call."""
+        driver = self._loop
+        if driver is None or driver.loop is not loop:
+            if driver is not None and not driver.loop.is_closed():
+                driver.forget()
+            from nsbox.functions.loop import LoopDriver  # asyncio: 25 ms, and most need none of it
 
-    def drain_logs(self, call: Call) -> None:
-        """Take what has been written to the log by now."""
-        self._worker.drain_logs(call)
+            driver = self._loop = LoopDriver(loop, self._link.kill)
+        return driver
+
+    def last(self) -> Invocation | None:
+        """Return the record of the last call, None before the first."""
+        if isinstance(self._last, tuple):
+            call, data = self._last
+            self._last = self.describe(call, bytes(data))
+        return self._last
 
     # -- the start -----------------------------------------------------------------------------
 
-    def prepare(self, environment: Mapping[str, str]) -> None:
+    def prepare(self) -> None:
         """Tell a worker that waits since the birth all that it can know before its code is there.
-
-        Args:
-            environment: Environment variables besides the function's own.
 
         Raises:
             InvokeTimeout: It does not listen.
         """
-        if self._function.start == "clone":
-            self._tell(*self._take_worker(), environment)
+        if self._function.handler is not None and self._function.start == "clone":
+            drive(self._tell(*self._take_worker()))
 
-    def start(
-        self, environment: Mapping[str, str], python: str, on_log: OnLog | None = None
-    ) -> Call:
-        """Let the worker import the handler's module; its answer is for `finish_start`.
+    def init(self, *, provisioned: bool) -> Steps[None]:
+        """Import the module, unless that was done; see `ExecutionEnvironment.init`."""
+        self._take()
+        try:
+            if self._function.handler is not None and self.init_seconds is None:
+                self.is_provisioned = provisioned
+                yield from self._init()
+        finally:
+            self._busy.release()
 
-        Args:
-            environment: As for `prepare`.
-            python: The interpreter, for ``start="exec"``.
-            on_log: Hears what the import writes.
-        """
+    def _init(self, on_log: OnLog | None = None) -> Steps[None]:
+        """Let the worker import the handler's module; raises as `ExecutionEnvironment.init`."""
         if self.worker is None:
-            self._tell(*self._execute(environment, python), environment)
+            yield from self._tell(*(yield self._execute))
         elif self.is_provisioned and not self._is_begun:
-            self._tell_again(environment)
+            yield from self._tell_again()
         self._begin_once()
         call = self._start_call(on_log)
-        self._send_start(call, runtime.LOAD, b"")
-        return call
+        yield from self._send_start(call, runtime.LOAD, b"")
+        self._finish_start(call, (yield from self._exchange(call)))
 
-    def _tell(self, process: Process, channel: Socket, environment: Mapping[str, str]) -> None:
-        self.worker = Worker(self._link, process, channel)
-        self._tell_again(environment)
+    def _tell(self, process: Process, channel: Socket) -> Steps[None]:
+        self.worker = WorkerConnection(self._link, process, channel)
+        yield from self._tell_again()
 
-    def _tell_again(self, environment: Mapping[str, str]) -> None:
+    def _tell_again(self) -> Steps[None]:
         outfit = outfit_of(self._version)
         text = outfit.start_text(
-            self._version, environment, self._link.env_id, self._initialization_type
+            self._version, self._environment, self._link.env_id, self._initialization_type
         )
-        self._send_start(self._start_call(), runtime.START, text.encode())
+        yield from self._send_start(self._start_call(), runtime.START, text.encode())
 
     def _begin_once(self) -> None:
         """A start that has failed is not tried again: its environment was killed."""
         if self._is_begun:
-            raise self._link.died(ConnectionError("its worker did not start"))
+            self._link.kill()
+            what = f"environment {self._link.env_id}: {self._link.describe_end()}"
+            raise EnvironmentDied(what, self._link.end_outcome())
         self._is_begun = True
 
     def _start_call(self, on_log: OnLog | None = None) -> Call:
         return Call(_START, self._function.init_timeout, "", self._room, on_log)
 
-    def _send_start(self, call: Call, kind: bytes, data: bytes, more: bytes = b"") -> None:
+    def _send_start(self, call: Call, kind: bytes, data: bytes, more: bytes = b"") -> Steps[None]:
         header = runtime.HEADER.pack(kind, len(data) + len(more), call.number)
-        self._worker.send(call, header + data, more)
-        self.send_rest(call)
+        self._known_worker.send(call, header + data, more)
+        if call.rest is not None:
+            yield from self._send_rest(call)
 
-    def send_rest(self, call: Call) -> None:
-        """Wait until the worker has room for what is left of an event, or of its start.
-
-        Raises:
-            InvokeTimeout: It does not read it.
-        """
-        try:
-            self._worker.send_rest(call)
-        except WorkerSilent as error:
-            raise self.judge(call, error) from None
-
-    def _take_worker(self) -> _Started:
+    def _take_worker(self) -> tuple[Process, Socket]:
         """Return the worker that waits since the birth, and this end of its socket."""
         workplace = self._link.workplace
         if workplace is None:
@@ -188,13 +272,14 @@ class Invoker:
         process = Process(self._link, argv, workplace, protections=self._protections)
         return process, workplace.socket
 
-    def _execute(self, environment: Mapping[str, str], python: str) -> _Started:
+    def _execute(self) -> tuple[Process, Socket]:
         """Return a worker in an interpreter of its own, and this end of its socket."""
+        python = interpreter() if self._function.rootfs is None else "python3"
         self._link.drop_workplace()
         ours, theirs = make_socket()
         try:
             argv = (python, "-I", "-S", "-c", executed_worker(3))
-            request = RunRequest(environment, "/", announced=True, extra=theirs.fileno())
+            request = RunRequest(self._environment, "/", announced=True, extra=theirs.fileno())
             streams = (None, PIPE, PIPE)
             return Process(self._link, argv, request, streams, protections=self._protections), ours
         except BaseException:
@@ -203,18 +288,15 @@ class Invoker:
         finally:
             theirs.close()
 
-    def finish_start(self, call: Call, frame: Frame) -> None:
-        """Take the worker's answer to its start.
-
-        Raises:
-            FunctionError: The module cannot be imported, or has no such handler.
-        """
+    def _finish_start(self, call: Call, frame: Frame) -> None:
+        """Take the worker's answer to its start."""
         kind, data = frame
         if kind == runtime.READY:
             self.init_seconds = time.monotonic() - call.begin
             self._start = call
-            if self.resets:
-                self._worker.close_logs(call)
+            if self._resets:
+                self._unwatch_event()
+                self._known_worker.close_logs(call)
             return
         if kind != runtime.BROKEN:
             raise self._violation("it is ready before it was asked")
@@ -224,81 +306,181 @@ class Invoker:
 
     # -- an event ------------------------------------------------------------------------------
 
-    def start_with(self, request: Request) -> tuple[Call, Call | None]:
-        """Do as `start`, of a worker that was prepared, and send the first event along.
+    def serve(self, request: Request) -> Steps[Invocation | Answer]:
+        """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
+        if not self._busy.acquire(blocking=False):
+            raise self._refusal()
+        self._holder = threading.get_ident()
+        call = None
+        answer: Invocation | Answer
+        try:
+            if self._function.handler is None:
+                yield from self._place(request)
+                start = self._start_command
+                program = partial(run_program, self._link, self._version, request, start)
+                record: Invocation = yield program
+                self._last = answer = record
+                if request.files and self._function.reuse == "keep":
+                    yield from self._remove(request)
+            else:
+                frame = None
+                if self.init_seconds is None:
+                    if self.worker is not None and not request.files:
+                        call, frame = yield from self._send_first(request)
+                    else:
+                        yield from self._init(request.on_log)
+                if call is None:
+                    if self._cleanup is not None or request.files:
+                        yield from self._place(request)
+                    call = self._send(request)
+                if self.next_kind is not None:
+                    self._prepare_spare()
+                worker = self.worker or self._known_worker
+                worker.wait.deadline = call.deadline
+                try:
+                    if call.rest is not None:
+                        yield from self._send_rest(call)
+                    while frame is None:
+                        frame = worker.feed(call, (yield worker.wait))
+                except (WorkerSilent, WorkerOver) as error:
+                    raise (yield from self._judge(call, error)) from None
+                if self._kills_left:
+                    yield from self._kill_left(call)
+                if request.files and self._function.reuse == "keep":
+                    yield from self._remove(request)
+                if not call.answered:
+                    call.answered = time.monotonic()
+                if frame[0] == runtime.ANSWER:
+                    answer = Answer(self.describe, call, frame[1])
+                    self._last = call, frame[1]
+                    if self._resets:
+                        yield from self._begin_reset()
+                else:
+                    raise (yield from self._failure(call, frame))
+            return answer
+        except BaseException as error:
+            self._note_failure(error, call)
+            raise
+        finally:
+            self.is_used = True
+            self._busy.release()
 
-        Returns the start, for `exchange_start`, and the event; None in its place when the event is
-        too large to be sent before it is read.
+    def _take(self) -> None:
+        """Begin a call: there is at most one at a time, by construction."""
+        if not self._busy.acquire(blocking=False):
+            raise self._refusal()
+        self._holder = threading.get_ident()
+
+    def _refusal(self) -> EnvironmentStateError:
+        return EnvironmentStateError(
+            f"environment {self._link.env_id} is busy with another invocation; "
+            "an environment serves one at a time"
+        )
+
+    def _prepare_spare(self) -> None:
+        """Do the part of a refill of the blanks that can be done while an answer is waited for."""
+        if self.next_kind is not None:
+            self._spare, self.next_kind = standby.prepare(*self.next_kind), None
+            self.has_end = True
+
+    def _place(self, request: Request) -> Steps[None]:
+        """Wait until the last call's are gone, and have its files written."""
+        if self._resets and self.worker is not None:
+            self._unwatch_event()
+            self.worker.make_event()  # while PID 1 is busy
+        if self._cleanup is not None:
+            channel, self._cleanup = self._cleanup, None
+            check_reset(self._link, *(yield from self._answer(channel)))
+        if request.files:
+            yield partial(place_files, self._link, request.files)
+
+    def _send_first(self, request: Request) -> Steps[tuple[Call, Frame | None]]:
+        """Let a prepared worker import the module and go on to the event by itself.
+
+        Returns the event with its answer, if that has come already.
+
+        An event that is too large to be sent before it is read is sent afterwards.
         """
         self._begin_once()
+        worker = self._known_worker
         start = self._start_call(request.on_log)
         call = self._call_of(request, _FIRST)
-        words = request.words(call.request_id)
+        words = request.words(call)
         if len(words) + len(request.payload) > _SENT_ALONG:
             self._count = 0  # it is made anew
-            self._send_start(start, runtime.LOAD, b"")
-            return start, None
+            yield from self._send_start(start, runtime.LOAD, b"")
+            self._prepare_spare()
+            self._finish_start(start, (yield from self._exchange(start)))
+            return self._send(request), None
         self._quiet_until = start.begin + _QUIET
         moment = runtime.MOMENT.pack(self._quiet_until)
-        if self.resets:
+        if self._resets:
             load = runtime.HEADER.pack(runtime.LOAD, len(moment), _START) + moment
-            self._worker.open_event(start, load)
-            first = request.frame(call.number, call.timeout, words)
-            self._worker.send_event(start, first, request.payload)
-            return start, call
-        head = moment + runtime.INVOCATION.pack(call.timeout, len(words)) + words
-        self._send_start(start, runtime.LOAD, head, request.payload)
-        return start, call
-
-    def exchange_start(self, start: Call, call: Call) -> bool:
-        """Wait for the answer to `start`; return whether the worker goes on to `call`.
-
-        Raises:
-            As `exchange` and `finish_start`.
-        """
-        try:
-            frame = self._worker.exchange_start(start, self._quiet_until)
-        except (WorkerSilent, WorkerEnded) as error:
-            raise self.judge(start, error) from None
-        self.finish_start(start, frame)
+            worker.open_event(start, load)
+            first = request.frame(call)
+            worker.send_event(start, first, request.payload)
+            if start.rest is not None:
+                yield from self._send_rest(start)
+        else:
+            head = moment + runtime.INVOCATION.pack(call.timeout, len(words)) + words
+            yield from self._send_start(start, runtime.LOAD, head, request.payload)
+        self._prepare_spare()
+        frame = yield from self._exchange_start(start)
+        self._finish_start(start, frame)
         call.restart()
-        if goes_on := bool(frame[1]):
-            self._worker.await_event()
-        return goes_on
+        if frame[1]:
+            worker.await_event()
+            self._start = None  # it has written nothing
+            return call, worker.begun(call)
+        worker.check_silent()  # it has seen this number
+        self._send_event(call, request)
+        return call, None
 
-    def send(self, request: Request) -> Call:
-        """Send an event; what comes back is for `finish`.
+    def _exchange_start(self, call: Call) -> Steps[Frame]:
+        """Wait for the answer to a start that an event was sent along with.
+
+        Nothing of the log is read before the moment, so that a worker that goes on to the event
+        before it knows that its import has written nothing (`nsbox.guest.runtime`).
+        """
+        worker = self._known_worker
+        wait = worker.start_wait(min(self._quiet_until, call.deadline))
+        try:
+            while True:
+                ready = yield wait
+                if ready:
+                    frame = worker.feed_start(call, ready)
+                    if frame is not None:
+                        return frame
+                elif wait is worker.wait or wait.deadline == call.deadline:
+                    raise WorkerSilent
+                else:
+                    wait = worker.wait
+                    wait.deadline = call.deadline
+        except (WorkerSilent, WorkerOver) as error:
+            raise (yield from self._judge(call, error)) from None
+
+    def _send(self, request: Request) -> Call:
+        """Send an event, as much of it as there is room for.
 
         Nobody looks whether the worker has said something before: it cannot have known the number.
         """
-        if self.resets:
-            worker = self._worker
-            worker.make_event()  # while PID 1 is busy
-            self.finish_reset()
         if not self._numbers:
             self._numbers += _NUMBERS.unpack(os.urandom(_NUMBERS.size))
         call = self._call_of(request, self._numbers.pop())
         self._send_event(call, request)
         return call
 
-    def send_again(self, call: Call, request: Request) -> None:
-        """Send an event that the worker has not gone on to."""
-        self._worker.check_silent()  # it has seen this number
-        self._send_event(call, request)
-
     def _send_event(self, call: Call, request: Request) -> None:
         if self._start is not None:
             start, self._start = self._start, None
             start.belongs_to(call)
-        worker = self.worker or self._worker
-        payload = request.payload
-        first = request.frame(call.number, call.timeout, request.words(call.request_id))
-        if self.resets:
+        worker = self._known_worker if self.worker is None else self.worker
+        if self._resets:
             worker.open_event(call, runtime.HEADER.pack(runtime.FORK, 0, call.number))
-            worker.send_event(call, first, payload)
+            worker.send_event(call, request.frame(call), request.payload)
             worker.await_event()
         else:
-            worker.send(call, first, payload)
+            worker.send(call, request.frame(call), request.payload)
 
     def _call_of(self, request: Request, number: int) -> Call:
         count = self._count = self._count + 1
@@ -309,44 +491,48 @@ class Invoker:
             request_id = f"{self._id_prefix}{count:012x}"
         return Call(number, timeout, request_id, self._room, request.on_log, is_first=count == 1)
 
-    def exchange(self, call: Call) -> Frame:
-        """Wait for the answer.
+    def _send_rest(self, call: Call) -> Steps[None]:
+        """Wait until a worker that does not read as fast as that has room, or ends."""
+        worker = self._known_worker
+        while call.rest is not None:
+            wait = worker.room(call)
+            ready = yield wait
+            if not ready:
+                raise self._timeout_error(call)
+            if not any(fd == wait.write for fd, _ in ready):
+                call.rest = None  # it has ended, which is seen by who waits for the answer
+                return
+            worker.send_rest(call)
 
-        Raises:
-            InvokeTimeout, FunctionError, EnvironmentDied: As `judge`.
-        """
-        worker = self.worker or self._worker
+    def _exchange(self, call: Call) -> Steps[Frame]:
+        """Wait for the answer to a start."""
+        worker = self._known_worker
+        worker.wait.deadline = call.deadline
+        frame = None
         try:
-            return worker.exchange(call)
-        except (WorkerSilent, WorkerEnded) as error:
-            raise self.judge(call, error) from None
+            while frame is None:
+                frame = worker.feed(call, (yield worker.wait))
+        except (WorkerSilent, WorkerOver) as error:
+            raise (yield from self._judge(call, error)) from None
+        return frame
 
-    def finish(self, call: Call, frame: Frame) -> Answer:
-        """Judge the worker's answer to an event and return it.
-
-        Raises:
-            FunctionError: The handler raised, or its forked worker ended.
-        """
+    def _failure(self, call: Call, frame: Frame) -> Steps[Exception]:
+        """Return what to raise when the handler has raised, or its fork has ended."""
         kind, data = frame
-        if kind == runtime.ANSWER:
-            answer = Answer(self.describe, call, data)
-            if self.resets:
-                self._begin_reset()
-            return answer
         if kind == runtime.ERROR:
             payload = bytes(data)
             invocation = self.describe(call, payload, "error")
-            if self.resets:
-                self._begin_reset()
-            raise self._function_error(payload, invocation)
+            if self._resets:
+                yield from self._begin_reset()
+            return self._function_error(payload, invocation)
         status = bytes(data)
-        if kind != runtime.ENDED or not self.resets or not status.isdigit():
-            raise self._violation("it answers what was not asked")
+        if kind != runtime.ENDED or not self._resets or not status.isdigit():
+            return self._violation("it answers what was not asked")
         code = exit_code(int(status))
         if code is None:
-            raise self._violation(f"the status of its fork is {int(status)}")
+            return self._violation(f"the status of its fork is {int(status)}")
         self._link.kill(f"the fork of its worker had ended ({describe_exit(code)})")
-        raise self._fork_error(call, code)
+        return (yield partial(self._fork_error, call, code))  # type: ignore[no-any-return]
 
     def describe(
         self,
@@ -354,9 +540,8 @@ class Invoker:
         payload: bytes,
         status: str = "",
         error_type: str = "",
-        end: float | None = None,
     ) -> Invocation:
-        """Return the record of a call that is over, at the moment `end` or now."""
+        """Return the record of a call that is over, when it was answered or now."""
         peak = self._link.memory_peak()
         return Invocation(
             request_id=call.request_id,
@@ -365,14 +550,14 @@ class Invoker:
             stderr=call.logged("stderr"),
             init_stdout=call.start.logged("stdout") if call.start is not None else b"",
             init_stderr=call.start.logged("stderr") if call.start is not None else b"",
-            duration_seconds=(end or call.answered or time.monotonic()) - call.begin,
+            duration_seconds=(call.answered or time.monotonic()) - call.begin,
             init_seconds=self.init_seconds if call.is_first and not self.is_provisioned else None,
             initialization_type=self._initialization_type,
             memory_limit_mb=self._memory_mb,
             memory_peak_mb=None if peak is None else -(-peak >> 20),
             status=status,
             error_type=error_type,
-            left_running=left_running.known(self._link, self._version, call),
+            left_running=self.left_running(call),
         )
 
     @property
@@ -382,19 +567,28 @@ class Invoker:
     # -- failures ------------------------------------------------------------------------------
 
     @property
-    def _worker(self) -> Worker:
+    def _known_worker(self) -> WorkerConnection:
         if self.worker is None:
             raise EnvironmentStateError(f"environment {self._link.env_id} has no worker yet")
         return self.worker
 
     def _violation(self, what: str) -> EnvironmentDied:
-        return self._worker.violation(what)
+        return self._known_worker.violation(what)
 
-    def judge(self, call: Call, error: WorkerSilent | WorkerEnded) -> InvokeError:
-        """Return what to raise for a worker that gave no answer; its environment is killed."""
-        if isinstance(error, WorkerEnded):
-            return self._end_error(call, error.result)
-        worker = self._worker
+    def _judge(self, call: Call, error: Exception) -> Steps[Exception]:
+        """Return what to raise for a call that got no answer; its environment is killed."""
+        if isinstance(error, WorkerSilent):
+            return self._timeout_error(call)
+        return (yield partial(self._judge_end, call))  # type: ignore[no-any-return]
+
+    def _judge_end(self, call: Call) -> Exception:
+        """Wait for what is told of the end of the worker, and return what to raise."""
+        error = self._known_worker.end_of(call)
+        return self._end_error(call, error.result) if isinstance(error, WorkerEnded) else error
+
+    def _timeout_error(self, call: Call) -> InvokeTimeout:
+        """Return what to raise for a worker that gave no answer in time; it is killed."""
+        worker = self._known_worker
         worker.drain_logs(call)
         worker.process.kill_with_verdict(Outcome.TIMED_OUT, f"not over after {call.timeout:g} s")
         what = "its import" if call.number == _START else "an invocation"
@@ -444,6 +638,28 @@ class Invoker:
         payload = error_payload(kind, message)
         return FunctionError(kind, message, (), self.describe(call, payload, "error", kind))
 
+    def _note_failure(self, error: BaseException, call: Call | None) -> None:
+        """Keep the record of a call that failed; without a verdict end its environment.
+
+        Its answer may be on the way still, so that the environment serves no other.
+
+        Raises:
+            EnvironmentDied: Another thread has closed it, and with it what was waited on.
+        """
+        if call is not None:
+            self.is_unsent = call.is_unsent
+        else:  # it was ready, and died before it was sent anything
+            is_ready = self.init_seconds is not None
+            self.is_unsent = is_ready and isinstance(error, EnvironmentDied)
+        if isinstance(error, FunctionError | InvokeTimeout):
+            self._last = error.invocation
+            return
+        if self._link.closing and isinstance(error, OSError | ValueError):
+            raise EnvironmentDied(
+                f"environment {self._link.env_id}: {self._link.describe_end()}"
+            ) from error
+        self._link.kill(f"an invocation was ended by {type(error).__name__}")
+
     def _function_error(
         self, data: bytes, invocation: Invocation | None
     ) -> FunctionError | EnvironmentDied:
@@ -455,34 +671,119 @@ class Invoker:
             return self._violation("its error is no error")
         return FunctionError(kind, message, trace, invocation)
 
-    # -- reset ---------------------------------------------------------------------------------
+    # -- what is left --------------------------------------------------------------------------
 
-    def _begin_reset(self) -> None:
+    def _ask(self, operation: bytes, request: bytes) -> Steps[Channel]:
+        """Ask PID 1; raises OSError when it is gone."""
+        if len(request) + 2 <= p.LARGEST_MESSAGE:
+            return self._link.begin(operation, request)
+        return (yield partial(self._link.begin, operation, request))  # type: ignore[no-any-return]
+
+    def _answer(self, channel: Channel) -> Steps[tuple[bytes, int, int]]:
+        """Wait for PID 1's answer and return its kind and two numbers.
+
+        Raises:
+            EnvironmentDied: It is gone, has broken the rules, or does not answer in its time.
+        """
+        with channel:
+            wait = Wait([channel.socket.fileno()], time.monotonic() + ANSWER_DEADLINE)
+            try:
+                answer = None
+                while answer is None:
+                    if not (yield wait):
+                        raise TimeoutError
+                    answer = channel.feed()
+            except OSError as error:
+                raise (yield partial(self._link.died, error)) from error
+        kind, first, second, _, fds = answer
+        close_all(fds)
+        return kind, first, second
+
+    def _begin_reset(self) -> Steps[None]:
         """Have PID 1 clean up; its answer is waited for before the next event is sent."""
-        worker = self._worker
+        worker = self._known_worker
+        self._unwatch_event()
         worker.close_event()
         try:
-            self._reset = begin_reset(self._link, self._version.config, worker.process.pid)
-        except (EnvironmentDied, SyscallError) as error:
+            request = reset_request(self._version.config, worker.process.pid)
+            self._cleanup = yield from self._ask(p.RESET, request)
+        except OSError as error:
             # The answer is there; whoever comes next is told.
             self._link.kill(f"its reset could not be asked for ({error})")
 
-    def reset_descriptor(self) -> int:
-        """Return what is readable when the last reset is over; -1 when none is under way."""
-        return -1 if self._reset is None else self._reset.socket.fileno()
+    def _remove(self, request: Request) -> Steps[None]:
+        # Whatever PID 1 is asked next comes after it; the next event waits for its answer.
+        names = p.names_request([name.encode() for name in request.files])
+        try:
+            self._cleanup = yield from self._ask(p.REMOVE, names)
+        except OSError:
+            # The next event is not to find them.
+            self._link.kill("an invocation's files could not be removed")
 
-    def finish_reset(self) -> None:
-        """Wait for the end of the last reset.
+    def _unwatch_event(self) -> None:
+        """Have the loop let go of an event's own socket and pipes before they are closed."""
+        if self._loop is not None and self.worker is not None:
+            self._loop.unwatch(self.worker.event_descriptors())
 
-        Raises:
-            EnvironmentDied: PID 1 is gone.
-            EnvironmentStateError: Something could not be taken away.
+    def _kill_left(self, call: Call) -> Steps[None]:
+        """Kill what `call`, which has been answered, has left running; return when it is gone.
+
+        If PID 1 does not say that all is gone the environment is killed: `call` is over and has all
+        it wanted, and there is no other.
         """
-        if (channel := self._reset) is not None:
-            self._reset = None
-            finish_reset(self._link, channel)
+        with suppress(OSError):
+            if self._counter >= 0 and os.pread(self._counter, 8, 0) == _PID_1_AND_WORKER:
+                call.left_running = NOTHING
+                return
+        call.answered = time.monotonic()
+        try:
+            left = call.left_running = yield from self._ask_for_left(kill=True)
+        except OSError:
+            self._link.kill("what an invocation has left running could not be killed")
+        except EnvironmentDied:
+            pass
+        else:
+            if left is not None and left.processes and self.on_kill is not None:
+                self.on_kill()
 
+    def count_left(self) -> Steps[LeftRunning]:
+        """Return what runs now; see `ExecutionEnvironment.left_running`."""
+        self._take()
+        try:
+            return (yield from self._ask_for_left(kill=False)) or NOTHING
+        except OSError as error:
+            raise self._link.died(error) from error
+        finally:
+            self._busy.release()
 
-def error_payload(kind: str, message: str) -> bytes:
-    """Return the answer that tells of an error, in Lambda's words."""
-    return json.dumps({"errorType": kind, "errorMessage": message}).encode()
+    def _ask_for_left(self, *, kill: bool) -> Steps[LeftRunning | None]:
+        """Ask PID 1 what runs besides the worker, and kill it.
+
+        What other commands of the environment have started is not meant.
+        """
+        number = 0 if self.worker is None else self.worker.process.pid
+        channel = yield from self._ask(p.LEFT, p.left_request(number, kill=kill))
+        return check_left(self._link, *(yield from self._answer(channel)))
+
+    def left_running(self, call: Call) -> LeftRunning | None:
+        """Return what `call` has left running, as far as no process need be asked for that."""
+        if call.left_running is not None:
+            return call.left_running
+        goes_on = self._function.reuse == "keep" and not self._kills_left
+        is_counted = goes_on and self._function.start == "clone" and not self._link.is_killed
+        reader = self._link.reader
+        try:
+            tasks = reader.tasks() if is_counted and reader is not None else None
+        except SyscallError:
+            return None  # the cgroup has just been removed
+        if tasks is None:
+            return None
+        processes, threads = tasks
+        return LeftRunning(max(0, processes - _OWN), max(0, threads - processes))
+
+    def left_running_of_last(self) -> LeftRunning | None:
+        """Return what the last call has left running, as far as that is known."""
+        last = self._last
+        if isinstance(last, tuple):
+            return self.left_running(last[0])
+        return None if last is None else last.left_running

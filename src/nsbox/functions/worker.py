@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's end of a worker's socket and streams: frames out, frames and log in, with deadlines.
+"""The host's end of a worker's socket and streams: frames out, frames and log in; it never waits.
 
-Nothing the worker sends is believed beyond being the function's own: kinds and sizes have limits,
-the number of an answer must be that of its event, and anything else ends the environment.
+What is half sent or half read is kept. Nothing the worker sends is believed beyond being the
+function's own: kinds and sizes have limits, the number of an answer must be that of its event, and
+anything else ends the environment.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
-import time
 from _socket import socket as Socket
 from contextlib import suppress
 from typing import Final
 
 from nsbox.errors import SyscallError
-from nsbox.functions.call import Call, Frame, WorkerEnded, WorkerOver, WorkerSilent
+from nsbox.functions.exchange import (
+    Call,
+    Frame,
+    Ready,
+    Wait,
+    WorkerEnded,
+    WorkerOver,
+    WorkerSilent,
+)
 from nsbox.guest import runtime as runtime
 from nsbox.linux.sending import send_at_once
 from nsbox.supervisor.channel import EventPlace
@@ -38,11 +45,15 @@ _MOST: Final = {
 }
 
 
-class Worker:
-    """A worker that was started.
+class WorkerConnection:
+    """A worker that was started: what was half sent to it or half read from it, and its log.
 
     Where a fork serves each event, that and its answer have a socket of their own. On the other one
     the worker itself says how a fork ended that gave no whole answer.
+
+    Attributes:
+        process: The worker.
+        wait: What it says something on; its deadline is that of the call under way.
     """
 
     def __init__(self, link: EnvironmentConnection, process: Process, channel: Socket) -> None:
@@ -58,15 +69,13 @@ class Worker:
         self._is_ended = False
         channel.setblocking(False)
         self._base_fd = self._fd = channel.fileno()
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
-        process.register(self._poll)
+        self.wait = Wait([self._fd, *process.descriptors()], 0.0, is_lasting=True)
         self._logs: dict[int, str] = {}
         for name, stream in (("stdout", process.stdout), ("stderr", process.stderr)):
             if stream is not None:
                 os.set_blocking(stream.fileno(), False)
                 self._logs[stream.fileno()] = name
-                self._poll.register(stream.fileno(), select.POLLIN)
+                self.wait.add(stream.fileno())
 
     def close(self) -> None:
         """Let go of it, and wait for nothing: its environment is being closed."""
@@ -79,13 +88,6 @@ class Worker:
         """Tell it that there are no more events, which wakes it."""
         with suppress(OSError):  # it is gone
             self._base.shutdown(socket.SHUT_WR)
-
-    def descriptors(self) -> list[int]:
-        """Return what becomes readable when there is something to `advance` with."""
-        own = [] if self._is_ended else [self._base_fd]
-        if self._fd not in (self._base_fd, -1):
-            own.append(self._fd)
-        return [*own, *self.process.descriptors(), *self._logs]
 
     def make_event(self) -> None:
         """Make what an event has for itself, for `open_event`.
@@ -123,7 +125,7 @@ class Worker:
             self._socket, self._fd = own.socket, own.socket.fileno()
             self._logs |= own.logs
             for fd in (self._fd, *own.logs):
-                self._poll.register(fd, select.POLLIN)
+                self.wait.add(fd)
 
     def close_event(self) -> None:
         """Close what an event had for itself: whoever has the other ends is not heard."""
@@ -131,7 +133,7 @@ class Worker:
             self._stop_reading()
             for fd in own.logs:
                 if self._logs.pop(fd, None) is not None:
-                    self._poll.unregister(fd)
+                    self.wait.discard(fd)
             own.close()
             self._event = None
             self._socket, self._fd = self._base, self._base_fd
@@ -140,7 +142,7 @@ class Worker:
         """Take what the import has written and close its pipes: each event has its own."""
         self.drain_logs(call)
         for fd in self._logs:
-            self._poll.unregister(fd)
+            self.wait.discard(fd)
         self._logs = {}
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
@@ -160,12 +162,12 @@ class Worker:
     def _stop_reading(self) -> None:
         """Read no more of the event's socket, which has ended or is to be closed."""
         if self._fd not in (self._base_fd, -1):
-            self._poll.unregister(self._fd)
+            self.wait.discard(self._fd)
             self._fd = -1
         self._buffer, self._body = b"", None
 
     def send(self, call: Call, first: bytes, body: bytes = b"", own: Socket | None = None) -> None:
-        """Send of a frame what the socket takes now; `send_rest` waits until it has all of it.
+        """Send of a frame what the socket takes now; `send_rest` goes on with the rest.
 
         Its header and what else is in `first`, and `body`; on the worker's socket or an `own` one.
         """
@@ -177,9 +179,16 @@ class Worker:
             if done == size:
                 return
         call.rest = (to, first, body, done)
-        self._go_on(call)
+        self.send_rest(call)
 
-    def _go_on(self, call: Call) -> None:
+    def room(self, call: Call) -> Wait:
+        """Return what is waited for before `send_rest`: room in the socket, or the worker's end."""
+        write = -1 if call.rest is None else call.rest[0].fileno()
+        if write < 0:
+            raise ValueError("its environment was closed")
+        return Wait(self.process.descriptors(), call.deadline, write)
+
+    def send_rest(self, call: Call) -> None:
         """Send what the socket takes now."""
         if call.rest is None:
             return
@@ -194,107 +203,47 @@ class Worker:
         except OSError:
             call.is_unsent = not done  # it has ended, which is seen by who waits for the answer
 
-    def send_rest(self, call: Call) -> None:
-        """Wait until a worker that does not read as fast as that has room, or ends.
+    def start_wait(self, deadline: float) -> Wait:
+        """Return what the answer to a start comes on, without the log."""
+        return Wait([self._fd, *self.process.descriptors()], deadline)
 
-        Raises:
-            WorkerSilent: It does not read it.
+    def feed_start(self, call: Call, ready: Ready) -> Frame | None:
+        """Do as `feed` for the answer to a start that an event was sent along with.
+
+        The answer first: when the worker goes on, what is in the log then is the event's.
         """
-        while call.rest is not None:
-            fd = call.rest[0].fileno()
-            poll = select.poll()
-            poll.register(fd, select.POLLOUT)
-            self.process.register(poll)
-            left = call.deadline - time.monotonic()
-            ready = {fd for fd, _ in poll.poll(max(0.0, left) * 1000)}
-            if not ready:
-                raise WorkerSilent
-            if fd not in ready:
-                call.rest = None
-                return
-            self._go_on(call)
-
-    def exchange_start(self, call: Call, moment: float) -> Frame:
-        """Wait for the answer to a start that an event was sent along with.
-
-        Nothing of the log is read before `moment`, so that a worker that goes on to the event
-        before it knows that its import has written nothing (`nsbox.guest.runtime`).
-
-        Raises:
-            WorkerSilent, WorkerEnded, EnvironmentDied: As `advance`.
-        """
-        self.send_rest(call)
-        own = self._fd
-        poll = select.poll()
-        poll.register(own, select.POLLIN)
-        self.process.register(poll)
-        deadline = min(moment, call.deadline)
-        while True:
-            left = deadline - time.monotonic()
-            ready = [fd for fd, _ in poll.poll(left * 1000)] if left > 0 else []
-            if not ready and deadline == call.deadline:
-                raise WorkerSilent
-            if not ready:
-                poll, deadline = self._poll, call.deadline
-                continue
-            # The answer first: when it goes on, what is in the log now is the event's.
-            logs = [fd for fd in ready if fd in self._logs]
-            ready = [own, *(fd for fd in ready if fd not in (own, *logs))]
-            answer = self._advance(call, ready)
-            if answer is not None:
-                if answer != (runtime.READY, runtime.GOES_ON):
-                    self.drain_logs(call)
-                return answer
-            for fd in logs:
+        logs = [item for item in ready if item[0] in self._logs]
+        others = [item for item in ready if item[0] != self._fd and item not in logs]
+        answer = self.feed(call, [(self._fd, 0), *others])
+        if answer is None:
+            for fd, _ in logs:
                 self._read_log(call, fd)
+        elif answer != (runtime.READY, runtime.GOES_ON):
+            self.drain_logs(call)
+        return answer
 
-    def exchange(self, call: Call) -> Frame:
-        """Wait for the frame that answers `call`.
+    def begun(self, call: Call) -> Frame | None:
+        """Return the answer if it has come with what was read before."""
+        if not self._buffer and not self._words:
+            return None
+        answer = self._parse(call, b"") if self._buffer else self._parse_words(call)
+        if answer is not None:
+            self.drain_logs(call)  # written before it
+        return answer
 
-        Raises:
-            WorkerSilent, WorkerEnded, EnvironmentDied: As `advance`.
-        """
-        if call.rest is not None:
-            self.send_rest(call)
-        if self._buffer or self._words:
-            answer = self._parse(call, b"") if self._buffer else self._parse_words(call)
-            if answer is not None:
-                self.drain_logs(call)  # written before it
-                return answer
-        while True:
-            left = call.deadline - time.monotonic()
-            ready = self._poll.poll(left * 1000) if left > 0 else []
-            if not ready:
-                raise WorkerSilent
-            try:
-                if len(ready) == 1 and ready[0][0] == self._fd:
-                    answer = self._read_frame(call)
-                    if answer is None and self._is_ended:
-                        raise WorkerOver
-                else:
-                    answer = self.advance(call, [fd for fd, _ in ready])
-            except WorkerOver:
-                raise self.end_of(call) from None
-            if answer is not None:
-                return answer
-
-    def _advance(self, call: Call, ready: list[int]) -> Frame | None:
-        """Do as `advance`, and wait for what is told of its end."""
-        try:
-            return self.advance(call, ready)
-        except WorkerOver:
-            raise self.end_of(call) from None
-
-    def advance(self, call: Call, ready: list[int]) -> Frame | None:
+    def feed(self, call: Call, ready: Ready) -> Frame | None:
         """Read from what is ready; return the answer when it is whole.
 
         Raises:
+            WorkerSilent: Nothing is: the deadline has passed.
             WorkerOver: It has ended, or its environment: `end_of` says why.
             EnvironmentDied: It broke the rules.
         """
+        if not ready:
+            raise WorkerSilent
         answer = None
         has_word = is_over = False
-        for fd in ready:
+        for fd, _ in ready:
             if fd == self._fd:
                 answer = self._read_frame(call)
             elif fd == self._base_fd:
@@ -324,7 +273,7 @@ class Worker:
 
     def drain_logs(self, call: Call) -> None:
         """Take what has been written to the log by now."""
-        for fd, _ in self._poll.poll(0):
+        for fd, _ in self.wait.poll.poll(0):
             if fd in self._logs:
                 self._read_log(call, fd)
 
@@ -334,7 +283,10 @@ class Worker:
         return EnvironmentDied(f"environment {self._link.env_id}: {self._link.describe_end()}")
 
     def end_of(self, call: Call) -> Exception:
-        """Wait for what PID 1 or the launcher tells of its end; return what to raise."""
+        """Wait for what PID 1 or the launcher tells of its end; return what to raise.
+
+        This takes as long as they take, and up to `_END_DEADLINE`.
+        """
         try:
             result = self.process.wait(_END_DEADLINE)
         except TimeoutError:
@@ -357,7 +309,7 @@ class Worker:
             if data:
                 call.log(self._logs[fd], data)
             elif data is not None:
-                self._poll.unregister(fd)
+                self.wait.discard(fd)
                 del self._logs[fd]
             if len(data or b"") < _CHUNK:
                 return
@@ -391,7 +343,7 @@ class Worker:
 
     def _on_end_of_socket(self, call: Call) -> Frame | None:
         if self._event is None:
-            self._is_ended = True
+            self._note_end()
             return None
         # The worker has an end of it, too, until it has said how the fork ended.
         self._stop_reading()
@@ -399,6 +351,10 @@ class Worker:
         if word is None and not self._is_ended:
             raise WorkerOver
         return word
+
+    def _note_end(self) -> None:
+        self._is_ended = True
+        self.wait.discard(self._base_fd)
 
     def _parse(self, call: Call, data: bytes) -> Frame | None:
         data = self._buffer + data if self._buffer else data
@@ -450,7 +406,7 @@ class Worker:
         except OSError:
             data = b""
         if not data:
-            self._is_ended = True
+            self._note_end()
             return None
         self._words += data
         return self._parse_words(call)

@@ -12,15 +12,16 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import Any, Final, NoReturn, Unpack
 
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import ConfigError, PoolError, PoolTimeout, refuse_pickling
-from nsbox.functions.call import Answer
 from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
+from nsbox.functions.exchange import Answer
 from nsbox.functions.function import Function, FunctionVersion
+from nsbox.functions.loop import aside
 from nsbox.functions.request import (
     CallOptions,
     PoolOptions,
@@ -189,18 +190,21 @@ class PoolFunction:
     ) -> Any:  # noqa: ANN401 - any JSON value
         """Do as `invoke` on the running asyncio loop.
 
-        Threads are started for births, and for files and providers of credentials. A cancelled call
-        leaves the queue, or its environment is killed.
+        Threads are started for births, thaws, files, programs, ends and providers of credentials. A
+        cancelled call leaves the queue, or its environment is killed.
         """
         payload = encode_event(event)
-        found = await resolve_async(self._provider(credentials), self._role(role))
+        found = None
+        if (provider := self._provider(credentials)) is not None:
+            found = await resolve_async(provider, self._role(role))
         request = Request(payload, found, **options)
         self._check_usable(is_function=True)
         begin = time.monotonic()
         lease = self._scheduler.take_idle(self._queue, tenant)
         is_again = lease is not None
         while True:
-            if lease is None or self._looks_dead(lease):
+            is_plain = lease is not None and not lease.is_cold and not lease.slot.is_silent
+            if lease is None or (not is_plain and await self._looks_dead_on_loop(lease)):
                 lease = await self._take_on_loop(
                     tenant, self._acquire_timeout, begin, again=is_again
                 )
@@ -253,9 +257,9 @@ class PoolFunction:
         try:
             yield env_of(lease)
         except BaseException as error:
-            await asyncio.to_thread(self._manager.finish, lease, error)
+            await aside(self._manager.finish, lease, error)
             raise
-        await asyncio.to_thread(self._manager.finish, lease, None)
+        await aside(self._manager.finish, lease, None)
 
     # -- leases -----------------------------------------------------------------------------------
 
@@ -341,10 +345,23 @@ class PoolFunction:
                 lease = self._leave_queue(waiter, seconds)
             again = True
             if lease.is_birth:
-                await _LoopBirth(self._manager, lease, loop).wait()
+                await _LeaseThread(self._manager, lease, self._start).wait()
                 return lease
-            if not self._looks_dead(lease):
+            if not await self._looks_dead_on_loop(lease):
                 return lease
+
+    async def _looks_dead_on_loop(self, lease: PoolLease) -> bool:
+        """Do as `_looks_dead`; a thaw takes as long as the launcher does."""
+        if lease.is_cold:
+            return not await _LeaseThread(self._manager, lease, self._is_alive).wait()
+        return self._looks_dead(lease)
+
+    def _is_alive(self, lease: PoolLease) -> bool:
+        return not self._looks_dead(lease)
+
+    def _start(self, lease: PoolLease) -> bool:
+        self._manager.start(lease)
+        return True
 
     async def _wait_on_loop(self, waiter: LoopWaiter, deadline: float | None) -> None:
         loop = asyncio.get_running_loop()
@@ -474,52 +491,55 @@ def _settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-class _LoopBirth:
-    """A birth in a thread, for a task that may be cancelled before it is over."""
+class _LeaseThread:
+    """Work on a lease in a thread, for a task that may be cancelled before it is over."""
 
     def __init__(
-        self, manager: PoolManager, lease: PoolLease, loop: asyncio.AbstractEventLoop
+        self, manager: PoolManager, lease: PoolLease, work: Callable[[PoolLease], bool]
     ) -> None:
+        """`work` returns whether the lease goes on; it does not when that raises."""
         self._manager = manager
-        self._grant = lease
-        self._loop = loop
-        self._future: asyncio.Future[None] = loop.create_future()
+        self._lease = lease
+        self._work = work
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[None] = self._loop.create_future()
         self._lock = threading.Lock()
-        self._is_born = self._is_unwanted = False
+        self._is_held = self._is_unwanted = False
         self._error: BaseException | None = None
 
-    async def wait(self) -> None:
+    async def wait(self) -> bool:
+        """Return whether the lease goes on."""
         try:
-            threading.Thread(target=self._run, name="nsbox-pool-birth", daemon=True).start()
+            threading.Thread(target=self._run, name="nsbox-pool-lease", daemon=True).start()
         except BaseException:
-            self._manager.drop(self._grant)
+            self._manager.drop(self._lease)
             raise
         try:
             await self._future
         except BaseException:
             with self._lock:
                 self._is_unwanted = True
-                is_born = self._is_born
-            if is_born:
-                self._manager.drop(self._grant)
+                is_held = self._is_held
+            if is_held:
+                self._manager.drop(self._lease)
             raise
         if self._error is not None:
             raise self._error
+        return self._is_held
 
     def _run(self) -> None:
         try:
-            self._manager.start(self._grant)
+            is_held = self._work(self._lease)
         except BaseException as error:  # noqa: BLE001 - handed to the task
             self._error = error
-            _wake(self._loop, self._future)
-            return
+            is_held = False
         with self._lock:
             is_unwanted = self._is_unwanted
             if not is_unwanted:
-                self._is_born = True
+                self._is_held = is_held
                 is_unwanted = not _wake(self._loop, self._future)
-        if is_unwanted:
-            self._manager.drop(self._grant)
+        if is_unwanted and is_held:
+            self._manager.drop(self._lease)
 
 
 def _answers(futures: deque[Future[Any]], end: float | None) -> Iterator[Any]:

@@ -6,14 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nsbox.environment.environment import ExecutionEnvironment
-from nsbox.functions.call import Answer
-from nsbox.functions.left_running import known
 from nsbox.values.invocation import LeftRunning
 
 
 def heard_nothing(env: ExecutionEnvironment) -> bool:
     """Whether nothing of its last invocation, which has failed, has reached the function."""
-    return env._invocations is not None and env._invocations.is_unsent
+    return env._session is not None and env._session.is_unsent
 
 
 def death_descriptor(env: ExecutionEnvironment) -> int:
@@ -39,14 +37,10 @@ def send_kill(env: ExecutionEnvironment) -> None:
 
 def on_kill_of_left_running(env: ExecutionEnvironment, tell: Callable[[], object]) -> None:
     """Have `tell` called when an invocation has left processes running that were killed."""
-    if env._invocations is not None and env._invocations.sweep is not None:
-        env._invocations.sweep.on_kill = tell
+    if env._session is not None:
+        env._session.on_kill = tell
 
 
 def left_running_of_last(env: ExecutionEnvironment) -> LeftRunning | None:
     """Return what its last invocation has left running, as far as that is known."""
-    calls = env._invocations
-    last = None if calls is None else calls._last
-    if calls is not None and isinstance(last, Answer):
-        return known(calls._link, calls._version, last._call)
-    return None if last is None else last.left_running  # type: ignore[union-attr]
+    return None if env._session is None else env._session.left_running_of_last()

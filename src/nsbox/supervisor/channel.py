@@ -23,6 +23,10 @@ ANSWER_DEADLINE: Final = 30.0
 """Seconds PID 1 may take to start a command, or to answer a file operation."""
 
 
+Answer = tuple[bytes, int, int, int, list[int]]
+"""The kind, three numbers and the descriptors of an answer of PID 1."""
+
+
 class BrokenAnswer(ConnectionError):
     """PID 1 has said what it may not say."""
 
@@ -31,12 +35,23 @@ class Channel:
     """The host's end of one operation of PID 1. What it reads is not trusted."""
 
     def __init__(
-        self, control: socket.socket, operation: bytes, request: bytes, fds: list[int]
+        self,
+        control: socket.socket,
+        operation: bytes,
+        request: bytes,
+        fds: Sequence[int] = (),
+        *,
+        waits: bool = True,
     ) -> None:
-        """Ask for `operation`; raises OSError when PID 1 is gone."""
+        """Ask for `operation`; raises OSError when PID 1 is gone.
+
+        Without `waits` what is read afterwards is what is there.
+        """
+        self._begun = b""  # an answer of which a part has come
+        self._fds: list[int] = []
         self.socket, theirs = make_socket()
-        self.socket.settimeout(ANSWER_DEADLINE)
         is_short = len(request) + 2 <= p.LARGEST_MESSAGE
+        self.socket.settimeout(0.0 if is_short and not waits else ANSWER_DEADLINE)
         message = operation + (p.HERE + request if is_short else p.ON_CHANNEL)
         try:
             try:
@@ -45,6 +60,7 @@ class Channel:
                 theirs.close()
             if not is_short:
                 self._send_request(request)
+                self.socket.settimeout(ANSWER_DEADLINE if waits else 0.0)
         except OSError:
             self.socket.close()
             raise
@@ -53,35 +69,46 @@ class Channel:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it; may be called again."""
         self.socket.close()
+        fds, self._fds = self._fds, []
+        close_all(fds)
 
     def _send_request(self, request: bytes) -> None:
         # A broken pipe: it refused the request before reading all of it, and its answer says why.
         with suppress(BrokenPipeError):
             self.socket.sendall(p.LENGTH.pack(len(request)) + request)
 
-    def has_answer(self) -> bool:
-        """Return whether a whole answer has come, so that `receive_answer` does not wait."""
-        try:
-            data = self.socket.recv(p.ANSWER.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except OSError:
-            return False
-        return len(data) == p.ANSWER.size
-
-    def receive_answer(self) -> tuple[bytes, int, int, int, list[int]]:
-        """Return the kind, three numbers and the descriptors of the next answer.
+    def receive_answer(self) -> Answer:
+        """Wait for the next answer and return it.
 
         Raises:
             ConnectionError: PID 1 is gone.
             BrokenAnswer: It has said what it may not say.
         """
-        data, fds = receive_bytes(self.socket, p.ANSWER.size)
-        while data and len(data) < p.ANSWER.size:
-            more = self.socket.recv(p.ANSWER.size - len(data))
-            if not more:
-                break
-            data += more
-        if len(data) != p.ANSWER.size:
+        while (answer := self.feed()) is None:
+            pass
+        return answer
+
+    def feed(self) -> Answer | None:
+        """Read what has come of the next answer; None: not all of it. Raises as `receive_answer`.
+
+        The socket waits for the first of it, unless it was told otherwise (`make_socket`).
+        """
+        try:
+            data, fds = receive_bytes(self.socket, p.ANSWER.size - len(self._begun))
+        except BlockingIOError:
+            return None
+        data, fds = self._begun + data, self._fds + fds
+        is_over = len(data) == len(self._begun)
+        if not is_over and len(data) < p.ANSWER.size:
+            self._begun, self._fds = data, fds
+            return None
+        self._begun, self._fds = b"", []
+        if is_over:
             close_all(fds)
             raise ConnectionError("PID 1 is gone")
         kind, first, second, third = p.ANSWER.unpack(data)

@@ -296,6 +296,16 @@ class EnvironmentConnection:
             call = "sendmsg" if error.errno == errno.ETOOMANYREFS else "socketpair"
             raise SyscallError(call, error.errno or 0) from error
 
+    def begin(self, operation: bytes, request: bytes) -> Channel:
+        """Do as `ask`, and wait for nothing; its channel does not, either.
+
+        A request above `p.LARGEST_MESSAGE` waits for PID 1 all the same.
+
+        Raises:
+            OSError: PID 1 is gone.
+        """
+        return Channel(self._control, operation, request, waits=False)
+
     def died(self, cause: OSError) -> EnvironmentDied:
         """Return the exception for an operation under which PID 1 went away or fell silent."""
         if isinstance(cause, TimeoutError):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from nsbox.errors import ConfigError, EnvironmentStateError, NsboxError, SyscallError
 from nsbox.guest import protocol as p
@@ -104,34 +104,33 @@ def place_files(connection: EnvironmentConnection, files: Mapping[str, bytes]) -
         send_file(connection, p.PLACE, name.encode(), data, 0o644)
 
 
-def remove_files(connection: EnvironmentConnection, names: Iterable[str]) -> Channel:
-    """Ask PID 1 to remove what was placed; its answer is on the channel."""
-    return connection.ask(p.REMOVE, p.names_request([name.encode() for name in names]), [])
-
-
-def begin_reset(
-    connection: EnvironmentConnection, config: Config, kept: int | None = None
-) -> Channel:
-    """Ask PID 1 to take away everything that was left; its answer is for `finish_reset`.
+def reset_request(config: Config, kept: int | None = None) -> bytes:
+    """Return what PID 1 is sent with RESET, so that it takes away everything that was left.
 
     Args:
-        connection: The environment's.
-        config: What it was made from: its tmpfs mounts are emptied too.
+        config: What the environment was made from: its tmpfs mounts are emptied too.
         kept: Of a handler's: the process that serves it, which stays; 0 for PID 1's own worker.
     """
     places = [os.fsencode(m.destination) for m in config.mounts if m.type == "tmpfs"]
-    request = p.reset_request(kept or 0, places, has_commands=kept is None)
-    return connection.ask(p.RESET, request, [])
+    return p.reset_request(kept or 0, places, has_commands=kept is None)
 
 
-def finish_reset(connection: EnvironmentConnection, channel: Channel) -> None:
-    """Wait until everything that was left is gone, or the files of an invocation.
+def reset(connection: EnvironmentConnection, config: Config) -> None:
+    """Have PID 1 take away everything that was left, and wait until it is gone.
 
     Raises:
-        EnvironmentStateError: It could not be removed; the environment was killed.
+        EnvironmentDied, EnvironmentStateError: It could not; the environment was killed.
     """
-    with channel:
-        kind, error, stage = _answer(connection, channel)
+    with connection.ask(p.RESET, reset_request(config), []) as channel:
+        check_reset(connection, *_answer(connection, channel))
+
+
+def check_reset(connection: EnvironmentConnection, kind: bytes, error: int, stage: int) -> None:
+    """Take PID 1's answer to RESET or REMOVE.
+
+    Raises:
+        EnvironmentStateError: Something could not be removed; the environment was killed.
+    """
     if kind != p.OK:
         why = f"{p.STAGES[stage]}: {os.strerror(error)}" if kind == p.FAILED else "no answer"
         if kind == p.FAILED and p.STAGES[stage] == "worker":
@@ -143,24 +142,16 @@ def finish_reset(connection: EnvironmentConnection, channel: Channel) -> None:
         )
 
 
-def begin_left_running(connection: EnvironmentConnection, worker: int, *, kill: bool) -> Channel:
-    """Ask PID 1 what runs besides `worker`, and kill it; the answer is for `finish_left_running`.
-
-    What other commands of the environment have started is not meant.
-    """
-    return connection.ask(p.LEFT, p.left_request(worker, kill=kill), [])
-
-
-def finish_left_running(connection: EnvironmentConnection, channel: Channel) -> LeftRunning | None:
-    """Return what ran, or was killed and of what there are threads still.
+def check_left(
+    connection: EnvironmentConnection, kind: bytes, first: int, second: int
+) -> LeftRunning | None:
+    """Return what ran, or was killed and of what there are threads still: PID 1's answer to LEFT.
 
     None: the worker has ended, and with it all that it had left.
 
     Raises:
         EnvironmentDied: It could not be told, or killed; the environment was killed.
     """
-    with channel:
-        kind, first, second = _answer(connection, channel)
     if kind == p.FAILED and p.STAGES[second] == "worker":
         return None
     if kind != p.OK or first < 0 or second < 0:

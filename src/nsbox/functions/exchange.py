@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An event on its way to a worker, or the worker's start; its answer, or how there is none."""
+"""One exchange with a worker: the event or start sent, its answer, and how it is waited for.
+
+What waits for a guest is written once, as a generator (`Steps`). It yields a `Wait` and is sent
+what is ready then; or a callable that may take long, and is sent what that returns. `drive` runs it
+in a thread; `nsbox.functions.loop` on an event loop, where callables get a thread of their own.
+"""
 
 from __future__ import annotations
 
+import json
+import select
 import time
 
 # The C half: it has no use for the names of families and types.
 from _socket import socket as Socket
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Generator, Iterable
+from typing import Any, TypeVar
 
 from nsbox.values.invocation import FunctionError, Invocation, LeftRunning
 from nsbox.values.json_text import decode_answer
@@ -19,6 +26,71 @@ OnLog = Callable[[str, bytes], object]
 
 Frame = tuple[bytes, bytes | memoryview]
 """Kind and body."""
+Ready = list[tuple[int, int]]
+"""Descriptors and what poll(2) says of them; empty: the deadline has passed."""
+
+_T = TypeVar("_T")
+
+
+class Wait:
+    """Descriptors of which one is to be readable, or one writable, before a deadline.
+
+    Attributes:
+        fds: Those to read from.
+        write: The one to write to, or -1.
+        deadline: By `time.monotonic`.
+        is_lasting: Whether it is waited for again and again, so that a loop keeps its readers.
+        poll: Has all of them.
+    """
+
+    __slots__ = ("deadline", "fds", "is_lasting", "poll", "write")
+
+    def __init__(
+        self, fds: Iterable[int], deadline: float, write: int = -1, *, is_lasting: bool = False
+    ) -> None:
+        self.fds: set[int] = set()
+        self.deadline = deadline
+        self.write = write
+        self.is_lasting = is_lasting
+        self.poll = select.poll()
+        for fd in fds:
+            self.add(fd)
+        if write >= 0:
+            self.poll.register(write, select.POLLOUT)
+
+    def add(self, fd: int) -> None:
+        """Wait for one more to be readable."""
+        self.fds.add(fd)
+        self.poll.register(fd, select.POLLIN)
+
+    def discard(self, fd: int) -> None:
+        """Wait for one no more, if it is waited for; before it is closed."""
+        if fd in self.fds:
+            self.fds.discard(fd)
+            self.poll.unregister(fd)
+
+
+Step = Wait | Callable[[], Any]
+Steps = Generator[Step, Any, _T]
+
+
+def drive(steps: Steps[_T]) -> _T:
+    """Take all steps in this thread, and return what they come to."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                if type(step) is Wait:
+                    left = step.deadline - time.monotonic()
+                    value = step.poll.poll(left * 1000) if left > 0 else []
+                else:
+                    value = step()  # type: ignore[operator]
+            except BaseException as error:  # noqa: BLE001 - handed to the steps
+                step = steps.throw(error)
+            else:
+                step = steps.send(value)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
 
 
 class WorkerEnded(Exception):
@@ -34,7 +106,7 @@ class WorkerSilent(Exception):
 
 
 class WorkerOver(Exception):
-    """The worker, or its environment, is over: `Worker.end_of` waits for what PID 1 tells of it."""
+    """The worker, or its environment, is over: `WorkerConnection.end_of` tells why."""
 
 
 class Call:
@@ -46,9 +118,9 @@ class Call:
         start: Of the first event: the start of its worker, which may have written something.
         is_unsent: Whether nothing of it has reached the worker, nor ever will.
         left_running: What was killed after it, where that is asked for and known.
-        answered: When it was answered, if something has been waited for since then; else 0.
-        rest: What is still to be sent of it, for `Worker.send_rest`: the socket, the two parts of
-            its frame, and how many bytes of them are sent.
+        answered: When it was answered; 0 before.
+        rest: What is still to be sent of it: the socket, the two parts of its frame, and how many
+            bytes of them are sent.
     """
 
     __slots__ = (
@@ -115,15 +187,14 @@ class Call:
 class Answer:
     """A function's answer; its `Invocation` is made when somebody asks for it."""
 
-    __slots__ = ("_call", "_describe", "_end", "data")
+    __slots__ = ("_call", "_describe", "data")
 
     def __init__(
         self, describe: Callable[..., Invocation], call: Call, data: bytes | memoryview
     ) -> None:
-        """`describe` is `Invoker.describe`."""
+        """`describe` is `Session.describe`."""
         self._describe = describe
         self._call = call
-        self._end = call.answered or time.monotonic()
         self.data = data
 
     def json(self) -> Any:  # noqa: ANN401 - any JSON value
@@ -140,4 +211,9 @@ class Answer:
 
     def invocation(self) -> Invocation:
         """Return the record of the call."""
-        return self._describe(self._call, bytes(self.data), end=self._end)
+        return self._describe(self._call, bytes(self.data))
+
+
+def error_payload(kind: str, message: str) -> bytes:
+    """Return the answer that tells of an error, in Lambda's words."""
+    return json.dumps({"errorType": kind, "errorMessage": message}).encode()

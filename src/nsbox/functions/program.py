@@ -9,12 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from nsbox.functions.exchange import error_payload
 from nsbox.functions.function import FunctionVersion
 from nsbox.functions.request import Request
-from nsbox.functions.session import error_payload
 from nsbox.guest import runtime as runtime
 from nsbox.supervisor.connection import EnvironmentConnection
-from nsbox.supervisor.files import begin_reset, finish_reset
+from nsbox.supervisor.files import reset
 from nsbox.supervisor.process import DEVNULL, PIPE, Process
 from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout
 from nsbox.values.json_text import decode_answer
@@ -74,7 +74,7 @@ def run_program(
     if result.outcome is Outcome.OOM_KILLED:
         link.kill(result.evidence)
     elif function.reuse == "reset":
-        finish_reset(link, begin_reset(link, version.config))
+        reset(link, version.config)
     if kind:
         raise FunctionError(kind, message, (), invocation)
     return invocation
