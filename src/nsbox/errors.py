@@ -8,7 +8,7 @@
     ├─ UnsupportedHostError            .feature .reason .hint; before anything is created
     ├─ SetupError                      .step .errno .hint; what was made is removed again
     │  └─ DescriptorsExhausted         .count .limit: no room for another environment
-    ├─ LauncherError                   the launcher could not be started, or died
+    ├─ LauncherError                   the launcher could not be started, died, or was silent
     ├─ StoreError                      .path: the code store, or an entry of it, is not usable
     ├─ CredentialsError                .role: a provider gave none
     ├─ SyscallError (OSError)          .syscall .errno .filename
@@ -115,7 +115,7 @@ class DescriptorsExhausted(SetupError):
 
 
 class LauncherError(NsboxError):
-    """The launcher process could not be started, or died while it was asked."""
+    """The launcher process could not be started, died, or did not answer in time."""
 
 
 class StoreError(NsboxError):

@@ -42,7 +42,6 @@ class Birth:
         self._resources = resources
         self.known = known
         self.spec = known.spec
-        self.key = known.key
         self.env_id = request.id
         self.awaits = request.awaits
         self._sources = request.sources

@@ -26,7 +26,6 @@ class KnownSpec:
     """A spec that the host has sent, with what can be read off it once.
 
     Attributes:
-        key: The host's name for it.
         spec: The host's.
         cgroup_view: Hierarchy -> where an environment sees its own cgroup.
         layout: What `userland.build` makes: the host's, and ``cgroups``.
@@ -37,14 +36,13 @@ class KnownSpec:
     """
 
     __slots__ = (
-        "cgroup_view", "cgroups", "is_full", "key", "layout", "layout_key", "own_binds", "spec"
+        "cgroup_view", "cgroups", "is_full", "layout", "layout_key", "own_binds", "spec"
     )  # fmt: skip
 
     def __init__(self, spec: Spec, tree: cgroups.Tree) -> None:
         view = cgroups.view_of(tree, spec.cgroup_limits)
         layout = self.layout = spec.layout | {"cgroups": view}
         places = {name: cgroups.place(name) for name in view["own"]} if view else {}
-        self.key = spec.key
         self.spec = spec
         self.cgroup_view = places
         self.layout_key = json.dumps(layout, sort_keys=True)

@@ -89,7 +89,7 @@ class TemplateProcess:
             TemplateGone: It has ended.
             OSError: The spec is too large for one message.
         """
-        key, spec = birth.key, birth.spec
+        key, spec = birth.spec.key, birth.spec
         if key not in self._known:
             if len(self._known) >= SPECS_KEPT:
                 oldest = next(iter(self._known))
