@@ -24,7 +24,7 @@ from nsbox.errors import (
     refuse_pickling,
 )
 from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
-from nsbox.functions.deployment import outfit_of
+from nsbox.functions.deployment import deployment_of
 from nsbox.functions.exchange import Answer, OnLog, drive
 from nsbox.functions.function import FunctionVersion
 from nsbox.functions.request import Options, Request, check_payload, encode_event
@@ -103,8 +103,12 @@ class ExecutionEnvironment:
         attachments: Attachments = ()
         runtime = ""
         if isinstance(config, FunctionVersion):
-            outfit = outfit_of(config)
-            runtime, config, attachments = outfit.runtime, outfit.config, outfit.attachments
+            deployment = deployment_of(config)
+            runtime, config, attachments = (
+                deployment.runtime,
+                deployment.config,
+                deployment.attachments,
+            )
         self.config = make_config(config, fields)
         plan, link = self._give_birth(runtime, attachments)
         self._kind = plan.spec if plan.may_stand_by else None

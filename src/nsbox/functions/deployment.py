@@ -22,8 +22,8 @@ from nsbox.supervisor.plan import interpreter_prefixes, make_plan
 from nsbox.values.config import Config
 
 
-class Outfit:
-    """Made by `outfit_of`.
+class Deployment:
+    """Made by `deployment_of`.
 
     Attributes:
         config: The `Config` that environments of the version are born with.
@@ -72,19 +72,21 @@ class Outfit:
         return f'{known[1][:-1]}, "own": {json.dumps(own)}}}'
 
 
-_outfits: Final[weakref.WeakKeyDictionary[FunctionVersion, Outfit]] = weakref.WeakKeyDictionary()
+_deployed: Final[weakref.WeakKeyDictionary[FunctionVersion, Deployment]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def outfit_of(version: FunctionVersion) -> Outfit:
+def deployment_of(version: FunctionVersion) -> Deployment:
     """Return what follows from `version`; the same object each time.
 
     Raises:
         ConfigError: It cannot be served.
     """
-    known = _outfits.get(version)
+    known = _deployed.get(version)
     # Equal versions may lie in different stores.
     if known is None or known.source is not version.config:
-        known = _outfits[version] = Outfit(version)
+        known = _deployed[version] = Deployment(version)
     return known
 
 
@@ -95,8 +97,8 @@ def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Spec | None]:
     """
     launcher = get_launcher()
     if isinstance(source, FunctionVersion):
-        outfit = outfit_of(source)
-        plan = make_plan(outfit.config, launcher.hello, outfit.runtime)
+        deployment = deployment_of(source)
+        plan = make_plan(deployment.config, launcher.hello, deployment.runtime)
     else:
         plan = make_plan(source, launcher.hello)
     return launcher, plan.spec if plan.may_stand_by else None

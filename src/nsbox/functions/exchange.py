@@ -48,13 +48,13 @@ class Wait:
     def __init__(
         self, fds: Iterable[int], deadline: float, write: int = -1, *, is_lasting: bool = False
     ) -> None:
-        self.fds: set[int] = set()
+        self.fds = set(fds)
         self.deadline = deadline
         self.write = write
         self.is_lasting = is_lasting
         self.poll = select.poll()
-        for fd in fds:
-            self.add(fd)
+        for fd in self.fds:
+            self.poll.register(fd, select.POLLIN)
         if write >= 0:
             self.poll.register(write, select.POLLOUT)
 

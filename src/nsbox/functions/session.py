@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nsbox.errors import EnvironmentStateError, InvokeError, SyscallError
-from nsbox.functions.deployment import outfit_of
+from nsbox.functions.deployment import deployment_of
 from nsbox.functions.exchange import (
     Answer,
     Call,
@@ -240,8 +240,8 @@ class Session:
         yield from self._tell_again()
 
     def _tell_again(self) -> Steps[None]:
-        outfit = outfit_of(self._version)
-        text = outfit.start_text(
+        deployment = deployment_of(self._version)
+        text = deployment.start_text(
             self._version, self._environment, self._link.env_id, self._initialization_type
         )
         yield from self._send_start(self._start_call(), runtime.START, text.encode())
@@ -265,17 +265,17 @@ class Session:
 
     def _take_worker(self) -> tuple[Process, Socket]:
         """Return the worker that waits since the birth, and this end of its socket."""
-        workplace = self._link.workplace
-        if workplace is None:
+        endpoints = self._link.endpoints
+        if endpoints is None:
             raise EnvironmentStateError(f"environment {self._link.env_id} has no worker")
         argv = (f"the worker of {self._function.name}",)
-        process = Process(self._link, argv, workplace, protections=self._protections)
-        return process, workplace.socket
+        process = Process(self._link, argv, endpoints, protections=self._protections)
+        return process, endpoints.socket
 
     def _execute(self) -> tuple[Process, Socket]:
         """Return a worker in an interpreter of its own, and this end of its socket."""
         python = interpreter() if self._function.rootfs is None else "python3"
-        self._link.drop_workplace()
+        self._link.drop_endpoints()
         ours, theirs = make_socket()
         try:
             argv = (python, "-I", "-S", "-c", executed_worker(3))

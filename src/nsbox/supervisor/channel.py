@@ -189,7 +189,7 @@ def make_socket() -> tuple[Socket, Socket]:
         raise SyscallError("socketpair", error.errno or 0) from error
 
 
-class Workplace:
+class WorkerEndpoints:
     """The host's ends of what a worker has: its socket and its log.
 
     PID 1 of a function's environment is sent the other ends with its birth, so that its worker

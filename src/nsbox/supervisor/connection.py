@@ -22,7 +22,7 @@ from nsbox.isolation import cgroups, readback
 from nsbox.launcher import messages, protocol
 from nsbox.launcher.messages import Gone, Spec
 from nsbox.supervisor import reports
-from nsbox.supervisor.channel import BrokenAnswer, Channel, Workplace
+from nsbox.supervisor.channel import BrokenAnswer, Channel, WorkerEndpoints
 from nsbox.supervisor.launcher import Launcher
 from nsbox.supervisor.requests import END_DEADLINE, Supervision, receive
 from nsbox.values.result import EnvironmentDied, Outcome
@@ -85,7 +85,7 @@ class EnvironmentConnection:
         running: Who awaits the end of a command, and so the last counters; by `id`.
         is_killed: Whether this end has killed it.
         cause: Why it has, for people; empty: it was gone already, or closed.
-        workplace: That of the worker; None in environments that have none.
+        endpoints: Those of the worker; None in environments that have none.
         reader: Of what its cgroups count; None where there are none.
     """
 
@@ -119,7 +119,7 @@ class EnvironmentConnection:
         self.cause = ""
         self.running: set[int] = set()
         self.has_callers_id = launcher.hello.ids == "own" or spec.as_caller
-        self.workplace: Workplace | None = None
+        self.endpoints: WorkerEndpoints | None = None
         self._awaits_attachments = False
         self.pid = self._pid_inode = 0
         self._pidfd = -1  # only where pidfds have no inode of their own
@@ -130,11 +130,11 @@ class EnvironmentConnection:
             self._birth, birth = _pair(protocol.raw_pair)
             unused.callback(_close_both, self._birth, birth)
             if spec.runtime:
-                self.workplace = Workplace(self._control)
-                unused.callback(self.workplace.close)
+                self.endpoints = WorkerEndpoints(self._control)
+                unused.callback(self.endpoints.close)
             made = [end.fileno() for end in (self._control, control, self._birth, birth)]
-            if self.workplace is not None:
-                made.append(self.workplace.stderr.fileno())
+            if self.endpoints is not None:
+                made.append(self.endpoints.stderr.fileno())
             scarce = protocol.scarcity(made, is_brief=is_brief)
             if scarce is not None:
                 raise DescriptorsExhausted("this process", *scarce, _MORE_HERE)
@@ -459,15 +459,15 @@ class EnvironmentConnection:
         self._supervision.close()
         _close_both(self._control, self._birth)
         _close_both(*self._others)
-        self.drop_workplace()
+        self.drop_endpoints()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def drop_workplace(self) -> None:
+    def drop_endpoints(self) -> None:
         """Close what a clone of a worker has been given."""
-        if self.workplace is not None:
-            self.workplace.close()
+        if self.endpoints is not None:
+            self.endpoints.close()
 
     # -- accounting ----------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from nsbox.errors import ConfigError, SyscallError, refuse_pickling
 from nsbox.guest import protocol as p
 from nsbox.linux.descriptors import close_all
 from nsbox.linux.proc import pidfd_number
-from nsbox.supervisor.channel import BrokenAnswer, Channel, RunRequest, Workplace, make_pipe
+from nsbox.supervisor.channel import BrokenAnswer, Channel, RunRequest, WorkerEndpoints, make_pipe
 from nsbox.supervisor.connection import Counters, EnvironmentConnection
 from nsbox.supervisor.evidence import Verdict, judge_signal, start_error
 from nsbox.supervisor.reports import exit_code
@@ -56,13 +56,13 @@ class Process:
         self,
         connection: EnvironmentConnection,
         argv: tuple[str, ...],
-        request: RunRequest | Workplace,
+        request: RunRequest | WorkerEndpoints,
         streams: tuple[Stream, Stream, Stream] = (None, None, None),
         *,
         protections: Callable[[], Protections],
         cpu_time: float | None = None,
     ) -> None:
-        """Start `argv` with `streams`; or, given a workplace, take its worker for the command."""
+        """Start `argv` with `streams`; or, given endpoints, take their worker for the command."""
         self._protections = protections
         self._connection = connection
         self.argv = argv
@@ -84,7 +84,7 @@ class Process:
         self._request: RunRequest | None = None
         self._relays = Relays()
         self._channel: Channel | None = None  # a worker's is made when its end is asked for
-        if isinstance(request, Workplace):
+        if isinstance(request, WorkerEndpoints):
             self._before: Counters = {}  # all that was used since the birth is the worker's
             self._started_at = time.monotonic()
             self.stdout, self.stderr = request.stdout, request.stderr
