@@ -107,6 +107,19 @@ def test_a_pool_that_gets_no_thread_to_fill_it_tries_again(
         assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (1, 1, 0)
 
 
+def test_a_pool_that_gets_no_thread_of_its_own_is_made_when_there_is_one(
+    no_thread: Callable[[str], list[str]],
+) -> None:
+    """And nothing of it is left before: the leak check looks."""
+    refused = no_thread("nsbox-pool")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="new thread"):
+            nsbox.WarmPool(provisioned=1, max_environments=1)
+    assert len(refused) == 2
+    with nsbox.WarmPool(provisioned=1, max_environments=1) as pool, pool.acquire() as env:
+        assert env.run(["true"]).ok
+
+
 def test_a_call_that_gets_no_thread_is_no_call(
     make: Make, no_thread: Callable[[str], list[str]]
 ) -> None:
@@ -153,7 +166,7 @@ def test_a_birth_that_gets_no_thread_gives_its_place_back(
 ) -> None:
     async def main() -> None:
         async with nsbox.AsyncWarmPool(make(), max_environments=1) as pool:
-            no_thread("nsbox-pool-birth")
+            no_thread("nsbox-pool-lease")
             for _ in range(2):
                 with pytest.raises(RuntimeError, match="new thread"):
                     await pool.invoke({})

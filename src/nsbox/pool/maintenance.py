@@ -355,7 +355,12 @@ class Maintenance:
         self._triggers = dict(triggers)
         for fd in triggers:
             self._epoll.register(fd, select.EPOLLPRI)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._epoll.close()
+            os.close(self._bell)
+            raise
 
     def watch(self, fd: int, owner: object, handler: Callable[[], object]) -> None:
         """Have `handler` called, once, when `fd` is readable."""

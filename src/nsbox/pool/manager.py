@@ -345,7 +345,7 @@ class PoolManager:
                 tasks: list[Task] = [self._expire]
                 triggers = {}
                 if self.settings.min_available is not None:
-                    self._memory = Pressure(self.settings.min_available)
+                    self._memory = self._memory or Pressure(self.settings.min_available)
                     relief = RelieveMemory(self.scheduler, self._memory, self.retire_all)
                     triggers = dict.fromkeys(self._memory.triggers, relief.on_alarm)
                     tasks.append(relief)
