@@ -695,6 +695,33 @@ def test_the_report_line(make_function: MakeFunction) -> None:
 
 
 @pytest.mark.needs("cgroup.memory")
+def test_the_memory_of_the_next_event_is_not_told_of_the_last(make_function: MakeFunction) -> None:
+    env = make_function(
+        """
+        import time
+        def handler(event, context):
+            taken = bytearray(event << 20)
+            print("taken", flush=True)
+            if event:
+                time.sleep(60)
+        """,
+        timeout=60,
+    )
+    env.invoke(0)
+    heard = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        options: dict[str, Any] = {"on_log": lambda _name, _data: heard.set()}
+        following = threads.submit(env.invoke, 50, **options)
+        assert heard.wait(PATIENCE)
+        last = env.last
+        env.close(wait=False)
+        with pytest.raises(nsbox.NsboxError):
+            following.result(PATIENCE)
+    assert last is not None
+    assert last.memory_peak_mb is None
+
+
+@pytest.mark.needs("cgroup.memory")
 def test_the_most_memory_is_reported(make_function: MakeFunction) -> None:
     env = make_function(
         """

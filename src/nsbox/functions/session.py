@@ -18,6 +18,7 @@ import uuid
 from _socket import socket as Socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -198,10 +199,14 @@ class Session:
 
     def last(self) -> Invocation | None:
         """Return the record of the last call, None before the first."""
-        if isinstance(self._last, tuple):
-            call, data = self._last
-            self._last = self.describe(call, bytes(data))
-        return self._last
+        last = self._last
+        if not isinstance(last, tuple):
+            return last
+        record = self.describe(last[0], bytes(last[1]))
+        if self._busy.locked() or self._last is not last:
+            return replace(record, memory_peak_mb=None)  # what was read may be the next event's
+        self._last = record
+        return record
 
     # -- the start -----------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ class Invocation:
             initialised before it was needed.
         memory_limit_mb: MiB of `Limits.memory_max`; None without that limit.
         memory_peak_mb: MiB that the whole environment has used at most so far; None where the
-            host does not count.
+            host does not count, and of `env.last` asked for while the next event is served.
         status: Empty, or why it failed: ``error`` or ``timeout``, as AWS Lambda's report line
             has it.
         error_type: Empty, or the class of the error, as `FunctionError.error_type`.
