@@ -426,6 +426,16 @@ def test_largest_message_passes_and_a_larger_one_is_refused() -> None:
             protocol.receive(theirs)
 
 
+def test_names_of_files_that_are_no_utf_8_pass() -> None:
+    ours, theirs = datagrams()
+    mounts = [[os.fsdecode(b"/srv/\xff"), "/data"]]
+    with ours, theirs:
+        protocol.send(ours, messages.Attach(mounts=mounts))
+        received = protocol.receive(theirs)
+    assert received is not None
+    assert received[0].to_wire() == {"mounts": mounts}
+
+
 def failed(message: str) -> messages.Failed:
     return messages.Failed(step="clone", errno=1, message=message)
 

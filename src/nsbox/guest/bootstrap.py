@@ -13,9 +13,8 @@ import os
 from _signal import SIG_UNBLOCK, pthread_sigmask
 
 from nsbox.guest import prewarm, runtime, standard
-from nsbox.isolation import privileges
 from nsbox.linux import constants as c
-from nsbox.linux.descriptors import close_all_but
+from nsbox.linux.prepared import Name, Program, run
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +24,20 @@ if TYPE_CHECKING:
     from nsbox.linux.image import Image
 
 _CHANNEL = 3
+_NAME = Name("nsbox-worker")
+
+
+def _first_steps() -> Program:
+    program = Program()
+    # PID 1's descriptors are not the worker's to have.
+    program.close_range(_CHANNEL + 1, c.CLOSE_RANGE_MAX)
+    program.set_name(_NAME)
+    program.call(os.setsid)
+    program.call(pthread_sigmask, SIG_UNBLOCK, [c.SIGCHLD])
+    return program
+
+
+_FIRST_STEPS = _first_steps().entries
 
 
 def fork_worker(fds: Sequence[int], image: Image | None, *, has_time: bool) -> int:
@@ -51,11 +64,7 @@ def _work(
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.dup2(channel, _CHANNEL, inheritable=False)
-    # PID 1's descriptors are not the worker's to have.
-    close_all_but((0, 1, 2, _CHANNEL))
-    privileges.set_name("nsbox-worker")
-    os.setsid()
-    pthread_sigmask(SIG_UNBLOCK, [c.SIGCHLD])
+    run(_FIRST_STEPS, [""])
     if has_time:
         prewarm.warm_up_inside()
     runtime.main(_CHANNEL, None if image is None else image.drop)

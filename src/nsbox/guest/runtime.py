@@ -168,7 +168,7 @@ class Worker:
             if self._give_back is not None:
                 self._channel.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _REST)
         elif kind == START and self._handler is None:
-            self._start(json.loads(bytes(data)))
+            self._start(decode_event(data))
         else:
             os._exit(1)
 
@@ -189,6 +189,8 @@ class Worker:
             self._read = self._channel.recv
         self._name = request["handler"]
         self._cwd = request["cwd"]
+        # While code is being attached: what its first answer is encoded by is its own copy then.
+        encode_answer(self._cwd)
         self._set_visible(is_visible=request["visible"])
 
     def _set_visible(self, *, is_visible: bool) -> None:

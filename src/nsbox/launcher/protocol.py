@@ -7,7 +7,6 @@ its own, fixed-size frames (`nsbox.guest.protocol`).
 
 from __future__ import annotations
 
-import json
 import select
 import socket
 from _socket import getdefaulttimeout, socketpair
@@ -15,6 +14,7 @@ from resource import RLIMIT_NOFILE, getrlimit
 
 from nsbox.launcher.messages import Message, decode, encode
 from nsbox.linux.descriptors import close_all, receive_message, send_bytes
+from nsbox.values import json_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def send(channel: Socket, message: Message, fds: Sequence[int] = ()) -> None:
         ValueError: The message is larger than `LARGEST`.
         OSError: The other end is gone.
     """
-    data = json.dumps(encode(message)).encode()
+    data = json_text.encode(encode(message))
     if len(data) > LARGEST:
         raise ValueError(f"a message of {len(data)} bytes is over the limit of {LARGEST}")
     send_bytes(channel, data, fds)
@@ -92,7 +92,7 @@ def receive(channel: Socket) -> tuple[Message, list[int]] | None:
     if not data:
         close_all(fds)
         return None
-    return decode(json.loads(data.decode())), fds  # for bytes it looks which encoding they have
+    return decode(json_text.decode(data.decode())), fds
 
 
 def answer(host: Socket, message: Message, fds: Sequence[int] = ()) -> bool:

@@ -348,9 +348,12 @@ class EnvironmentConnection:
             with suppress(OSError):
                 self._supervision.tell(messages.Kill(id=self.env_id))
             return
-        with suppress(ProcessLookupError):
+        try:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        os.close(pidfd)
+        except ProcessLookupError:
+            pass  # it has ended just now
+        finally:
+            os.close(pidfd)
 
     def begin_end(self) -> None:
         """Have the environment end; `await_end` waits for it."""

@@ -87,10 +87,11 @@ class Supervision:
             self._let_go()  # that it has hung up is all that is seen of it
             return
         try:
-            with closing(theirs):
-                self._launcher.ask(messages.Close(id=self._env_id, is_reported=is_reported), theirs)
+            self._launcher.ask(messages.Close(id=self._env_id, is_reported=is_reported), theirs)
         except OSError:
             self._end_with_launcher()
+        finally:
+            theirs.close()
 
     def _end_with_launcher(self) -> None:
         self.unsaid = "the launcher died, and the environment with it"
@@ -115,9 +116,9 @@ class Supervision:
         if protocol.is_readable(fd, END_DEADLINE):
             with self._lock:  # another thread may have read it meanwhile
                 if self.end is None and self._report.fileno() >= 0:
-                    said = receive(self._report, 0)
-                    if isinstance(said, messages.Gone):
-                        self.end = said
+                    said = protocol.receive(self._report)
+                    if said is not None and isinstance(said[0], messages.Gone):
+                        self.end = said[0]
                     else:
                         self._end_with_launcher()
 

@@ -87,7 +87,7 @@ def kept(key: str) -> int:
     """Return how many are kept of a kind."""
     if _Setting.count is None:
         _Setting.count = _initial_count()
-    return max([_Setting.count, *_wishes(key)])
+    return max([_Setting.count, *_wishes(key)]) if _Setting.wishes else _Setting.count
 
 
 def _wishes(key: str) -> list[int]:
@@ -165,9 +165,10 @@ def refill(launcher: Launcher, spec: Spec, prepared: EnvironmentConnection | Non
     companions = launcher.companions
     # What has become too old to be taken is only in the way.
     unwanted = companions.take_old(spec.key, time.monotonic() - _TAKEN_UNTIL)
-    others = [key for key in companions.keys() if not _wishes(key)]  # noqa: SIM118 - no mapping
-    for key in others[: max(0, len(others) - KINDS_KEPT)]:
-        unwanted += companions.take_all(key)
+    if len(keys := companions.keys()) > KINDS_KEPT:
+        others = [key for key in keys if not _wishes(key)]
+        for key in others[: max(0, len(others) - KINDS_KEPT)]:
+            unwanted += companions.take_all(key)
     for connection in unwanted:
         connection.close()
     try:

@@ -44,6 +44,16 @@ _STEPS = {ord("["): 1, ord("]"): -1}
 _TRIAL = b'[{"a": -0, "b": [-0.0, 18446744073709551616, 1e23, null], "a": "\\u00e9"}, true]'
 
 
+def encode(value: object) -> bytes:
+    """Return what json.dumps says, without NaN; lone surrogates, as in names of files, too.
+
+    Raises:
+        TypeError, ValueError, RecursionError: It is no JSON, as json.dumps tells it.
+    """
+    data = _compiled.encode_ascii(value) if _compiled else None
+    return _encode_ascii(value).encode() if data is None else data
+
+
 def encode_event(value: object) -> bytes:
     """Return what json.dumps says, without NaN and halves of characters, and not too deep.
 
@@ -77,7 +87,7 @@ def decode_event(data: Data) -> Any:  # noqa: ANN401 - any JSON value
         ValueError, RecursionError: It is no JSON in UTF-8, as json.loads tells it.
     """
     if len(data) < LARGE:
-        return _decode_event(data)
+        return decode(str(data, "utf-8"))
     return _decode_large(data, quick_decoder(may_import=False), _decode_event)
 
 
