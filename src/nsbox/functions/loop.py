@@ -181,14 +181,12 @@ class LoopDriver:
             self._future.set_exception(ValueError("the environment was closed"))
 
     def _on_ready(self, fd: int) -> None:
-        wait, steps = self._wait, self._steps
-        is_meant = wait is not None and (fd in wait.fds or fd == wait.write)
-        if wait is None or steps is None or not self._is_awaited or not is_meant:
-            # Nobody waits for it: it stays where it is, for the next call to see.
+        wait, steps, future = self._wait, self._steps, self._future
+        if wait is None or steps is None or future is None or future.done():
+            self.unwatch((fd,))  # nobody waits: it stays where it is, for the next call to see
+        elif fd not in wait.fds and fd != wait.write:
             self.unwatch((fd,))
-            return
-        ready = wait.poll.poll(0)  # all there is, as a thread sees it
-        if ready:
+        elif ready := wait.poll.poll(0):  # all there is, as a thread sees it
             self._go_on(steps.send, ready)
 
     # -- the deadline --------------------------------------------------------------------------

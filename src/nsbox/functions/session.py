@@ -690,16 +690,17 @@ class Session:
         Raises:
             EnvironmentDied: It is gone, has broken the rules, or does not answer in its time.
         """
-        with channel:
-            wait = Wait([channel.socket.fileno()], time.monotonic() + ANSWER_DEADLINE)
-            try:
-                answer = None
-                while answer is None:
-                    if not (yield wait):
-                        raise TimeoutError
-                    answer = channel.feed()
-            except OSError as error:
-                raise (yield partial(self._link.died, error)) from error
+        try:
+            wait = Wait((channel.socket.fileno(),), time.monotonic() + ANSWER_DEADLINE)
+            answer = None
+            while answer is None:
+                if not (yield wait):
+                    raise TimeoutError
+                answer = channel.feed()
+        except OSError as error:
+            raise (yield partial(self._link.died, error)) from error
+        finally:
+            channel.close()
         kind, first, second, _, fds = answer
         close_all(fds)
         return kind, first, second
