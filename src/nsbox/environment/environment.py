@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from _socket import socket as Socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Self, Unpack
 
 from nsbox.errors import (
@@ -558,7 +558,7 @@ class ExecutionEnvironment:
         """
         if grace != 0:
             seconds = parse_seconds(grace, "grace")
-            await_exit_notice(ask_to_end(self), seconds)
+            await_exit_notice(self.ask_to_end(), seconds)
         with self._close_lock:
             link, self._link = self._link, None
         if link is None:
@@ -606,6 +606,54 @@ class ExecutionEnvironment:
     def __repr__(self) -> str:
         return f"<nsbox.ExecutionEnvironment {self.id} {self.state.value}>"
 
+    # -- what a pool asks for ------------------------------------------------------------------
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether whoever had it has closed it."""
+        return self._link is None
+
+    @property
+    def heard_nothing(self) -> bool:
+        """Whether nothing of its last invocation, which has failed, has reached the function."""
+        return self._session is not None and self._session.is_unsent
+
+    def death_descriptor(self) -> int:
+        """Return what is readable once PID 1 has ended; it is this environment's until `close`.
+
+        Raises:
+            EnvironmentDied: It has ended.
+        """
+        return self._live_link().fileno()
+
+    def send_kill(self) -> None:
+        """SIGKILL PID 1, unless it is closed; who waits for an answer sees that."""
+        if (link := self._link) is not None:
+            link.send_kill()
+
+    def on_kill_of_left_running(self, tell: Callable[[], object]) -> None:
+        """Have `tell` called when an invocation has left processes running that were killed."""
+        if self._session is not None:
+            self._session.on_kill = tell
+
+    def left_running_of_last(self) -> LeftRunning | None:
+        """Return what the last invocation has left running, as far as that is known."""
+        return None if self._session is None else self._session.left_running_of_last()
+
+    def ask_to_end(self) -> Socket | None:
+        """SIGTERM everything inside, before `close`; a frozen one is thawed for that.
+
+        Returns what `await_exit_notice` takes; None when there is nothing to wait for.
+        """
+        try:
+            self.thaw()
+            notice = self._live_link().ask_to_end()
+        except NsboxError:
+            return None  # it is gone, or does not thaw, or is another process's
+        if self._session is not None:
+            self._session.end_events()
+        return notice
+
     # -- states --------------------------------------------------------------------------------
 
     def _own_link(self) -> EnvironmentConnection:
@@ -638,18 +686,3 @@ class ExecutionEnvironment:
         if self._frozen:
             raise EnvironmentStateError(f"environment {self.id} is frozen; call thaw() first")
         return link
-
-
-def ask_to_end(env: ExecutionEnvironment) -> Socket | None:
-    """SIGTERM everything in an environment that is about to be closed; thaw it for that.
-
-    Returns what `await_exit_notice` takes; None when there is nothing to wait for.
-    """
-    try:
-        env.thaw()
-        notice = env._live_link().ask_to_end()
-    except NsboxError:
-        return None  # it is gone, or does not thaw, or is another process's
-    if env._session is not None:
-        env._session.end_events()
-    return notice

@@ -14,7 +14,7 @@ from _socket import socket as Socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from nsbox.environment.environment import ExecutionEnvironment, State, ask_to_end
+from nsbox.environment.environment import ExecutionEnvironment, State
 from nsbox.errors import (
     ConfigError,
     EnvironmentStateError,
@@ -24,7 +24,6 @@ from nsbox.errors import (
 )
 from nsbox.functions.function import FunctionVersion
 from nsbox.linux.proc import has_pending
-from nsbox.pool import members
 from nsbox.pool.accounts import FunctionQueue, Lease, Phase, Resolve, Slot, Waiter
 from nsbox.pool.events import (
     EnvironmentSnapshot,
@@ -186,12 +185,12 @@ class PoolManager:
     def _adopt(self, lease: PoolLease, env: ExecutionEnvironment) -> None:
         slot = lease.slot
         queue = slot.queue
-        fd = members.death_descriptor(env)
+        fd = env.death_descriptor()
         if isinstance(slot.what, FunctionVersion):
             function = slot.what.function
             slot.is_plain = function.reuse != "never" and self.settings.on_event is None
             slot.is_silent = function.handler is None
-        members.on_kill_of_left_running(env, lambda: self.scheduler.note_left_running(queue))
+        env.on_kill_of_left_running(lambda: self.scheduler.note_left_running(queue))
         slot.death = _poll_of(fd)
         self._get_maintenance().watch(fd, slot, functools.partial(self._on_death, slot, fd))
         self.scheduler.born(lease, env, fd)
@@ -201,7 +200,7 @@ class PoolManager:
     def is_dead(self, lease: PoolLease) -> bool:
         """Look whether it has died a moment ago; then it is closed. A frozen one is thawed."""
         death, env = lease.slot.death, lease.slot.env
-        if env is not None and members.is_closed(env):
+        if env is not None and env.is_closed:
             death = None  # and its descriptor's number may be another's
         if death is not None and not death.poll(0) and (not lease.is_cold or self._thaw(lease)):
             return False
@@ -243,7 +242,7 @@ class PoolManager:
         is told, if that is not `error`.
         """
         is_unheard = isinstance(error, EnvironmentStateError) or (
-            isinstance(error, InvokeError) and members.heard_nothing(env_of(lease))
+            isinstance(error, InvokeError) and env_of(lease).heard_nothing
         )
         if is_unheard and not lease.is_birth and not self.scheduler.is_killed:
             self._give_back(lease, Retirement.FAILURE)
@@ -291,7 +290,7 @@ class PoolManager:
             return None
         if slot.is_cold:
             self._await_freezing()
-        return ask_to_end(slot.env)
+        return slot.env.ask_to_end()
 
     def _end_all(
         self, slots: Sequence[PoolSlot], *, wait: bool = False, is_hurried: bool = False
@@ -422,7 +421,7 @@ class PoolManager:
             provisioned=slot.is_provisioned,
             reason=reason,
             error=error,
-            left_running=members.left_running_of_last(slot.env) if kind == "invoked" else None,
+            left_running=slot.env.left_running_of_last() if kind == "invoked" else None,
         )
         try:
             on_event(event)
@@ -551,4 +550,4 @@ def env_of(lease: PoolLease) -> ExecutionEnvironment:
 
 def _kill(slot: PoolSlot) -> None:
     if slot.env is not None:
-        members.send_kill(slot.env)
+        slot.env.send_kill()
