@@ -472,7 +472,10 @@ class Session:
         if not self._numbers:
             self._numbers += _NUMBERS.unpack(os.urandom(_NUMBERS.size))
         call = self._call_of(request, self._numbers.pop())
-        self._send_event(call, request)
+        if self._resets or self._start is not None or self.worker is None:
+            self._send_event(call, request)
+        else:
+            self.worker.send(call, request.frame(call), request.payload)
         return call
 
     def _send_event(self, call: Call, request: Request) -> None:

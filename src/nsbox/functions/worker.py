@@ -241,6 +241,11 @@ class WorkerConnection:
         """
         if not ready:
             raise WorkerSilent
+        if len(ready) == 1 and ready[0][0] == self._fd:  # as a rule
+            answer = self._read_frame(call)
+            if answer is None and self._is_ended:
+                raise WorkerOver
+            return answer
         answer = None
         has_word = is_over = False
         for fd, _ in ready:
