@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,13 +79,23 @@ class Module:
     lines: int
     imports: set[str] = field(default_factory=set, repr=False)
     """Full names of what it imports at run time, as modules or as names in them."""
+    annotations: set[str] = field(default_factory=set, repr=False)
+    """Full names of what it imports for type checkers alone, or starts with ``-m``."""
     calls: set[str] = field(default_factory=set, repr=False)
     """What it calls, as written: ``os.fork``."""
 
     @property
     def nsbox_imports(self) -> set[str]:
         """Modules of nsbox that it imports, relative to the package, itself excepted."""
-        found = {to_module(name.removeprefix("nsbox.")) for name in self.imports if is_own(name)}
+        return self._own(self.imports)
+
+    @property
+    def knows(self) -> set[str]:
+        """As `nsbox_imports`, whoever reads the import, and with what it starts."""
+        return self._own(self.imports | self.annotations)
+
+    def _own(self, names: set[str]) -> set[str]:
+        found = {to_module(name.removeprefix("nsbox.")) for name in names if is_own(name)}
         return found - {self.name}
 
     @property
@@ -118,14 +129,25 @@ def parse(path: Path) -> Module:
     parts = relative.parts[:-1] if relative.name == "__init__" else relative.parts
     module = Module(".".join(parts), path, ast.parse(text), len(text.splitlines()))
     for node in run_time_nodes(module.tree):
-        if isinstance(node, ast.Import):
-            module.imports |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: imports are absolute"
-            module.imports |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call):
+        module.imports |= imported(node)
+        if isinstance(node, ast.Call):
             module.calls.add(ast.unparse(node.func))
+    for node in ast.walk(module.tree):
+        module.annotations |= imported(node)
+        if isinstance(node, ast.List | ast.Tuple):
+            words = [getattr(item, "value", None) for item in node.elts]
+            module.annotations |= {str(after) for word, after in pairwise(words) if word == "-m"}
     return module
+
+
+def imported(node: ast.AST) -> set[str]:
+    """Return the full names that a statement imports; none for any other node."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        return {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
 
 
 PATHS = sorted(SOURCE.rglob("*.py"))
@@ -184,7 +206,7 @@ def test_imports_go_downwards(module: Module) -> Iterator[str]:
         yield from (f"imports {name} when it is imported itself" for name in module.nsbox_imports)
         return
     own = room_of(module.name)
-    for name in sorted(module.nsbox_imports - {""}):
+    for name in sorted(module.knows - {""}):
         if room_of(name) < own:
             yield f"imports {name} from above ({ROOMS[own][0]})"
 
@@ -211,6 +233,12 @@ def test_host_and_launcher_share_messages_only(module: Module) -> Iterator[str]:
     yield from (f"imports {name}, which is another process's" for name in sorted(wrong))
 
 
+def test_the_drawing_of_the_rooms_is_true() -> None:
+    graph = Path(__file__).parents[2] / "scripts" / "graph"
+    done = subprocess.run([sys.executable, graph, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_imports_have_no_cycle() -> None:
     state: dict[str, int] = {}
 
@@ -218,7 +246,7 @@ def test_imports_have_no_cycle() -> None:
         assert state.get(name) != 1, " -> ".join((*way, name))
         if name not in state:
             state[name] = 1
-            for other in sorted(MODULES[name].nsbox_imports - {""}):
+            for other in sorted(MODULES[name].knows - {""}):
                 # A package's __init__ may gather its modules, which may name the package.
                 if not name.startswith(f"{other}."):
                     visit(other, (*way, name))
