@@ -97,6 +97,11 @@ def decode_answer(data: Data) -> Any:  # noqa: ANN401 - any JSON value
     Raises:
         ValueError: It is no JSON in UTF-8, is nested too deep, or has lone surrogates.
     """
+    if len(data) <= DEPTH_MAX:  # most answers: two calls less
+        text = str(data, "utf-8")
+        if "\\" in text:
+            check_characters(text)
+        return decode(text)
     check_depth(data)
     if len(data) < LARGE:
         return _decode_answer(data)
