@@ -34,7 +34,7 @@ from benchmarks.peers import (
     crun_prefix,
     run_subprocess,
 )
-from benchmarks.subject import Blanks, import_nsbox, rate
+from benchmarks.subject import Standby, import_nsbox, rate
 from benchmarks.suite import STARTERS, Suite, rate_names
 
 COMMAND = ["/bin/true"]
@@ -118,23 +118,23 @@ class CommandSuite(Suite):
 
     def _add_nsbox(self) -> None:
         nsbox = import_nsbox()
-        blanks = Blanks(nsbox)
-        self._stack.callback(blanks.default)
+        standby = Standby(nsbox)
+        self._stack.callback(standby.default)
         make = nsbox.ExecutionEnvironment
         existing = self._stack.enter_context(make())
         _expect_success(existing.run(COMMAND))
 
         def fresh() -> dict[str, float]:
-            blanks.ready(make)
+            standby.ready(make)
             used, closed = _timed_environment(make)
             return {"nsbox-fresh": used, "nsbox-teardown": closed}
 
         def cold() -> dict[str, float]:
-            blanks.none(make)
+            standby.none(make)
             return {"nsbox-cold": _timed_environment(make)[0]}
 
         def run_once() -> float:
-            blanks.ready(make)
+            standby.ready(make)
             return _timed_run(nsbox.run)
 
         def start() -> None:
@@ -143,7 +143,7 @@ class CommandSuite(Suite):
             _expect_success(result)
 
         def starts(count: int, starters: int) -> float:
-            blanks.ready(make)
+            standby.ready(make)
             return rate(start, count, starters)
 
         self._add_case("nsbox-fresh", fresh)

@@ -24,7 +24,7 @@ from benchmarks.peers import (
     crun_argv,
     crun_prefix,
 )
-from benchmarks.subject import Blanks, import_nsbox, rate
+from benchmarks.subject import Standby, import_nsbox, rate
 from benchmarks.suite import Suite, rate_names
 
 SIZES = {"100B": 100, "64KiB": 64 << 10, "1MiB": 1 << 20, "6MiB": 6 << 20, "rows": 1 << 20}
@@ -67,7 +67,7 @@ PEERS = {
     "pool": _sizes("pool"),
     "cold": ["cold"],
     "cold-steps": ["cold-steps"],
-    "cold-blank": ["cold-blank"],
+    "cold-standby": ["cold-standby"],
     "cold-exec": ["cold-exec"],
     "warm": _sizes("warm"),
     f"warm-rows-{LIBRARY}": [f"warm-rows-{LIBRARY}"],
@@ -88,13 +88,13 @@ class FunctionSuite(Suite):
         """Nothing is started yet. `wanted` are prefixes of case names; empty means all."""
         super().__init__(wanted, report)
         self._nsbox = import_nsbox()
-        self._blanks = Blanks(self._nsbox)
+        self._standby = Standby(self._nsbox)
         self._event = event_of("100B")
         self._line = json.dumps(self._event)
         self._floor: Callable[[], float] | None = None
 
     def _add_all(self) -> None:
-        self._stack.callback(self._blanks.default)
+        self._stack.callback(self._standby.default)
         add: dict[str, Callable[[], None]] = {
             "floor-answer": self._add_floor,
             "floor-rate": self._add_floor_rate,
@@ -105,7 +105,7 @@ class FunctionSuite(Suite):
             "pool": lambda: self._add_echo("pool", self._stack.enter_context(PoolEcho()).call),
             "cold": lambda: self._add_cold("cold"),
             "cold-steps": self._add_cold_steps,
-            "cold-blank": self._add_cold_blank,
+            "cold-standby": self._add_cold_standby,
             "cold-exec": lambda: self._add_cold("cold-exec", start="exec"),
             "warm": lambda: self._add_echo("warm", self._warm_environment().invoke),
             f"warm-rows-{LIBRARY}": self._add_library,
@@ -122,7 +122,7 @@ class FunctionSuite(Suite):
     def growth(self) -> Growth:
         """Environments of the plain handler, to be made many."""
         make = self._make(self._version())
-        return Growth(make, self._event, self._blanks, self._report, self._floor)
+        return Growth(make, self._event, self._standby, self._report, self._floor)
 
     # -- peers ------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class FunctionSuite(Suite):
         make = self._make(self._version(source, **fields))
 
         def measure() -> dict[str, float]:
-            self._blanks.none(make)
+            self._standby.none(make)
             answered, closed = self._cold(make)
             return {name: answered, **({"cold-close": closed} if name == "cold" else {})}
 
@@ -225,7 +225,7 @@ class FunctionSuite(Suite):
         make = self._make(self._version())
 
         def measure() -> dict[str, float]:
-            self._blanks.none(make)
+            self._standby.none(make)
             times = [time.perf_counter_ns()]
             environment = make()
             times.append(time.perf_counter_ns())
@@ -243,15 +243,15 @@ class FunctionSuite(Suite):
         measure()
         self._add_case("cold-steps", measure)
 
-    def _add_cold_blank(self) -> None:
+    def _add_cold_standby(self) -> None:
         make = self._make(self._version())
 
         def measure() -> float:
-            self._blanks.ready(make)
+            self._standby.ready(make)
             return self._cold(make)[0]
 
         measure()
-        self._add("cold-blank", measure)
+        self._add("cold-standby", measure)
 
     def _add_async(self) -> None:
         environment = self._warm_environment()
@@ -284,7 +284,7 @@ class FunctionSuite(Suite):
                 return environment.invoke(event)
 
         def measure() -> list[float]:
-            self._blanks.ready(make)
+            self._standby.ready(make)
             return timed_calls(call, self._event, 1, 3)
 
         measure()
@@ -319,7 +319,7 @@ class FunctionSuite(Suite):
                 self._answer(environment)
 
         def measure(count: int, starters: int) -> float:
-            self._blanks.ready(make)
+            self._standby.ready(make)
             return rate(start, count, starters)
 
         start()

@@ -19,7 +19,7 @@ from benchmarks.harness import (
 )
 from benchmarks.memory import environment_pss, kernel_memory
 from benchmarks.peers import UnavailableError
-from benchmarks.subject import Blanks, microseconds
+from benchmarks.subject import Standby, microseconds
 
 STEPS = (1, 10, 100, 300, 1000, 2000)
 SAMPLES = 20
@@ -51,7 +51,7 @@ class Growth:
         self,
         make: Callable[[], Any],
         event: object,
-        blanks: Blanks,
+        standby: Standby,
         report: Report,
         floor: Callable[[], float] | None,
     ) -> None:
@@ -62,7 +62,7 @@ class Growth:
         """
         self._make = make
         self._event = event
-        self._blanks = blanks
+        self._standby = standby
         self._report = report
         self._floor = floor
         self._live: list[Any] = []
@@ -74,7 +74,7 @@ class Growth:
         with contextlib.ExitStack() as stack:
             for step in steps:
                 try:
-                    self._blanks.none(self._make)
+                    self._standby.none(self._make)
                     if not self._live:
                         self._cold()  # the launcher, the template and the layout are there
                         self._kernel_before = kernel_memory()

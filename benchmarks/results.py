@@ -28,7 +28,7 @@ MOST_LIVE = 1000
 TARGETS = (
     Target("cold", FLOOR, 0.20),
     Target("cold", "bwrap-answer", 0.20),
-    Target("cold-blank", FLOOR, 0.04),
+    Target("cold-standby", FLOOR, 0.04),
     Target("warm-100B", "echo-100B", 2.0),
     Target("async-100B", "echo-100B", 3.0),
     Target("warm-100B", "pool-100B", 0.10),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nsbox as the thing that is measured: found, told how many blanks to keep, started by threads."""
+"""nsbox as the thing that is measured: found, told what to keep on standby, started by threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 SETTLE = 0.05
-"""Seconds after a change of the blanks: a birth takes 3 ms, and removed ones leave work behind."""
+"""Seconds after a change of their number: a birth takes 3 ms, removed ones leave work behind."""
 
 
 def import_nsbox() -> ModuleType:
@@ -31,7 +31,7 @@ def import_nsbox() -> ModuleType:
 
 
 Make = Callable[[], contextlib.AbstractContextManager[Any]]
-"""Makes an environment; one such function is one kind, as far as blanks are concerned."""
+"""Makes an environment; one such function is one kind of standby environments."""
 
 
 def launcher_process() -> psutil.Process | None:
@@ -40,12 +40,13 @@ def launcher_process() -> psutil.Process | None:
     return psutil.Process(max(found)) if found else None
 
 
-class Blanks:
-    """How many blank environments nsbox keeps ready, per kind; one of these for a whole run."""
+class Standby:
+    """How many standby environments nsbox keeps ready, per kind; one of these for a whole run."""
 
     def __init__(self, nsbox: ModuleType) -> None:
         """Changes nothing yet."""
-        self._nsbox = nsbox
+        # Releases before 0.1.0 have the old name; they are compared with.
+        self._set = getattr(nsbox, "set_standby", None) or nsbox.set_blanks
         self._kept: int | None = None
         self._prepared: set[int] = set()
 
@@ -57,7 +58,7 @@ class Blanks:
             time.sleep(SETTLE)
 
     def ready(self, make: Make) -> None:
-        """One blank of the kind that `make` makes is there."""
+        """One standby environment of the kind that `make` makes is there."""
         if self._keep(1, make):
             with make():
                 pass  # asks for the first one
@@ -67,13 +68,13 @@ class Blanks:
     def default(self) -> None:
         """Back to nsbox's default."""
         if self._kept == 0:
-            self._nsbox.set_blanks(1)
+            self._set(1)
         self._kept = None
 
     def _keep(self, count: int, make: Make) -> bool:
         """Sets the number; returns whether this kind has not been prepared for it yet."""
         if self._kept != count:
-            self._nsbox.set_blanks(count)
+            self._set(count)
             self._kept = count
             self._prepared.clear()
         new = id(make) not in self._prepared

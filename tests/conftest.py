@@ -75,9 +75,9 @@ def pytest_configure() -> None:
         # A shell's background job: what tests start would ignore it, too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["NSBOX_STORE"] = os.path.join(_store.name, "store")
-    # What there is, tests count; those about blank environments ask for them. Other programs that
+    # What there is, tests count; those about standby environments ask for them. Other programs that
     # tests start have them, as users' do.
-    nsbox.set_blanks(0)
+    nsbox.set_standby(0)
     unknown = _must_run - set(features.NAMES)
     if unknown:
         raise pytest.UsageError(

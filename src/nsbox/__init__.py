@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from nsbox.supervisor.process import DEVNULL as DEVNULL
     from nsbox.supervisor.process import PIPE as PIPE
     from nsbox.supervisor.process import Process as Process
-    from nsbox.supervisor.standby import set_blanks as set_blanks
+    from nsbox.supervisor.standby import set_standby as set_standby
     from nsbox.values.config import Config as Config
     from nsbox.values.config import IoMax as IoMax
     from nsbox.values.config import Limits as Limits
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from nsbox.values.result import Usage as Usage
 
 _HOMES = {
-    "nsbox.supervisor.standby": ("set_blanks",),
+    "nsbox.supervisor.standby": ("set_standby",),
     "nsbox.supervisor.process": ("DEVNULL", "PIPE", "Process"),
     "nsbox.values.config": ("Config", "IoMax", "Limits", "Mount"),
     "nsbox.functions.credentials": ("CredentialCache", "Credentials"),
@@ -109,6 +109,12 @@ __all__ = [*sorted(_HOME_OF), "__version__"]
 
 
 def __getattr__(name: str) -> object:
+    if name == "set_blanks":
+        import warnings
+
+        what = "nsbox.set_blanks is nsbox.set_standby now; the old name goes with the next release"
+        warnings.warn(what, DeprecationWarning, stacklevel=2)
+        name = "set_standby"
     module = _HOME_OF.get(name)
     if module is None:
         raise AttributeError(f"module 'nsbox' has no attribute {name!r}")

@@ -161,7 +161,7 @@ def strike(host: subprocess.Popen[bytes], victim: str, delay: float) -> None:
 
     wait_until(look, f"the launcher has a child that is {victim}", 10)
     kill(found[0])
-    # It may be a blank's: the host's last run, which must not fail, is not to take a dying one.
+    # It may be on standby: the host's last run, which must not fail, is not to take a dying one.
     wait_until(lambda: is_over(found[0]), f"the {victim} is gone")
 
 

@@ -92,7 +92,7 @@ import resource, sys
 import nsbox
 
 HARD = 96
-nsbox.set_blanks(0)
+nsbox.set_standby(0)
 # First the launcher may be the one that has no room, then it is this process.
 for soft, whose in ((HARD, ""), (44, "this process")):
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, HARD))

@@ -34,7 +34,7 @@ def descriptors():
                   for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}"))
 
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-nsbox.set_blanks(0)  # whose descriptors are kept on purpose
+nsbox.set_standby(0)  # whose descriptors are kept on purpose
 nsbox.run(["true"]).check()  # every module is imported, the filter is compiled
 warm = sys.argv[1] == "warm"
 answers = []
@@ -157,7 +157,7 @@ from nsbox.linux import calls, constants as c
 source = sys.argv[1]
 calls.unshare(c.CLONE_NEWNS)
 calls.mount(None, "/", None, c.MS_REC | c.MS_SHARED)  # so that the launcher sees later mounts
-nsbox.set_blanks(0)
+nsbox.set_standby(0)
 config = nsbox.Config(mounts=(nsbox.Mount.bind(source, "/data"),))
 with nsbox.ExecutionEnvironment(config):
     pass  # the plan is made, and the launcher holds the layout

@@ -21,10 +21,10 @@ from nsbox.supervisor.launcher import get_launcher
 
 
 @pytest.fixture
-def one_blank() -> Iterator[None]:
-    nsbox.set_blanks(1)
+def one_standby() -> Iterator[None]:
+    nsbox.set_standby(1)
     yield
-    nsbox.set_blanks(0)
+    nsbox.set_standby(0)
     get_launcher().companions.close()
 
 
@@ -66,7 +66,7 @@ def everything_below(pid: int) -> list[int]:
 
 
 @pytest.mark.needs("root")
-@pytest.mark.usefixtures("one_blank")
+@pytest.mark.usefixtures("one_standby")
 @pytest.mark.parametrize("reuse", ["keep", "reset"])
 def test_secrets_are_in_no_other_process(make_function: MakeFunction, reuse: str) -> None:
     env_word, event_word, code_word = (f"SECRET-{secrets.token_hex(16)}" for _ in range(3))
@@ -102,13 +102,13 @@ def test_secrets_are_in_no_other_process(make_function: MakeFunction, reuse: str
     second = make_function("def handler(event, context): return event")
     assert second.invoke(1) == 1
     launcher = get_launcher().pid
-    wait_until(lambda: len(blank_pids()) > 0, "a blank is born")
+    wait_until(lambda: len(standby_pids()) > 0, "a standby environment is born")
     others = [launcher, *everything_below(launcher)]
     others = [pid for pid in others if pid not in inside]
     # PID 1 writes the files, and is not told the rest.
     assert first.pid in others
     assert second.pid in others
-    assert set(blank_pids()) <= set(others)
+    assert set(standby_pids()) <= set(others)
     names = {leaks.processes()[pid].name for pid in children_of(launcher)}
     assert "nsbox-template" in names
     found = {pid: set(holds(pid, words)) for pid in others}
@@ -116,14 +116,16 @@ def test_secrets_are_in_no_other_process(make_function: MakeFunction, reuse: str
     assert found == {pid: set() for pid in others}
 
 
-def blank_pids() -> list[int]:
+def standby_pids() -> list[int]:
     kept = {f"nsbox-{link.env_id}" for kind in get_launcher().companions.values() for link in kind}
     processes = leaks.processes()
     return [pid for pid, process in processes.items() if process.name in kept]
 
 
-@pytest.mark.usefixtures("one_blank")
-def test_a_blank_is_of_no_version(publish: Callable[..., nsbox.FunctionVersion]) -> None:
+@pytest.mark.usefixtures("one_standby")
+def test_a_standby_environment_is_of_no_version(
+    publish: Callable[..., nsbox.FunctionVersion],
+) -> None:
     source = "import os\ndef handler(event, context): return [%d, os.listdir('/var/task')]"
     versions = [publish(source % number) for number in (1, 2)]
     taken = 0

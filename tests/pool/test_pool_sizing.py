@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several functions in one pool, a memory budget, freezing, pressure, ends in order, blanks."""
+"""Several functions in one pool, a memory budget, freezing, pressure, ends in order, standby."""
 
 from __future__ import annotations
 
@@ -503,15 +503,15 @@ def test_many_end_in_order_at_once(make: Make, events: Events) -> None:
     assert events.reasons() == [Reason.INVOCATIONS] * 3 * count
 
 
-# -- blanks --------------------------------------------------------------------------------------
+# -- standby environments ------------------------------------------------------------------------
 
 
-def test_blanks_of_its_kinds_are_kept_as_long_as_the_pool(make: Make) -> None:
+def test_standby_environments_of_its_kinds_are_kept_as_long_as_the_pool(make: Make) -> None:
     def ready() -> set[str]:
         return {link.env_id for kind in get_launcher().companions.values() for link in kind}
 
     assert ready() == set()
-    with nsbox.WarmPool(make(), blank=2) as pool:
+    with nsbox.WarmPool(make(), standby=2) as pool:
         wait_until(lambda: len(ready()) == 2, "they are asked for")
         before = ready()
         assert pool.invoke({})["log"] in before
@@ -520,5 +520,5 @@ def test_blanks_of_its_kinds_are_kept_as_long_as_the_pool(make: Make) -> None:
         wait_until(lambda: len(ready()) == 4, "two of the other kind")
     assert ready() == set()
     assert not standby._Setting.wishes
-    with pytest.raises(nsbox.ConfigError, match="blank: must be a number up to 64"):
-        nsbox.WarmPool(blank=65)
+    with pytest.raises(nsbox.ConfigError, match="standby: must be a number up to 64"):
+        nsbox.WarmPool(standby=65)

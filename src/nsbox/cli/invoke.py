@@ -24,7 +24,7 @@ from nsbox.errors import ConfigError, EnvironmentStateError
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.request import check_payload
 from nsbox.guest.runtime import PAYLOAD_MAX
-from nsbox.supervisor.standby import set_blanks
+from nsbox.supervisor.standby import set_standby
 from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout
 
 _FUNCTION_ERROR: Final = 1
@@ -64,7 +64,7 @@ def invoke_command(words: tuple[str, ...], **options: Any) -> int:  # noqa: ANN4
     version = _make_function(words, options).publish()
     repeat = options["repeat"]
     if repeat == 1 or version.function.reuse != "never":
-        set_blanks(0)  # there is no next environment
+        set_standby(0)  # there is no next environment
     runner = _Runner(version, report=options["report"], quiet=options["quiet"])
     try:
         for _ in range(repeat):

@@ -17,7 +17,7 @@ from nsbox.cli.options import environment_options, make_config
 from nsbox.cli.session import Session
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import CommandStartError, ConfigError, NsboxError
-from nsbox.supervisor.standby import set_blanks
+from nsbox.supervisor.standby import set_standby
 from nsbox.values.config import Config, check_argv, parse_seconds
 from nsbox.values.result import Outcome, Result
 
@@ -102,7 +102,7 @@ def _run(command: tuple[str, ...], options: dict[str, Any], *, interactive: bool
 def _execute(
     argv: tuple[str, ...], config: Config, timeout: float | None, *, quiet: bool, interactive: bool
 ) -> Result:
-    set_blanks(0)  # there is no next one
+    set_standby(0)  # there is no next one
     environment = ExecutionEnvironment(config)
     try:
         if not quiet:

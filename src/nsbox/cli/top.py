@@ -85,7 +85,7 @@ class Sampler:
         self._codes = {env_id: code_of(pid) for env_id, pid, _ in found}
 
     def _add_codes(self, found: list[dict[str, Any]]) -> None:
-        # A blank one gets its code when it is taken: asked again.
+        # A standby one gets its code when it is taken: asked again.
         codes = {one["id"]: self._codes.get(one["id"]) or code_of(one["pid"]) for one in found}
         for one in found:
             one["code"] = codes[one["id"]]

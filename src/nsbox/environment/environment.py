@@ -238,7 +238,7 @@ class ExecutionEnvironment:
             # KeyboardInterrupt and the like: the command must not outlive the call.
             process.close()
             raise
-        self._replace_blank()
+        self._replace_standby()
         return result.check() if check else result
 
     def popen(
@@ -518,14 +518,14 @@ class ExecutionEnvironment:
         return session
 
     def _end_invocation(self, session: Session) -> None:
-        self._replace_blank()
+        self._replace_standby()
         # Not for a call that was refused before it began, while another may be under way.
         if session.is_used and session.reuse == "never":
             self.close(wait=False)
 
     # -- the end -------------------------------------------------------------------------------
 
-    def _replace_blank(self) -> None:
+    def _replace_standby(self) -> None:
         """Have another environment of this kind born, now that this one has been of use."""
         kind, self._kind = self._kind, None
         spare = None if self._session is None else self._session.take_spare()
@@ -576,7 +576,7 @@ class ExecutionEnvironment:
         if self._session is not None:
             self._session.await_idle()
             self._session.close()
-        self._replace_blank()
+        self._replace_standby()
         leaked: list[str] = []
         if wait:
             if not link.await_end():

@@ -91,7 +91,7 @@ def deployment_of(version: FunctionVersion) -> Deployment:
 
 
 def kind_of(source: Config | FunctionVersion) -> tuple[Launcher, Spec | None]:
-    """Return the launcher, and what blank environments of `source` are made from.
+    """Return the launcher, and what standby environments of `source` are made from.
 
     That is None where there are none: of what binds directories, or has the host's network.
     """

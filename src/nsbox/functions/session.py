@@ -92,7 +92,7 @@ class Session:
         is_provisioned: Whether that is done with nobody waiting for it.
         is_used: Whether a call is over.
         is_unsent: Whether the last one, which failed, has not reached the worker.
-        next_kind: Whom to ask for a blank environment, and for which kind.
+        next_kind: Whom to ask for a standby environment, and for which kind.
         has_end: Whether there is something to do when a call is over.
         on_kill: Called when a call has left processes running, which were killed.
     """
@@ -181,7 +181,7 @@ class Session:
             self._busy.release()
 
     def take_spare(self) -> EnvironmentConnection | None:
-        """Return the sockets made for the next blank, if they were, for the caller to close."""
+        """Return the sockets made for the next standby environment, for the caller to close."""
         spare, self._spare = self._spare, None
         self.has_end = self._function.reuse == "never"
         return spare
@@ -383,7 +383,7 @@ class Session:
         )
 
     def _prepare_spare(self) -> None:
-        """Do the part of a refill of the blanks that can be done while an answer is waited for."""
+        """Do the part of a refill of standby environments that needs no answer."""
         if self.next_kind is not None:
             self._spare, self.next_kind = standby.prepare(*self.next_kind), None
             self.has_end = True

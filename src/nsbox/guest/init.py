@@ -119,17 +119,17 @@ class Init:
         self._watch(signals, self._on_child)
         self._watch(lifeline, _leave)
 
-    def run(self, *, is_blank: bool, pagemap: int) -> NoReturn:
+    def run(self, *, is_standby: bool, pagemap: int) -> NoReturn:
         """Serve until the host or the launcher is gone.
 
-        `is_blank` says that nobody waits for this environment yet; `pagemap` is a descriptor of
+        `is_standby` says that nobody waits for this environment yet; `pagemap` is a descriptor of
         this process's own, or -1.
         """
         self._standing.take(0)
         fork_worker = self._runtime.fork_worker
         if fork_worker is not None:
-            self._start_worker(fork_worker, is_blank=is_blank)
-        elif is_blank:
+            self._start_worker(fork_worker, is_standby=is_standby)
+        elif is_standby:
             self._rehearse()
         image = self._runtime.image
         rest = None if image is None else _REST
@@ -160,7 +160,7 @@ class Init:
         self._handlers[fd] = handler
         self._poll.register(fd, select.POLLIN)
 
-    def _start_worker(self, fork_worker: Callable[..., int], *, is_blank: bool) -> None:
+    def _start_worker(self, fork_worker: Callable[..., int], *, is_standby: bool) -> None:
         """Fork the worker, with what the host has sent for it together with the birth."""
         try:
             message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
@@ -168,7 +168,7 @@ class Init:
             _leave()
         if message[:1] != p.WORK or len(fds) != p.WORK_STREAMS:
             _leave()
-        pid = fork_worker(fds, self._runtime.image, has_time=is_blank)
+        pid = fork_worker(fds, self._runtime.image, has_time=is_standby)
         close_all(fds)
         self._worker = self._commands[pid] = _Command(pid, None)
 

@@ -2,8 +2,8 @@
 """Do once, on nothing, what every worker does first.
 
 The interpreter sets much up when it is first needed: importer, compiler, codecs. The template does
-it before there are clones, and the worker of a blank environment while it waits, so that it has its
-own copies of the pages that a start and an invocation write to.
+it before there are clones, and the worker of a standby environment while it waits, so that it has
+its own copies of the pages that a start and an invocation write to.
 """
 
 from __future__ import annotations

@@ -232,7 +232,7 @@ class Template:
             finally:
                 os._exit(1)
         try:
-            self._init.run(is_blank=self._is_standby, pagemap=pagemap)
+            self._init.run(is_standby=self._is_standby, pagemap=pagemap)
         finally:
             os._exit(1)
 

@@ -103,7 +103,7 @@ class PoolManager:
         self._exits = GracefulExits(
             settings.shutdown_grace, self._ask_to_end, self._close, self._watch, self._unwatch
         )
-        self._standby = KeepStandby(self.scheduler, self, settings.blank)
+        self._standby = KeepStandby(self.scheduler, self, settings.standby)
 
     # -- functions -------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ class PoolManager:
         while (lease := self.scheduler.reserve(queue)) is not None:
             self._start_ready(lease)
         queue.is_open = True
-        if self.settings.blank:
+        if self.settings.standby:
             self._standby.request()
             self._get_maintenance()
         self._wake()
@@ -348,7 +348,7 @@ class PoolManager:
                     relief = RelieveMemory(self.scheduler, self._memory, self.retire_all)
                     triggers = dict.fromkeys(self._memory.triggers, relief.on_alarm)
                     tasks.append(relief)
-                if self.settings.blank:
+                if self.settings.standby:
                     tasks.append(self._standby)
                 maintenance = Maintenance()
                 maintenance.start([*tasks, self._exits, self._refill], triggers)

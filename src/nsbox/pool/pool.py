@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Self
 
@@ -51,7 +52,7 @@ class WarmPool(PoolFunction):
         *,
         provisioned: int = 0,
         max_environments: int = 8,
-        blank: int = 0,
+        standby: int = 0,
         memory_budget: int | str | None = None,
         acquire_timeout: float | None = 10.0,
         max_waiting: int = 1000,
@@ -64,6 +65,7 @@ class WarmPool(PoolFunction):
         reuse: str = "keep",
         credentials: Provider | None = None,
         on_event: Callable[[PoolEvent], object] | None = None,
+        blank: int | None = None,
     ) -> None:
         """Make the pool, and wait until `provisioned` environments are ready.
 
@@ -72,8 +74,8 @@ class WarmPool(PoolFunction):
                 `Config` (None: the default one), for `acquire`.
             provisioned: Environments kept ready, initialised; a lost one is replaced.
             max_environments: The most at a time, births under way counted.
-            blank: Blank environments of each kind of the pool kept ready, from which a birth takes
-                only the rest (`nsbox.set_blanks`).
+            standby: Standby environments of each kind of the pool kept ready, from which a birth
+                takes only the rest (`nsbox.set_standby`).
             memory_budget: Bytes, or such as "4G", that the memory limits of all may sum up to.
             acquire_timeout: Seconds a call waits for its turn; None waits as long as it takes.
             max_waiting: Calls of each function that may wait; 0: none does.
@@ -92,14 +94,19 @@ class WarmPool(PoolFunction):
             on_event: Called with a `PoolEvent`, from whichever thread it happens in; it is to
                 return soon, to wait for no call, and not to close the pool. What it raises is
                 logged.
+            blank: The old name of `standby`, for one release.
 
         Raises:
             ConfigError: A value is wrong.
             NsboxError: A provisioned environment cannot be made, or its function does not start.
         """
+        if blank is not None:
+            what = "blank= is standby= now; the old name goes with the next release"
+            warnings.warn(what, DeprecationWarning, stacklevel=2)
+            standby = blank
         settings = check_settings(
             max_environments=max_environments,
-            blank=blank,
+            standby=standby,
             memory_budget=memory_budget,
             acquire_timeout=acquire_timeout,
             max_waiting=max_waiting,

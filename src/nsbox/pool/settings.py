@@ -18,7 +18,7 @@ class Settings:
     """What `WarmPool` takes, except what it takes for its function."""
 
     max_environments: int
-    blank: int
+    standby: int
     memory_budget: int | None
     acquire_timeout: float | None
     max_waiting: int
@@ -36,7 +36,7 @@ class Settings:
 def check_settings(
     *,
     max_environments: object,
-    blank: object,
+    standby: object,
     memory_budget: int | str | None,
     acquire_timeout: object,
     max_waiting: object,
@@ -62,11 +62,11 @@ def check_settings(
             f"min_available: must be a share of the memory, above 0 and up to 1, got "
             f"{min_available!r}; None: do not look"
         )
-    if check_count(blank, "blank", 0) > MOST:
-        raise ConfigError(f"blank: must be a number up to {MOST}, got {blank!r}")
+    if check_count(standby, "standby", 0) > MOST:
+        raise ConfigError(f"standby: must be a number up to {MOST}, got {standby!r}")
     return Settings(
         max_environments=check_count(max_environments, "max_environments", 1),
-        blank=check_count(blank, "blank", 0),
+        standby=check_count(standby, "standby", 0),
         memory_budget=None if memory_budget is None else parse_size(memory_budget, "memory_budget"),
         acquire_timeout=None
         if acquire_timeout is None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
@@ -30,9 +31,14 @@ _TAKEN_UNTIL: Final = STANDBY_LIFE - 10  # seconds; the launcher hears of it bef
 
 
 def _initial_count() -> int:
-    text = os.environ.get("NSBOX_BLANKS", "1")
+    name = "NSBOX_STANDBY"
+    if name not in os.environ and "NSBOX_BLANKS" in os.environ:
+        what = f"NSBOX_BLANKS is {name} now; the old name goes with the next release"
+        warnings.warn(what, DeprecationWarning, stacklevel=2)
+        name = "NSBOX_BLANKS"
+    text = os.environ.get(name, "1")
     if not (text.isascii() and text.isdigit()) or int(text) > MOST:
-        raise ConfigError(f"NSBOX_BLANKS: {text!r} is not a number from 0 to {MOST}")
+        raise ConfigError(f"{name}: {text!r} is not a number from 0 to {MOST}")
     return int(text)
 
 
@@ -42,21 +48,21 @@ class _Setting:
     """Of each pool: keys of its kinds, and how many it wants of each."""
 
 
-def set_blanks(count: int) -> None:
+def set_standby(count: int) -> None:
     """Set how many standby environments are kept ready for each kind lately used.
 
     One costs about a megabyte and two processes' worth of kernel state, counts in no limit of
     a pool, and is ended when nobody takes it for a minute. The default is 1, or what the variable
-    NSBOX_BLANKS says when the first environment is made.
+    NSBOX_STANDBY says when the first environment is made.
 
-    Pools may want more of their own kinds (`WarmPool(blank=...)`): what counts is the most that is
-    wanted. What is kept beyond that is ended at once.
+    Pools may want more of their own kinds (`WarmPool(standby=...)`): what counts is the most that
+    is wanted. What is kept beyond that is ended at once.
 
     Raises:
         ConfigError: `count` is no number from 0 to 64.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST:
-        raise ConfigError(f"blanks: must be a number from 0 to {MOST}, got {count!r}")
+        raise ConfigError(f"standby: must be a number from 0 to {MOST}, got {count!r}")
     _Setting.count = count
     _trim()
 

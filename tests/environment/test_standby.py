@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blank environments: born ahead of need, used by one taker, never in anybody's way."""
+"""Standby environments: born ahead of need, used by one taker, never in anybody's way."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from nsbox.supervisor.launcher import get_launcher
 
 
 @pytest.fixture(autouse=True)
-def _one_blank() -> Iterator[None]:
-    nsbox.set_blanks(1)
+def _one_standby() -> Iterator[None]:
+    nsbox.set_standby(1)
     yield
-    nsbox.set_blanks(0)
+    nsbox.set_standby(0)
     get_launcher().companions.close()
 
 
@@ -79,13 +79,13 @@ def test_what_belongs_to_the_caller_is_not_held_on_to(tmp_path: os.PathLike[str]
 
 
 def test_none_are_kept_where_none_are_wanted() -> None:
-    nsbox.set_blanks(0)
+    nsbox.set_standby(0)
     use_one()
     assert ready() == []
 
 
 def test_as_many_as_wanted_each_given_once() -> None:
-    nsbox.set_blanks(3)
+    nsbox.set_standby(3)
     use_one()
     known = {link.env_id for link in ready()}
     assert len(known) == 3
@@ -102,12 +102,12 @@ def test_as_many_as_wanted_each_given_once() -> None:
 
 
 def test_a_smaller_number_ends_those_that_are_kept() -> None:
-    nsbox.set_blanks(3)
+    nsbox.set_standby(3)
     use_one()
     known = [link.env_id for link in ready()]
-    nsbox.set_blanks(1)
+    nsbox.set_standby(1)
     assert [link.env_id for link in ready()] == known[2:]
-    nsbox.set_blanks(0)
+    nsbox.set_standby(0)
     assert ready() == []
     for env_id in known:
         wait_until(lambda env_id=env_id: not pid_of(env_id), "it is ended")  # type: ignore[misc]
@@ -151,7 +151,7 @@ def test_wished_for_ones_are_kept_alive_and_replaced() -> None:
 
 
 def test_many_threads_never_share_one() -> None:
-    nsbox.set_blanks(4)
+    nsbox.set_standby(4)
     use_one()
     seen: list[str] = []
 
@@ -200,7 +200,7 @@ def test_they_end_with_their_launcher() -> None:
 def test_a_forked_child_takes_none_of_its_parent() -> None:
     code = """
         import os, nsbox
-        nsbox.set_blanks(2)
+        nsbox.set_standby(2)
         nsbox.run(["true"])
         read, write = os.pipe()
         pid = os.fork()
@@ -217,7 +217,7 @@ def test_a_forked_child_takes_none_of_its_parent() -> None:
     assert host.wait(60) == 0
 
 
-def test_a_blank_is_as_isolated_as_any() -> None:
+def test_a_standby_environment_is_as_isolated_as_any() -> None:
     use_one()
     (link,) = ready()
     with nsbox.ExecutionEnvironment() as env:
@@ -242,14 +242,14 @@ def test_one_that_nobody_takes_is_ended() -> None:
 
 @pytest.mark.parametrize("count", [-1, 65, 1.5, "2", None, True])
 def test_a_wrong_number_is_refused(count: object) -> None:
-    with pytest.raises(nsbox.ConfigError, match="blanks: must be a number from 0 to 64, got"):
-        nsbox.set_blanks(count)  # type: ignore[arg-type]
+    with pytest.raises(nsbox.ConfigError, match="standby: must be a number from 0 to 64, got"):
+        nsbox.set_standby(count)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["-1", "many", "65", ""])
 def test_a_wrong_variable_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv("NSBOX_BLANKS", text)
-    with pytest.raises(nsbox.ConfigError, match=f"NSBOX_BLANKS: '{text}' is not a number"):
+    monkeypatch.setenv("NSBOX_STANDBY", text)
+    with pytest.raises(nsbox.ConfigError, match=f"NSBOX_STANDBY: '{text}' is not a number"):
         standby._initial_count()
 
 
@@ -266,13 +266,13 @@ def pid_of(env_id: str) -> int:
 
 
 def test_what_is_too_old_and_taken_in_that_moment_is_no_error() -> None:
-    """A run that succeeded sees to its kind's blanks while another thread ends them."""
+    """A run that succeeded sees to what is on standby while another thread ends them."""
     others: list[threading.Thread] = []
 
     class Old(EnvironmentConnection):
         @property
         def asked_at(self) -> float:  # type: ignore[override]
-            other = threading.Thread(target=nsbox.set_blanks, args=(0,))
+            other = threading.Thread(target=nsbox.set_standby, args=(0,))
             other.start()
             other.join(0.02)
             others.append(other)
@@ -289,3 +289,14 @@ def test_what_is_too_old_and_taken_in_that_moment_is_no_error() -> None:
         for other in others:
             other.join()
     assert others
+
+
+def test_the_old_names_are_kept_for_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.warns(DeprecationWarning, match="set_blanks is nsbox.set_standby now"):
+        assert nsbox.set_blanks is nsbox.set_standby
+    monkeypatch.delenv("NSBOX_STANDBY", raising=False)
+    monkeypatch.setenv("NSBOX_BLANKS", "7")
+    with pytest.warns(DeprecationWarning, match="NSBOX_BLANKS is NSBOX_STANDBY now"):
+        assert standby._initial_count() == 7
+    with pytest.warns(DeprecationWarning, match="blank= is standby= now"):
+        nsbox.WarmPool(blank=0).close()
