@@ -130,6 +130,26 @@ def test_stdout_and_stderr_carry_no_word(publish: Publish, start: str) -> None:
         assert [found[:2] for found in others] == [first[:2]] * 2
 
 
+NO_WAITING = """
+import os, stat
+def handler(event, context):
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                os.set_blocking(fd, False)
+        except OSError:  # that of the list
+            pass
+    return event
+"""
+
+
+@pytest.mark.parametrize("start", ["clone", "exec"])
+def test_a_socket_that_does_not_wait_ends_no_worker(publish: Publish, start: str) -> None:
+    with nsbox.ExecutionEnvironment(publish(NO_WAITING, start=start)) as env:
+        for event in (1, "x" * 5_000_000, 2):
+            assert env.invoke(event) == event
+
+
 FILES = """
 import os
 TUNED = "oom_score_adj", "coredump_filter", "timerslack_ns", "autogroup"

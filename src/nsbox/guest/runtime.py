@@ -368,7 +368,8 @@ class Worker:
             try:
                 count = self._channel.recv_into(view[filled:])
             except BlockingIOError:
-                continue  # a pause in the middle
+                self._block()  # a pause in the middle
+                continue
             if not count:
                 _await_end()
             filled += count
@@ -384,9 +385,18 @@ class Worker:
         if was_called and self._give_back is not None:
             self._give_back()
         self._channel.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _EVER)
-        data = self._read(_FIRST_READ)
+        while True:
+            try:
+                data = self._read(_FIRST_READ)
+                break
+            except BlockingIOError:
+                self._block()
         self._channel.setsockopt(SOL_SOCKET, SO_RCVTIMEO, _LATER if was_called else _REST)
         return data
+
+    def _block(self) -> None:
+        """Have reads wait: what has this socket, too, may have set O_NONBLOCK."""
+        os.set_blocking(self._channel.fileno(), True)
 
     def _read_rights(self, size: int) -> bytes:
         """Read from the worker's socket, where descriptors may come along."""
@@ -401,6 +411,7 @@ class Worker:
             if len(data) < _FIRST_READ:
                 self._channel.sendall(header + data)
             else:
+                self._block()
                 self._channel.sendall(header)
                 self._channel.sendall(data)
         except OSError:
