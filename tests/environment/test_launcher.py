@@ -19,6 +19,7 @@ import pytest
 from tests.support import SLOW_MACHINE, family_of, host_program, name_of, processes_with, wait_until
 
 import nsbox
+from nsbox.supervisor import launcher as launcher_module
 from nsbox.supervisor.launcher import Launcher, get_launcher
 
 pytestmark = pytest.mark.needs("userns")
@@ -190,6 +191,22 @@ def test_a_stopped_launcher_holds_up_births_alone(env: nsbox.ExecutionEnvironmen
         os.kill(launcher.pid, signal.SIGCONT)
     thread.join(30)
     assert answers == ["late\n"]
+
+
+def test_a_launcher_that_ends_late_is_reaped_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher_module, "_REAP", 0.0)
+    monkeypatch.setattr(launcher_module, "_EXIT_SECONDS", 0.0)
+    late = Launcher()
+    os.kill(late.pid, signal.SIGSTOP)
+    late.close()
+    assert os.path.exists(f"/proc/{late.pid}")
+    os.kill(late.pid, signal.SIGCONT)
+
+    def is_reaped() -> bool:
+        get_launcher()
+        return not os.path.exists(f"/proc/{late.pid}")
+
+    wait_until(is_reaped, "it is reaped")
 
 
 def test_a_stopped_launcher_can_be_killed(env: nsbox.ExecutionEnvironment) -> None:

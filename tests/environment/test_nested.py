@@ -54,7 +54,7 @@ for name in bin sbin lib lib64; do [ ! -L /$name ] || ln -s "$(readlink /$name)"
 shift
 while [ "$1" != -- ]; do mkdir -p ".$1"; mount --rbind "$1" ".$1"; shift; done
 shift
-mkdir -m 1777 tmp; exec "$@"
+mkdir -p tmp; chmod 1777 tmp; exec "$@"
 """
 
 

@@ -307,15 +307,10 @@ class Launcher:
         if not protocol.is_readable(self._done, _EXIT_SECONDS):
             _log.warning("the launcher %d had not cleaned up after %g s", self.pid, _EXIT_SECONDS)
         os.close(self._done)
-        self._reap()
-        os.close(self._pidfd)
-
-    def _reap(self) -> None:
         # Its descriptors are closed a moment before it can be reaped.
         protocol.is_readable(self._pidfd, _REAP)
-        # A SIGCHLD handler of the host program may have taken it.
-        with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        _unreaped.append(self._pidfd)
+        _reap()
 
     def abandon(self) -> None:
         """Close the descriptors only: in a forked child of the host, whose launcher it is not."""
@@ -324,6 +319,22 @@ class Launcher:
         self._requests.close()
         for fd in (self._done, self._pidfd):
             os.close(fd)
+
+
+_unreaped: Final[list[int]] = []
+"""Pidfds of launchers that were closed. One that a debugger holds, or the kernel is late with, is
+reaped when the next is started or closed."""
+
+
+def _reap() -> None:
+    for pidfd in tuple(_unreaped):
+        # A SIGCHLD handler of the host program may have taken it, or another thread.
+        with contextlib.suppress(ChildProcessError):
+            if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
+                continue
+        with contextlib.suppress(ValueError):
+            _unreaped.remove(pidfd)
+            os.close(pidfd)
 
 
 def _look_at(sources: Sequence[str]) -> str:
@@ -398,6 +409,8 @@ class _Holder:
 
     def get(self) -> Launcher:
         with self._lock:
+            if _unreaped:
+                _reap()
             if self._launcher is not None and not self._launcher.alive:
                 words = self._launcher.last_words()
                 told = f": {words.strip()}" if words else ""
