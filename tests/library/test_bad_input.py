@@ -213,12 +213,13 @@ def test_messages_name_the_unit_and_the_remedy() -> None:
             make(function)  # type: ignore[arg-type]
 
 
-DIRECTORIES = """
+REFUSED = """
 import os, nsbox
 fd = os.open("/tmp", os.O_RDONLY)
-for name in ("stdin", "stdout", "stderr"):
+for bad in ({"stdin": fd}, {"stdout": fd}, {"stderr": fd}, {"timeout": -1}, {"env": {"=": "x"}},
+            {"cwd": "here"}, {"cpu_time": "1"}, {"input": "text"}, {"input": b"", "stdin": fd}):
     try:
-        nsbox.run(["true"], **{name: fd})
+        nsbox.run(["true"], **bad)
     except nsbox.ConfigError as error:
         print(error)
 with open(f"/proc/self/task/{os.getpid()}/children") as file:
@@ -226,9 +227,11 @@ with open(f"/proc/self/task/{os.getpid()}/children") as file:
 """
 
 
-def test_a_directory_as_a_stream_is_refused_before_anything_is_made() -> None:
-    out, _ = host_program(DIRECTORIES, stdout=subprocess.PIPE).communicate(timeout=60 * PATIENCE)
+def test_what_is_bad_is_refused_before_anything_is_made() -> None:
+    out, _ = host_program(REFUSED, stdout=subprocess.PIPE).communicate(timeout=60 * PATIENCE)
     *refusals, children = out.decode().splitlines()
-    assert [line.partition(":")[0] for line in refusals] == ["stdin", "stdout", "stderr"]
-    assert all("is a directory" in line for line in refusals)
+    told = [line.partition(":")[0] for line in refusals]
+    assert told[:3] == ["stdin", "stdout", "stderr"]
+    assert all("is a directory" in line for line in refusals[:3])
+    assert told[3:] == ["timeout", "env", "cwd", "cpu_time", "input", "input and stdin"]
     assert children == "[]"

@@ -218,11 +218,7 @@ class ExecutionEnvironment:
             EnvironmentStateError: The environment is closed, frozen or dead.
             EnvironmentDied: It was ended from outside while the command ran.
         """
-        if input is not None and stdin is not None:
-            raise ConfigError("input and stdin: give one of them")
-        if input is not None and not isinstance(input, bytes | bytearray | memoryview):
-            raise ConfigError(f"input: must be bytes, got {type(input).__name__}; encode it")
-        seconds = None if timeout is None else parse_seconds(timeout, "timeout")
+        seconds = check_run(input, stdin, timeout)
         if input:
             stdin = PIPE
         streams = (
@@ -288,9 +284,7 @@ class ExecutionEnvironment:
                 layer = "this host gives no cgroup that counts its CPU time"
                 raise UnsupportedHostError("cpu_time", layer, "See 'nsbox doctor'.")
         variables = {**self._environment, **check_environment(env)} if env else self._environment
-        directory = self.config.cwd if cwd is None else check_text(cwd, "cwd")
-        if not directory.startswith("/"):
-            raise ConfigError(f"cwd: must be absolute, got {cwd!r}")
+        directory = check_directory(cwd) or self.config.cwd
         request = RunRequest(variables, directory, tty, announced=announced)
         return Process(
             self._ready_link(),
@@ -686,3 +680,22 @@ class ExecutionEnvironment:
         if self._frozen:
             raise EnvironmentStateError(f"environment {self.id} is frozen; call thaw() first")
         return link
+
+
+def check_run(input: bytes | None, stdin: Stream, timeout: float | None) -> float | None:
+    """Return `timeout` as a float; ConfigError for what `run` does not take."""
+    if input is not None and stdin is not None:
+        raise ConfigError("input and stdin: give one of them")
+    if input is not None and not isinstance(input, bytes | bytearray | memoryview):
+        raise ConfigError(f"input: must be bytes, got {type(input).__name__}; encode it")
+    return None if timeout is None else parse_seconds(timeout, "timeout")
+
+
+def check_directory(cwd: str | None) -> str | None:
+    """Return the working directory of a command, None for the environment's; ConfigError if bad."""
+    if cwd is None:
+        return None
+    directory = check_text(cwd, "cwd")
+    if not directory.startswith("/"):
+        raise ConfigError(f"cwd: must be absolute, got {cwd!r}")
+    return directory

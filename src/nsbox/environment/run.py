@@ -6,10 +6,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Unpack
 
-from nsbox.environment.environment import ExecutionEnvironment
+from nsbox.environment.environment import ExecutionEnvironment, check_directory, check_run
 from nsbox.supervisor.process import DEVNULL, PIPE, Stream
 from nsbox.supervisor.streams import NAMES, descriptor_of
-from nsbox.values.config import Config, RunFields, Word, check_argv
+from nsbox.values.config import (
+    Config,
+    RunFields,
+    Word,
+    check_argv,
+    check_environment,
+    parse_seconds,
+)
 from nsbox.values.result import Result
 
 
@@ -44,6 +51,11 @@ def run(
         As `ExecutionEnvironment` and `ExecutionEnvironment.run`.
     """
     check_argv(argv)
+    check_run(input, stdin, timeout)
+    check_environment(env)
+    check_directory(cwd)
+    if cpu_time is not None:
+        parse_seconds(cpu_time, "cpu_time")
     for name, stream in zip(NAMES, (stdin, stdout, stderr), strict=True):
         if stream not in (None, PIPE, DEVNULL):
             descriptor_of(stream, name)
