@@ -292,16 +292,20 @@ def test_output_max_is_enforced_when_named() -> None:
     assert (done.returncode, len(done.stdout)) == (0, 300000)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"])
-def test_signals_are_forwarded(name: str) -> None:
-    short = name.removeprefix("SIG")
-    script = f"trap 'echo got; exit 9' {short}; echo ready; while :; do sleep 0.02; done"
+def after_signal(name: str, script: str) -> tuple[bytes, int]:
+    """Return what a shell says, and its status, when nsbox gets a signal once it is ready."""
     with start("run", "-q", "--", "sh", "-c", script) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.Signals[name])
-        assert process.stdout.read() == b"got\n"
-        assert process.wait(20 * PATIENCE) == 9
+        return process.stdout.read(), process.wait(20 * PATIENCE)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"])
+def test_signals_are_forwarded(name: str) -> None:
+    short = name.removeprefix("SIG")
+    script = f"trap 'echo got; exit 9' {short}; echo ready; while :; do sleep 0.02; done"
+    assert after_signal(name, script) == (b"got\n", 9)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGQUIT", "SIGHUP"])
@@ -310,12 +314,7 @@ def test_signals_of_terminals_are_for_the_whole_group(name: str) -> None:
     short = name.removeprefix("SIG")
     child = f"trap 'echo child; exit' {short}; echo ready; while :; do sleep 0.02; done"
     script = f"trap 'echo shell; exit 9' {short}; (trap - {short}; {child}); sleep 60"
-    with start("run", "-q", "--", "sh", "-c", script) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.Signals[name])
-        assert process.stdout.read() == b"child\nshell\n"
-        assert process.wait(20 * PATIENCE) == 9
+    assert after_signal(name, script) == (b"child\nshell\n", 9)
 
 
 def test_other_signals_are_for_the_command_alone() -> None:
