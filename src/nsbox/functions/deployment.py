@@ -111,7 +111,7 @@ def _details(version: FunctionVersion, environment: Mapping[str, str]) -> dict[s
         "name": function.name,
         "version": version.id,
         "arn": f"arn:aws:lambda:local:000000000000:function:{function.name}:{version.id}",
-        "memory": str(int(limit) >> 20 if limit is not None else 0),
+        "memory": str(limit >> 20 if limit is not None else 0),
         "log_group": f"/aws/lambda/{function.name}",
         "tenant": function.tenant,
     }

@@ -12,7 +12,7 @@ from typing import Final
 from nsbox.functions.exchange import error_payload
 from nsbox.functions.function import FunctionVersion
 from nsbox.functions.request import Request
-from nsbox.guest import runtime as runtime
+from nsbox.guest import runtime
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.files import reset
 from nsbox.supervisor.process import DEVNULL, PIPE, Process
@@ -64,7 +64,7 @@ def run_program(
         payload=error_payload(kind, message) if kind else result.stdout,
         stderr=result.stderr,
         duration_seconds=duration,
-        memory_limit_mb=int(memory) >> 20 if memory is not None else None,
+        memory_limit_mb=memory >> 20 if memory is not None else None,
         status="timeout" if result.outcome is Outcome.TIMED_OUT else "error" if kind else "",
         error_type=kind,
     )

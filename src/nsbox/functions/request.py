@@ -12,7 +12,7 @@ from typing import Any, Final, TypedDict
 from nsbox.errors import ConfigError
 from nsbox.functions.credentials import Credentials, Provider
 from nsbox.functions.exchange import Call, OnLog
-from nsbox.guest import runtime as runtime
+from nsbox.guest import runtime
 from nsbox.values import json_text
 from nsbox.values.config import check_environment, check_text, parse_seconds
 

@@ -42,7 +42,7 @@ from nsbox.functions.program import run_program
 from nsbox.functions.request import Request
 from nsbox.functions.worker import WorkerConnection
 from nsbox.guest import protocol as p
-from nsbox.guest import runtime as runtime
+from nsbox.guest import runtime
 from nsbox.guest.executed import executed_worker
 from nsbox.launcher.messages import Spec
 from nsbox.linux.descriptors import close_all

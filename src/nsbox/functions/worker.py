@@ -25,7 +25,7 @@ from nsbox.functions.exchange import (
     WorkerOver,
     WorkerSilent,
 )
-from nsbox.guest import runtime as runtime
+from nsbox.guest import runtime
 from nsbox.linux.sending import send_at_once
 from nsbox.supervisor.channel import EventPlace
 from nsbox.supervisor.connection import EnvironmentConnection

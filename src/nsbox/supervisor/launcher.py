@@ -8,7 +8,6 @@ posix_spawn(3) with an empty environment, in a session of its own (Ctrl-C is not
 from __future__ import annotations
 
 import atexit
-import contextlib
 import errno
 import importlib.util
 import logging
@@ -329,10 +328,10 @@ reaped when the next is started or closed."""
 def _reap() -> None:
     for pidfd in tuple(_unreaped):
         # A SIGCHLD handler of the host program may have taken it, or another thread.
-        with contextlib.suppress(ChildProcessError):
+        with suppress(ChildProcessError):
             if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
                 continue
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             _unreaped.remove(pidfd)
             os.close(pidfd)
 

@@ -71,7 +71,6 @@ class Process:
         self.stdin: IO[bytes] | None = None
         self.stdout: IO[bytes] | None = None
         self.stderr: IO[bytes] | None = None
-        self._on_stderr: Callable[[bytes], object] | None = None
         self._verdict: Verdict | None = None
         self._result: Result | None = None
         self._death: Exception | None = None
@@ -227,14 +226,16 @@ class Process:
         With `on_stderr` stderr is a log: all of it goes there as it comes, the first `output_max`
         bytes are kept, and more is no reason to kill.
         """
-        self._on_stderr = on_stderr
         deadline = None if timeout is None else self._started_at + timeout
         outputs = {
-            stream.fileno(): (name, stream, io.BytesIO())
-            for name, stream in (("stdout", self.stdout), ("stderr", self.stderr))
+            stream.fileno(): (name, io.BytesIO(), hear)
+            for name, stream, hear in (
+                ("stdout", self.stdout, None),
+                ("stderr", self.stderr, on_stderr),
+            )
             if stream is not None
         }
-        captured = {name: buffer for name, _, buffer in outputs.values()}
+        captured = {name: buffer for name, buffer, _ in outputs.values()}
         poller = select.poll()
         for fd in outputs:
             os.set_blocking(fd, False)
@@ -255,8 +256,7 @@ class Process:
             is_due = wait is not None or not ready
             for fd, _ in ready:
                 if fd in outputs:
-                    name, _, buffer = outputs[fd]
-                    if not self._read_some(fd, name, buffer, output_max):
+                    if not self._read_some(fd, output_max, *outputs[fd]):
                         poller.unregister(fd)
                         del outputs[fd]
                 elif self.stdin is not None and fd == self.stdin.fileno():
@@ -273,8 +273,8 @@ class Process:
                 result = self._advance(0.0)
         # Every process that could write is gone: what is in the pipes now is all there will be.
         # Not "read until EOF": a descriptor may have been sent to a command that still runs.
-        for fd, (name, _, buffer) in outputs.items():
-            while self._read_some(fd, name, buffer, output_max):
+        for fd, output in outputs.items():
+            while self._read_some(fd, output_max, *output):
                 if not select.select([fd], [], [], 0)[0]:
                     break
         if self._verdict is not None and self._verdict.outcome is Outcome.OUTPUT_LIMIT:
@@ -295,8 +295,18 @@ class Process:
         own = -1 if self._channel is None else self._channel.socket.fileno()
         return [fd for fd in (own, self._connection.fileno()) if fd >= 0]
 
-    def _read_some(self, fd: int, name: str, buffer: io.BytesIO, limit: int) -> bool:
-        """Read once; False at the end of the stream. Bytes over the limit are dropped."""
+    def _read_some(
+        self,
+        fd: int,
+        limit: int,
+        name: str,
+        buffer: io.BytesIO,
+        hear: Callable[[bytes], object] | None,
+    ) -> bool:
+        """Read once; False at the end of the stream. Bytes over the limit are dropped.
+
+        They end the command, unless the stream is one that `hear` is given all of.
+        """
         try:
             data = os.read(fd, _CHUNK)
         except BlockingIOError:
@@ -305,8 +315,8 @@ class Process:
             return False
         room = limit - buffer.tell()
         buffer.write(data[:room])
-        if name == "stderr" and self._on_stderr is not None:
-            self._on_stderr(data)
+        if hear is not None:
+            hear(data)
         elif len(data) > room:
             self.kill_with_verdict(Outcome.OUTPUT_LIMIT, f"{name} is over {limit} bytes")
         return True
