@@ -354,13 +354,15 @@ def test_a_silent_pid_1_holds_up_no_loop(publish: Publish, monkeypatch: pytest.M
     """After its time it is killed, and the call is told so; a pool would make it elsewhere."""
     monkeypatch.setattr(nsbox.functions.session, "ANSWER_DEADLINE", 0.2 * PATIENCE)
     with nsbox.ExecutionEnvironment(publish(HINDERER, reuse="reset")) as env:
-        send = env._link.begin  # type: ignore[union-attr]
+        pid, kind = env.pid, type(env._link)
+        send = kind.begin  # type: ignore[union-attr]
 
         def ask_and_stop(*arguments: object) -> object:
-            os.kill(env.pid, signal.SIGSTOP)
+            os.kill(pid, signal.SIGSTOP)
             return send(*arguments)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(env._link, "begin", ask_and_stop)
+        # On the class: put back on the object, its own method would keep it alive.
+        monkeypatch.setattr(kind, "begin", ask_and_stop)
         assert env.invoke("victim") == "answered"
         begin = time.monotonic()
         with pytest.raises(nsbox.EnvironmentDied, match="PID 1 did not answer"):

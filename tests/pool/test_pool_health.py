@@ -137,7 +137,8 @@ def test_a_pool_goes_on_when_its_thread_meets_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with nsbox.WarmPool(provisioned=1, max_environments=1) as pool:
-        died, sweep = pool._scheduler.died, pool._scheduler.sweep
+        kind = type(pool._scheduler)  # put back on the object, its method would keep it alive
+        died, sweep = kind.died, kind.sweep
         errors: list[str] = []
 
         def fail_once(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,10 +150,10 @@ def test_a_pool_goes_on_when_its_thread_meets_an_error(
 
             return call
 
-        monkeypatch.setattr(pool._scheduler, "sweep", fail_once("sweep", sweep))
+        monkeypatch.setattr(kind, "sweep", fail_once("sweep", sweep))
         pool._manager._wake()
         wait_until(lambda: errors == ["sweep"], "it has met one")
-        monkeypatch.setattr(pool._scheduler, "died", fail_once("died", died))
+        monkeypatch.setattr(kind, "died", fail_once("died", died))
         (env,) = pool.snapshot().environments
         os.kill(env.pid, signal.SIGKILL)
         wait_until(lambda: errors == ["sweep", "died"], "it has met the second")

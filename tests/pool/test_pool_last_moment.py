@@ -19,7 +19,8 @@ from tests.support import PATIENCE, wait_until
 
 import nsbox
 from nsbox.functions.function import ReuseChoice
-from nsbox.pool.manager import PoolLease, PoolSlot
+from nsbox.pool.manager import PoolLease, PoolScheduler, PoolSlot
+from nsbox.pool.scheduler import Scheduler
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -104,10 +105,12 @@ def kill_at_lease(
 ) -> list[PoolSlot]:
     """Have the next environment that is leased die before its event is sent; returns whose."""
     killed: list[PoolSlot] = []
-    take = pool._scheduler.take_idle
+    take = Scheduler.take_idle
 
-    def take_and_kill(queue: object, tenant: str | None) -> PoolLease | None:
-        lease = take(queue, tenant)  # type: ignore[arg-type]
+    def take_and_kill(
+        scheduler: PoolScheduler, queue: object, tenant: str | None
+    ) -> PoolLease | None:
+        lease = take(scheduler, queue, tenant)  # type: ignore[arg-type]
         if lease is not None and not killed:
             slot = lease.slot
             killed.append(slot)
@@ -122,7 +125,8 @@ def kill_at_lease(
                 wait_until(lambda: hears(slot, select.POLLHUP), "its worker's socket is closed")
         return lease
 
-    monkeypatch.setattr(pool._scheduler, "take_idle", take_and_kill)
+    # On the class: put back on the object, its own method would keep it alive.
+    monkeypatch.setattr(Scheduler, "take_idle", take_and_kill)
     return killed
 
 
