@@ -78,7 +78,7 @@ def test_nothing_is_waited_for_where_nothing_runs_or_is_left() -> None:
         lambda env: None,
         lambda env: env.run(["true"]),
         lambda env: env.close(),
-        lambda env: env._link.kill(),
+        lambda env: env._connection.kill(),
     ):
         env = nsbox.ExecutionEnvironment()
         prepare(env)

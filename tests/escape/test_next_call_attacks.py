@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ import nsbox
 import nsbox.functions.session
 from nsbox.functions.session import Session
 from nsbox.supervisor.channel import ANSWER_DEADLINE
+from nsbox.supervisor.connection import EnvironmentConnection
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -266,7 +268,7 @@ def test_a_worker_that_dies_at_the_last_moment_is_nobodys_error(
     def send_and_kill(self: Session, request: object) -> object:
         if killed:
             return send(self, request)  # type: ignore[arg-type]
-        (worker,) = psutil.Process(self._link.pid).children()
+        (worker,) = psutil.Process(self._connection.pid).children()
         killed.append(worker.pid)
         if moment == "before":
             worker.kill()
@@ -354,15 +356,14 @@ def test_a_silent_pid_1_holds_up_no_loop(publish: Publish, monkeypatch: pytest.M
     """After its time it is killed, and the call is told so; a pool would make it elsewhere."""
     monkeypatch.setattr(nsbox.functions.session, "ANSWER_DEADLINE", 0.2 * PATIENCE)
     with nsbox.ExecutionEnvironment(publish(HINDERER, reuse="reset")) as env:
-        pid, kind = env.pid, type(env._link)
-        send = kind.begin  # type: ignore[union-attr]
+        pid, send = env.pid, EnvironmentConnection.begin
 
-        def ask_and_stop(*arguments: object) -> object:
+        def ask_and_stop(*arguments: Any) -> object:
             os.kill(pid, signal.SIGSTOP)
-            return send(*arguments)  # type: ignore[arg-type]
+            return send(*arguments)
 
         # On the class: put back on the object, its own method would keep it alive.
-        monkeypatch.setattr(kind, "begin", ask_and_stop)
+        monkeypatch.setattr(EnvironmentConnection, "begin", ask_and_stop)
         assert env.invoke("victim") == "answered"
         begin = time.monotonic()
         with pytest.raises(nsbox.EnvironmentDied, match="PID 1 did not answer"):

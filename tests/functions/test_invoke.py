@@ -21,7 +21,7 @@ from tests.support import PATIENCE, wait_until
 
 import nsbox
 from nsbox import State
-from nsbox.functions.exchange import Call
+from nsbox.functions.exchange import PendingCall
 
 ECHO = """
 def handler(event, context):
@@ -826,7 +826,7 @@ def test_a_limit_that_handlers_do_not_have_is_refused(tmp_path: Path) -> None:
 def test_a_log_written_in_single_bytes_takes_no_more_memory_than_its_bytes() -> None:
     count = 200_000
     pieces = [bytes([number]) for number in range(256)]
-    call = Call(1, 1.0, "", count, None)
+    call = PendingCall(1, 1.0, "", count, None)
     tracemalloc.start()
     try:
         for number in range(count):

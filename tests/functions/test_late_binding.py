@@ -297,10 +297,10 @@ def test_more_than_there_is_room_for(make_function: MakeFunction) -> None:
     ],
 )
 def test_wrong_files(files: Any, words: str) -> None:
-    from nsbox.functions.request import Request
+    from nsbox.functions.request import InvocationRequest
 
     with pytest.raises(nsbox.ConfigError, match=words):
-        Request(b"{}", files=files)
+        InvocationRequest(b"{}", files=files)
 
 
 # -- plain programs ------------------------------------------------------------------------------

@@ -278,7 +278,7 @@ def test_a_frozen_one_that_dies_is_seen_at_once(make: Make, events: Events) -> N
         wait_until(lambda: events.of("frozen"), "it is frozen", 20)
         (slot,) = pool._scheduler._slots
         assert slot.env is not None
-        slot.env._live_link().kill()
+        slot.env._live_connection().kill()
         pool.invoke({})
         assert pool.stats()["Births"] == 2
 

@@ -25,9 +25,9 @@ from nsbox.errors import (
 )
 from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.functions.deployment import deployment_of
-from nsbox.functions.exchange import Answer, OnLog, drive
+from nsbox.functions.exchange import InvocationResponse, OnLog, drive
 from nsbox.functions.function import FunctionVersion
-from nsbox.functions.request import Options, Request, check_payload, encode_event
+from nsbox.functions.request import InvocationRequest, Options, check_payload, encode_event
 from nsbox.functions.session import Session
 from nsbox.launcher import messages
 from nsbox.supervisor import standby
@@ -94,7 +94,7 @@ class ExecutionEnvironment:
             LauncherError: The launcher cannot be started.
         """
         self._owner = os.getpid()
-        self._link: EnvironmentConnection | None = None
+        self._connection: EnvironmentConnection | None = None
         self._frozen = False
         self._protections: Protections | None = None
         self._close_lock = threading.Lock()
@@ -110,16 +110,16 @@ class ExecutionEnvironment:
                 deployment.attachments,
             )
         self.config = make_config(config, fields)
-        plan, link = self._give_birth(runtime, attachments)
+        plan, connection = self._give_birth(runtime, attachments)
         self._kind = plan.spec if plan.may_stand_by else None
-        self.id = link.env_id
-        self.pid = link.pid
+        self.id = connection.env_id
+        self.pid = connection.pid
         self._accounts_cpu = plan.accounts_cpu
         self._environment = plan.environment
         self._describe = functools.partial(
-            born_layers, self.config, self._launcher.hello, link, plan.layers
+            born_layers, self.config, self._launcher.hello, connection, plan.layers
         )
-        self._link = link
+        self._connection = connection
         if version is not None:
             # In no cycle: a closed environment would hold on to its code until a collection.
             own = weakref.proxy(self)
@@ -128,7 +128,7 @@ class ExecutionEnvironment:
                 return own._start(*args, **options)  # type: ignore[no-any-return]
 
             session = self._session = Session(
-                link,
+                connection,
                 version,
                 self._environment,
                 protections=lambda: own.protections,
@@ -140,7 +140,7 @@ class ExecutionEnvironment:
                 session.prepare()
                 # While the launcher binds it to its place; nothing of it is run before.
                 version.verify()
-                link.await_attached()
+                connection.await_attached()
             except BaseException:
                 self.close()
                 raise
@@ -160,8 +160,8 @@ class ExecutionEnvironment:
 
     def _take(self, runtime: str, attachments: Attachments) -> tuple[Plan, EnvironmentConnection]:
         plan = make_plan(self.config, self._launcher.hello, runtime)
-        link = standby.take(self._launcher, plan.spec, attachments, is_brief=self._is_brief)
-        return plan, link
+        connection = standby.take(self._launcher, plan.spec, attachments, is_brief=self._is_brief)
+        return plan, connection
 
     # -- what users do -------------------------------------------------------------------------
 
@@ -177,9 +177,11 @@ class ExecutionEnvironment:
     @property
     def state(self) -> State:
         """The state now; a death is noticed when it is asked for."""
-        if self._link is None:
+        if self._connection is None:
             return State.CLOSED
-        if self._owner == os.getpid() and (self._link.is_killed or self._link.note_end()):
+        if self._owner == os.getpid() and (
+            self._connection.is_killed or self._connection.note_end()
+        ):
             return State.DEAD
         return State.FROZEN if self._frozen else State.READY
 
@@ -287,7 +289,7 @@ class ExecutionEnvironment:
         directory = check_directory(cwd) or self.config.cwd
         request = RunRequest(variables, directory, tty, announced=announced)
         return Process(
-            self._ready_link(),
+            self._ready_connection(),
             command,
             request,
             streams,
@@ -311,7 +313,7 @@ class ExecutionEnvironment:
             SyscallError: As open(2) or write(2) inside; ELOOP for a link, ENOSPC when /tmp is full.
             ConfigError: `path` is not absolute, or `mode` has more than permission bits.
         """
-        write_file(self._ready_link, path, data, mode)
+        write_file(self._ready_connection, path, data, mode)
 
     def read_file(self, path: str, *, max_bytes: int = 16 << 20) -> bytes:
         """Read a regular file inside; see `write_file` for what is refused.
@@ -319,21 +321,21 @@ class ExecutionEnvironment:
         Raises:
             SyscallError: As open(2) or read(2) inside; EFBIG when it has more than `max_bytes`.
         """
-        return read_file(self._ready_link, path, max_bytes)
+        return read_file(self._ready_connection, path, max_bytes)
 
     def freeze(self) -> None:
         """Stop every process of the environment; nothing in it runs until `thaw`.
 
         By the cgroup freezer where there is one, else by SIGSTOP to every process.
         """
-        self._ready_link().request(messages.Freeze(id=self.id))
+        self._ready_connection().request(messages.Freeze(id=self.id))
         self._frozen = True
 
     def thaw(self) -> None:
         """Let a frozen environment run again; does nothing to one that is not frozen."""
-        link = self._live_link()
+        connection = self._live_connection()
         if self._frozen:
-            link.request(messages.Thaw(id=self.id))
+            connection.request(messages.Thaw(id=self.id))
             self._frozen = False
 
     def reset(self) -> None:
@@ -352,7 +354,7 @@ class ExecutionEnvironment:
             raise EnvironmentStateError(
                 f"environment {self.id} is a function's: give the Function reuse='reset'"
             )
-        reset(self._ready_link(), self.config)
+        reset(self._ready_connection(), self.config)
 
     # -- functions -----------------------------------------------------------------------------
 
@@ -413,7 +415,7 @@ class ExecutionEnvironment:
         """
         payload = encode_event(event)
         found = None if credentials is None else resolve(credentials, self._role(role))
-        request = Request(
+        request = InvocationRequest(
             payload, found, timeout=timeout, env=env, files=files,
             request_id=request_id, client_context=client_context, on_log=on_log,
         )  # fmt: skip
@@ -430,8 +432,8 @@ class ExecutionEnvironment:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
         data = check_payload(payload)
         found = resolve(credentials, self._role(role))
-        answer = self.call(Request(data, found, **options))
-        return answer.invocation() if isinstance(answer, Answer) else answer
+        answer = self.call(InvocationRequest(data, found, **options))
+        return answer.invocation() if isinstance(answer, InvocationResponse) else answer
 
     async def invoke_async(
         self,
@@ -450,9 +452,9 @@ class ExecutionEnvironment:
         found = None
         if credentials is not None:
             found = await resolve_async(credentials, self._role(role))
-        return (await self.call_async(Request(payload, found, **options))).json()
+        return (await self.call_async(InvocationRequest(payload, found, **options))).json()
 
-    def call(self, request: Request) -> Invocation | Answer:
+    def call(self, request: InvocationRequest) -> Invocation | InvocationResponse:
         """Serve what was checked: by a pool, before it takes an environment for it."""
         session = self._function_session()
         try:
@@ -461,7 +463,7 @@ class ExecutionEnvironment:
             if self._kind is not None or session.has_end:
                 self._end_invocation(session)
 
-    async def call_async(self, request: Request) -> Invocation | Answer:
+    async def call_async(self, request: InvocationRequest) -> Invocation | InvocationResponse:
         """Do as `call`, on the running asyncio loop."""
         import asyncio  # 25 ms at the start of every program, and most need none of it
 
@@ -497,17 +499,17 @@ class ExecutionEnvironment:
     def _function_session(self) -> Session:
         """Return the session of an environment that can serve a call; a frozen one is thawed."""
         # An end that nobody has noticed yet is seen at once by who waits for the answer.
-        session, link = self._session, self._link
-        is_alive = link is not None and link.end is None and not link.is_killed
+        session, connection = self._session, self._connection
+        is_alive = connection is not None and connection.end is None and not connection.is_killed
         if session is not None and is_alive and self._owner == os.getpid() and not self._frozen:
             return session
-        link = self._known_link()
+        connection = self._known_connection()
         if session is None:
             raise EnvironmentStateError(
                 f"environment {self.id} belongs to no function; make one of Function(...).publish()"
             )
         if self._frozen:
-            link.request(messages.Thaw(id=link.env_id))
+            connection.request(messages.Thaw(id=connection.env_id))
             self._frozen = False
         return session
 
@@ -531,10 +533,10 @@ class ExecutionEnvironment:
 
     def usage(self) -> Usage:
         """Return the resources used since birth, or until its end, by everything in it."""
-        link = self._own_link()
-        if link.is_killed:
-            link.await_end()
-        return usage_between({}, link.usage(), None)
+        connection = self._own_connection()
+        if connection.is_killed:
+            connection.await_end()
+        return usage_between({}, connection.usage(), None)
 
     def close(self, *, wait: bool = True, grace: float = 0.0) -> None:
         """Kill everything in it and remove it. May be called again, and in any state.
@@ -554,29 +556,29 @@ class ExecutionEnvironment:
             seconds = parse_seconds(grace, "grace")
             await_exit_notice(self.ask_to_end(), seconds)
         with self._close_lock:
-            link, self._link = self._link, None
-        if link is None:
+            connection, self._connection = self._connection, None
+        if connection is None:
             return
         if self._owner != os.getpid():
             if self._session is not None:
                 self._session.close()
-            link.close()  # a forked child's copies of the descriptors; it is not its own
+            connection.close()  # a forked child's copies of the descriptors; it is not its own
             return
         if wait:
-            link.begin_end()
+            connection.begin_end()
         else:
-            link.closing = True
-            link.kill()
+            connection.closing = True
+            connection.kill()
         if self._session is not None:
             self._session.await_idle()
             self._session.close()
         self._replace_standby()
         leaked: list[str] = []
         if wait:
-            if not link.await_end():
+            if not connection.await_end():
                 leaked.append(f"process {self.pid}")
-            leaked += link.end.leaked if link.end is not None else []
-        link.close()
+            leaked += connection.end.leaked if connection.end is not None else []
+        connection.close()
         if leaked:
             raise CleanupError(leaked)
 
@@ -590,7 +592,7 @@ class ExecutionEnvironment:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_link", None) is not None:
+        if getattr(self, "_connection", None) is not None:
             try:
                 if self._owner == os.getpid():
                     warnings.warn(f"{self!r} was not closed", ResourceWarning, 2, source=self)
@@ -605,7 +607,7 @@ class ExecutionEnvironment:
     @property
     def is_closed(self) -> bool:
         """Whether whoever had it has closed it."""
-        return self._link is None
+        return self._connection is None
 
     @property
     def heard_nothing(self) -> bool:
@@ -618,12 +620,12 @@ class ExecutionEnvironment:
         Raises:
             EnvironmentDied: It has ended.
         """
-        return self._live_link().fileno()
+        return self._live_connection().fileno()
 
     def send_kill(self) -> None:
         """SIGKILL PID 1, unless it is closed; who waits for an answer sees that."""
-        if (link := self._link) is not None:
-            link.send_kill()
+        if (connection := self._connection) is not None:
+            connection.send_kill()
 
     def on_kill_of_left_running(self, tell: Callable[[], object]) -> None:
         """Have `tell` called when an invocation has left processes running that were killed."""
@@ -641,7 +643,7 @@ class ExecutionEnvironment:
         """
         try:
             self.thaw()
-            notice = self._live_link().ask_to_end()
+            notice = self._live_connection().ask_to_end()
         except NsboxError:
             return None  # it is gone, or does not thaw, or is another process's
         if self._session is not None:
@@ -650,36 +652,36 @@ class ExecutionEnvironment:
 
     # -- states --------------------------------------------------------------------------------
 
-    def _own_link(self) -> EnvironmentConnection:
-        """Return the link, unless the environment is closed or another process's."""
+    def _own_connection(self) -> EnvironmentConnection:
+        """Return the connection, unless the environment is closed or another process's."""
         if self._owner != os.getpid():
             raise EnvironmentStateError(
                 f"environment {self.id} belongs to process {self._owner}; this is its forked "
                 f"child {os.getpid()}: make an environment of its own here"
             )
-        link = self._link
-        if link is None:
+        connection = self._connection
+        if connection is None:
             raise EnvironmentStateError(f"environment {self.id} is closed; make a new one")
-        return link
+        return connection
 
-    def _known_link(self) -> EnvironmentConnection:
-        """Return the link, unless the environment is known to be of no use."""
-        link = self._own_link()
-        if link.end is not None or link.is_killed:
+    def _known_connection(self) -> EnvironmentConnection:
+        """Return the connection, unless the environment is known to be of no use."""
+        connection = self._own_connection()
+        if connection.end is not None or connection.is_killed:
             raise EnvironmentStateError(
-                f"environment {self.id} is dead: {link.describe_end()}; make a new one"
+                f"environment {self.id} is dead: {connection.describe_end()}; make a new one"
             )
-        return link
+        return connection
 
-    def _live_link(self) -> EnvironmentConnection:
-        link = self._known_link()
-        return self._known_link() if link.note_end() else link
+    def _live_connection(self) -> EnvironmentConnection:
+        connection = self._known_connection()
+        return self._known_connection() if connection.note_end() else connection
 
-    def _ready_link(self) -> EnvironmentConnection:
-        link = self._live_link()
+    def _ready_connection(self) -> EnvironmentConnection:
+        connection = self._live_connection()
         if self._frozen:
             raise EnvironmentStateError(f"environment {self.id} is frozen; call thaw() first")
-        return link
+        return connection
 
 
 def check_run(input: bytes | None, stdin: Stream, timeout: float | None) -> float | None:

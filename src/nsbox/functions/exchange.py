@@ -109,7 +109,7 @@ class WorkerOver(Exception):
     """The worker, or its environment, is over: `WorkerConnection.end_of` tells why."""
 
 
-class Call:
+class PendingCall:
     """An event on its way, or the start of a worker, and what has come back of it so far.
 
     Attributes:
@@ -145,7 +145,7 @@ class Call:
         self.logs: dict[str, bytearray] | None = None
         self.on_log = on_log
         self.is_first = is_first
-        self.start: Call | None = None
+        self.start: PendingCall | None = None
         self.is_unsent = False
         self.left_running: LeftRunning | None = None
         self.answered = 0.0
@@ -171,7 +171,7 @@ class Call:
         if self.on_log is not None:
             self.on_log(name, data)
 
-    def belongs_to(self, event: Call) -> None:
+    def belongs_to(self, event: PendingCall) -> None:
         """Give the first event this start of its worker, and its callback what was written then."""
         event.start = self
         if self.on_log is None and event.on_log is not None and self.logs is not None:
@@ -184,13 +184,13 @@ class Call:
         return bytes(self.logs[name]) if self.logs is not None else b""
 
 
-class Answer:
+class InvocationResponse:
     """A function's answer; its `Invocation` is made when somebody asks for it."""
 
     __slots__ = ("_call", "_describe", "data")
 
     def __init__(
-        self, describe: Callable[..., Invocation], call: Call, data: bytes | memoryview
+        self, describe: Callable[..., Invocation], call: PendingCall, data: bytes | memoryview
     ) -> None:
         """`describe` is `Session.describe`."""
         self._describe = describe

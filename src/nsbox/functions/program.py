@@ -11,7 +11,7 @@ from typing import Final
 
 from nsbox.functions.exchange import error_payload
 from nsbox.functions.function import FunctionVersion
-from nsbox.functions.request import Request
+from nsbox.functions.request import InvocationRequest
 from nsbox.guest import runtime
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.files import reset
@@ -24,15 +24,15 @@ _SIGNALED: Final = "Runtime exited with error: signal"
 
 
 def run_program(
-    link: EnvironmentConnection,
+    connection: EnvironmentConnection,
     version: FunctionVersion,
-    request: Request,
+    request: InvocationRequest,
     start: Callable[..., Process],
 ) -> Invocation:
     """Serve one event with a run of the function's command; stderr is its log.
 
     Args:
-        link: The environment.
+        connection: The environment.
         version: Whose command it is.
         request: The event.
         start: Starts a command, as `ExecutionEnvironment.popen`, with no answer awaited.
@@ -69,12 +69,12 @@ def run_program(
         error_type=kind,
     )
     if result.outcome is Outcome.TIMED_OUT:
-        link.kill(f"an invocation timed out after {limit:.2f} seconds")
+        connection.kill(f"an invocation timed out after {limit:.2f} seconds")
         raise InvokeTimeout(message, invocation)
     if result.outcome is Outcome.OOM_KILLED:
-        link.kill(result.evidence)
+        connection.kill(result.evidence)
     elif function.reuse == "reset":
-        reset(link, version.config)
+        reset(connection, version.config)
     if kind:
         raise FunctionError(kind, message, (), invocation)
     return invocation

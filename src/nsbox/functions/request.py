@@ -11,7 +11,7 @@ from typing import Any, Final, TypedDict
 
 from nsbox.errors import ConfigError
 from nsbox.functions.credentials import Credentials, Provider
-from nsbox.functions.exchange import Call, OnLog
+from nsbox.functions.exchange import OnLog, PendingCall
 from nsbox.guest import runtime
 from nsbox.values import json_text
 from nsbox.values.config import check_environment, check_text, parse_seconds
@@ -73,7 +73,7 @@ class Options(PoolOptions, total=False):
     on_log: OnLog | None
 
 
-class Request:
+class InvocationRequest:
     """An event whose every part was checked; for one invocation."""
 
     __slots__ = ("client_context", "env", "files", "on_log", "payload", "request_id", "timeout")
@@ -106,13 +106,13 @@ class Request:
             self.env |= credentials.variables()
         self.files = _check_files(files) if files else {}
 
-    def words(self, call: Call) -> bytes:
+    def words(self, call: PendingCall) -> bytes:
         """Return what comes between the numbers of its frame and the payload."""
         if not self.env:
             return f"{call.request_id}\0{self.client_context}\0".encode()
         return f"{call.request_id}\0{self.client_context}\0{json.dumps(self.env)}".encode()
 
-    def frame(self, call: Call) -> bytes:
+    def frame(self, call: PendingCall) -> bytes:
         """Return its frame (`nsbox.guest.runtime`) without the payload, which is next."""
         if self.env or self.client_context:
             words = self.words(call)

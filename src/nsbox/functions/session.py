@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Final
 from nsbox.errors import EnvironmentStateError, InvokeError, SyscallError
 from nsbox.functions.deployment import deployment_of
 from nsbox.functions.exchange import (
-    Answer,
-    Call,
     Frame,
+    InvocationResponse,
     OnLog,
+    PendingCall,
     Steps,
     Wait,
     WorkerEnded,
@@ -39,7 +39,7 @@ from nsbox.functions.exchange import (
 )
 from nsbox.functions.function import FunctionVersion
 from nsbox.functions.program import run_program
-from nsbox.functions.request import Request
+from nsbox.functions.request import InvocationRequest
 from nsbox.functions.worker import WorkerConnection
 from nsbox.guest import protocol as p
 from nsbox.guest import runtime
@@ -99,7 +99,7 @@ class Session:
 
     def __init__(
         self,
-        link: EnvironmentConnection,
+        connection: EnvironmentConnection,
         version: FunctionVersion,
         environment: Mapping[str, str],
         *,
@@ -109,13 +109,13 @@ class Session:
         """Take what belongs to the environment.
 
         Args:
-            link: Its connection.
+            connection: Its connection.
             version: Whose it is.
             environment: Variables besides the function's own.
             protections: Tells what is in force.
             start_command: Starts a command in it, for `run_program`.
         """
-        self._link = link
+        self._connection = connection
         self._version = version
         self._function = version.function
         self._environment = environment
@@ -135,16 +135,16 @@ class Session:
         self._memory_mb = limit >> 20 if limit is not None else None
         self._quiet_until = 0.0
         self._is_begun = False
-        self._start: Call | None = None  # until the first event has it
+        self._start: PendingCall | None = None  # until the first event has it
         self._cleanup: Channel | None = None  # PID 1's, after the last call
         # Of the last call: its record, or what that is made of. An answer would make a cycle.
-        self._last: Invocation | tuple[Call, bytes | memoryview] | None = None
+        self._last: Invocation | tuple[PendingCall, bytes | memoryview] | None = None
         self._spare: EnvironmentConnection | None = None
         # Opened once: that costs ten times a look. Beside a worker that was executed there is
         # one that waits since the birth, or has ended.
         self._kills_left = version.kills_left_running
         is_counted = self._kills_left and self._function.start == "clone"
-        self._counter = link.reader.open_counter() if is_counted and link.reader else -1
+        self._counter = connection.reader.open_counter() if is_counted and connection.reader else -1
         self.worker: WorkerConnection | None = None
         self.init_seconds: float | None = None
         self.is_provisioned = self.is_used = self.is_unsent = False
@@ -194,7 +194,7 @@ class Session:
                 driver.forget()
             from nsbox.functions.loop import LoopDriver  # asyncio: 25 ms, and most need none of it
 
-            driver = self._loop = LoopDriver(loop, self._link.kill)
+            driver = self._loop = LoopDriver(loop, self._connection.kill)
         return driver
 
     def last(self) -> Invocation | None:
@@ -241,28 +241,29 @@ class Session:
         self._finish_start(call, (yield from self._exchange(call)))
 
     def _tell(self, process: Process, channel: Socket) -> Steps[None]:
-        self.worker = WorkerConnection(self._link, process, channel)
+        self.worker = WorkerConnection(self._connection, process, channel)
         yield from self._tell_again()
 
     def _tell_again(self) -> Steps[None]:
         deployment = deployment_of(self._version)
         text = deployment.start_text(
-            self._version, self._environment, self._link.env_id, self._initialization_type
+            self._version, self._environment, self._connection.env_id, self._initialization_type
         )
         yield from self._send_start(self._start_call(), runtime.START, text.encode())
 
     def _begin_once(self) -> None:
         """A start that has failed is not tried again: its environment was killed."""
         if self._is_begun:
-            self._link.kill()
-            what = f"environment {self._link.env_id}: {self._link.describe_end()}"
-            raise EnvironmentDied(what, self._link.end_outcome())
+            self._connection.kill()
+            raise self._connection.death()
         self._is_begun = True
 
-    def _start_call(self, on_log: OnLog | None = None) -> Call:
-        return Call(_START, self._function.init_timeout, "", self._room, on_log)
+    def _start_call(self, on_log: OnLog | None = None) -> PendingCall:
+        return PendingCall(_START, self._function.init_timeout, "", self._room, on_log)
 
-    def _send_start(self, call: Call, kind: bytes, data: bytes, more: bytes = b"") -> Steps[None]:
+    def _send_start(
+        self, call: PendingCall, kind: bytes, data: bytes, more: bytes = b""
+    ) -> Steps[None]:
         header = runtime.HEADER.pack(kind, len(data) + len(more), call.number)
         self._known_worker.send(call, header + data, more)
         if call.rest is not None:
@@ -270,30 +271,32 @@ class Session:
 
     def _take_worker(self) -> tuple[Process, Socket]:
         """Return the worker that waits since the birth, and this end of its socket."""
-        endpoints = self._link.endpoints
+        endpoints = self._connection.endpoints
         if endpoints is None:
-            raise EnvironmentStateError(f"environment {self._link.env_id} has no worker")
+            raise EnvironmentStateError(f"environment {self._connection.env_id} has no worker")
         argv = (f"the worker of {self._function.name}",)
-        process = Process(self._link, argv, endpoints, protections=self._protections)
+        process = Process(self._connection, argv, endpoints, protections=self._protections)
         return process, endpoints.socket
 
     def _execute(self) -> tuple[Process, Socket]:
         """Return a worker in an interpreter of its own, and this end of its socket."""
         python = interpreter() if self._function.rootfs is None else "python3"
-        self._link.drop_endpoints()
+        self._connection.drop_endpoints()
         ours, theirs = make_socket()
         try:
             argv = (python, "-I", "-S", "-c", executed_worker(3))
             request = RunRequest(self._environment, "/", announced=True, extra=theirs.fileno())
             streams = (None, PIPE, PIPE)
-            return Process(self._link, argv, request, streams, protections=self._protections), ours
+            return Process(
+                self._connection, argv, request, streams, protections=self._protections
+            ), ours
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
 
-    def _finish_start(self, call: Call, frame: Frame) -> None:
+    def _finish_start(self, call: PendingCall, frame: Frame) -> None:
         """Take the worker's answer to its start."""
         kind, data = frame
         if kind == runtime.READY:
@@ -306,23 +309,23 @@ class Session:
         if kind != runtime.BROKEN:
             raise self._violation("it is ready before it was asked")
         error = self._function_error(bytes(data), None)
-        self._link.kill(f"its module was not imported ({str(error)[:_LOG_SHOWN]})")
+        self._connection.kill(f"its module was not imported ({str(error)[:_LOG_SHOWN]})")
         raise error
 
     # -- an event ------------------------------------------------------------------------------
 
-    def serve(self, request: Request) -> Steps[Invocation | Answer]:
+    def serve(self, request: InvocationRequest) -> Steps[Invocation | InvocationResponse]:
         """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
         if not self._busy.acquire(blocking=False):
             raise self._refusal()
         self._holder = threading.get_ident()
         call = None
-        answer: Invocation | Answer
+        answer: Invocation | InvocationResponse
         try:
             if self._function.handler is None:
                 yield from self._place(request)
                 start = self._start_command
-                program = partial(run_program, self._link, self._version, request, start)
+                program = partial(run_program, self._connection, self._version, request, start)
                 record: Invocation = yield program
                 self._last = answer = record
                 if request.files and self._function.reuse == "keep":
@@ -356,7 +359,7 @@ class Session:
                 if not call.answered:
                     call.answered = time.monotonic()
                 if frame[0] == runtime.ANSWER:
-                    answer = Answer(self.describe, call, frame[1])
+                    answer = InvocationResponse(self.describe, call, frame[1])
                     self._last = call, frame[1]
                     if self._resets:
                         yield from self._begin_reset()
@@ -378,7 +381,7 @@ class Session:
 
     def _refusal(self) -> EnvironmentStateError:
         return EnvironmentStateError(
-            f"environment {self._link.env_id} is busy with another invocation; "
+            f"environment {self._connection.env_id} is busy with another invocation; "
             "an environment serves one at a time"
         )
 
@@ -388,18 +391,18 @@ class Session:
             self._spare, self.next_kind = standby.prepare(*self.next_kind), None
             self.has_end = True
 
-    def _place(self, request: Request) -> Steps[None]:
+    def _place(self, request: InvocationRequest) -> Steps[None]:
         """Wait until the last call's are gone, and have its files written."""
         if self._resets and self.worker is not None:
             self._unwatch_event()
             self.worker.make_event()  # while PID 1 is busy
         if self._cleanup is not None:
             channel, self._cleanup = self._cleanup, None
-            check_reset(self._link, *(yield from self._answer(channel)))
+            check_reset(self._connection, *(yield from self._answer(channel)))
         if request.files:
-            yield partial(place_files, self._link, request.files)
+            yield partial(place_files, self._connection, request.files)
 
-    def _send_first(self, request: Request) -> Steps[tuple[Call, Frame | None]]:
+    def _send_first(self, request: InvocationRequest) -> Steps[tuple[PendingCall, Frame | None]]:
         """Let a prepared worker import the module and go on to the event by itself.
 
         Returns the event with its answer, if that has come already.
@@ -441,7 +444,7 @@ class Session:
         self._send_event(call, request)
         return call, None
 
-    def _exchange_start(self, call: Call) -> Steps[Frame]:
+    def _exchange_start(self, call: PendingCall) -> Steps[Frame]:
         """Wait for the answer to a start that an event was sent along with.
 
         Nothing of the log is read before the moment, so that a worker that goes on to the event
@@ -464,7 +467,7 @@ class Session:
         except (WorkerSilent, WorkerOver) as error:
             raise (yield from self._judge(call, error)) from None
 
-    def _send(self, request: Request) -> Call:
+    def _send(self, request: InvocationRequest) -> PendingCall:
         """Send an event, as much of it as there is room for.
 
         Nobody looks whether the worker has said something before: it cannot have known the number.
@@ -478,7 +481,7 @@ class Session:
             self.worker.send(call, request.frame(call), request.payload)
         return call
 
-    def _send_event(self, call: Call, request: Request) -> None:
+    def _send_event(self, call: PendingCall, request: InvocationRequest) -> None:
         if self._start is not None:
             start, self._start = self._start, None
             start.belongs_to(call)
@@ -490,16 +493,18 @@ class Session:
         else:
             worker.send(call, request.frame(call), request.payload)
 
-    def _call_of(self, request: Request, number: int) -> Call:
+    def _call_of(self, request: InvocationRequest, number: int) -> PendingCall:
         count = self._count = self._count + 1
         timeout, request_id = request.timeout, request.request_id
         if timeout is None:
             timeout = self._timeout
         if request_id is None:
             request_id = f"{self._id_prefix}{count:012x}"
-        return Call(number, timeout, request_id, self._room, request.on_log, is_first=count == 1)
+        return PendingCall(
+            number, timeout, request_id, self._room, request.on_log, is_first=count == 1
+        )
 
-    def _send_rest(self, call: Call) -> Steps[None]:
+    def _send_rest(self, call: PendingCall) -> Steps[None]:
         """Wait until a worker that does not read as fast as that has room, or ends."""
         worker = self._known_worker
         while call.rest is not None:
@@ -512,7 +517,7 @@ class Session:
                 return
             worker.send_rest(call)
 
-    def _exchange(self, call: Call) -> Steps[Frame]:
+    def _exchange(self, call: PendingCall) -> Steps[Frame]:
         """Wait for the answer to a start."""
         worker = self._known_worker
         worker.wait.deadline = call.deadline
@@ -524,7 +529,7 @@ class Session:
             raise (yield from self._judge(call, error)) from None
         return frame
 
-    def _failure(self, call: Call, frame: Frame) -> Steps[Exception]:
+    def _failure(self, call: PendingCall, frame: Frame) -> Steps[Exception]:
         """Return what to raise when the handler has raised, or its fork has ended."""
         kind, data = frame
         if kind == runtime.ERROR:
@@ -539,18 +544,18 @@ class Session:
         code = exit_code(int(status))
         if code is None:
             return self._violation(f"the status of its fork is {int(status)}")
-        self._link.kill(f"the fork of its worker had ended ({describe_exit(code)})")
+        self._connection.kill(f"the fork of its worker had ended ({describe_exit(code)})")
         return (yield partial(self._fork_error, call, code))  # type: ignore[no-any-return]
 
     def describe(
         self,
-        call: Call,
+        call: PendingCall,
         payload: bytes,
         status: str = "",
         error_type: str = "",
     ) -> Invocation:
         """Return the record of a call that is over, when it was answered or now."""
-        peak = self._link.memory_peak()
+        peak = self._connection.memory_peak()
         return Invocation(
             request_id=call.request_id,
             payload=payload,
@@ -577,30 +582,30 @@ class Session:
     @property
     def _known_worker(self) -> WorkerConnection:
         if self.worker is None:
-            raise EnvironmentStateError(f"environment {self._link.env_id} has no worker yet")
+            raise EnvironmentStateError(f"environment {self._connection.env_id} has no worker yet")
         return self.worker
 
     def _violation(self, what: str) -> EnvironmentDied:
         return self._known_worker.violation(what)
 
-    def _judge(self, call: Call, error: Exception) -> Steps[Exception]:
+    def _judge(self, call: PendingCall, error: Exception) -> Steps[Exception]:
         """Return what to raise for a call that got no answer; its environment is killed."""
         if isinstance(error, WorkerSilent):
             return self._timeout_error(call)
         return (yield partial(self._judge_end, call))  # type: ignore[no-any-return]
 
-    def _judge_end(self, call: Call) -> Exception:
+    def _judge_end(self, call: PendingCall) -> Exception:
         """Wait for what is told of the end of the worker, and return what to raise."""
         error = self._known_worker.end_of(call)
         return self._end_error(call, error.result) if isinstance(error, WorkerEnded) else error
 
-    def _timeout_error(self, call: Call) -> InvokeTimeout:
+    def _timeout_error(self, call: PendingCall) -> InvokeTimeout:
         """Return what to raise for a worker that gave no answer in time; it is killed."""
         worker = self._known_worker
         worker.drain_logs(call)
         worker.process.kill_with_verdict(Outcome.TIMED_OUT, f"not over after {call.timeout:g} s")
         what = "its import" if call.number == _START else "an invocation"
-        self._link.kill(f"{what} timed out after {call.timeout:.2f} seconds")
+        self._connection.kill(f"{what} timed out after {call.timeout:.2f} seconds")
         if call.number == _START:
             return InvokeTimeout(f"init timed out after {call.timeout:.2f} seconds")
         what = f"Task timed out after {call.timeout:.2f} seconds"
@@ -608,36 +613,35 @@ class Session:
         payload = error_payload(kind, f"RequestId: {call.request_id} Error: {what}")
         return InvokeTimeout(what, self.describe(call, payload, "timeout", kind))
 
-    def _end_error(self, call: Call, result: Result) -> InvokeError:
+    def _end_error(self, call: PendingCall, result: Result) -> InvokeError:
         if result.outcome is Outcome.KILLED or (call.is_unsent and call.number != _START):
             # By its caller; or it had ended before, and nothing was run.
-            what = f"environment {self._link.env_id}: {self._link.describe_end()}"
-            return EnvironmentDied(what, result.outcome)
+            return self._connection.death(result.outcome)
         if result.outcome is Outcome.OOM_KILLED:
             return self._out_of_memory(call, result.evidence)
         return self._exit_error(call, result.returncode)
 
-    def _fork_error(self, call: Call, returncode: int) -> FunctionError:
+    def _fork_error(self, call: PendingCall, returncode: int) -> FunctionError:
         """Return what to raise for the end of a fork, of which its worker tells."""
         if returncode == -signal.SIGKILL:
             # v1's OOM killer takes one process. Its worker may be quicker than the launcher.
-            self._link.await_end()
-            after = self._link.end.usage if self._link.end is not None else {}
+            self._connection.await_end()
+            after = self._connection.end.usage if self._connection.end is not None else {}
             if evidence := oom_evidence({}, after):
                 return self._out_of_memory(call, evidence)
         return self._exit_error(call, returncode)
 
-    def _out_of_memory(self, call: Call, evidence: str) -> FunctionError:
+    def _out_of_memory(self, call: PendingCall, evidence: str) -> FunctionError:
         what = f"Runtime exited with error: signal: killed ({evidence})"
         return self._ended(call, "Runtime.OutOfMemory", what)
 
-    def _exit_error(self, call: Call, returncode: int) -> FunctionError:
+    def _exit_error(self, call: PendingCall, returncode: int) -> FunctionError:
         what = "Runtime exited without providing a reason"
         if returncode:
             what = f"Runtime exited with error: {describe_exit(returncode)}"
         return self._ended(call, "Runtime.ExitError", what)
 
-    def _ended(self, call: Call, kind: str, what: str) -> FunctionError:
+    def _ended(self, call: PendingCall, kind: str, what: str) -> FunctionError:
         if call.number == _START:
             log = call.logged("stderr")[-_LOG_SHOWN:]
             text = log.decode(errors="replace").strip()
@@ -646,7 +650,7 @@ class Session:
         payload = error_payload(kind, message)
         return FunctionError(kind, message, (), self.describe(call, payload, "error", kind))
 
-    def _note_failure(self, error: BaseException, call: Call | None) -> None:
+    def _note_failure(self, error: BaseException, call: PendingCall | None) -> None:
         """Keep the record of a call that failed; without a verdict end its environment.
 
         Its answer may be on the way still, so that the environment serves no other.
@@ -662,11 +666,9 @@ class Session:
         if isinstance(error, FunctionError | InvokeTimeout):
             self._last = error.invocation
             return
-        if self._link.closing and isinstance(error, OSError | ValueError):
-            raise EnvironmentDied(
-                f"environment {self._link.env_id}: {self._link.describe_end()}"
-            ) from error
-        self._link.kill(f"an invocation was ended by {type(error).__name__}")
+        if self._connection.closing and isinstance(error, OSError | ValueError):
+            raise self._connection.death() from error
+        self._connection.kill(f"an invocation was ended by {type(error).__name__}")
 
     def _function_error(
         self, data: bytes, invocation: Invocation | None
@@ -684,8 +686,8 @@ class Session:
     def _ask(self, operation: bytes, request: bytes) -> Steps[Channel]:
         """Ask PID 1; raises OSError when it is gone."""
         if len(request) + 2 <= p.LARGEST_MESSAGE:
-            return self._link.begin(operation, request)
-        return (yield partial(self._link.begin, operation, request))  # type: ignore[no-any-return]
+            return self._connection.begin(operation, request)
+        return (yield partial(self._connection.begin, operation, request))  # type: ignore[no-any-return]
 
     def _answer(self, channel: Channel) -> Steps[tuple[bytes, int, int]]:
         """Wait for PID 1's answer and return its kind and two numbers.
@@ -701,7 +703,7 @@ class Session:
                     raise TimeoutError
                 answer = channel.feed()
         except OSError as error:
-            raise (yield partial(self._link.died, error)) from error
+            raise (yield partial(self._connection.died, error)) from error
         finally:
             channel.close()
         kind, first, second, _, fds = answer
@@ -718,23 +720,23 @@ class Session:
             self._cleanup = yield from self._ask(p.RESET, request)
         except OSError as error:
             # The answer is there; whoever comes next is told.
-            self._link.kill(f"its reset could not be asked for ({error})")
+            self._connection.kill(f"its reset could not be asked for ({error})")
 
-    def _remove(self, request: Request) -> Steps[None]:
+    def _remove(self, request: InvocationRequest) -> Steps[None]:
         # Whatever PID 1 is asked next comes after it; the next event waits for its answer.
         names = p.names_request([name.encode() for name in request.files])
         try:
             self._cleanup = yield from self._ask(p.REMOVE, names)
         except OSError:
             # The next event is not to find them.
-            self._link.kill("an invocation's files could not be removed")
+            self._connection.kill("an invocation's files could not be removed")
 
     def _unwatch_event(self) -> None:
         """Have the loop let go of an event's own socket and pipes before they are closed."""
         if self._loop is not None and self.worker is not None:
             self._loop.unwatch(self.worker.event_descriptors())
 
-    def _kill_left(self, call: Call) -> Steps[None]:
+    def _kill_left(self, call: PendingCall) -> Steps[None]:
         """Kill what `call`, which has been answered, has left running; return when it is gone.
 
         If PID 1 does not say that all is gone the environment is killed: `call` is over and has all
@@ -748,7 +750,7 @@ class Session:
         try:
             left = call.left_running = yield from self._ask_for_left(kill=True)
         except OSError:
-            self._link.kill("what an invocation has left running could not be killed")
+            self._connection.kill("what an invocation has left running could not be killed")
         except EnvironmentDied:
             pass
         else:
@@ -761,7 +763,7 @@ class Session:
         try:
             return (yield from self._ask_for_left(kill=False)) or NOTHING
         except OSError as error:
-            raise self._link.died(error) from error
+            raise self._connection.died(error) from error
         finally:
             self._busy.release()
 
@@ -772,15 +774,15 @@ class Session:
         """
         number = 0 if self.worker is None else self.worker.process.pid
         channel = yield from self._ask(p.LEFT, p.left_request(number, kill=kill))
-        return check_left(self._link, *(yield from self._answer(channel)))
+        return check_left(self._connection, *(yield from self._answer(channel)))
 
-    def left_running(self, call: Call) -> LeftRunning | None:
+    def left_running(self, call: PendingCall) -> LeftRunning | None:
         """Return what `call` has left running, as far as no process need be asked for that."""
         if call.left_running is not None:
             return call.left_running
         goes_on = self._function.reuse == "keep" and not self._kills_left
-        is_counted = goes_on and self._function.start == "clone" and not self._link.is_killed
-        reader = self._link.reader
+        is_counted = goes_on and self._function.start == "clone" and not self._connection.is_killed
+        reader = self._connection.reader
         try:
             tasks = reader.tasks() if is_counted and reader is not None else None
         except SyscallError:

@@ -17,8 +17,8 @@ from typing import Final
 
 from nsbox.errors import SyscallError
 from nsbox.functions.exchange import (
-    Call,
     Frame,
+    PendingCall,
     Ready,
     Wait,
     WorkerEnded,
@@ -27,7 +27,7 @@ from nsbox.functions.exchange import (
 )
 from nsbox.guest import runtime
 from nsbox.linux.sending import send_at_once
-from nsbox.supervisor.channel import EventPlace
+from nsbox.supervisor.channel import InvocationEndpoints
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.process import Process
 from nsbox.values.result import EnvironmentDied
@@ -56,13 +56,15 @@ class WorkerConnection:
         wait: What it says something on; its deadline is that of the call under way.
     """
 
-    def __init__(self, link: EnvironmentConnection, process: Process, channel: Socket) -> None:
+    def __init__(
+        self, connection: EnvironmentConnection, process: Process, channel: Socket
+    ) -> None:
         """`channel` is this end of its socket; both are closed by `close`."""
-        self._link = link
+        self._connection = connection
         self.process = process
         self._base = channel  # the worker's
         self._socket: Socket = channel  # the one that is answered on
-        self._event: EventPlace | None = None
+        self._event: InvocationEndpoints | None = None
         self._buffer = self._words = b""
         self._body: memoryview | None = None  # of an answer that has begun to come
         self._kind, self._filled = b"", 0
@@ -96,9 +98,9 @@ class WorkerConnection:
             SyscallError: There is no room for it.
         """
         self.close_event()
-        self._event = EventPlace()
+        self._event = InvocationEndpoints()
 
-    def open_event(self, call: Call, frame: bytes) -> None:
+    def open_event(self, call: PendingCall, frame: bytes) -> None:
         """Send `frame` with the other ends; `send_event` is next, then `await_event`.
 
         Raises:
@@ -113,7 +115,7 @@ class WorkerConnection:
         except OSError as error:
             raise SyscallError("sendmsg", error.errno or 0) from error
 
-    def send_event(self, call: Call, first: bytes, body: bytes = b"") -> None:
+    def send_event(self, call: PendingCall, first: bytes, body: bytes = b"") -> None:
         """Send a frame on the event's own socket; see `send`."""
         if not call.is_unsent:
             self.send(call, first, body, self._own.socket)
@@ -138,7 +140,7 @@ class WorkerConnection:
             self._event = None
             self._socket, self._fd = self._base, self._base_fd
 
-    def close_logs(self, call: Call) -> None:
+    def close_logs(self, call: PendingCall) -> None:
         """Take what the import has written and close its pipes: each event has its own."""
         self.drain_logs(call)
         for fd in self._logs:
@@ -154,7 +156,7 @@ class WorkerConnection:
         return list(self._logs) if own is None else [own.socket.fileno(), *own.logs]
 
     @property
-    def _own(self) -> EventPlace:
+    def _own(self) -> InvocationEndpoints:
         if self._event is None:
             raise AssertionError("an event that was not opened")
         return self._event
@@ -166,7 +168,9 @@ class WorkerConnection:
             self._fd = -1
         self._buffer, self._body = b"", None
 
-    def send(self, call: Call, first: bytes, body: bytes = b"", own: Socket | None = None) -> None:
+    def send(
+        self, call: PendingCall, first: bytes, body: bytes = b"", own: Socket | None = None
+    ) -> None:
         """Send of a frame what the socket takes now; `send_rest` goes on with the rest.
 
         Its header and what else is in `first`, and `body`; on the worker's socket or an `own` one.
@@ -181,14 +185,14 @@ class WorkerConnection:
         call.rest = (to, first, body, done)
         self.send_rest(call)
 
-    def room(self, call: Call) -> Wait:
+    def room(self, call: PendingCall) -> Wait:
         """Return what is waited for before `send_rest`: room in the socket, or the worker's end."""
         write = -1 if call.rest is None else call.rest[0].fileno()
         if write < 0:
             raise ValueError("its environment was closed")
         return Wait(self.process.descriptors(), call.deadline, write)
 
-    def send_rest(self, call: Call) -> None:
+    def send_rest(self, call: PendingCall) -> None:
         """Send what the socket takes now."""
         if call.rest is None:
             return
@@ -207,7 +211,7 @@ class WorkerConnection:
         """Return what the answer to a start comes on, without the log."""
         return Wait([self._fd, *self.process.descriptors()], deadline)
 
-    def feed_start(self, call: Call, ready: Ready) -> Frame | None:
+    def feed_start(self, call: PendingCall, ready: Ready) -> Frame | None:
         """Do as `feed` for the answer to a start that an event was sent along with.
 
         The answer first: when the worker goes on, what is in the log then is the event's.
@@ -222,7 +226,7 @@ class WorkerConnection:
             self.drain_logs(call)
         return answer
 
-    def begun(self, call: Call) -> Frame | None:
+    def begun(self, call: PendingCall) -> Frame | None:
         """Return the answer if it has come with what was read before."""
         if not self._buffer and not self._words:
             return None
@@ -231,7 +235,7 @@ class WorkerConnection:
             self.drain_logs(call)  # written before it
         return answer
 
-    def feed(self, call: Call, ready: Ready) -> Frame | None:
+    def feed(self, call: PendingCall, ready: Ready) -> Frame | None:
         """Read from what is ready; return the answer when it is whole.
 
         Raises:
@@ -276,7 +280,7 @@ class WorkerConnection:
         if data:
             raise self.violation("it answers before it was asked")
 
-    def drain_logs(self, call: Call) -> None:
+    def drain_logs(self, call: PendingCall) -> None:
         """Take what has been written to the log by now."""
         for fd, _ in self.wait.poll.poll(0):
             if fd in self._logs:
@@ -284,10 +288,10 @@ class WorkerConnection:
 
     def violation(self, what: str) -> EnvironmentDied:
         """Kill the environment and return what to raise: its worker broke the rules."""
-        self._link.kill(f"its worker broke the rules: {what}")
-        return EnvironmentDied(f"environment {self._link.env_id}: {self._link.describe_end()}")
+        self._connection.kill(f"its worker broke the rules: {what}")
+        return self._connection.death()
 
-    def end_of(self, call: Call) -> Exception:
+    def end_of(self, call: PendingCall) -> Exception:
         """Wait for what PID 1 or the launcher tells of its end; return what to raise.
 
         This takes as long as they take, and up to `_END_DEADLINE`.
@@ -305,10 +309,10 @@ class WorkerConnection:
             except OSError as error:
                 self._note_reset(error)
             call.is_unsent |= self._event.is_unread
-        self._link.kill(f"its worker had ended ({result.evidence})")
+        self._connection.kill(f"its worker had ended ({result.evidence})")
         return WorkerEnded(result)
 
-    def _read_log(self, call: Call, fd: int) -> None:
+    def _read_log(self, call: PendingCall, fd: int) -> None:
         for _ in range(_LOG_READS):
             data = _read(fd)
             if data:
@@ -319,7 +323,7 @@ class WorkerConnection:
             if len(data or b"") < _CHUNK:
                 return
 
-    def _read_frame(self, call: Call) -> Frame | None:
+    def _read_frame(self, call: PendingCall) -> Frame | None:
         if self._body is not None:
             return self._read_body(call)
         try:
@@ -346,7 +350,7 @@ class WorkerConnection:
         if self._event is not None and error.errno == errno.ECONNRESET:
             self._event.is_unread = True
 
-    def _on_end_of_socket(self, call: Call) -> Frame | None:
+    def _on_end_of_socket(self, call: PendingCall) -> Frame | None:
         if self._event is None:
             self._note_end()
             return None
@@ -361,7 +365,7 @@ class WorkerConnection:
         self._is_ended = True
         self.wait.discard(self._base_fd)
 
-    def _parse(self, call: Call, data: bytes) -> Frame | None:
+    def _parse(self, call: PendingCall, data: bytes) -> Frame | None:
         data = self._buffer + data if self._buffer else data
         if len(data) < _HEADER_SIZE:
             self._buffer = data
@@ -386,7 +390,7 @@ class WorkerConnection:
         self._buffer = data[end:]
         return kind, data[_HEADER_SIZE:end]
 
-    def _read_body(self, call: Call) -> Frame | None:
+    def _read_body(self, call: PendingCall) -> Frame | None:
         """Read the rest of an answer into one buffer of its size, as far as it has come."""
         body = self._body or memoryview(b"")
         while self._filled < len(body):
@@ -402,7 +406,7 @@ class WorkerConnection:
         self._body = None
         return self._kind, body
 
-    def _read_word(self, call: Call) -> Frame | None:
+    def _read_word(self, call: PendingCall) -> Frame | None:
         """Read what the worker itself says while a fork of it is to answer."""
         try:
             data = self._base.recv(_CHUNK)
@@ -416,7 +420,7 @@ class WorkerConnection:
         self._words += data
         return self._parse_words(call)
 
-    def _parse_words(self, call: Call) -> Frame | None:
+    def _parse_words(self, call: PendingCall) -> Frame | None:
         data = self._words
         while len(data) >= _HEADER_SIZE:
             kind, length, number = runtime.HEADER.unpack_from(data)

@@ -251,12 +251,12 @@ class Server:
             return  # no room for its sockets, which are closed: the host reads that as the end
         if received is None:
             self._leave()
-        request, (control, host_fd) = received
+        request, (control, answer_fd) = received
         if not isinstance(request, messages.GiveBirth):
             raise TypeError(f"{request!r} asks for no birth")
         # Told what it is, it need not ask the kernel.
-        host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, host_fd)
-        scarce = protocol.scarcity((control, host_fd), is_brief=request.is_brief)
+        host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, answer_fd)
+        scarce = protocol.scarcity((control, answer_fd), is_brief=request.is_brief)
         if scarce is not None:
             count, limit = scarce
             protocol.reply(host, messages.NoDescriptors(count=count, limit=limit))

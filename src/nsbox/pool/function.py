@@ -19,13 +19,13 @@ from typing import Any, Final, NoReturn, Unpack
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import ConfigError, PoolError, PoolTimeout, refuse_pickling
 from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
-from nsbox.functions.exchange import Answer
+from nsbox.functions.exchange import InvocationResponse
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.loop import aside
 from nsbox.functions.request import (
     CallOptions,
+    InvocationRequest,
     PoolOptions,
-    Request,
     TimedCallOptions,
     check_payload,
     encode_event,
@@ -92,7 +92,7 @@ class PoolFunction:
         payload, found = encode_event(event), None
         if self._has_provider or credentials is not None:
             found = self._credentials(credentials, role)
-        request = Request(payload, found, timeout=timeout, env=env, files=files)
+        request = InvocationRequest(payload, found, timeout=timeout, env=env, files=files)
         begin = time.monotonic()
         lease = self._take_warm(tenant, begin)
         while True:
@@ -118,13 +118,15 @@ class PoolFunction:
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
         data = check_payload(payload)
-        request = Request(data, self._credentials(credentials, role), **options)
+        request = InvocationRequest(data, self._credentials(credentials, role), **options)
         begin = time.monotonic()
         lease = self._take_warm(tenant, begin)
         while True:
             try:
                 answer = (lease.slot.env or env_of(lease)).call(request)
-                invocation = answer.invocation() if isinstance(answer, Answer) else answer
+                invocation = (
+                    answer.invocation() if isinstance(answer, InvocationResponse) else answer
+                )
             except BaseException as error:
                 if not self._manager.fail(lease, error):
                     raise
@@ -197,7 +199,7 @@ class PoolFunction:
         found = None
         if (provider := self._provider(credentials)) is not None:
             found = await resolve_async(provider, self._role(role))
-        request = Request(payload, found, **options)
+        request = InvocationRequest(payload, found, **options)
         self._check_usable(is_function=True)
         begin = time.monotonic()
         lease = self._scheduler.take_idle(self._queue, tenant)

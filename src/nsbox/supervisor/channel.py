@@ -23,7 +23,7 @@ ANSWER_DEADLINE: Final = 30.0
 """Seconds PID 1 may take to start a command, or to answer a file operation."""
 
 
-Answer = tuple[bytes, int, int, int, list[int]]
+Reply = tuple[bytes, int, int, int, list[int]]
 """The kind, three numbers and the descriptors of an answer of PID 1."""
 
 
@@ -82,7 +82,7 @@ class Channel:
         with suppress(BrokenPipeError):
             self.socket.sendall(p.LENGTH.pack(len(request)) + request)
 
-    def receive_answer(self) -> Answer:
+    def receive_answer(self) -> Reply:
         """Wait for the next answer and return it.
 
         Raises:
@@ -93,7 +93,7 @@ class Channel:
             pass
         return answer
 
-    def feed(self) -> Answer | None:
+    def feed(self) -> Reply | None:
         """Read what has come of the next answer; None: not all of it. Raises as `receive_answer`.
 
         The socket waits for the first of it, unless it was told otherwise (`make_socket`).
@@ -237,7 +237,7 @@ class WorkerEndpoints:
             end.close()
 
 
-class EventPlace:
+class InvocationEndpoints:
     """The host's ends of what one event of a reset worker has for itself: its socket and its log.
 
     Made for each: flags, owners, locks, sizes, times and contents of what is open reach no other.

@@ -316,8 +316,12 @@ class EnvironmentConnection:
             self.kill()  # it is gone already
         if not isinstance(cause, TimeoutError):
             self.await_end()
+        return self.death()
+
+    def death(self, outcome: Outcome | None = None) -> EnvironmentDied:
+        """Return the exception that tells how the environment ended; None: as `end_outcome`."""
         what = f"environment {self.env_id}: {self.describe_end()}"
-        return EnvironmentDied(what, self.end_outcome())
+        return EnvironmentDied(what, outcome or self.end_outcome())
 
     def ask_to_end(self) -> Socket:
         """SIGTERM everything in it; return what `await_exit_notice` takes.
@@ -396,7 +400,7 @@ class EnvironmentConnection:
         if not isinstance(answer, messages.Done):
             self.kill()
             self.await_end()
-            raise EnvironmentDied(f"environment {self.env_id}: {self.describe_end()}")
+            raise self.death()
 
     def note_end(self) -> bool:
         """Whether PID 1 is gone; then `end` is told, which it is a moment later."""

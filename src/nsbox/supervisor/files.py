@@ -13,7 +13,6 @@ from nsbox.supervisor.channel import BrokenAnswer, Channel
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.values.config import Config, check_text
 from nsbox.values.invocation import NOTHING, LeftRunning
-from nsbox.values.result import EnvironmentDied
 
 _CALLS = {
     "open": ("openat2", ""),
@@ -27,7 +26,7 @@ _INTERPRETER_MAX = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 
 
 def write_file(
-    get_link: Callable[[], EnvironmentConnection], path: str, data: bytes, mode: int
+    get_connection: Callable[[], EnvironmentConnection], path: str, data: bytes, mode: int
 ) -> None:
     """See `ExecutionEnvironment.write_file`."""
     if not isinstance(data, bytes | bytearray | memoryview):
@@ -35,15 +34,17 @@ def write_file(
     if isinstance(mode, bool) or not isinstance(mode, int) or mode & ~0o777:
         raise ConfigError(f"mode: must be permission bits such as 0o644, got {mode!r}")
     name = os.fsencode(_inside(path))
-    send_file(get_link(), p.WRITE, name, data, mode)
+    send_file(get_connection(), p.WRITE, name, data, mode)
 
 
-def read_file(get_link: Callable[[], EnvironmentConnection], path: str, max_bytes: int) -> bytes:
+def read_file(
+    get_connection: Callable[[], EnvironmentConnection], path: str, max_bytes: int
+) -> bytes:
     """See `ExecutionEnvironment.read_file`."""
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
         raise ConfigError(f"max_bytes: must not be negative, got {max_bytes!r}")
     request = p.read_request(os.fsencode(_inside(path)), max_bytes)
-    connection = get_link()
+    connection = get_connection()
     channel = connection.ask(p.READ, request, [])
     with channel:
         size = expect_ok(connection, channel, "read", path)
@@ -157,7 +158,7 @@ def check_left(
     if kind != p.OK or first < 0 or second < 0:
         why = os.strerror(first) if kind == p.FAILED else "no answer"
         connection.kill(f"what is left running in it is not known ({why})")
-        raise EnvironmentDied(f"environment {connection.env_id}: {connection.describe_end()}")
+        raise connection.death()
     return LeftRunning(first, second) if first or second else NOTHING
 
 
