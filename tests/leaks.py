@@ -163,15 +163,15 @@ def _launcher_descriptors(launcher: Launcher | None, of_launcher: list[_Process]
     except OSError:
         return frozenset()  # not dumpable, and this user may not look; or it has ended
     # Layouts (mnt) and ready network namespaces (net) are kept; the rest is what it began with:
-    # its sockets to the host and each template, the lock on its ids, the pidfds of all these and of
-    # the janitor, epoll, the lifeline, the done pipe, 0 to 2.
+    # its sockets to the host and each template, the lock on its ids, the pidfd of the host,
+    # epoll, a signalfd, the lifeline, the done pipe, 0 to 2.
     sockets = sum(link.startswith("socket:") for link in links)
     pidfds = sum("pidfd" in link for link in links)
     found = []
     if sockets > 3 + templates:
         found.append(f"{sockets} sockets, {templates} templates")
-    if pidfds > 2 + templates:
-        found.append(f"{pidfds} pidfds, {templates} templates")
+    if pidfds > 1:
+        found.append(f"{pidfds} pidfds")
     namespaces = sum(link.startswith(("mnt:", "net:")) for link in links)
     if namespaces > 2 + 8 + 4:
         found.append(f"{namespaces} namespaces")

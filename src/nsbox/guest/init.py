@@ -24,7 +24,7 @@ from nsbox.guest import protocol as p
 from nsbox.guest.exec import given_actions, open_terminal, spawn, stdio_actions
 from nsbox.guest.files import Failure, read_exactly, serve
 from nsbox.linux import constants as c
-from nsbox.linux.calls import kill_all_others
+from nsbox.linux.calls import CHILD, kill_all_others
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 from nsbox.linux.scheduling import Standing
 
@@ -393,7 +393,7 @@ class Init:
 
     def _on_child(self) -> None:
         # A code above 0 is the kernel's word: processes cannot send one (rt_sigqueueinfo(2)).
-        code, pid = processes.CHILD.unpack(os.read(self._signals, processes.CHILD.size))
+        code, pid = CHILD.unpack(os.read(self._signals, CHILD.size))
         self._reap(pid if code == os.CLD_EXITED else -1)
         self._send_exit_notice()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-from struct import Struct
 
 from nsbox.linux import constants as c
 
@@ -17,8 +16,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
 
-CHILD = Struct("8xiI112x")
-"""A record of a signalfd (signalfd(2)): ssi_code, and ssi_pid. Equal signals are merged."""
 MOST_HELD = 256
 """More descriptors than are ever `held`."""
 _DEATH_DEADLINE = 1000  # milliseconds a killed process may take to end

@@ -30,7 +30,7 @@ class Environment:
             ends the environment. Then None.
         reply: Where the host waits to hear of its end, or None.
         pid: Its PID 1.
-        pidfd: Readable when it has ended; -1 once it has.
+        is_over: Whether it has ended, and its number may be another process's.
         cgroup: Its cgroup, or None.
         host_id: Uid and gid it has outside.
         oom_event: Readable when v1's OOM killer struck, or -1.
@@ -39,12 +39,12 @@ class Environment:
         is_let_go: Whether the host wants to know nothing of its end.
     """
 
-    def __init__(self, birth: Birth, pid: int, pidfd: int) -> None:
+    def __init__(self, birth: Birth, pid: int) -> None:
         self.id = birth.env_id
         self.host: Socket | None = birth.host
         self.reply: Socket | None = None
         self.pid = pid
-        self.pidfd = pidfd
+        self.is_over = False
         self.cgroup = birth.cgroup
         self.host_id = birth.host_id
         self.oom_event = -1
@@ -55,11 +55,8 @@ class Environment:
 
     def kill(self) -> None:
         """SIGKILL PID 1, and so everything in it."""
-        if self.pidfd >= 0:
-            try:
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        if not self.is_over:  # it is a child that was not waited for: the number is its own
+            os.kill(self.pid, signal.SIGKILL)
 
     def freeze(self) -> None:
         """Stop every process of it."""
@@ -77,8 +74,7 @@ class Environment:
 
     def release(self) -> None:
         """Close what was kept of its processes: PID 1 has ended, and so have they."""
-        os.close(self.pidfd)
-        self.pidfd = -1
+        self.is_over = True
         self._stopper.go_on()
 
     def verify(self) -> None:
@@ -127,7 +123,7 @@ class Requests:
         # Told what it is, it need not ask the kernel.
         host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, fds[0]) if fds else None
         is_end = isinstance(request, messages.Close)
-        if environment is None or (environment.pidfd < 0 and not is_end):
+        if environment is None or (environment.is_over and not is_end):
             ended = self._ended.get(request.id, _FORGOTTEN)
             if is_end:
                 self._ended.pop(request.id, None)

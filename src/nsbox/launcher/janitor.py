@@ -21,8 +21,8 @@ _SWEEP_AFTER = 0.25  # seconds after the launcher's start
 _SWEEP_AT_EXIT = 0.2  # seconds that sweep may take while the host waits for its own to be removed
 
 
-def start(directories: list[str], done: int) -> tuple[int, int]:
-    """Fork the janitor of the calling process; return its pid and pidfd.
+def start(directories: list[str], done: int) -> int:
+    """Fork the janitor of the calling process; return its pid.
 
     `done` is a pipe end that the janitor keeps open until all is removed: who reads EOF from it
     knows that nothing is left.
@@ -35,7 +35,7 @@ def start(directories: list[str], done: int) -> tuple[int, int]:
         finally:
             os._exit(1)
     os.close(launcher)
-    return pid, os.pidfd_open(pid)
+    return pid
 
 
 def _run(launcher: int, directories: list[str], done: int) -> NoReturn:

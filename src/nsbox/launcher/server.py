@@ -84,7 +84,12 @@ class Server:
         self._standby: dict[int, float] = {}
         self._templates: dict[str, TemplateProcess] = {}
         self._lifeline, self._lifeline_write = os.pipe()
-        self._janitor = self._janitor_pid = -1
+        self._janitor = -1
+        self._signals = -1
+        # By pid: what is done at the end of a child. It is reaped there, so that no number of a
+        # child that is known is ever another process's.
+        self._children: dict[int, Callable[[], None]] = {}
+        self._has_unknown_end = False
         self.step = ""
 
     # -- the start -----------------------------------------------------------------------------
@@ -102,7 +107,9 @@ class Server:
         # task_dump_owner), so that PID 1's would be open to commands that have the same id.
         template = self._find_template("")
         # Since Linux 6.9 an inode names a process for good; before, all pidfds have the same one.
-        self._has_pid_inodes = os.fstat(self._host).st_ino != os.fstat(template.pidfd).st_ino
+        pidfd = os.pidfd_open(template.pid)
+        self._has_pid_inodes = os.fstat(self._host).st_ino != os.fstat(pidfd).st_ino
+        os.close(pidfd)
 
     def _enter_user_namespace(self) -> None:
         self._own_namespace = not identity.is_privileged()
@@ -141,8 +148,8 @@ class Server:
     def _start_janitor(self) -> None:
         candidates = self._resources.tree.candidates
         if candidates:
-            self._janitor_pid, self._janitor = janitor.start(candidates, self._done)
-            self._watch(self._janitor, self._on_janitor_exit)
+            self._janitor = janitor.start(candidates, self._done)
+            self._children[self._janitor] = self._on_janitor_exit
 
     def _say_hello(self) -> None:
         tree, chosen = self._resources.tree, self._resources.identity
@@ -170,6 +177,9 @@ class Server:
         self._watch(self._channel.fileno(), self._on_request)
         self._watch(self._requests.fileno(), self._on_ask)
         self._watch(self._host, self._leave)
+        self._signals = calls.signalfd([c.SIGCHLD])
+        self._watch(self._signals, self._on_child)
+        self._see_ends()  # of those that have ended before
         self._resources.layouts.look_ahead()  # the host decides meanwhile what to ask for
         while True:
             # One event at a time: its handler may close descriptors that others are about, and
@@ -195,9 +205,9 @@ class Server:
         self._timers = [timer for timer in self._timers if timer[0] > now]
         for _, action in due:
             action()
-        for pidfd in [pidfd for pidfd, end in self._standby.items() if end <= now]:
-            del self._standby[pidfd]
-            self._environments[pidfd].kill()
+        for pid in [pid for pid, end in self._standby.items() if end <= now]:
+            del self._standby[pid]
+            self._environments[pid].kill()
         networks = self._resources.networks
         if not due and networks is not None and networks.wants_more:
             networks.add()
@@ -213,21 +223,44 @@ class Server:
     def _leave(self) -> NoReturn:
         """End: the host is gone. Environments are killed and reaped; the janitor does the rest."""
         for environment in self._environments.values():
-            signal.pidfd_send_signal(environment.pidfd, signal.SIGKILL)
+            environment.kill()
         deadline = time.monotonic() + 2.0
-        while self._environments and time.monotonic() < deadline:
-            for fd, _ in self._poll.poll(0.1):
-                ended = self._environments.pop(fd, None)
-                if ended is not None:
-                    os.waitpid(ended.pid, 0)
-                    self._forget(fd)
+        while self._environments and (left := deadline - time.monotonic()) > 0:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                self._environments.pop(pid, None)
+            elif protocol.is_readable(self._signals, left):
+                os.read(self._signals, calls.CHILD.size)
         os._exit(0)
 
     def _on_janitor_exit(self) -> None:
-        self._forget(self._janitor)
-        os.waitid(os.P_PIDFD, self._janitor, os.WEXITED)
-        os.close(self._janitor)
-        self._start_janitor()
+        if os.waitpid(self._janitor, os.WNOHANG)[0]:
+            del self._children[self._janitor]
+            self._start_janitor()
+
+    # -- children ------------------------------------------------------------------------------
+
+    def _on_child(self) -> None:
+        # Equal signals are merged: it names one that has ended, and there may be others.
+        _, pid = calls.CHILD.unpack(os.read(self._signals, calls.CHILD.size))
+        handler = self._children.get(pid)
+        if handler is not None:
+            handler()  # it may have been seen before, and its number given to another since
+        self._see_ends()
+
+    def _see_ends(self) -> None:
+        """Call the handlers of all children that have ended."""
+        self._has_unknown_end = False
+        while self._children:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is None:
+                return
+            handler = self._children.get(ended.si_pid)
+            if handler is None:
+                # A clone that the template has not told of yet: it hides others until then.
+                self._has_unknown_end = True
+                return
+            handler()
 
     # -- births --------------------------------------------------------------------------------
 
@@ -240,7 +273,7 @@ class Server:
             words = [str(self._host_pid), kind, *self._paths]
             made = template = TemplateProcess(kind, words, self._lifeline)
             self._watch(made.fileno(), lambda: self._on_born(made))
-            self._watch(made.pidfd, lambda: self._replace_template(made))
+            self._children[made.pid] = lambda: self._on_template_exit(made)
         self._templates[kind] = template  # the most recently used last
         return template
 
@@ -309,13 +342,13 @@ class Server:
                 os.close(pidfd)
             self._abort(birth, failed)
             return
-        environment = Environment(birth, pid, pidfd)
-        self._environments[pidfd] = environment
+        environment = Environment(birth, pid)
+        self._environments[pid] = environment
         self._requests.living[birth.env_id] = environment
-        self._watch(pidfd, lambda: self._on_exit(environment))
+        self._children[pid] = lambda: self._on_exit(environment)
         self._watch_memory(environment)
         if birth.awaits == "taker":
-            self._standby[pidfd] = time.monotonic() + protocol.STANDBY_LIFE
+            self._standby[pid] = time.monotonic() + protocol.STANDBY_LIFE
         born = messages.Born(
             pid=pid,
             inode=os.fstat(pidfd).st_ino,
@@ -323,6 +356,9 @@ class Server:
             cgroup=birth.cgroup.paths if birth.cgroup is not None else {},
         )
         is_heard = protocol.answer(birth.host, born, [] if self._has_pid_inodes else [pidfd])
+        os.close(pidfd)
+        if self._has_unknown_end:
+            self._see_ends()
         if birth.awaits and is_heard:
             self._watch(birth.host.fileno(), lambda: self._on_host(environment))
             return
@@ -335,11 +371,9 @@ class Server:
     def _replace_template(self, template: TemplateProcess, also: Birth | None = None) -> None:
         """Start another and send it the births under way, each once more; environments live on."""
         self._end_template(template)
-        known = {environment.pid for environment in self._environments.values()}
-        known |= {self._janitor_pid, *(other.pid for other in self._templates.values())}
         for pid in proc.children(os.getpid()):
             # A clone that it could not tell of any more.
-            if pid not in known:
+            if pid not in self._children:
                 _end_child(pid)
         for birth in [*template.pending, *([also] if also else [])]:
             try:
@@ -350,11 +384,16 @@ class Server:
             except OSError as error:
                 self._abort(birth, failure("clone", error))
         self._hear_requests(True)
+        self._see_ends()
+
+    def _on_template_exit(self, template: TemplateProcess) -> None:
+        if os.waitid(os.P_PID, template.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            self._replace_template(template)
 
     def _end_template(self, template: TemplateProcess) -> None:
         del self._templates[template.kind]
+        del self._children[template.pid]
         self._forget(template.fileno())
-        self._forget(template.pidfd)
         _end_child(template.pid)
         template.close()
 
@@ -398,10 +437,10 @@ class Server:
             environment.kill()
             return
         message = received[0]
-        was_standby = self._standby.pop(environment.pidfd, None) is not None
+        was_standby = self._standby.pop(environment.pid, None) is not None
         if isinstance(message, messages.Keep):
             if was_standby:
-                self._standby[environment.pidfd] = time.monotonic() + protocol.STANDBY_LIFE
+                self._standby[environment.pid] = time.monotonic() + protocol.STANDBY_LIFE
             return
         if isinstance(message, messages.Attach):  # who attaches something has taken it
             layouts, pid = self._resources.layouts, environment.pid
@@ -423,10 +462,11 @@ class Server:
     # -- ends ----------------------------------------------------------------------------------
 
     def _on_exit(self, environment: Environment) -> None:
-        _, status = os.waitpid(environment.pid, 0)
-        del self._environments[environment.pidfd]
-        self._standby.pop(environment.pidfd, None)
-        self._forget(environment.pidfd)
+        pid, status = os.waitpid(environment.pid, os.WNOHANG)
+        if not pid:
+            return
+        del self._environments[pid], self._children[pid]
+        self._standby.pop(pid, None)
         environment.release()
         report = messages.Gone(status=status, usage={}, leaked=[])
         if environment.oom_event >= 0:

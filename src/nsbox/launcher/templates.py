@@ -40,7 +40,6 @@ class TemplateProcess:
     Attributes:
         kind: What its clones can do (`nsbox.launcher.template.main`).
         pid: Its process id.
-        pidfd: Readable when it has ended.
         pending: Births that it has not answered yet, the oldest first.
         is_introduced: Whether `introduce` was called.
     """
@@ -61,7 +60,6 @@ class TemplateProcess:
             self.pid = spawn.start("template", words, [lifeline, theirs.fileno()])
         finally:
             theirs.close()
-        self.pidfd = os.pidfd_open(self.pid)
         self.is_introduced = False
 
     def fileno(self) -> int:
@@ -122,7 +120,6 @@ class TemplateProcess:
     def close(self) -> None:
         """Close the descriptors; a template that still runs ends then."""
         self._channel.close()
-        close_all([self.pidfd])
 
     def _send(self, message: tuple[Any, ...], fds: Sequence[int] = ()) -> None:
         data = marshal.dumps(message)

@@ -30,6 +30,7 @@ from ctypes import (
     get_errno,
     sizeof,
 )
+from struct import Struct
 
 from nsbox.errors import SyscallError
 from nsbox.linux import constants as c
@@ -248,6 +249,10 @@ def clone3(flags: int, *, exit_signal: int = c.SIGCHLD, cgroup: int = -1) -> tup
         The child's pid and its pidfd in the parent, ``(0, -1)`` in the child.
     """
     return Clone(flags, exit_signal).make(cgroup)
+
+
+CHILD = Struct("8xiI112x")
+"""A record of a signalfd of SIGCHLD: ssi_code, and ssi_pid. Equal signals are merged."""
 
 
 def signalfd(numbers: Sequence[int]) -> int:
