@@ -156,11 +156,11 @@ def test_descriptors_from_inside_are_handed_on_or_closed(fake: FakeInit, legal: 
     numbers = (5, 0, 0) if legal else (0, 99, 0)
     data = p.ANSWER.pack(p.STARTED if legal else p.FAILED, *numbers)
     null = os.open("/dev/null", os.O_RDONLY)
-    send_bytes(fake.socket, data, [null, null, null])
+    send_bytes(fake.socket, data, [null])
     os.close(null)
     if legal:
         *_, fds = fake.channel.receive_answer()
-        assert len(fds) == 3
+        assert len(fds) == 1
         assert not any(os.get_inheritable(fd) for fd in fds)
         close_all(fds)
     else:
@@ -177,6 +177,36 @@ def test_a_flood_of_descriptors_is_refused_and_none_kept(fake: FakeInit) -> None
     with pytest.raises(ConnectionError, match="cut off"):
         fake.channel.receive_answer()
     assert open_descriptors() == before
+
+
+def test_more_descriptors_than_an_answer_has_are_refused(fake: FakeInit) -> None:
+    """However many parts of an answer they come with."""
+    before = open_descriptors()
+    null = os.open("/dev/null", os.O_RDONLY)
+    for byte in p.ANSWER.pack(p.STARTED, 1, 2, 3):
+        send_bytes(fake.socket, bytes([byte]), [null])
+    os.close(null)
+    with pytest.raises(ConnectionError, match="malformed"):
+        fake.channel.receive_answer()
+    assert open_descriptors() == before
+
+
+def test_drops_of_an_answer_end_at_the_deadline(fake: FakeInit) -> None:
+    """Each of them comes in time; all of it must."""
+    is_over = threading.Event()
+
+    def drip() -> None:
+        for byte in p.ANSWER.pack(p.OK, 1, 2, 3):
+            fake.socket.sendall(bytes([byte]))
+            if is_over.wait(0.05):
+                return
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    with pytest.raises(TimeoutError):
+        fake.channel.receive_answer()
+    is_over.set()
+    dripping.join()
 
 
 def test_descriptors_with_half_an_answer_are_closed(fake: FakeInit) -> None:

@@ -15,7 +15,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as _Socket
 
-_CHUNK = 1 << 18
 _PLACE = "/tmp"  # noqa: S108 - the environment's own
 _WAY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -97,7 +96,7 @@ def _fill(fd: int, channel: _Socket, mode: int, size: int) -> None:
     os.fchmod(fd, mode)
     left = size
     while left:
-        view = memoryview(read_exactly(channel, min(left, _CHUNK)))
+        view = memoryview(read_exactly(channel, min(left, p.LARGEST_PART)))
         left -= len(view)
         while view:
             view = view[os.write(fd, view) :]
@@ -180,20 +179,29 @@ def _enter(path: bytes, *, make: bool) -> tuple[int, bytes]:
 
 
 def read_file(channel: _Socket, request: bytes) -> None:
-    """Serve a read request (`protocol.read_request`)."""
+    """Serve a read request (`protocol.read_request`): parts, each announced by an answer.
+
+    A file that shrinks meanwhile is read to its new end, as read(2) does; one that grows to the
+    size that it had.
+    """
     path, most = p.parse_read(request)
     fd = _open_regular(path, os.O_RDONLY)
     try:
-        size = left = os.fstat(fd).st_size
-        if size > most:
+        left = os.fstat(fd).st_size
+        if left > most:
             raise Failure(errno.EFBIG, "size")
-        channel.sendall(p.ANSWER.pack(p.OK, size, 0, 0))
-        while left:
-            data = os.read(fd, min(left, _CHUNK))
-            if not data:
-                break  # it shrank meanwhile; the host sees a short answer
+        while True:
+            try:
+                data = os.read(fd, min(left, p.LARGEST_PART))
+            except OSError as error:
+                raise Failure(error.errno or errno.EIO, "io") from error
+            left = left - len(data) if data else 0
+            header = p.ANSWER.pack(p.OK, len(data), left > 0, 0)
+            if not left:
+                channel.sendall(header + data)
+                return
+            channel.sendall(header)
             channel.sendall(data)
-            left -= len(data)
     finally:
         os.close(fd)
 

@@ -21,7 +21,8 @@ RUN = b"R"
 WRITE = b"W"
 """Write a file: `write_request`, then its bytes on the channel."""
 READ = b"F"
-"""Read a file: `read_request`; answer OK with the size, then the bytes."""
+"""Read a file: `read_request`; answers OK with the size of a part and whether more come, each
+followed by its bytes."""
 PLACE = b"L"
 """Write a file below /tmp for one invocation: as WRITE, with a path relative to it. Directories on
 the way are made, and a file that is there is replaced."""
@@ -50,6 +51,9 @@ ON_CHANNEL = b"c"
 """The request is on the channel, after its length."""
 LARGEST_MESSAGE = 4096
 """Bytes of a message on the control socket."""
+
+LARGEST_PART = 1 << 18
+"""Bytes of a part of a file."""
 
 LENGTH = struct.Struct("!I")
 LARGEST_REQUEST = 8 << 20

@@ -19,9 +19,12 @@ that an environment never has the host's mount tree to get rid of.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import stat
+
+# The C half of `socket`, as in `linux.calls`.
+from _socket import AF_UNIX, SOCK_SEQPACKET, socketpair
+from _socket import socket as _Socket
 
 from nsbox.errors import SyscallError
 from nsbox.isolation.cgroups import view as cgroups
@@ -32,7 +35,7 @@ from nsbox.linux import constants as c
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, NoReturn
 
 _BASE = "/tmp"  # noqa: S108 - only a place to hang the tree, in a private mount namespace
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
@@ -55,6 +58,7 @@ _GITCONFIG = "[safe]\n\tdirectory = *\n"
 # Where a function's code and layers are attached after the birth (`nsbox.functions.function`).
 _CODE_PLACES = ("var/task", "opt")
 _LARGEST_COPY = 4 << 20
+_REPORT_MOST = 1 << 14  # bytes
 _UNLISTED = 0o111
 """Of directories that are only gone through; not even their owner, who may be inside, can list them
 (and change the mode: the mount is read-only)."""
@@ -98,34 +102,46 @@ def hold(layout: dict[str, Any], host_files: HostFiles | None) -> int:
     Raises:
         OSError: As the step of `build` that failed.
     """
-    report, report_write = os.pipe()
-    release, release_write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.close(release_write)
-            try:
-                calls.unshare(c.CLONE_NEWNS)
-                build(layout, host_files)
-                os.write(report_write, b"{}")
-                os.read(release, 1)
-            except OSError as error:
-                text = str(error).removeprefix(f"[Errno {error.errno}] ")
-                message = {"errno": error.errno, "message": text}
-                os.write(report_write, json.dumps(message).encode())
-        finally:
-            os._exit(0)
-    os.close(report_write)
-    os.close(release)
+    # Each end reads as ended when the other process is gone.
+    ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
     try:
-        answer = json.loads(os.read(report, 4096) or b'{"errno": 5, "message": "it died"}')
-        if answer:
-            raise OSError(answer["errno"], answer["message"])
-        return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                _hold(layout, host_files, ours, theirs)
+        finally:
+            theirs.close()
+        try:
+            answer = ours.recv(_REPORT_MOST)
+            if not answer:
+                raise OSError(errno.EIO, "the process that builds it died")
+            number, _, text = os.fsdecode(answer).partition(" ")
+            if text:
+                raise OSError(int(number), text)
+            return os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            ours.close()  # which ends it
+            os.waitpid(pid, 0)
     finally:
-        os.close(report)
-        os.close(release_write)
-        os.waitpid(pid, 0)
+        ours.close()
+
+
+def _hold(
+    layout: dict[str, Any], host_files: HostFiles | None, others: _Socket, own: _Socket
+) -> NoReturn:
+    try:
+        others.close()
+        try:
+            calls.unshare(c.CLONE_NEWNS)
+            build(layout, host_files)
+            report = "0 "
+        except OSError as error:
+            text = str(error).removeprefix(f"[Errno {error.errno}] ")
+            report = f"{error.errno or errno.EIO} {text or 'no reason given'}"
+        own.send(os.fsencode(report)[:_REPORT_MOST])
+        own.recv(1)
+    finally:
+        os._exit(0)
 
 
 def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:

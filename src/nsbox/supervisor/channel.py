@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -20,8 +21,8 @@ from nsbox.launcher import protocol
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 
 ANSWER_DEADLINE: Final = 30.0
-"""Seconds PID 1 may take to start a command, or to answer a file operation."""
-
+"""Seconds PID 1 may take to start a command, or for a file operation: all of it."""
+_MALFORMED: Final = "PID 1 sent a malformed answer"
 
 Reply = tuple[bytes, int, int, int, list[int]]
 """The kind, three numbers and the descriptors of an answer of PID 1."""
@@ -49,6 +50,7 @@ class Channel:
         """
         self._begun = b""  # an answer of which a part has come
         self._fds: list[int] = []
+        self._deadline = time.monotonic() + ANSWER_DEADLINE
         self.socket, theirs = make_socket()
         is_short = len(request) + 2 <= p.LARGEST_MESSAGE
         self.socket.settimeout(0.0 if is_short and not waits else ANSWER_DEADLINE)
@@ -59,8 +61,9 @@ class Channel:
             finally:
                 theirs.close()
             if not is_short:
-                self._send_request(request)
-                self.socket.settimeout(ANSWER_DEADLINE if waits else 0.0)
+                self.send_all(p.LENGTH.pack(len(request)) + request)
+                if not waits:
+                    self.socket.settimeout(0.0)
         except OSError:
             self.socket.close()
             raise
@@ -77,10 +80,12 @@ class Channel:
         fds, self._fds = self._fds, []
         close_all(fds)
 
-    def _send_request(self, request: bytes) -> None:
-        # A broken pipe: it refused the request before reading all of it, and its answer says why.
-        with suppress(BrokenPipeError):
-            self.socket.sendall(p.LENGTH.pack(len(request)) + request)
+    def send_all(self, data: bytes) -> None:
+        """Send what belongs to the request. Raises TimeoutError: PID 1 does not read it."""
+        # A broken pipe: it refused the request before reading all of it, and its answer says why;
+        # or it is gone, which reading that tells.
+        with suppress(ConnectionError):
+            self.socket.sendall(data)
 
     def receive_answer(self) -> Reply:
         """Wait for the next answer and return it.
@@ -88,33 +93,53 @@ class Channel:
         Raises:
             ConnectionError: PID 1 is gone.
             BrokenAnswer: It has said what it may not say.
+            TimeoutError: It is not there `ANSWER_DEADLINE` seconds after the request.
         """
         while (answer := self.feed()) is None:
-            pass
+            self._limit_wait()
         return answer
+
+    def receive_data(self, size: int) -> bytearray:
+        """Wait for the `size` bytes that an answer has announced. Raises as `receive_answer`."""
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            count = self.socket.recv_into(view)
+            if not count:
+                raise ConnectionError("PID 1 is gone")
+            view = view[count:]
+            self._limit_wait()
+        return data
+
+    def _limit_wait(self) -> None:
+        """Have the next read wait no longer than all of it may take."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.socket.settimeout(left)
 
     def feed(self) -> Reply | None:
         """Read what has come of the next answer; None: not all of it. Raises as `receive_answer`.
 
-        The socket waits for the first of it, unless it was told otherwise (`make_socket`).
+        At most one descriptor comes with it.
         """
         try:
-            data, fds = receive_bytes(self.socket, p.ANSWER.size - len(self._begun))
+            data, fds = receive_bytes(self.socket, p.ANSWER.size - len(self._begun), 1)
         except BlockingIOError:
             return None
+        is_over = not data
         data, fds = self._begun + data, self._fds + fds
-        is_over = len(data) == len(self._begun)
-        if not is_over and len(data) < p.ANSWER.size:
+        self._begun, self._fds = b"", []
+        if is_over or len(fds) > 1:
+            close_all(fds)
+            raise ConnectionError("PID 1 is gone") if is_over else BrokenAnswer(_MALFORMED)
+        if len(data) < p.ANSWER.size:
             self._begun, self._fds = data, fds
             return None
-        self._begun, self._fds = b"", []
-        if is_over:
-            close_all(fds)
-            raise ConnectionError("PID 1 is gone")
         kind, first, second, third = p.ANSWER.unpack(data)
         if kind == p.FAILED and not (0 <= second < len(p.STAGES) and 0 < first < 4096):
             close_all(fds)
-            raise BrokenAnswer("PID 1 sent a malformed answer")
+            raise BrokenAnswer(_MALFORMED)
         return kind, first, second, third, fds
 
 

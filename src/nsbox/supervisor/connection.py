@@ -287,14 +287,12 @@ class EnvironmentConnection:
 
         Raises:
             EnvironmentDied: PID 1 is gone, or does not listen.
+            SyscallError: This process has no room for a socket.
         """
         try:
             return Channel(self._control, operation, request, fds)
         except OSError as error:
-            if self.closing or isinstance(error, ConnectionError | TimeoutError):
-                raise self.died(error) from error
-            call = "sendmsg" if error.errno == errno.ETOOMANYREFS else "socketpair"
-            raise SyscallError(call, error.errno or 0) from error
+            raise self.failed(error, "sendmsg") from error
 
     def begin(self, operation: bytes, request: bytes) -> Channel:
         """Do as `ask`, and wait for nothing; its channel does not, either.
@@ -306,14 +304,28 @@ class EnvironmentConnection:
         """
         return Channel(self._control, operation, request, waits=False)
 
+    def failed(self, cause: OSError, call: str = "recvmsg") -> NsboxError:
+        """Return the exception for an operation that `call` ends here, with its channel.
+
+        The environment goes on, unless it is PID 1 that went away (`died`).
+        """
+        if self.closing or isinstance(cause, ConnectionError | TimeoutError):
+            return self.died(cause)
+        return cause if isinstance(cause, SyscallError) else SyscallError(call, cause.errno or 0)
+
     def died(self, cause: OSError) -> EnvironmentDied:
-        """Return the exception for an operation under which PID 1 went away or fell silent."""
+        """Return the exception for an operation under which PID 1 went away or fell silent.
+
+        Or was not heard: what has become of the environment is not known then, and it is killed.
+        """
         if isinstance(cause, TimeoutError):
             self.kill("PID 1 did not answer")
         elif isinstance(cause, BrokenAnswer):
             self.kill(str(cause))
-        else:
+        elif isinstance(cause, ConnectionError):
             self.kill()  # it is gone already
+        else:
+            self.kill(f"PID 1 was not heard ({cause})")
         if not isinstance(cause, TimeoutError):
             self.await_end()
         return self.death()

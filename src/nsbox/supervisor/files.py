@@ -45,18 +45,19 @@ def read_file(
         raise ConfigError(f"max_bytes: must not be negative, got {max_bytes!r}")
     request = p.read_request(os.fsencode(_inside(path)), max_bytes)
     connection = get_connection()
-    channel = connection.ask(p.READ, request, [])
-    with channel:
-        size = expect_ok(connection, channel, "read", path)
-        if not 0 <= size <= max_bytes:
-            raise connection.died(BrokenAnswer("PID 1 sent a malformed answer"))
-        data = bytearray()
-        while len(data) < size:
-            chunk = channel.socket.recv(min(size - len(data), 1 << 20))
-            if not chunk:
-                break
-            data += chunk
-    return bytes(data)
+    parts: list[bytearray] = []
+    left, more = max_bytes, 1
+    with connection.ask(p.READ, request, []) as channel:
+        while more:
+            size, more = expect_ok(connection, channel, "read", path)
+            if not (0 <= size <= min(left, p.LARGEST_PART) and more in (0, size > 0)):
+                raise connection.died(BrokenAnswer("PID 1 sent a malformed answer"))
+            try:
+                parts.append(channel.receive_data(size))
+            except OSError as error:
+                raise connection.failed(error, "recvfrom") from error
+            left -= size
+    return b"".join(parts)
 
 
 def missing_interpreter(connection: EnvironmentConnection, path: str) -> str:
@@ -88,14 +89,11 @@ def send_file(
         SyscallError: It cannot; the file is named as `path`.
         EnvironmentDied: PID 1 is gone, or does not listen.
     """
-    channel = connection.ask(operation, p.write_request(path, mode, len(data)), [])
-    with channel:
+    with connection.ask(operation, p.write_request(path, mode, len(data)), []) as channel:
         try:
-            channel.socket.sendall(data)
-        except BrokenPipeError:
-            pass  # it has answered with an error already
+            channel.send_all(data)
         except OSError as error:
-            raise connection.died(error) from error
+            raise connection.failed(error, "sendto") from error
         expect_ok(connection, channel, "write", path.decode(errors="surrogateescape"))
 
 
@@ -123,7 +121,12 @@ def reset(connection: EnvironmentConnection, config: Config) -> None:
         EnvironmentDied, EnvironmentStateError: It could not; the environment was killed.
     """
     with connection.ask(p.RESET, reset_request(config), []) as channel:
-        check_reset(connection, *_answer(connection, channel))
+        try:
+            kind, error, stage, _, fds = channel.receive_answer()
+        except OSError as cause:
+            raise connection.died(cause) from cause
+    close_all(fds)
+    check_reset(connection, kind, error, stage)
 
 
 def check_reset(connection: EnvironmentConnection, kind: bytes, error: int, stage: int) -> None:
@@ -162,23 +165,21 @@ def check_left(
     return LeftRunning(first, second) if first or second else NOTHING
 
 
-def _answer(connection: EnvironmentConnection, channel: Channel) -> tuple[bytes, int, int]:
-    """Return kind and two numbers of PID 1's answer, or raise what it died of."""
-    try:
-        kind, first, second, _, fds = channel.receive_answer()
-    except OSError as error:
-        raise connection.died(error) from error
-    close_all(fds)
-    return kind, first, second
-
-
-def expect_ok(connection: EnvironmentConnection, channel: Channel, call: str, path: str) -> int:
-    """Return the number in PID 1's answer, or raise what it says went wrong with `path`.
+def expect_ok(
+    connection: EnvironmentConnection, channel: Channel, call: str, path: str
+) -> tuple[int, int]:
+    """Return the numbers in PID 1's answer, or raise what it says went wrong with `path`.
 
     `call` is what transfers the bytes.
     """
-    kind, first, stage = _answer(connection, channel)
+    try:
+        kind, first, second, _, fds = channel.receive_answer()
+    except OSError as error:
+        raise connection.failed(error) from error
+    close_all(fds)
     if kind == p.FAILED:
-        name, note = _CALLS.get(p.STAGES[stage], (call, ""))
+        name, note = _CALLS.get(p.STAGES[second], (call, ""))
         raise SyscallError(name, first, path, note)
-    return first
+    if kind != p.OK:
+        raise connection.died(BrokenAnswer("PID 1 sent a malformed answer"))
+    return first, second

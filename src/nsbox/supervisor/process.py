@@ -125,24 +125,27 @@ class Process:
         finally:
             close_all(inside)
         if request.extra is None:
-            self._channel.socket.settimeout(None)
+            self._channel.socket.settimeout(0.0)
         else:  # it is a worker
             self._close_channel()
             self._channel = None
 
     def _close_channel(self) -> None:
         if self._channel is not None:
-            self._channel.socket.close()
+            self._channel.close()
 
     def _await_start(self, request: RunRequest, channel: Channel) -> None:
         try:
             kind, first, stage, _, fds = channel.receive_answer()
+            if kind not in (p.FAILED, p.STARTED):
+                close_all(fds)
+                raise BrokenAnswer("PID 1 sent a malformed answer")
         except OSError as error:
-            channel.socket.close()
-            raise self._connection.died(error) from error
+            channel.close()
+            raise self._connection.failed(error) from error
         if kind == p.FAILED:
             close_all(fds)
-            channel.socket.close()
+            channel.close()
             raise start_error(self._connection, self.argv[0], request, first, p.STAGES[stage])
         self.pid = first
         if fds:
@@ -185,10 +188,15 @@ class Process:
 
         Raises:
             ConfigError: `number` is no signal.
+            SyscallError: PID 1, which sends it, has not read those before.
         """
         if not isinstance(number, int) or number not in signal.valid_signals():
             raise ConfigError(f"signal: must be a number such as signal.SIGTERM, got {number!r}")
-        self._send(p.SIGNAL_GROUP if group else p.SIGNAL_MAIN, number)
+        try:
+            self._send(p.SIGNAL_GROUP if group else p.SIGNAL_MAIN, number)
+        except BlockingIOError as error:
+            note = "PID 1 has not read the signals before: is it frozen?"
+            raise SyscallError("sendto", error.errno or 0, note=note) from error
 
     def close(self) -> None:
         """Kill the command if it still runs, and close the pipes and the terminal."""
@@ -380,7 +388,7 @@ class Process:
         """Ask PID 1 how a worker ends; None when PID 1 is gone, too."""
         with suppress(EnvironmentDied):
             self._channel = self._connection.ask(p.END, b"", [])
-            self._channel.socket.settimeout(None)
+            self._channel.socket.settimeout(0.0)
         return self._channel
 
     def _end_relays(self) -> None:
@@ -427,32 +435,45 @@ class Process:
                 return
             self._verdict = Verdict(outcome, evidence)
             self._killed_at = time.monotonic()
-            self._send(p.SIGNAL_ALL, signal.SIGKILL)
+            with suppress(BlockingIOError):  # PID 1 does not read, and is killed for that
+                self._send(p.SIGNAL_ALL, signal.SIGKILL)
 
     def _send(self, kind: bytes, number: int) -> None:
         with self._lock:
             if self._result is None and self._channel is not None:
-                with suppress(OSError):  # it has just ended; the answer is there to be read
-                    self._channel.socket.sendall(p.SIGNAL.pack(kind, number))
+                try:
+                    self._channel.socket.send(p.SIGNAL.pack(kind, number))
+                except BlockingIOError:
+                    raise
+                except OSError:
+                    pass  # it has just ended; the answer is there to be read
 
     # -- the verdict ---------------------------------------------------------------------------
 
     def _finish_from_channel(self, channel: Channel) -> None:
         try:
             self._heard += 1
-            kind, status, user, system, fds = channel.receive_answer()
+            answer = channel.feed()
+            if answer is None:
+                return
+            kind, status, user, system, fds = answer
             is_shown = kind == p.SHOWN and self._host_pid is None and len(fds) == 1
             if is_shown:
                 self._host_pid = pidfd_number(fds[0])
             close_all(fds)
             if is_shown:
-                self._send(p.SEEN, 0)
+                with suppress(BlockingIOError):
+                    self._send(p.SEEN, 0)
                 return
             unstarted = self._request if kind == p.FAILED and not self.pid else None
             code = None if kind not in (p.EXITED, p.SWEPT) else exit_code(status)
             if unstarted is None and code is None:
                 raise BrokenAnswer("PID 1 sent a malformed answer")
         except OSError as error:
+            if not isinstance(error, ConnectionError):  # not heard: PID 1 ends the command
+                self._close_channel()
+                self._death = self._connection.failed(error)
+                raise self._death from error
             # Broken rules end the environment.
             self._connection.kill(str(error) if isinstance(error, BrokenAnswer) else "")
             if self._connection.await_end() or self._connection.closing:
