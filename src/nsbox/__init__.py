@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from nsbox.functions.function import Layer as Layer
     from nsbox.pool.aio import AsyncWarmPool as AsyncWarmPool
     from nsbox.pool.events import PoolEvent as PoolEvent
+    from nsbox.pool.events import PoolStats as PoolStats
     from nsbox.pool.events import Retirement as Retirement
     from nsbox.pool.function import PoolFunction as PoolFunction
     from nsbox.pool.pool import WarmPool as WarmPool
@@ -96,7 +97,7 @@ _HOMES = {
     "nsbox.pool.function": ("PoolFunction",),
     "nsbox.pool.pool": ("WarmPool",),
     "nsbox.pool.aio": ("AsyncWarmPool",),
-    "nsbox.pool.events": ("PoolEvent", "Retirement"),
+    "nsbox.pool.events": ("PoolEvent", "PoolStats", "Retirement"),
     "nsbox.values.result": (
         "CommandFailed", "EnvironmentDied", "Outcome", "Protection", "Protections", "Result",
         "Usage",

@@ -63,6 +63,33 @@ def test_daemon_threads_in_calls(tmp_path: Path) -> None:
     assert "nsbox.errors" not in told
 
 
+def test_tasks_of_a_loop_that_was_left(tmp_path: Path) -> None:
+    """As Ctrl-C leaves it in a program without `asyncio.run`: their leases never come back."""
+    told = run_to_end(
+        """
+        import asyncio, sys, nsbox
+        from nsbox.pool import pool as pools
+        pools.RETURN_DEADLINE, pools.EXIT_DEADLINE = 3600.0, 0.1  # not waited for the former
+        fn = nsbox.Function("app.handler", code=sys.argv[1], timeout=900)
+        async def main():
+            async with nsbox.AsyncWarmPool(fn) as pool:
+                asyncio.get_running_loop().call_later(0.01, interrupt, pool)
+                await pool.invoke(3600)
+        def interrupt(pool):
+            if pool.stats().births:
+                raise KeyboardInterrupt
+            asyncio.get_running_loop().call_later(0.01, interrupt, pool)
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(main())
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+        """,
+        code_of(tmp_path),
+    )
+    assert told.startswith("interrupted\n")
+
+
 def test_environments_that_were_not_closed(tmp_path: Path) -> None:
     told = run_to_end(
         """

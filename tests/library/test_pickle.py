@@ -122,6 +122,7 @@ def test_values_are_copied_and_equal(tmp_path: Path) -> None:
         nsbox.Credentials(
             access_key_id="a", secret_access_key="b", expires_at=datetime(2030, 1, 1, tzinfo=UTC)
         ),
+        nsbox.PoolStats(Calls=1),
         nsbox.PoolEvent(kind="created", environment="e", function="f", version="v"),
         *nsbox.State,
         *nsbox.Outcome,

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import json
+import pickle
+import pydoc
 import re
 from pathlib import Path
 
@@ -56,12 +60,37 @@ def test_numbers_of_pressure() -> None:
 
 @pytest.mark.needs("userns")
 def test_numbers_have_the_names_that_are_told() -> None:
+    told = {name.strip("`"): attribute.strip("`") for name, attribute, _ in rows("Numbers")}
     with nsbox.WarmPool() as pool:
-        assert set(re.findall(r"`(\w+)`", str(rows("Numbers")))) - {
-            "Throttled",
-            "PoolTimeout",
-            "ConfigError",
-        } == set(pool.stats())
+        stats = pool.stats()
+    assert set(told) == set(stats)
+    assert set(told.values()) == {
+        name for name, value in vars(nsbox.PoolStats).items() if isinstance(value, property)
+    }
+    # Each attribute is its number, and none another's.
+    stats = nsbox.PoolStats({name: 1000.0 * at for at, name in enumerate(told, 1)})
+    for name, attribute in told.items():
+        scale = 1000 if attribute.endswith("_seconds") else 1
+        assert getattr(stats, attribute) == stats[name] / scale
+
+
+def test_numbers_are_a_value_and_a_dict() -> None:
+    stats = nsbox.PoolStats(Calls=2, Duration=1500.0)
+    assert stats == {"Calls": 2, "Duration": 1500.0} == dict(stats)
+    assert json.loads(json.dumps(stats)) == stats
+    for same in (pickle.loads(pickle.dumps(stats)), copy.copy(stats), copy.deepcopy(stats)):  # noqa: S301
+        assert (type(same), same) == (nsbox.PoolStats, stats)
+    both = stats + nsbox.PoolStats(Calls=1, Births=1)
+    assert both == {"Calls": 3, "Duration": 1500.0, "Births": 1}
+    assert (both.calls, both.duration_seconds, both.births) == (3, 1.5, 1)
+    with pytest.raises(AttributeError):
+        stats.call = 3  # type: ignore[attr-defined]
+    text = pydoc.plain(pydoc.render_doc(nsbox.PoolStats))
+    for name, value in vars(nsbox.PoolStats).items():
+        if isinstance(value, property):
+            unit = "Seconds" if name.endswith("_seconds") else "(count)"
+            assert unit in str(value.__doc__)
+            assert str(value.__doc__) in text
 
 
 def test_numbers_of_failed_starts() -> None:

@@ -80,7 +80,11 @@ def test_numbers_of_pools_that_were_used(make: Make) -> None:
     assert kinds["nsbox_pool_duration_seconds"] == "summary"
     assert kinds["nsbox_pool_calls"] == "counter"
     assert kinds["nsbox_pool_environments"] == "gauge"
-    # Whatever the pool counts is told.
+    # Whatever the pool counts is told, under the names of its attributes.
+    for name, _ in values:
+        attribute = name.removeprefix("nsbox_pool_").removesuffix("_total")
+        if not attribute.startswith("duration_seconds"):  # a count and a sum
+            assert values[name, "handlers"] == getattr(stats, attribute)
     assert len(kinds) == len(stats)
     assert all(re.fullmatch("nsbox_pool_[a-z_]+", name) for name in kinds)
 
@@ -132,8 +136,8 @@ def test_the_document_names_what_is_told() -> None:
 
     text = (Path(__file__).resolve().parents[2] / "docs/pool.md").read_text()
     section = text.split("\n## Prometheus\n")[1].split("\n## ")[0]
-    names = {f"{name}_total" for name, _ in prometheus._COUNTERS.values()}
-    names |= {f"{name}_total" for name, _ in prometheus._SECONDS.values()}
-    names |= {name for name, _ in prometheus._GAUGES.values()}
+    names = {f"{name}_total" for name in prometheus._COUNTERS.values()}
+    names |= {f"{name}_total" for name in prometheus._SECONDS.values()}
+    names |= set(prometheus._GAUGES.values())
     names.add("duration_seconds")
     assert set(re.findall(r"`nsbox_pool_(\w+)`", section)) == names

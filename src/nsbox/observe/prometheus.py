@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final, Protocol
 
 from nsbox.errors import ConfigError, PoolError
+from nsbox.pool.events import PoolStats
 
 try:
     from prometheus_client.core import (
@@ -34,35 +35,21 @@ except ImportError as error:
 
 _PREFIX: Final = "nsbox_pool_"
 _COUNTERS: Final = {
-    "Calls": ("calls", "Calls that an open pool was asked for."),
-    "Invocations": ("invocations", "Calls that got an environment, or whose did not start."),
-    "Errors": ("errors", "Invocations that raised."),
-    "Throttles": (
-        "throttles",
-        "Calls that never ran: throttled, timed out or cancelled in the queue.",
-    ),
-    "ProvisionedConcurrencyInvocations": (
-        "provisioned_invocations",
-        "Invocations served by provisioned environments.",
-    ),
-    "ProvisionedConcurrencySpilloverInvocations": (
-        "provisioned_spillover_invocations",
-        "Invocations that no provisioned environment served, where there are some.",
-    ),
-    "Births": ("births", "Environments born."),
-    "LeftRunning": (
-        "left_running",
-        "Invocations that have left processes running, which were killed.",
-    ),
+    "Calls": "calls",
+    "Invocations": "invocations",
+    "Errors": "errors",
+    "Throttles": "throttles",
+    "ProvisionedConcurrencyInvocations": "provisioned_invocations",
+    "ProvisionedConcurrencySpilloverInvocations": "provisioned_spillover_invocations",
+    "Births": "births",
+    "LeftRunning": "left_running",
 }
-_SECONDS: Final = {
-    "InitDuration": ("init_duration_seconds", "Seconds that environments' initialisation took."),
-}
+_SECONDS: Final = {"InitDuration": "init_duration_seconds"}
 _GAUGES: Final = {
-    "ConcurrentExecutions": ("concurrent_executions", "Environments that are leased."),
-    "Environments": ("environments", "Environments, and places of those being born."),
-    "Idle": ("idle_environments", "Environments that nobody uses."),
-    "Waiting": ("waiting_calls", "Calls in the queue."),
+    "ConcurrentExecutions": "concurrent_executions",
+    "Environments": "environments",
+    "Idle": "idle_environments",
+    "Waiting": "waiting_calls",
 }
 _DURATION: Final = "Duration"
 _LABELS: Final = ("pool",)
@@ -71,7 +58,7 @@ _LABELS: Final = ("pool",)
 class HasStats(Protocol):
     """A `WarmPool` or an `AsyncWarmPool`."""
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> Mapping[str, float]:
         """Return its numbers."""
 
 
@@ -101,7 +88,7 @@ class PoolCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Return the metrics of this moment."""
-        found: dict[str, dict[str, float]] = {}
+        found: dict[str, Mapping[str, float]] = {}
         for name, pool in self._pools.items():
             try:
                 found[name] = pool.stats()
@@ -114,20 +101,27 @@ class PoolCollector(Collector):
 def _family(key: str, found: Mapping[str, Mapping[str, float]]) -> Metric:
     values = [([name], stats[key], stats) for name, stats in found.items() if key in stats]
     if key == _DURATION:
-        text = "Seconds that invocations took, without waiting and birth."
-        summary = SummaryMetricFamily(f"{_PREFIX}duration_seconds", text, labels=_LABELS)
+        name = "duration_seconds"
+        summary = SummaryMetricFamily(_PREFIX + name, _text_of(name), labels=_LABELS)
         for labels, value, stats in values:
             summary.add_metric(labels, int(stats["Invocations"]), value / 1000)
         return summary
     if key in _COUNTERS or key in _SECONDS:
-        name, text = _COUNTERS.get(key) or _SECONDS[key]
+        name = _COUNTERS.get(key) or _SECONDS[key]
         scale = 1000 if key in _SECONDS else 1
-        counter = CounterMetricFamily(_PREFIX + name, text, labels=_LABELS)
+        counter = CounterMetricFamily(_PREFIX + name, _text_of(name), labels=_LABELS)
         for labels, value, _ in values:
             counter.add_metric(labels, value / scale)
         return counter
-    name, text = _GAUGES.get(key) or (re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower(), f"{key}.")
+    known = _GAUGES.get(key)
+    name = known or re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower()
+    text = _text_of(known) if known else f"{key}."
     gauge = GaugeMetricFamily(_PREFIX + name, text, labels=_LABELS)
     for labels, value, _ in values:
         gauge.add_metric(labels, value)
     return gauge
+
+
+def _text_of(name: str) -> str:
+    """Return what `PoolStats` says of a number; it has the metric's name."""
+    return str(getattr(PoolStats, name).__doc__)

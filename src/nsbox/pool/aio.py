@@ -15,7 +15,7 @@ from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import PoolError
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.request import TimedCallOptions
-from nsbox.pool.events import PoolSnapshot
+from nsbox.pool.events import PoolSnapshot, PoolStats
 from nsbox.pool.function import PoolFunction
 from nsbox.pool.pool import WarmPool
 from nsbox.values.config import Config
@@ -98,7 +98,7 @@ class AsyncWarmPool:
         """Let the next call run another version; see `WarmPool.publish`."""
         return await asyncio.to_thread(self.pool.publish, source)
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> PoolStats:
         """Return the numbers of one moment; see `WarmPool.stats`."""
         return self.pool.stats()
 

@@ -161,7 +161,7 @@ class Counters:
         return self.seconds / ended if ended else 0.1
 
     def as_dict(self) -> dict[str, float]:
-        """Return them under AWS Lambda's names, where it has one; times are milliseconds."""
+        """Return them as `PoolStats` has them."""
         return {
             "Calls": self.calls,
             "Invocations": self.answers + self.errors,
@@ -174,3 +174,89 @@ class Counters:
             "Births": self.births,
             "LeftRunning": self.left_running,
         }
+
+
+class PoolStats(dict[str, float]):
+    """The numbers of a pool, or of one of its functions, all of one moment.
+
+    A dict under AWS Lambda's names, where it has one, with times in milliseconds as there. Each
+    number is an attribute, too, with times in seconds; the sum of two is that of their numbers.
+    """
+
+    __slots__ = ()
+
+    def __add__(self, other: PoolStats) -> PoolStats:
+        if not isinstance(other, PoolStats):
+            return NotImplemented
+        names = dict.fromkeys([*self, *other])
+        return PoolStats({name: self.get(name, 0) + other.get(name, 0) for name in names})
+
+    @property
+    def calls(self) -> int:
+        """Calls (count) that an open pool was asked for."""
+        return int(self["Calls"])
+
+    @property
+    def invocations(self) -> int:
+        """Calls (count) that got an environment, or whose did not start."""
+        return int(self["Invocations"])
+
+    @property
+    def errors(self) -> int:
+        """Invocations (count) that raised."""
+        return int(self["Errors"])
+
+    @property
+    def throttles(self) -> int:
+        """Calls (count) that never ran: throttled, timed out or cancelled in the queue."""
+        return int(self["Throttles"])
+
+    @property
+    def duration_seconds(self) -> float:
+        """Seconds that invocations took, without waiting and birth: a sum."""
+        return self["Duration"] / 1000
+
+    @property
+    def init_duration_seconds(self) -> float:
+        """Seconds that environments' initialisation took: a sum."""
+        return self["InitDuration"] / 1000
+
+    @property
+    def provisioned_invocations(self) -> int:
+        """Invocations (count) served by provisioned environments."""
+        return int(self["ProvisionedConcurrencyInvocations"])
+
+    @property
+    def provisioned_spillover_invocations(self) -> int:
+        """Invocations (count) that no provisioned environment served, where there are some."""
+        return int(self["ProvisionedConcurrencySpilloverInvocations"])
+
+    @property
+    def births(self) -> int:
+        """Environments (count) born."""
+        return int(self["Births"])
+
+    @property
+    def left_running(self) -> int:
+        """Invocations (count) that have left processes running, which were killed."""
+        return int(self["LeftRunning"])
+
+    @property
+    def concurrent_executions(self) -> int:
+        """Environments (count) that are leased to calls now."""
+        return int(self["ConcurrentExecutions"])
+
+    @property
+    def environments(self) -> int:
+        """Environments (count), and places of those being born, now."""
+        return int(self["Environments"])
+
+    @property
+    def idle_environments(self) -> int:
+        """Environments (count) that nobody uses now."""
+        return int(self["Idle"])
+
+    @property
+    def waiting_calls(self) -> int:
+        """Calls (count) in the queue now."""
+        return int(self["Waiting"])

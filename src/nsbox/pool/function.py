@@ -31,6 +31,7 @@ from nsbox.functions.request import (
     encode_event,
 )
 from nsbox.pool.accounts import Resolve, Waiter
+from nsbox.pool.events import PoolStats
 from nsbox.pool.executor import CallExecutor
 from nsbox.pool.maintenance import Source
 from nsbox.pool.manager import PoolLease, PoolManager, PoolQueue, PoolWaiter, env_of
@@ -450,11 +451,10 @@ class PoolFunction:
         count = check_count(count, "provisioned", 0)
         self._manager.retire_all(self._scheduler.provision(self._queue, count))
 
-    def stats(self) -> dict[str, float]:
-        """Return the numbers of one moment, under AWS Lambda's names where it has one.
+    def stats(self) -> PoolStats:
+        """Return the numbers of one moment; those of a `WarmPool` are of all its functions.
 
-        Calls is Invocations (answers and Errors), Throttles and what is under way. Duration and
-        InitDuration are sums in milliseconds. Those of a `WarmPool` are of all its functions.
+        Calls is Invocations (answers and Errors), Throttles and what is under way.
         """
         return self._scheduler.stats(self._queue)
 

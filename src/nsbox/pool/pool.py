@@ -13,19 +13,23 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Self
+from typing import Final, Self
 
 from nsbox.errors import ConfigError, NsboxError
 from nsbox.functions.credentials import Provider
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.pool.accounts import Resolve
-from nsbox.pool.events import PoolEvent, PoolSnapshot
+from nsbox.pool.events import PoolEvent, PoolSnapshot, PoolStats
 from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
 from nsbox.pool.maintenance import Source
 from nsbox.pool.manager import RETURN_DEADLINE, PoolManager
 from nsbox.pool.settings import check_count, check_settings
 from nsbox.supervisor.launcher import begin_exit
 from nsbox.values.config import Config, make_config
+
+EXIT_DEADLINE: Final = 1.0
+"""Seconds the interpreter waits at its end for calls that it has killed. Threads return at once;
+a task of an event loop that nobody runs any more never does. The launcher ends its environment."""
 
 
 class WarmPool(PoolFunction):
@@ -188,7 +192,7 @@ class WarmPool(PoolFunction):
             self._functions.append(function)
         return function
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> PoolStats:
         """Return the numbers of all functions of the pool; see `PoolFunction.stats`."""
         return self._scheduler.stats()
 
@@ -208,6 +212,10 @@ class WarmPool(PoolFunction):
         Raises:
             CleanupError: Something of an environment could not be removed.
         """
+        self._close(RETURN_DEADLINE, drain=drain)
+
+    def _close(self, patience: float, *, drain: bool) -> None:
+        """Do as `close`; calls that were killed have `patience` seconds to return."""
         if self._manager.owner != os.getpid():
             return
         # Before the lock, which another thread may have that lets calls end.
@@ -216,7 +224,7 @@ class WarmPool(PoolFunction):
             if not self._is_closed:
                 if drain:
                     failure = self._refuse(drain=True)
-                self._scheduler.await_empty(RETURN_DEADLINE)
+                self._scheduler.await_empty(patience)
                 self._is_closed = True
                 for function in self._functions:
                     function._executor.join()
@@ -267,4 +275,4 @@ def _close_pools() -> None:
     begin_exit()
     for pool in list(_pools):
         with contextlib.suppress(NsboxError):
-            pool.close(drain=False)
+            pool._close(EXIT_DEADLINE, drain=False)

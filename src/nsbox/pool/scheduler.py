@@ -42,7 +42,7 @@ from nsbox.pool.accounts import (
     check_promises,
     coldness,
 )
-from nsbox.pool.events import Counters, Retirement
+from nsbox.pool.events import Counters, PoolStats, Retirement
 
 _HELD: Final = (Phase.LEASED, Phase.BIRTH)
 _IDLE: Final = Phase.IDLE
@@ -279,7 +279,7 @@ class Scheduler(Generic[E, W]):
                 for queue in self._queues
             ]
 
-    def stats(self, queue: FunctionQueue[E, W] | None = None) -> dict[str, float]:
+    def stats(self, queue: FunctionQueue[E, W] | None = None) -> PoolStats:
         """Return the numbers of one moment, of one function or of all."""
         with self._lock:
             queues = self._queues if queue is None else [queue]
@@ -288,15 +288,14 @@ class Scheduler(Generic[E, W]):
                 counters.add(each.counters)
             slots = [slot for slot in self._slots if queue in (None, slot.queue)]
             phases = [slot.phase for slot in slots]
-            return {
+            busy = sum(slot.serves and slot.phase is Phase.LEASED for slot in slots)
+            return PoolStats(
                 **counters.as_dict(),
-                "ConcurrentExecutions": sum(
-                    slot.serves and slot.phase is Phase.LEASED for slot in slots
-                ),
-                "Environments": len(phases),
-                "Idle": phases.count(Phase.IDLE),
-                "Waiting": sum(len(each.waiters) for each in queues),
-            }
+                ConcurrentExecutions=busy,
+                Environments=len(phases),
+                Idle=phases.count(Phase.IDLE),
+                Waiting=sum(len(each.waiters) for each in queues),
+            )
 
     # -- taking --------------------------------------------------------------------------------
 
