@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import ast
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import MAGIC_NUMBER
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 
 import nsbox
 from nsbox import errors
+from nsbox.guest.executed import executed_worker
 from nsbox.supervisor import launcher
 
 pytestmark = pytest.mark.static
@@ -266,7 +269,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "psutil": ("cli",),
     "prometheus_client": ("observe.prometheus",),
     "pickle": (),
-    "marshal": ("launcher.template", "launcher.templates"),
+    # By both ends of one socket, and of code made for the same version of Python.
+    "marshal": ("launcher.template", "launcher.templates", "guest.executed"),
     "shelve": (),
     "multiprocessing": (),
     "pytest": (),
@@ -422,7 +426,7 @@ def loaded_by(module: str) -> set[str]:
 
 def test_launcher_starts_light() -> None:
     loaded = loaded_by("nsbox.launcher.server")
-    assert not loaded & NOT_IN_LAUNCHER
+    assert not loaded & (NOT_IN_LAUNCHER | {"json", "re"})
     # socket brings enum and selectors, signal brings enum; nothing else of that size may come.
     assert len(loaded) < 130, sorted(loaded)
 
@@ -435,3 +439,23 @@ def test_template_is_small() -> None:
     # Every page of them is one more to copy for each environment.
     assert not loaded & (NOT_IN_LAUNCHER | {"json", "socket", "signal", "enum", "re", "selectors"})
     assert len(loaded) < 80, sorted(loaded)
+
+
+@pytest.mark.parametrize("is_same", [True, False], ids=["same Python", "another Python"])
+def test_executed_worker_starts_light(is_same: bool) -> None:
+    ours, theirs = socket.socketpair()
+    program, codes, sources = executed_worker(theirs.fileno())
+    words = [program, codes, ""]
+    if not is_same:
+        words = [program.replace(repr(MAGIC_NUMBER), "b''"), "", sources]
+    assert max(map(len, executed_worker(3))) < 128 << 10  # execve(2), MAX_ARG_STRLEN
+    ours.shutdown(socket.SHUT_WR)
+    argv = [sys.executable, "-I", "-S", "-X", "importtime", "-c", *words]
+    done = subprocess.run(argv, capture_output=True, text=True, env={}, pass_fds=[theirs.fileno()])
+    ours.close()
+    theirs.close()
+    assert done.returncode == 0, done.stderr  # as a worker ends that the host has let go of
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "_socket" in loaded
+    # The Python half of json brings re and enum: as much as all the rest.
+    assert not loaded & (NOT_IN_LAUNCHER | {"json", "re", "enum", "socket"})

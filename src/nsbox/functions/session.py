@@ -284,7 +284,7 @@ class Session:
         self._connection.drop_endpoints()
         ours, theirs = make_socket()
         try:
-            argv = (python, "-I", "-S", "-c", executed_worker(3))
+            argv = (python, "-I", "-S", "-c", *executed_worker(3))
             request = RunRequest(self._environment, "/", announced=True, extra=theirs.fileno())
             streams = (None, PIPE, PIPE)
             return Process(

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a worker tells that its function has failed, as AWS Lambda's runtime does.
 
-A part of `runtime`, and so imports nothing of nsbox.
+A part of `runtime`, and so imports no other part of nsbox.
 """
 
 from __future__ import annotations
 
-import json
 import sys
+
+from nsbox.values.json_text import encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def tell_failure(kind: str, message: str, request_id: str, trace: Sequence[str] 
     except OSError:
         pass  # the function has closed it
     told = {"errorType": kind, "errorMessage": message, "requestId": request_id}
-    return json.dumps({**told, "stackTrace": lines}).encode()
+    return encode({**told, "stackTrace": lines})
 
 
 def tell_raised(error: BaseException, own_file: str, request_id: str) -> bytes:

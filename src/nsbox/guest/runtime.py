@@ -2,7 +2,7 @@
 """The worker: imports a function's module and calls its handler, once for each event.
 
 It runs in two ways: in a clone of the template, which has imported this module, or executed as
-``python3 -I -S -c PROGRAM`` (``start="exec"``, `nsbox.functions.session`), where there is no nsbox:
+``python3 -I -S -c PROGRAM`` (``start="exec"``, `nsbox.guest.executed`), where there is no nsbox:
 it imports nothing of it but the modules whose sources go along. It is inside: the host believes
 nothing it says about itself, and what it answers is the function's.
 
@@ -34,7 +34,6 @@ and has written nothing. Otherwise the event is dropped, and sent again as in 4.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import struct
 import sys
@@ -65,7 +64,7 @@ from nsbox.guest.standard import (
     renew_stdin,
 )
 from nsbox.linux.visibility import hide, show
-from nsbox.values.json_text import decode_event, encode_answer, quick_decoder
+from nsbox.values.json_text import decode, decode_event, encode_answer, quick_decoder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,7 +113,7 @@ class Context:
         self.log_stream_name: str = function["log_stream"]
         self.tenant_id: str | None = function["tenant"]
         self.identity = None
-        self.client_context = json.loads(client_context) if client_context else None
+        self.client_context = decode(client_context) if client_context else None
         self._deadline = deadline
 
     def get_remaining_time_in_millis(self) -> int:
@@ -259,7 +258,7 @@ class Worker:
         except (ValueError, RecursionError) as error:
             what = f"Unable to unmarshal input: {error}"
             return ERROR, tell_failure("Runtime.UnmarshalError", what, name)
-        before = _put_variables(json.loads(variables)) if variables else None
+        before = _put_variables(decode(variables)) if variables else None
         try:
             context = Context(self._function, deadline, name, client_context)
             answer = self._handler(value, context)  # type: ignore[misc]

@@ -10,7 +10,6 @@ in which what is left out has not even a name.
 from __future__ import annotations
 
 import os
-import re
 import stat
 
 from nsbox.linux import calls, proc
@@ -61,7 +60,7 @@ HIDDEN_BELOW = {
     "pki/tls": ("private",),
     "security": ("opasswd",),
 }
-_RELATIVE = re.compile(r"[-.~]")
+_RELATIVE = str.maketrans("-~", "..")
 
 # Directories of /var/lib that packages, not services, fill, and that links of /usr and programs'
 # built-in paths lead to: compilers' package databases, TeX's formats and file lists, dictionaries,
@@ -164,7 +163,7 @@ def _hidden() -> Iterator[str]:
         for entry in entries:
             if entry.name in HIDDEN:
                 continue
-            if _RELATIVE.split(entry.name, maxsplit=1)[0] in HIDDEN:
+            if entry.name.translate(_RELATIVE).partition(".")[0] in HIDDEN:
                 yield entry.name
             else:
                 yield from _unreadable(entry, "")

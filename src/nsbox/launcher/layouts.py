@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 from nsbox.isolation import cgroups, etc, filesystem, rootfs
@@ -45,7 +44,7 @@ class KnownSpec:
         places = {name: cgroups.place(name) for name in view["own"]} if view else {}
         self.spec = spec
         self.cgroup_view = places
-        self.layout_key = json.dumps(layout, sort_keys=True)
+        self.layout_key = repr(layout)
         self.cgroups = list(view["own"].values()) if view else []
         self.is_full = rootfs.is_full(layout)
         self.own_binds = [

@@ -3,17 +3,16 @@
 
 What is said and read is what the standard library says and reads, its errors included. Quicker ways
 are taken where they are there and say the same: `_json.c` encodes plain values, msgspec decodes
-large texts. Whatever they do not take the standard library is given.
+large texts, and the C half of `json`, which is there without the Python half, does the rest. That
+half, which takes 10 ms to import, tells what is wrong.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from functools import cache
 from itertools import accumulate
-from json.decoder import scanstring  # type: ignore[attr-defined]
 
 try:
     from nsbox.values import _json as _compiled
@@ -23,7 +22,7 @@ except ImportError:  # it was not compiled; or this worker was executed, where n
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, NoReturn
+    from typing import Any, ClassVar, NoReturn
 
     Data = bytes | memoryview
     Decode = Callable[[Data], Any]
@@ -111,10 +110,14 @@ def decode_answer(data: Data) -> Any:  # noqa: ANN401 - any JSON value
 def decode(text: str) -> Any:  # noqa: ANN401 - any JSON value
     """Return what json.loads does, which takes NaN and Infinity besides; they are a ValueError."""
     try:
-        value, end = _scan(text)
-    except ValueError:
-        end = -1
-    return value if end == len(text) else json.loads(text, parse_constant=_refuse)
+        value, end = _scan(text, 0)
+        if end == len(text):
+            return value
+    except (ValueError, StopIteration):
+        pass
+    import json
+
+    return json.loads(text, parse_constant=_refuse)
 
 
 @cache
@@ -125,6 +128,8 @@ def quick_decoder(*, may_import: bool) -> Decode | None:
             import msgspec
         else:
             msgspec = sys.modules["msgspec"]
+        import json
+
         library: Decode = msgspec.json.decode
         return library if repr(library(_TRIAL)) == repr(json.loads(_TRIAL)) else None
     except Exception:  # noqa: BLE001 - another module of that name may do anything
@@ -150,6 +155,8 @@ def check_characters(text: str) -> None:
     if found:
         # What is between as one string: pairs become characters in C, and UTF-8 has no halves.
         part = whole[min(found) : max(found) + 6].replace('\\"', " ").replace('"', " ") + '"'
+        from json.decoder import scanstring  # type: ignore[attr-defined]
+
         try:
             scanstring(part, 0, False)[0].encode()
         except UnicodeEncodeError as error:
@@ -191,14 +198,18 @@ def _decode_large(data: Data, library: Decode | None, plainly: Decode) -> Any:  
 
 def _encoder_of(*, ensure_ascii: bool) -> Callable[[object], str]:
     """Return what json.dumps does without NaN: that makes an encoder anew for each value."""
-    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, allow_nan=False)
-    encode = encoder.encode
+
+    def encode(value: object) -> str:
+        import json
+
+        return json.dumps(value, ensure_ascii=ensure_ascii, allow_nan=False)
+
     try:
         # Not documented. Without its record of what it is in, many threads may share it.
         from _json import encode_basestring, encode_basestring_ascii, make_encoder
 
         escape = encode_basestring_ascii if ensure_ascii else encode_basestring
-        quick = make_encoder(None, encoder.default, escape, None, ": ", ", ", False, False, False)
+        quick = make_encoder(None, _refuse_kind, escape, None, ": ", ", ", False, False, False)
         if "".join(quick({"a": [1, "b"]}, 0)) != '{"a": [1, "b"]}':
             return encode
     except (ImportError, TypeError, ValueError):
@@ -211,6 +222,22 @@ def _encoder_of(*, ensure_ascii: bool) -> Callable[[object], str]:
             return encode(value)  # which tells what is wrong, a circle too
 
     return encode_quickly
+
+
+def _scanner() -> Callable[[str, int], tuple[Any, int]]:
+    """Return what reads a value of a text from an index on, and where it ends."""
+    try:
+        from _json import make_scanner
+
+        scan: Callable[[str, int], tuple[Any, int]] = make_scanner(_Rules)  # type: ignore[arg-type]
+        if scan('{"a": [-1, 1.5]}', 0) == ({"a": [-1, 1.5]}, 16):
+            return scan
+    except (ImportError, AttributeError, TypeError, ValueError, StopIteration):
+        pass
+    import json
+
+    reader = json.JSONDecoder(parse_constant=_refuse)
+    return reader.scan_once  # type: ignore[attr-defined,no-any-return]
 
 
 def _has_many(data: bytes) -> bool:
@@ -256,6 +283,19 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
+def _refuse_kind(value: object) -> NoReturn:
+    raise TypeError
+
+
+class _Rules:
+    """How the C half is to read, as `json.JSONDecoder` tells it."""
+
+    strict = True
+    object_hook = object_pairs_hook = None
+    parse_float, parse_int, parse_constant = float, int, _refuse
+    memo: ClassVar[dict[str, str]] = {}
+
+
 _encode_ascii = _encoder_of(ensure_ascii=True)
 _encode = _encoder_of(ensure_ascii=False)
-_scan = json.JSONDecoder(parse_constant=_refuse).raw_decode
+_scan = _scanner()
