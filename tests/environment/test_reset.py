@@ -341,4 +341,4 @@ def test_leases_of_a_pool_find_nothing() -> None:
         assert pool.stats()["Births"] == 2
         assert pool.stats()["Errors"] == 0
     with pytest.raises(nsbox.ConfigError, match="'reset'"):
-        nsbox.WarmPool(reuse="sometimes")
+        nsbox.WarmPool(reuse="sometimes")  # type: ignore[call-overload]

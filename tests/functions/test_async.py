@@ -43,6 +43,8 @@ def test_invocations_in_turn(make_function: MakeFunction, reuse: str) -> None:
 
     async def main() -> None:
         assert await env.invoke_async({"x": 1}) == {"x": 1}
+        invocation = await env.invoke_bytes_async(b'{"x": 1}', request_id="r")
+        assert (invocation.json(), invocation.request_id) == ({"x": 1}, "r")
         with pytest.raises(nsbox.FunctionError, match="ValueError: raise"):
             await env.invoke_async("raise")
         answer = await env.invoke_async("logged", on_log=lambda *item: seen.append(item))

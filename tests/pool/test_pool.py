@@ -137,7 +137,7 @@ def test_a_lease_is_ended_once(commands: nsbox.WarmPool) -> None:
 
 def test_files_stay_with_keep_and_go_with_never() -> None:
     for reuse, kept in (("keep", True), ("never", False)):
-        with nsbox.WarmPool(reuse=reuse) as pool:
+        with nsbox.WarmPool(reuse=reuse) as pool:  # type: ignore[call-overload]
             with pool.acquire() as env:
                 env.write_file("/tmp/x", b"1")
             with pool.acquire() as env:
@@ -171,7 +171,7 @@ def test_wrong_settings_and_uses(commands: nsbox.WarmPool, make: Make) -> None:
     with pytest.raises(nsbox.PoolError, match="of a Config: use acquire"):
         commands.invoke({})
     with nsbox.WarmPool(make()) as pool:
-        with pytest.raises(nsbox.PoolError, match="of a function: use invoke"), pool.acquire():
+        with pytest.raises(nsbox.PoolError, match="of a function: use invoke"), pool.acquire():  # type: ignore[misc]
             pass
         with pytest.raises(nsbox.ConfigError, match="no JSON value"):
             pool.invoke({1, 2})
@@ -401,7 +401,7 @@ def test_lives_end_by_calls_idleness_and_age(make: Make) -> None:
         assert [pool.invoke({})["calls"] for _ in range(5)] == [1, 2, 1, 2, 1]
     for settings in ({"idle_timeout": 0.05}, {"max_lifetime": 0.05}):
         events: list[nsbox.PoolEvent] = []
-        with nsbox.WarmPool(version, on_event=events.append, **settings) as pool:  # type: ignore[arg-type]
+        with nsbox.WarmPool(version, on_event=events.append, **settings) as pool:  # type: ignore[call-overload]
             pool.invoke({})
             wait_until(lambda: pool.stats()["Environments"] == 0, "it is closed")
         expected = nsbox.Retirement.IDLE if "idle_timeout" in settings else None

@@ -26,7 +26,7 @@ def test_many_tasks_get_their_own_answers(make: Make) -> None:
 
     async def main() -> None:
         settings = {"max_environments": 3, "acquire_timeout": None, "provisioned": 1}
-        async with nsbox.AsyncWarmPool(make(), **settings) as pool:
+        async with nsbox.AsyncWarmPool(make(), **settings) as pool:  # type: ignore[call-overload]
             calls = (pool.invoke({"echo": n}, tenant=(None, "a")[n % 2]) for n in range(count))
             answers = await asyncio.gather(*calls)
             assert [answer["echo"] for answer in answers] == list(range(count))
@@ -35,6 +35,30 @@ def test_many_tasks_get_their_own_answers(make: Make) -> None:
             stats = pool.stats()
             assert stats["Calls"] == stats["Invocations"] == count
             assert stats["Errors"] == stats["Throttles"] == 0
+
+    asyncio.run(main())
+
+
+def test_the_rest_of_what_threads_have(make: Make) -> None:
+    """Bytes, futures, provisioning, the calls of another function's handle, and the end."""
+
+    async def main() -> None:
+        async with nsbox.AsyncWarmPool(make(), max_environments=2, acquire_timeout=None) as pool:
+            assert pool.max_environments == 2
+            invocation = await pool.invoke_bytes(b'{"echo": 1}', tenant="a")
+            assert invocation.json()["tenant"] == "a"
+            futures = [pool.submit({"echo": n}) for n in range(3)]
+            assert [(await future)["echo"] for future in futures] == [0, 1, 2]
+            with pytest.raises(nsbox.ConfigError, match="provisioned"):
+                await pool.provision(3)
+            other = await pool.function(make(), reserved=1)
+            answers = [answer["echo"] async for answer in other.map_async([{"echo": 1}] * 3)]
+            assert answers == [1] * 3
+            assert (await other.invoke_bytes_async(b"{}")).status == ""
+            assert other.stats().invocations == 4
+            await pool.shutdown()
+            with pytest.raises(nsbox.PoolClosed):
+                await pool.submit({})
 
     asyncio.run(main())
 
@@ -130,7 +154,7 @@ def test_several_functions(make: Make) -> None:
 def test_waiting_times_out(make: Make) -> None:
     async def main() -> None:
         settings = {"max_environments": 1, "acquire_timeout": 0.01}
-        async with nsbox.AsyncWarmPool(make(), **settings) as pool:
+        async with nsbox.AsyncWarmPool(make(), **settings) as pool:  # type: ignore[call-overload]
             await pool.invoke({})
             task = asyncio.create_task(pool.invoke({"sleep": 3600}, timeout=900))
             await until(pool, "ConcurrentExecutions", 1)

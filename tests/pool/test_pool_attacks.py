@@ -148,8 +148,10 @@ def handler(event, context):
 def test_a_flood_of_calls_is_refused_at_once_and_the_others_are_served(publish: Publish) -> None:
     """More calls of one tenant than may wait: the next is told so, who waits is served."""
     most = 4
-    settings = {"max_environments": 1, "max_waiting": most, "acquire_timeout": None}
-    with nsbox.WarmPool(publish(FLOOD, "keep"), **settings) as pool:  # type: ignore[arg-type]
+    version = publish(FLOOD, "keep")
+    with nsbox.WarmPool(
+        version, max_environments=1, max_waiting=most, acquire_timeout=None
+    ) as pool:
         pool.invoke(0, tenant="flood")
         (slot,) = pool._scheduler._slots
         env = slot.env

@@ -167,7 +167,7 @@ def test_acquire_on_a_loop() -> None:
             async with pool.acquire() as env:
                 assert env.id != first, "what its body raised leaves doubt"
             with pytest.raises(nsbox.PoolError, match="acquire"):
-                await pool.invoke({})
+                await pool.invoke({})  # type: ignore[misc]
 
     asyncio.run(main())
 

@@ -100,7 +100,7 @@ def test_a_provider_on_a_loop(publish: Publish) -> None:
 
     async def main() -> None:
         settings = {"credentials": provider, "acquire_timeout": None}
-        async with nsbox.AsyncWarmPool(publish(), **settings) as pool:
+        async with nsbox.AsyncWarmPool(publish(), **settings) as pool:  # type: ignore[call-overload]
             calls = [pool.invoke({}, role=role, files={"in/x": b"f"}) for role in ["a", "b"] * 8]
             found = await asyncio.gather(*calls)
             assert [item[1:5] for item in found] == [[*told(r), "f"] for r in ["a", "b"] * 8]
@@ -131,4 +131,4 @@ def test_a_call_with_wrong_values_leaves_no_doubt(publish: Publish) -> None:
 def test_wrong_providers(publish: Publish) -> None:
     for wrong in (7, {"AccessKeyId": "AK"}):
         with pytest.raises(nsbox.ConfigError, match="credentials: a pool takes a function"):
-            nsbox.WarmPool(publish(), credentials=wrong)  # type: ignore[arg-type]
+            nsbox.WarmPool(publish(), credentials=wrong)  # type: ignore[call-overload]

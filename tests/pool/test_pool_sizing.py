@@ -74,8 +74,8 @@ def test_functions_of_one_pool_are_called_apart(make: Make, events: Events) -> N
             main = pool._scheduler.stats(pool._queue)[name]
             assert value == pytest.approx(one.stats()[name] + two.stats()[name] + main)
         with pytest.raises(nsbox.PoolError, match="of a Config"):
-            pool.invoke({})
-        with pytest.raises(nsbox.PoolError, match="of a function"), one.acquire():
+            pool.invoke({})  # type: ignore[misc]
+        with pytest.raises(nsbox.PoolError, match="of a function"), one.acquire():  # type: ignore[misc]
             pass
     assert Counter(event.function for event in events.of("created")) == {"one": 2, "two": 1, "": 1}
     with pytest.raises(nsbox.PoolClosed):
@@ -122,7 +122,7 @@ def test_nothing_reserved_throttles_all(make: Make) -> None:
 
 def test_a_burst_of_one_function_does_not_starve_another(make: Make) -> None:
     settings = {"max_environments": 2, "acquire_timeout": None, "max_waiting": 500}
-    with nsbox.WarmPool(**settings) as pool:  # type: ignore[arg-type]
+    with nsbox.WarmPool(**settings) as pool:  # type: ignore[call-overload]
         greedy, modest = pool.function(named(make, "greedy")), pool.function(named(make, "modest"))
         burst = [greedy.submit({"sleep": 0.05}) for _ in range(400)]
         wait_until(lambda: greedy.stats()["ConcurrentExecutions"] == 2, "the burst runs", 20)
@@ -198,7 +198,7 @@ def test_the_function_is_told_how_it_was_initialised(make: Make) -> None:
 
 def test_births_wait_for_memory(events: Events) -> None:
     settings = {"memory_budget": "1G", "acquire_timeout": 0.02}  # 512 MiB each
-    with nsbox.WarmPool(**settings) as pool, pool.acquire(), pool.acquire():  # type: ignore[arg-type]
+    with nsbox.WarmPool(**settings) as pool, pool.acquire(), pool.acquire():  # type: ignore[call-overload]
         with pytest.raises(nsbox.PoolTimeout), pool.acquire():
             pass
         assert pool.stats()["Environments"] == 2
@@ -451,7 +451,7 @@ def test_a_healthy_one_is_told_of_its_end(
     reason, settings = ENDS[how]
     polite = make(POLITE, **writes_to(out))
     settings = {"shutdown_grace": 60.0, "on_event": events.append, **settings}
-    with nsbox.WarmPool(polite, **settings) as pool:  # type: ignore[arg-type]
+    with nsbox.WarmPool(polite, **settings) as pool:  # type: ignore[call-overload]
         assert pool.invoke({})["calls"] == 1
         if how == "publish":
             pool.publish(make())
@@ -482,7 +482,7 @@ def test_nobody_waits_for_one_that_does_not_end(make: Make, events: Events) -> N
         "import signal\nsignal.signal(signal.SIGTERM, lambda *_: None)\ncalls = 0",
     )
     settings = {"max_environments": 2, "shutdown_grace": 0.2 * PATIENCE, "on_event": events.append}
-    with nsbox.WarmPool(make(stubborn), max_invocations=1, **settings) as pool:  # type: ignore[arg-type]
+    with nsbox.WarmPool(make(stubborn), max_invocations=1, **settings) as pool:  # type: ignore[call-overload]
         for _ in range(4):
             assert pool.invoke({})["calls"] == 1
             assert pool.stats()["Environments"] <= 2
@@ -495,7 +495,7 @@ def test_many_end_in_order_at_once(make: Make, events: Events) -> None:
     settings = {"max_invocations": 1, "acquire_timeout": None, "on_event": events.append}
     count = 9 if SLOW_MACHINE else 18
     for grace in (1e-6, 1e-3, 5.0):
-        with nsbox.WarmPool(make(), shutdown_grace=grace, max_environments=3, **settings) as pool:  # type: ignore[arg-type]
+        with nsbox.WarmPool(make(), shutdown_grace=grace, max_environments=3, **settings) as pool:  # type: ignore[call-overload]
             with ThreadPoolExecutor(3) as threads:
                 answers = threads.map(lambda n: pool.invoke({"echo": n})["echo"], range(count))
                 assert list(answers) == list(range(count))

@@ -454,6 +454,21 @@ class ExecutionEnvironment:
             found = await resolve_async(credentials, self._role(role))
         return (await self.call_async(InvocationRequest(payload, found, **options))).json()
 
+    async def invoke_bytes_async(
+        self,
+        payload: bytes,
+        *,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[Options],
+    ) -> Invocation:
+        """Do as `invoke_bytes`, on the running asyncio loop; see `invoke_async`."""
+        data, found = check_payload(payload), None
+        if credentials is not None:
+            found = await resolve_async(credentials, self._role(role))
+        answer = await self.call_async(InvocationRequest(data, found, **options))
+        return answer.invocation() if isinstance(answer, InvocationResponse) else answer
+
     def call(self, request: InvocationRequest) -> Invocation | InvocationResponse:
         """Serve what was checked: by a pool, before it takes an environment for it."""
         session = self._function_session()

@@ -6,40 +6,67 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Self, Unpack
+from typing import Any, Generic, Literal, Self, Unpack, overload
 
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import PoolError
-from nsbox.functions.function import Function, FunctionVersion
-from nsbox.functions.request import TimedCallOptions
+from nsbox.functions.credentials import Credentials, Provider
+from nsbox.functions.function import Function, FunctionVersion, ReuseChoice
+from nsbox.functions.request import PoolOptions, TimedCallOptions
 from nsbox.pool.events import PoolSnapshot, PoolStats
-from nsbox.pool.function import PoolFunction
+from nsbox.pool.function import PoolFunction, PoolServed
 from nsbox.pool.pool import WarmPool
+from nsbox.pool.settings import PoolSettings
 from nsbox.values.config import Config
+from nsbox.values.invocation import Invocation
 
 
-class AsyncWarmPool:
+class AsyncWarmPool(Generic[PoolServed]):
     """A `WarmPool` whose calls are awaited. Use it with ``async with``.
+
+    To type checkers it is an ``AsyncWarmPool[Function]`` or an ``AsyncWarmPool[Config]``, as
+    `WarmPool` is.
 
     Attributes:
         pool: The `WarmPool` behind it, which threads may use at the same time.
+        max_environments: The most at a time.
     """
+
+    @overload
+    def __init__(
+        self: AsyncWarmPool[Function],
+        source: Function | FunctionVersion,
+        *,
+        reuse: Literal["keep"] = "keep",
+        **settings: Unpack[PoolSettings],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: AsyncWarmPool[Config],
+        source: Config | None = None,
+        *,
+        reuse: ReuseChoice = "keep",
+        **settings: Unpack[PoolSettings],
+    ) -> None: ...
 
     def __init__(
         self,
         source: Function | FunctionVersion | Config | None = None,
-        **settings: Any,  # noqa: ANN401
+        *,
+        reuse: ReuseChoice = "keep",
+        **settings: Unpack[PoolSettings],
     ) -> None:
         """Take what `WarmPool` takes; nothing is made before it is entered."""
-        self._source = source
-        self._settings = settings
-        self._pool: WarmPool | None = None
+        make: Any = WarmPool
+        self._make: Callable[[], WarmPool[PoolServed]]
+        self._make = functools.partial(make, source, reuse=reuse, **settings)
+        self._pool: WarmPool[PoolServed] | None = None
 
     @property
-    def pool(self) -> WarmPool:
+    def pool(self) -> WarmPool[PoolServed]:
         """The `WarmPool` behind it.
 
         Raises:
@@ -49,36 +76,51 @@ class AsyncWarmPool:
             raise PoolError("enter the pool first: async with AsyncWarmPool(...) as pool")
         return self._pool
 
-    async def invoke(self, event: object, **options: Unpack[TimedCallOptions]) -> Any:  # noqa: ANN401 - any JSON value
-        """Call the function with an event; see `WarmPool.invoke` and `WarmPool.invoke_async`."""
-        return await self.pool.invoke_async(event, **options)
+    @property
+    def max_environments(self) -> int:
+        """The most at a time."""
+        return self.pool.max_environments
 
-    async def map(
-        self,
+    async def invoke(
+        self: AsyncWarmPool[Function], event: object, **options: Unpack[TimedCallOptions]
+    ) -> Any:  # noqa: ANN401 - any JSON value
+        """Call the function with an event; see `WarmPool.invoke` and `WarmPool.invoke_async`."""
+        return await (self._pool or self.pool).invoke_async(event, **options)
+
+    async def invoke_bytes(
+        self: AsyncWarmPool[Function],
+        payload: bytes,
+        *,
+        tenant: str | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[PoolOptions],
+    ) -> Invocation:
+        """Call the function with an event in JSON; see `WarmPool.invoke_bytes`."""
+        return await self.pool.invoke_bytes_async(
+            payload, tenant=tenant, credentials=credentials, role=role, **options
+        )
+
+    def submit(
+        self: AsyncWarmPool[Function], event: object, **options: Unpack[TimedCallOptions]
+    ) -> asyncio.Future[Any]:
+        """Do as `WarmPool.submit`, and return a future of the running loop.
+
+        To cancel it drops a call that has not started; one that runs goes on until it answers or
+        its time is over. A task of `invoke` is killed.
+        """
+        return asyncio.wrap_future(self.pool.submit(event, **options))
+
+    def map(
+        self: AsyncWarmPool[Function],
         events: Iterable[object] | AsyncIterable[object],
         **options: Unpack[TimedCallOptions],
     ) -> AsyncIterator[Any]:
-        """Yield the answers to `events`, in their order; events are taken as calls can be made.
-
-        As many are under way at a time as the pool may have environments. What a call raises is
-        raised in its place; then, and when the iterator is closed, those under way are cancelled.
-        """
-        most = self.pool.max_environments
-        calls: deque[asyncio.Task[Any]] = deque()
-        try:
-            async for event in _each(events):
-                calls.append(asyncio.ensure_future(self.invoke(event, **options)))
-                if len(calls) >= most:
-                    yield await calls.popleft()
-            while calls:
-                yield await calls.popleft()
-        finally:
-            for task in calls:
-                task.cancel()
-            await asyncio.gather(*calls, return_exceptions=True)
+        """Yield the answers to `events`, in their order; see `WarmPool.map_async`."""
+        return self.pool.map_async(events, **options)
 
     def acquire(
-        self, *, timeout: float | None = None
+        self: AsyncWarmPool[Config], *, timeout: float | None = None
     ) -> AbstractAsyncContextManager[ExecutionEnvironment]:
         """Lease an environment for an async with statement; see `WarmPool.acquire_async`."""
         return self.pool.acquire_async(timeout=timeout)
@@ -86,17 +128,28 @@ class AsyncWarmPool:
     async def function(
         self,
         source: Function | FunctionVersion,
-        **settings: Any,  # noqa: ANN401
-    ) -> PoolFunction:
+        *,
+        reserved: int | None = None,
+        provisioned: int = 0,
+    ) -> PoolFunction[Function]:
         """Have the pool serve another function; see `WarmPool.function`.
 
-        What it returns is called with `PoolFunction.invoke_async`.
+        What it returns is called with its methods ending in ``_async``: `PoolFunction.invoke_async`
+        and so on.
         """
-        return await asyncio.to_thread(self.pool.function, source, **settings)
+        return await asyncio.to_thread(
+            self.pool.function, source, reserved=reserved, provisioned=provisioned
+        )
 
-    async def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
+    async def publish(
+        self: AsyncWarmPool[Function], source: Function | FunctionVersion
+    ) -> FunctionVersion:
         """Let the next call run another version; see `WarmPool.publish`."""
         return await asyncio.to_thread(self.pool.publish, source)
+
+    async def provision(self, count: int) -> None:
+        """Set how many environments are kept ready; see `WarmPool.provision`."""
+        await asyncio.to_thread(self.pool.provision, count)
 
     def stats(self) -> PoolStats:
         """Return the numbers of one moment; see `WarmPool.stats`."""
@@ -111,9 +164,14 @@ class AsyncWarmPool:
         if self._pool is not None:
             await asyncio.to_thread(self._pool.close, drain=drain)
 
+    async def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the pool; see `WarmPool.shutdown`."""
+        if self._pool is not None:
+            await asyncio.to_thread(self._pool.shutdown, wait, cancel_futures=cancel_futures)
+
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        making = _Making(functools.partial(WarmPool, self._source, **self._settings))
+        making = _Making(self._make)
         try:
             await loop.run_in_executor(None, making.run)
         except BaseException:
@@ -126,23 +184,14 @@ class AsyncWarmPool:
         await self.close(drain=kind is None)
 
 
-async def _each(events: Iterable[object] | AsyncIterable[object]) -> AsyncIterator[object]:
-    if isinstance(events, AsyncIterable):
-        async for event in events:
-            yield event
-    else:
-        for event in events:
-            yield event
-
-
-class _Making:
+class _Making(Generic[PoolServed]):
     """A pool made in a thread, which cannot be stopped when nobody wants the pool any more."""
 
-    def __init__(self, make: Callable[[], WarmPool]) -> None:
+    def __init__(self, make: Callable[[], WarmPool[PoolServed]]) -> None:
         self._make = make
         self._lock = threading.Lock()
         self._is_unwanted = False
-        self.pool: WarmPool | None = None
+        self.pool: WarmPool[PoolServed] | None = None
 
     def run(self) -> None:
         with self._lock:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import operator
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from concurrent.futures import Future
-from typing import Any, Final, NoReturn, Unpack
+from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeVar, Unpack
 
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import ConfigError, PoolError, PoolTimeout, refuse_pickling
@@ -39,11 +48,23 @@ from nsbox.pool.settings import check_count
 from nsbox.values.config import Config, parse_seconds
 from nsbox.values.invocation import Invocation
 
+T = TypeVar("T")
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as DefaultingTypeVar  # PEP 696
+
+    Served = DefaultingTypeVar("Served", bound=Function | Config, default=Function)
+    PoolServed = DefaultingTypeVar("PoolServed", bound=Function | Config, default=Any)
+else:
+    Served, PoolServed = TypeVar("Served"), TypeVar("PoolServed")
+
 _TENANTS_KEPT: Final = 1024  # versions of tenants that need not be made again
 
 
-class PoolFunction:
-    """One function of a pool: its calls, its version, its numbers. Made by `WarmPool.function`."""
+class PoolFunction(Generic[Served]):
+    """One function of a pool: its calls, its version, its numbers. Made by `WarmPool.function`.
+
+    The methods ending in ``_async`` do on an asyncio loop what the others do in a thread.
+    """
 
     def __init__(self, manager: PoolManager, queue: PoolQueue, most: int) -> None:
         """`most`: as many of its submitted calls run at a time."""
@@ -51,6 +72,7 @@ class PoolFunction:
         self._queue = queue
         self._scheduler = manager.scheduler
         self._executor = CallExecutor(most)
+        self._most = most
         self._acquire_timeout = manager.settings.acquire_timeout
         self._is_function = isinstance(queue.resolve(None)[1], FunctionVersion)
         self._has_provider = manager.settings.credentials is not None
@@ -61,7 +83,7 @@ class PoolFunction:
     # -- calls ---------------------------------------------------------------------------------
 
     def invoke(
-        self,
+        self: PoolFunction[Function],
         event: object,
         *,
         timeout: float | None = None,
@@ -109,7 +131,7 @@ class PoolFunction:
             lease = self._take(tenant, self._acquire_timeout, begin, again=True)
 
     def invoke_bytes(
-        self,
+        self: PoolFunction[Function],
         payload: bytes,
         *,
         tenant: str | None = None,
@@ -137,7 +159,9 @@ class PoolFunction:
                 return invocation
             lease = self._take(tenant, self._acquire_timeout, begin, again=True)
 
-    def submit(self, event: object, **options: Unpack[TimedCallOptions]) -> Future[Any]:
+    def submit(
+        self: PoolFunction[Function], event: object, **options: Unpack[TimedCallOptions]
+    ) -> Future[Any]:
         """Do as `invoke` in a thread of the pool, and return a future of the answer.
 
         As many run at a time as the pool may have environments. Those submitted above that wait
@@ -149,7 +173,7 @@ class PoolFunction:
         return self._executor.submit(lambda: self.invoke(event, **options))
 
     def map(
-        self,
+        self: PoolFunction[Function],
         events: Iterable[object],
         *,
         timeout: float | None = None,
@@ -183,7 +207,7 @@ class PoolFunction:
         return _answers(futures, end)
 
     async def invoke_async(
-        self,
+        self: PoolFunction[Function],
         event: object,
         *,
         tenant: str | None = None,
@@ -197,9 +221,35 @@ class PoolFunction:
         cancelled call leaves the queue, or its environment is killed.
         """
         payload = encode_event(event)
+        return await self._call_on_loop(payload, _JSON, tenant, credentials, role, options)
+
+    async def invoke_bytes_async(
+        self: PoolFunction[Function],
+        payload: bytes,
+        *,
+        tenant: str | None = None,
+        credentials: Credentials | Provider | None = None,
+        role: str | None = None,
+        **options: Unpack[PoolOptions],
+    ) -> Invocation:
+        """Do as `invoke_bytes` on the running asyncio loop; see `invoke_async`."""
+        data = check_payload(payload)
+        return await self._call_on_loop(data, _invocation_of, tenant, credentials, role, options)
+
+    async def _call_on_loop(
+        self,
+        payload: bytes,
+        read: Callable[[InvocationResponse | Invocation], T],
+        tenant: str | None,
+        credentials: Credentials | Provider | None,
+        role: str | None,
+        options: PoolOptions,
+    ) -> T:
+        """Call the function with an event and return what `read` makes of the answer."""
         found = None
-        if (provider := self._provider(credentials)) is not None:
-            found = await resolve_async(provider, self._role(role))
+        if self._has_provider or credentials is not None:
+            provider = self._provider(credentials)
+            found = None if provider is None else await resolve_async(provider, self._role(role))
         request = InvocationRequest(payload, found, **options)
         self._check_usable(is_function=True)
         begin = time.monotonic()
@@ -213,7 +263,7 @@ class PoolFunction:
                 )
             try:
                 environment = lease.slot.env or env_of(lease)
-                answer = (await environment.call_async(request)).json()
+                answer = read(await environment.call_async(request))
             except BaseException as error:
                 if not self._manager.fail(lease, error):
                     raise
@@ -223,8 +273,34 @@ class PoolFunction:
                 return answer
             lease, is_again = None, True
 
+    async def map_async(
+        self: PoolFunction[Function],
+        events: Iterable[object] | AsyncIterable[object],
+        **options: Unpack[TimedCallOptions],
+    ) -> AsyncIterator[Any]:
+        """Yield the answers to `events`, in their order; events are taken as calls can be made.
+
+        As many are under way at a time as the function may have environments. What a call raises
+        is raised in its place; then, and when the iterator is closed, those under way are
+        cancelled. `timeout` is the handler's; `asyncio.timeout` is there for the answers.
+        """
+        calls: deque[asyncio.Task[Any]] = deque()
+        try:
+            async for event in _each(events):
+                calls.append(asyncio.ensure_future(self.invoke_async(event, **options)))
+                if len(calls) >= self._most:
+                    yield await calls.popleft()
+            while calls:
+                yield await calls.popleft()
+        finally:
+            for task in calls:
+                task.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+
     @contextlib.contextmanager
-    def acquire(self, *, timeout: float | None = None) -> Iterator[ExecutionEnvironment]:
+    def acquire(
+        self: PoolFunction[Config], *, timeout: float | None = None
+    ) -> Iterator[ExecutionEnvironment]:
         """Lease an environment of a pool of a `Config`, for the body of a with statement.
 
         With reuse "keep" the next one finds the files in /tmp, with "reset" nothing: the statement
@@ -247,7 +323,7 @@ class PoolFunction:
 
     @contextlib.asynccontextmanager
     async def acquire_async(
-        self,
+        self: PoolFunction[Config],
         *,
         timeout: float | None = None,  # noqa: ASYNC109 - of the wait, as that of `acquire`
     ) -> AsyncIterator[ExecutionEnvironment]:
@@ -424,7 +500,9 @@ class PoolFunction:
 
     # -- versions and numbers ------------------------------------------------------------------
 
-    def publish(self, source: Function | FunctionVersion) -> FunctionVersion:
+    def publish(
+        self: PoolFunction[Function], source: Function | FunctionVersion
+    ) -> FunctionVersion:
         """Let the next call run another version, and return that.
 
         Running calls end on the old one. Its idle environments are closed now, the others when
@@ -558,6 +636,22 @@ def _answers(futures: deque[Future[Any]], end: float | None) -> Iterator[Any]:
 def _cancel(futures: Iterable[Future[Any]]) -> None:
     for future in futures:
         future.cancel()
+
+
+async def _each(events: Iterable[object] | AsyncIterable[object]) -> AsyncIterator[object]:
+    if isinstance(events, AsyncIterable):
+        async for event in events:
+            yield event
+    else:
+        for event in events:
+            yield event
+
+
+_JSON: Final[Callable[[InvocationResponse | Invocation], Any]] = operator.methodcaller("json")
+
+
+def _invocation_of(answer: InvocationResponse | Invocation) -> Invocation:
+    return answer.invocation() if isinstance(answer, InvocationResponse) else answer
 
 
 def version_of(source: object, what: str) -> FunctionVersion:

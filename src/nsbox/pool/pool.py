@@ -13,17 +13,23 @@ import os
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Final, Self
+from typing import Any, Final, Literal, Self, Unpack, overload
 
 from nsbox.errors import ConfigError, NsboxError
 from nsbox.functions.credentials import Provider
-from nsbox.functions.function import Function, FunctionVersion
+from nsbox.functions.function import Function, FunctionVersion, ReuseChoice
 from nsbox.pool.accounts import Resolve
 from nsbox.pool.events import PoolEvent, PoolSnapshot, PoolStats
-from nsbox.pool.function import PoolFunction, config_resolver, version_of, version_resolver
+from nsbox.pool.function import (
+    PoolFunction,
+    PoolServed,
+    config_resolver,
+    version_of,
+    version_resolver,
+)
 from nsbox.pool.maintenance import Source
 from nsbox.pool.manager import RETURN_DEADLINE, PoolManager
-from nsbox.pool.settings import check_count, check_settings
+from nsbox.pool.settings import PoolSettings, check_count, check_settings
 from nsbox.supervisor.launcher import begin_exit
 from nsbox.values.config import Config, make_config
 
@@ -32,7 +38,7 @@ EXIT_DEADLINE: Final = 1.0
 a task of an event loop that nobody runs any more never does. The launcher ends its environment."""
 
 
-class WarmPool(PoolFunction):
+class WarmPool(PoolFunction[PoolServed]):
     """Keeps environments warm and gives each of them to one call at a time.
 
     Use it as a context manager, from any number of threads; not from a forked child. The with
@@ -46,9 +52,31 @@ class WarmPool(PoolFunction):
     the function. `submit` and `map` take events, and otherwise do as an executor's; so does
     `shutdown`.
 
+    To type checkers a pool of a function is a ``WarmPool[Function]``, which has no `acquire`, and
+    that of a `Config` a ``WarmPool[Config]``, which has no `invoke`, `submit`, `map` and
+    `publish`. A plain ``WarmPool`` in an annotation is either.
+
     Attributes:
         max_environments: The most at a time.
     """
+
+    @overload
+    def __init__(
+        self: WarmPool[Function],
+        source: Function | FunctionVersion,
+        *,
+        reuse: Literal["keep"] = "keep",
+        **settings: Unpack[PoolSettings],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: WarmPool[Config],
+        source: Config | None = None,
+        *,
+        reuse: ReuseChoice = "keep",
+        **settings: Unpack[PoolSettings],
+    ) -> None: ...
 
     def __init__(
         self,
@@ -66,7 +94,7 @@ class WarmPool(PoolFunction):
         max_invocations: int | None = None,
         shutdown_grace: float = 0.5,
         min_available: float | None = 0.05,
-        reuse: str = "keep",
+        reuse: ReuseChoice = "keep",
         credentials: Provider | None = None,
         on_event: Callable[[PoolEvent], object] | None = None,
         blank: int | None = None,
@@ -140,7 +168,7 @@ class WarmPool(PoolFunction):
         )
         super().__init__(manager, queue, max_environments)
         self.max_environments = max_environments
-        self._functions: list[PoolFunction] = [self]
+        self._functions: list[PoolFunction[Any]] = [self]
         self._close_lock = threading.Lock()
         self._is_closed = False
         try:
@@ -156,7 +184,7 @@ class WarmPool(PoolFunction):
         *,
         reserved: int | None = None,
         provisioned: int = 0,
-    ) -> PoolFunction:
+    ) -> PoolFunction[Function]:
         """Have the pool serve another function, and return what it is called by.
 
         All have their environments in this one pool. Those without reserved places share what is
@@ -182,7 +210,7 @@ class WarmPool(PoolFunction):
             version_resolver(version), reserved=reserved, provisioned=provisioned
         )
         most = self._manager.settings.max_environments if reserved is None else max(1, reserved)
-        function = PoolFunction(self._manager, queue, most)
+        function: PoolFunction[Function] = PoolFunction(self._manager, queue, most)
         try:
             self._manager.open(queue)
         except BaseException:
@@ -267,7 +295,7 @@ class WarmPool(PoolFunction):
         self.close(drain=kind is None)
 
 
-_pools: set[WarmPool] = set()
+_pools: set[WarmPool[Any]] = set()
 
 
 @atexit.register

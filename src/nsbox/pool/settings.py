@@ -5,12 +5,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 from nsbox.errors import ConfigError
 from nsbox.functions.credentials import CredentialCache, Provider, check_credentials
 from nsbox.pool.events import PoolEvent
 from nsbox.supervisor.standby import MOST
 from nsbox.values.config import parse_seconds, parse_size
+
+
+class PoolSettings(TypedDict, total=False):
+    """What pools take, by its names, but for their source and `reuse`; type checkers read it."""
+
+    provisioned: int
+    max_environments: int
+    standby: int
+    memory_budget: int | str | None
+    acquire_timeout: float | None
+    max_waiting: int
+    idle_timeout: float
+    freeze_after: float | None
+    max_lifetime: float
+    max_invocations: int | None
+    shutdown_grace: float
+    min_available: float | None
+    credentials: Provider | None
+    on_event: Callable[[PoolEvent], object] | None
+    blank: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
