@@ -24,7 +24,7 @@ _STARTS = (
     ("cold-exec", 'nsbox, start="exec"'),
     ("cold", "nsbox, cold"),
     ("never", 'nsbox, reuse="never", back to back'),
-    ("cold-standby", "nsbox, cold with a standby environment"),
+    ("cold-standby", "nsbox, cold from standby"),
     ("reset", 'nsbox, reuse="reset"'),
     ("warm-100B", "nsbox, warm"),
 )
