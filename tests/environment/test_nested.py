@@ -73,6 +73,40 @@ def test_a_chroot_is_told_of(tmp_path: Path, user: str) -> None:
     assert "AppArmor" not in done.stderr
 
 
+HIDDEN = """
+set -e
+mount -t tmpfs none /mnt; mkdir -p /mnt/site /mnt/home; mount --bind "$1" /mnt/site
+chmod 755 /mnt; chown 65534 /mnt/home
+for options in hidepid=2 hidepid=2,gid=65534; do
+    umount -l /proc 2>/dev/null || :
+    mount -t proc -o $options proc /proc
+    setpriv --reuid=65534 --regid=65534 --clear-groups \\
+        env -i HOME=/mnt/home PATH=/usr/bin:/bin PYTHONPATH=/mnt/site "$2" -B -c "$3"
+done
+"""
+
+BY_A_USER = """
+import nsbox
+try:
+    print(nsbox.run(["id", "-u"]).text(), end="")
+except nsbox.SetupError as error:
+    print(error)
+"""
+
+
+@pytest.mark.needs("root")
+def test_a_proc_that_hides_processes_is_told_of() -> None:
+    """What the kernel says of an environment cannot be read then, and nothing else is believed."""
+    source = os.path.dirname(os.path.dirname(nsbox.__file__))
+    python = os.path.realpath(sys.executable)
+    done = call("unshare", "-m", "sh", "-c", HIDDEN, "sh", source, python, BY_A_USER)
+    assert done.returncode == 0, done
+    refused, seen = done.stdout.splitlines()
+    assert "step 'verify' failed" in refused, done
+    assert "/proc hides it (hidepid=" in refused, done
+    assert seen == "1000", done
+
+
 # -- subordinate ids ---------------------------------------------------------------------------
 
 SUBORDINATE = """

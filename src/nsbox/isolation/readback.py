@@ -17,7 +17,7 @@ def missing_lock(pid: int, *, filtered: bool) -> str:
     """Return the line that the status of `pid` should have and has not, or "".
 
     Raises:
-        OSError: The process is gone, or hidden from the caller (proc(5), hidepid).
+        OSError: The process is gone, or hidden from the caller (proc(5), hidepid=).
     """
     fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
     try:

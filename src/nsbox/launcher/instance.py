@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 from _socket import AF_UNIX, SOCK_SEQPACKET
 from _socket import socket as Socket
 
-from nsbox.isolation import readback
 from nsbox.isolation.sigstop import Stopper
 from nsbox.launcher import messages, protocol
 from nsbox.launcher.steps import failure
@@ -77,18 +75,11 @@ class Environment:
         self.is_over = True
         self._stopper.go_on()
 
-    def verify(self) -> None:
-        """Read back that it is locked in."""
-        missing = readback.missing_lock(self.pid, filtered=True)
-        if missing:
-            raise OSError(errno.EPERM, f"its status does not say {missing!r}")
-
 
 _FORGOTTEN = messages.Gone(status=None, usage={}, leaked=[])
 _ACTS = {
     messages.Freeze: Environment.freeze,
     messages.Thaw: Environment.thaw,
-    messages.Verify: Environment.verify,
 }
 
 

@@ -234,10 +234,6 @@ class Thaw(Request):
     """Let them run again."""
 
 
-class Verify(Request):
-    """Read back that it is locked in, where the host may not look."""
-
-
 class Kill(Request):
     """Kill it. Not answered."""
 
@@ -281,7 +277,7 @@ class Gone(Message):
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (UserNamespace, Mapped, Hello, Fatal, GiveBirth, Born, UnknownSpec, NoDescriptors,
-                 Attach, Keep, Claim, Freeze, Thaw, Verify, Kill, Close, Done, Failed, Gone)
+                 Attach, Keep, Claim, Freeze, Thaw, Kill, Close, Done, Failed, Gone)
 }  # fmt: skip
 
 

@@ -31,6 +31,8 @@ BIRTH_DEADLINE: Final = 30.0
 """Seconds a birth may take."""
 _STEP_HINTS: Final = {
     "clone": "'nsbox doctor' tells which namespace this host does not allow",
+    "verify": "PID 1 has ended, or /proc hides it (hidepid=, proc(5)): then let its gid= name a "
+    "group of this user",
     "trees": "an idmapped mount needs a file system that supports it (ext4, xfs, btrfs, tmpfs "
     "since Linux 6.3); allow_missing={'idmapped_mounts'} binds without",
 }
@@ -272,11 +274,8 @@ class EnvironmentConnection:
     def _verify(self, *, filtered: bool) -> None:
         try:
             missing = readback.missing_lock(self.pid, filtered=filtered)
-        except OSError:
-            self.request(
-                messages.Verify(id=self.env_id)
-            )  # /proc hides it from us (hidepid), not from its launcher
-            return
+        except OSError as error:
+            raise _setup_error("verify", error.errno or 0, str(error)) from error
         if missing:
             raise SetupError("verify", f"its status does not say {missing!r}")
 
