@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,65 @@ print("well")
 def test_users_with_subordinate_ids_have_their_own_files() -> None:
     done = call(sys.executable, "-c", SUBORDINATE)
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
+
+
+GRANTED = r"""
+set -e
+printf 'nobody:200000:1000\nnobody:300000:500\n' > "$1/ids"
+for file in subuid subgid; do mount --bind "$1/ids" /etc/$file; done
+shift
+# The capability is for the way to the interpreter and to nsbox; a launcher has no use for it.
+exec setpriv --reuid=65534 --regid=65534 --clear-groups \
+    --inh-caps=+dac_read_search --ambient-caps=+dac_read_search "$@"
+"""
+NAMED = """
+import os, sys, nsbox
+from nsbox.supervisor.launcher import get_launcher
+for os.environ["NSBOX_ID_RANGE"] in sys.argv[1:]:
+    try:
+        launcher = get_launcher()
+    except nsbox.ConfigError as error:
+        print(error)
+        continue
+    maps = [open(f"/proc/{launcher.pid}/{name}_map").read().split() for name in ("uid", "gid")]
+    print(launcher.hello.ids, *maps[0][3:], *maps[1][3:])
+    nsbox.shutdown()
+"""
+
+
+@pytest.mark.needs("root")
+def test_a_user_names_some_of_the_subordinate_ids(tmp_path: Path) -> None:
+    """They are used; others are refused by name, and nothing is done with less."""
+    ranges = ["300100:50", "200000:1000", "200990:20", "100000:10", "0:10"]
+    done = call("unshare", "-m", "sh", "-c", GRANTED, "sh", str(tmp_path),
+                sys.executable, "-c", NAMED, *ranges)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    *told, zero = done.stdout.splitlines()
+    assert "NSBOX_ID_RANGE: '0:10' is not FIRST:COUNT" in zero
+    if shutil.which("newuidmap") is None:
+        for line in told:
+            assert "needs newuidmap and newgidmap, which are not installed" in line
+        return
+    granted = "200000:1000, 300000:500"
+    refusal = f"is not among this user's subordinate ids, {granted} in /etc/subuid and {granted} in"
+    assert told[:2] == ["subordinate 1 300100 50 1 300100 50",
+                        "subordinate 1 200000 1000 1 200000 1000"]  # fmt: skip
+    for line, text in zip(told[2:], ranges[2:4], strict=True):
+        assert line.startswith(f"NSBOX_ID_RANGE: {text} {refusal}")
+
+
+def test_a_range_of_ids_that_cannot_be_had_is_refused() -> None:
+    done = call(sys.executable, "-c", NAMED, "4294967290:100")
+    assert (done.returncode, done.stderr, done.stdout.count("\n")) == (0, "", 1), done.stderr
+    assert done.stdout.startswith("NSBOX_ID_RANGE: 4294967290:100 "), done.stdout
+    assert done.stdout.endswith("unset it\n")
+    if IS_ROOT:
+        done = call("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin",
+                    sys.executable, "-c", NAMED, "1879048192:10", "4294967290:100")  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        used, refused = done.stdout.splitlines()
+        assert used == "subordinate 1 1879048192 10 1 1879048192 10"
+        assert refused.startswith("NSBOX_ID_RANGE: 4294967290:100 cannot be mapped by this root")
 
 
 def test_where_a_part_of_proc_is_covered_that_is_told() -> None:

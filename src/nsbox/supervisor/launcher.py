@@ -34,7 +34,7 @@ from nsbox.errors import (
 from nsbox.launcher import messages, protocol, spawn
 from nsbox.launcher.messages import Hello, Spec
 from nsbox.linux import proc
-from nsbox.supervisor.idmaps import write_launcher_maps
+from nsbox.supervisor.idmaps import given_range, write_launcher_maps
 from nsbox.values.result import EnvironmentDied
 
 _log = logging.getLogger("nsbox")
@@ -157,7 +157,9 @@ class Launcher:
                 self._done, done_write = os.pipe()
                 kept.callback(os.close, self._done)
                 given.callback(os.close, done_write)
-                self.pid = _spawn(theirs.fileno(), their_requests.fileno(), done_write)
+                self._id_range = given_range()
+                fds = theirs.fileno(), their_requests.fileno(), done_write
+                self.pid = _spawn(*fds, self._id_range)
                 self._pidfd = os.pidfd_open(self.pid)
                 kept.pop_all()
         except OSError as error:
@@ -190,11 +192,11 @@ class Launcher:
 
     def _write_maps(self, pid: int) -> None:
         try:
-            write_launcher_maps(pid)
+            write_launcher_maps(pid, self._id_range)
             protocol.send(self._channel, messages.Mapped())
-        except (OSError, UnsupportedHostError) as error:
+        except (OSError, ConfigError, UnsupportedHostError) as error:
             # Files of a process that ends meanwhile are gone, or root's (proc(5)).
-            if isinstance(error, UnsupportedHostError) and self.alive:
+            if not isinstance(error, OSError) and self.alive:
                 raise
             raise LauncherError(f"the launcher's id maps could not be written: {error}") from error
 
@@ -361,20 +363,11 @@ def import_paths() -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def _spawn(channel: int, requests: int, done: int) -> int:
+def _spawn(channel: int, requests: int, done: int, id_range: tuple[int, int] | None) -> int:
     if not sys.executable:
         raise LauncherError("sys.executable is not set: nsbox needs the interpreter's path")
-    id_range = os.environ.get("NSBOX_ID_RANGE", "")
-    if id_range:
-        _check_id_range(id_range)
-    words = [str(os.getpid()), id_range, *import_paths()]
+    words = [str(os.getpid()), ":".join(map(str, id_range or ())), *import_paths()]
     return spawn.start("launcher", words, [channel, requests, done])
-
-
-def _check_id_range(text: str) -> None:
-    first, _, count = text.partition(":")
-    if not (first.isdigit() and count.isdigit()) or int(first) < 1 or int(count) < 1:
-        raise ConfigError(f"NSBOX_ID_RANGE: {text!r} is not FIRST:COUNT, such as 1879048192:65536")
 
 
 def _start_failure(message: messages.Message) -> Exception:
