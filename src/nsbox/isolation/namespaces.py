@@ -160,10 +160,13 @@ def come_home(fd: int, kind: int) -> None:
         RuntimeError: It cannot. Whatever it did from here on would be done in the wrong place, so
             that this is no failure of one birth but the end of the process.
     """
-    try:
-        calls.setns(fd, kind)
-    except OSError as error:
-        raise RuntimeError("this process cannot return to its own namespace") from error
+    for attempts_left in (2, 1, 0):
+        try:
+            calls.setns(fd, kind)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOMEM or not attempts_left:
+                raise RuntimeError("this process cannot return to its own namespace") from error
 
 
 def write_id_maps(pid: int, inside: int, outside: int) -> None:

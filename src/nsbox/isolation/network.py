@@ -23,14 +23,21 @@ class NetworkPool:
         self._size = size
         self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._ready: list[int] = []
+        self._is_refused = False
 
     @property
     def wants_more(self) -> bool:
-        """Whether fewer than `size` are ready."""
-        return len(self._ready) < self._size
+        """Whether fewer than `size` are ready, and more could be made lately."""
+        return len(self._ready) < self._size and not self._is_refused
 
-    def add(self) -> None:
-        """Make one more."""
+    def prepare(self) -> None:
+        """Make one more ahead of need; where that fails, none before the next is taken."""
+        try:
+            self._add()
+        except OSError:
+            self._is_refused = True
+
+    def _add(self) -> None:
         calls.unshare(c.CLONE_NEWNET)
         try:
             set_link_up("lo")
@@ -40,6 +47,7 @@ class NetworkPool:
 
     def take(self) -> int:
         """Return the descriptor of a fresh namespace; the caller closes it."""
+        self._is_refused = False
         if not self._ready:
-            self.add()
+            self._add()
         return self._ready.pop()

@@ -59,7 +59,7 @@ class Stopper:
             pidfd = self._pidfds.popitem()[1]
             try:
                 signal.pidfd_send_signal(pidfd, signal.SIGCONT)
-            except ProcessLookupError:
-                pass
+            except OSError:
+                pass  # it has ended
             finally:
                 os.close(pidfd)

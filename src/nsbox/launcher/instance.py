@@ -8,6 +8,7 @@ import signal
 from _socket import AF_UNIX, SOCK_SEQPACKET
 from _socket import socket as Socket
 
+from nsbox.errors import NsboxError
 from nsbox.isolation.sigstop import Stopper
 from nsbox.launcher import messages, protocol
 from nsbox.launcher.steps import failure
@@ -29,6 +30,7 @@ class Environment:
         reply: Where the host waits to hear of its end, or None.
         pid: Its PID 1.
         is_over: Whether it has ended, and its number may be another process's.
+        awaits: What is to come on `host` (`messages.GiveBirth`).
         cgroup: Its cgroup, or None.
         host_id: Uid and gid it has outside.
         oom_event: Readable when v1's OOM killer struck, or -1.
@@ -43,6 +45,7 @@ class Environment:
         self.reply: Socket | None = None
         self.pid = pid
         self.is_over = False
+        self.awaits = birth.awaits
         self.cgroup = birth.cgroup
         self.host_id = birth.host_id
         self.oom_event = -1
@@ -134,9 +137,7 @@ class Requests:
     def conclude(self, environment: Environment, report: messages.Gone) -> None:
         """Tell, or keep, how an environment has ended."""
         del self.living[environment.id]
-        if environment.reply is not None:
-            protocol.reply(environment.reply, report)
-        elif not environment.is_let_go:
+        if not protocol.reply(environment.reply, report) and not environment.is_let_go:
             self._ended[environment.id] = report
 
 
@@ -144,6 +145,6 @@ def outcome(kind: str, act: Callable[[], None]) -> messages.Message:
     """Return the answer to a request that `act` fulfils."""
     try:
         act()
-    except OSError as error:
+    except (OSError, NsboxError) as error:
         return messages.Failed(**failure(kind, error))
     return messages.Done()

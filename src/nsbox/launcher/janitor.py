@@ -28,13 +28,15 @@ def start(directories: list[str], done: int) -> int:
     knows that nothing is left.
     """
     launcher = os.pidfd_open(os.getpid())
-    pid = os.fork()
-    if pid == 0:
-        try:
-            _run(launcher, directories, done)
-        finally:
-            os._exit(1)
-    os.close(launcher)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _run(launcher, directories, done)
+            finally:
+                os._exit(1)
+    finally:
+        os.close(launcher)
     return pid
 
 

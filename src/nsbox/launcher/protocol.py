@@ -92,7 +92,11 @@ def receive(channel: Socket) -> tuple[Message, list[int]] | None:
     if not data:
         close_all(fds)
         return None
-    return decode(json_text.decode(data.decode())), fds
+    try:
+        return decode(json_text.decode(data.decode())), fds
+    except BaseException:
+        close_all(fds)
+        raise
 
 
 def answer(host: Socket, message: Message, fds: Sequence[int] = ()) -> bool:
@@ -104,11 +108,13 @@ def answer(host: Socket, message: Message, fds: Sequence[int] = ()) -> bool:
     return True
 
 
-def reply(host: Socket | None, message: Message) -> None:
-    """Send the only answer there will be, if somebody waits for one."""
-    if host is not None:
-        answer(host, message)
-        host.close()
+def reply(host: Socket | None, message: Message) -> bool:
+    """Send the only answer there will be, if somebody waits for one; return whether it is sent."""
+    if host is None:
+        return False
+    is_sent = answer(host, message)
+    host.close()
+    return is_sent
 
 
 def is_readable(fd: int, timeout: float) -> bool:

@@ -19,7 +19,7 @@ import time
 from _socket import AF_UNIX, SOCK_SEQPACKET
 from _socket import socket as Socket
 
-from nsbox.errors import NsboxError
+from nsbox.errors import LauncherError, NsboxError, SyscallError
 from nsbox.isolation import landlock, namespaces, privileges
 from nsbox.launcher import identity, janitor, messages, protocol
 from nsbox.launcher.birth import Birth
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
     from nsbox.isolation.cgroups import EnvironmentCgroup
+    from nsbox.launcher.layouts import KnownSpec
 
 TEMPLATES_KEPT = 4  # besides that of commands; one for each set of preloaded modules
 # A socket queues few messages (net.unix.max_dgram_qlen): more births at once could have launcher
@@ -44,6 +45,10 @@ _BIRTHS_AT_ONCE = 4
 _REMOVAL_DEADLINE = 5.0  # seconds a cgroup may stay busy (containers/common PR 858)
 _REMOVAL_RETRY = 0.005
 _QUIET = 0.002  # seconds without a request before network namespaces are made ahead of need
+_PASSING = (OSError, NsboxError, ValueError, MemoryError)
+"""What ends the request or birth that it is met by. Everything else ends the launcher."""
+_MOST_FAILURES = 200  # events in a row, after which it does: each is waited after, 20 s in all
+_RETRY = 1.0  # seconds after which a janitor is started that could not be
 
 
 class Server:
@@ -180,15 +185,36 @@ class Server:
         self._signals = calls.signalfd([c.SIGCHLD])
         self._watch(self._signals, self._on_child)
         self._see_ends()  # of those that have ended before
-        self._resources.layouts.look_ahead()  # the host decides meanwhile what to ask for
+        try:
+            self._resources.layouts.look_ahead()  # the host decides meanwhile what to ask for
+        except OSError:
+            pass  # then it is read when it is needed
+        failures = 0
         while True:
             # One event at a time: its handler may close descriptors that others are about, and
             # the kernel serves those that are ready in turn (epoll(7)), so that none starves.
             ready = self._poll.poll(self._wait_time(), 1)
-            if ready:
-                self._handlers[ready[0][0]]()
-            else:
-                self._on_idle()
+            try:
+                if ready:
+                    self._handle(ready[0][0])
+                else:
+                    self._on_idle()
+                failures = 0
+            except LauncherError:
+                raise  # host and launcher are of different versions
+            except _PASSING:
+                failures += 1
+                if failures == _MOST_FAILURES:
+                    raise
+                time.sleep(failures / 1000)
+                self._timers.append((0.0, self._see_ends))  # one may have been missed
+
+    def _handle(self, fd: int) -> None:
+        handler = self._handlers.get(fd)
+        if handler is None:
+            self._poll.unregister(fd)  # `_forget` could not
+        else:
+            handler()
 
     def _wait_time(self) -> float | None:
         networks = self._resources.networks
@@ -202,23 +228,29 @@ class Server:
     def _on_idle(self) -> None:
         now = time.monotonic()
         due = [timer for timer in self._timers if timer[0] <= now]
-        self._timers = [timer for timer in self._timers if timer[0] > now]
-        for _, action in due:
-            action()
+        for timer in due:
+            self._timers.remove(timer)  # one by one: an exception leaves the others
+            timer[1]()
         for pid in [pid for pid, end in self._standby.items() if end <= now]:
             del self._standby[pid]
             self._environments[pid].kill()
         networks = self._resources.networks
         if not due and networks is not None and networks.wants_more:
-            networks.add()
+            networks.prepare()
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+        try:
+            self._poll.register(fd, select.EPOLLIN)
+        except OSError as error:
+            raise SyscallError("epoll_ctl", error.errno or 0) from error
         self._handlers[fd] = handler
-        self._poll.register(fd, select.EPOLLIN)
 
     def _forget(self, fd: int) -> None:
         if self._handlers.pop(fd, None) is not None:
-            self._poll.unregister(fd)
+            try:
+                self._poll.unregister(fd)
+            except OSError:
+                pass  # as a rule it is closed next, which does the same
 
     def _leave(self) -> NoReturn:
         """End: the host is gone. Environments are killed and reaped; the janitor does the rest."""
@@ -236,7 +268,13 @@ class Server:
     def _on_janitor_exit(self) -> None:
         if os.waitpid(self._janitor, os.WNOHANG)[0]:
             del self._children[self._janitor]
+            self._restart_janitor()
+
+    def _restart_janitor(self) -> None:
+        try:
             self._start_janitor()
+        except OSError:
+            self._timers.append((time.monotonic() + _RETRY, self._restart_janitor))
 
     # -- children ------------------------------------------------------------------------------
 
@@ -256,11 +294,14 @@ class Server:
             if ended is None:
                 return
             handler = self._children.get(ended.si_pid)
-            if handler is None:
+            if handler is not None:
+                handler()
+            elif any(template.pending for template in self._templates.values()):
                 # A clone that the template has not told of yet: it hides others until then.
                 self._has_unknown_end = True
                 return
-            handler()
+            else:  # one that no template can tell of any more
+                os.waitpid(ended.si_pid, os.WNOHANG)
 
     # -- births --------------------------------------------------------------------------------
 
@@ -272,7 +313,12 @@ class Server:
                 self._end_template(other)
             words = [str(self._host_pid), kind, *self._paths]
             made = template = TemplateProcess(kind, words, self._lifeline)
-            self._watch(made.fileno(), lambda: self._on_born(made))
+            try:
+                self._watch(made.fileno(), lambda: self._on_born(made))
+            except OSError:
+                _end_child(made.pid)
+                made.close()
+                raise
             self._children[made.pid] = lambda: self._on_template_exit(made)
         self._templates[kind] = template  # the most recently used last
         return template
@@ -281,7 +327,7 @@ class Server:
         try:
             received = protocol.receive(self._channel)
         except OSError:
-            return  # no room for its sockets, which are closed: the host reads that as the end
+            return  # no room for its sockets, which are closed: the host reads that as a refusal
         if received is None:
             self._leave()
         request, (control, answer_fd) = received
@@ -289,15 +335,13 @@ class Server:
             raise TypeError(f"{request!r} asks for no birth")
         # Told what it is, it need not ask the kernel.
         host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, answer_fd)
-        scarce = protocol.scarcity((control, answer_fd), is_brief=request.is_brief)
-        if scarce is not None:
-            count, limit = scarce
-            protocol.reply(host, messages.NoDescriptors(count=count, limit=limit))
-            os.close(control)
-            return
-        known = self._resources.specs.find(request.key, request.spec)
-        if known is None:
-            protocol.reply(host, messages.UnknownSpec())
+        known: KnownSpec | messages.Message
+        try:
+            known = self._find_spec(request, (control, answer_fd))
+        except _PASSING as error:
+            known = messages.Failed(**failure("birth", error))
+        if isinstance(known, messages.Message):
+            protocol.reply(host, known)
             os.close(control)
             return
         birth = Birth(self._resources, known, request, control, host)
@@ -307,8 +351,18 @@ class Server:
             self._send_to_template(birth)
         except TemplateGone as error:
             self._replace_template(error.template, also=birth)
-        except (OSError, NsboxError, ValueError) as error:
+        except _PASSING as error:
             self._abort(birth, failure(birth.step, error))
+
+    def _find_spec(
+        self, request: messages.GiveBirth, fds: Sequence[int]
+    ) -> KnownSpec | messages.Message:
+        """Return what is asked for, or why it is refused."""
+        scarce = protocol.scarcity(fds, is_brief=request.is_brief)
+        if scarce is not None:
+            count, limit = scarce
+            return messages.NoDescriptors(count=count, limit=limit)
+        return self._resources.specs.find(request.key, request.spec) or messages.UnknownSpec()
 
     def _send_to_template(self, birth: Birth) -> None:
         template = self._find_template(birth.spec.runtime)
@@ -323,66 +377,111 @@ class Server:
     def _hear_requests(self, wanted: bool) -> None:
         channel = self._channel.fileno()
         if wanted and channel not in self._handlers:
-            self._watch(channel, self._on_request)
+            try:
+                self._watch(channel, self._on_request)
+            except OSError:
+                self._timers.append((0.0, lambda: self._hear_requests(True)))
         elif not wanted:
             self._forget(channel)
 
     def _on_born(self, template: TemplateProcess) -> None:
-        received = template.receive()
+        try:
+            received = template.receive()
+        except OSError:
+            received = None  # no room for the pidfd: it is lost, and so is what came with it
         if received is None:
             self._replace_template(template)
             return
         birth = template.pending.popleft()
         birth.close()
-        self._hear_requests(True)
         pid, pidfd, failed = received
-        if failed is not None:
-            if pid:
-                _end_child(pid)
-                os.close(pidfd)
-            self._abort(birth, failed)
-            return
         environment = Environment(birth, pid)
-        self._environments[pid] = environment
-        self._requests.living[birth.env_id] = environment
-        self._children[pid] = lambda: self._on_exit(environment)
-        self._watch_memory(environment)
-        if birth.awaits == "taker":
-            self._standby[pid] = time.monotonic() + protocol.STANDBY_LIFE
-        born = messages.Born(
-            pid=pid,
-            inode=os.fstat(pidfd).st_ino,
-            host_id=birth.host_id,
-            cgroup=birth.cgroup.paths if birth.cgroup is not None else {},
-        )
-        is_heard = protocol.answer(birth.host, born, [] if self._has_pid_inodes else [pidfd])
-        os.close(pidfd)
+        try:
+            self._hear_requests(True)
+            inode = os.fstat(pidfd).st_ino if failed is None else 0
+            if failed is None:
+                self._watch_birth(environment)
+        except _PASSING as error:
+            failed = failure("birth", error)
+        if failed is None:
+            self._adopt(environment, birth, inode, pidfd)
+        elif pid:
+            self._forget_birth(environment)
+            _end_child(pid)
+        if pidfd >= 0:
+            os.close(pidfd)
+        if failed is not None:
+            self._abort(birth, failed)
         if self._has_unknown_end:
             self._see_ends()
-        if birth.awaits and is_heard:
-            self._watch(birth.host.fileno(), lambda: self._on_host(environment))
-            return
-        birth.host.close()
-        environment.host = None
+
+    def _watch_birth(self, environment: Environment) -> None:
+        """Watch what is to be watched of it but its end; what fails is undone by `_forget_birth`.
+
+        v1's OOM killer takes a part, and then the whole is ended; v2 does so by itself.
+        """
+        cgroup, host = environment.cgroup, environment.host
+        if cgroup is not None and (event := cgroup.oom_eventfd()) is not None:
+            environment.oom_event = event
+            self._watch(event, lambda: self._on_oom(environment))
+        if environment.awaits and host is not None:
+            self._watch(host.fileno(), lambda: self._on_host(environment))
+
+    def _forget_birth(self, environment: Environment) -> None:
+        if environment.oom_event >= 0:
+            self._forget(environment.oom_event)
+            os.close(environment.oom_event)
+            environment.oom_event = -1
+        if environment.host is not None:
+            self._forget(environment.host.fileno())
+
+    def _adopt(self, environment: Environment, birth: Birth, inode: int, pidfd: int) -> None:
+        """Tell the host of an environment that is watched."""
+        pid = environment.pid
+        self._environments[pid] = environment
+        self._requests.living[environment.id] = environment
+        self._children[pid] = lambda: self._on_exit(environment)
+        if environment.awaits == "taker":
+            self._standby[pid] = time.monotonic() + protocol.STANDBY_LIFE
+        cgroup = environment.cgroup
+        born = messages.Born(
+            pid=pid,
+            inode=inode,
+            host_id=environment.host_id,
+            cgroup=cgroup.paths if cgroup is not None else {},
+        )
+        is_heard = protocol.answer(birth.host, born, [] if self._has_pid_inodes else [pidfd])
         if not is_heard:
             environment.is_let_go = True
             environment.kill()
+        if not is_heard or not environment.awaits:
+            self._settle(environment)
 
     def _replace_template(self, template: TemplateProcess, also: Birth | None = None) -> None:
         """Start another and send it the births under way, each once more; environments live on."""
         self._end_template(template)
-        for pid in proc.children(os.getpid()):
-            # A clone that it could not tell of any more.
-            if pid not in self._children:
-                _end_child(pid)
-        for birth in [*template.pending, *([also] if also else [])]:
+        births = [*template.pending, *([also] if also else [])]
+        template.pending.clear()
+        failed: dict[str, Any] | None = None
+        try:
+            for pid in proc.children(os.getpid()):
+                # A clone that it could not tell of any more.
+                if pid not in self._children:
+                    _end_child(pid)
+        except OSError as error:  # it ends when the host closes its socket
+            failed = failure("clone", error)
+        for birth in births:
             try:
                 if birth.is_second_attempt:
-                    raise OSError(errno.ESRCH, "the template process died")
+                    raise OSError(errno.ESRCH, "the template process died, and so did the next")
                 birth.is_second_attempt = True
-                self._send_to_template(birth)
-            except OSError as error:
+                if failed is None:
+                    self._send_to_template(birth)
+            except _PASSING as error:
                 self._abort(birth, failure("clone", error))
+            else:
+                if failed is not None:
+                    self._abort(birth, failed)
         self._hear_requests(True)
         self._see_ends()
 
@@ -412,15 +511,6 @@ class Server:
 
     # -- life ----------------------------------------------------------------------------------
 
-    def _watch_memory(self, environment: Environment) -> None:
-        """End the whole environment when v1's OOM killer takes a part; v2 does so by itself."""
-        if environment.cgroup is None:
-            return
-        event = environment.cgroup.oom_eventfd()
-        if event is not None:
-            environment.oom_event = event
-            self._watch(event, lambda: self._on_oom(environment))
-
     def _on_oom(self, environment: Environment) -> None:
         environment.oom_notices += os.eventfd_read(environment.oom_event)
         environment.kill()
@@ -430,7 +520,10 @@ class Server:
         host = environment.host
         if host is None:
             return
-        received = protocol.receive(host)
+        try:
+            received = protocol.receive(host)
+        except OSError:
+            return  # no memory: it is there to be read again
         if received is None:
             environment.is_let_go = True
             self._settle(environment)
@@ -469,9 +562,7 @@ class Server:
         self._standby.pop(pid, None)
         environment.release()
         report = messages.Gone(status=status, usage={}, leaked=[])
-        if environment.oom_event >= 0:
-            self._forget(environment.oom_event)
-            os.close(environment.oom_event)
+        self._forget_birth(environment)
 
         def finish(left: list[str]) -> None:
             report.leaked = left
@@ -483,7 +574,10 @@ class Server:
             finish([])
             return
         if environment.is_reported and not environment.is_let_go:
-            report.usage = environment.cgroup.read_usage()
+            try:
+                report.usage = environment.cgroup.read_usage()
+            except OSError:
+                pass  # what became of it is told all the same
             report.usage["oom_notices"] = environment.oom_notices
         self._remove_cgroup(environment.cgroup, finish)
 
@@ -491,7 +585,10 @@ class Server:
         deadline = time.monotonic() + _REMOVAL_DEADLINE
 
         def attempt(delay: float = _REMOVAL_RETRY) -> None:
-            left = cgroup.try_remove()
+            try:
+                left = cgroup.try_remove()
+            except _PASSING:
+                left = list(cgroup.paths.values())
             now = time.monotonic()
             if left and now < deadline:
                 self._timers.append((now + delay, lambda: attempt(min(delay * 2, 0.5))))

@@ -58,6 +58,9 @@ class TemplateProcess:
         self._channel, theirs = protocol.pair()
         try:
             self.pid = spawn.start("template", words, [lifeline, theirs.fileno()])
+        except BaseException:
+            self._channel.close()
+            raise
         finally:
             theirs.close()
         self.is_introduced = False

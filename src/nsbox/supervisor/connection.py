@@ -244,6 +244,9 @@ class EnvironmentConnection:
         except OSError as error:
             raise SetupError("birth", str(error), errno=error.errno or 0) from error
         if received is None:
+            if self._launcher.alive:
+                what = "the launcher had no room for its sockets, or no memory for an answer"
+                raise SetupError("birth", what, hint="try again")
             words = self._launcher.last_words()
             self._launcher.is_lost = True
             raise LauncherError(f"the launcher died during the birth. {words}")

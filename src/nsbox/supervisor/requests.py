@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 END_DEADLINE: Final = 10.0
 """Seconds in which the launcher answers, and a killed environment is gone and removed."""
+_ATTEMPTS: Final = 3
+"""How often it is asked while it lives and the socket of its answer is lost: no room, no memory."""
 
 
 class Supervision:
@@ -51,22 +53,28 @@ class Supervision:
         self._launcher.ask(request)
 
     def request(self, request: messages.Request) -> messages.Message | None:
-        """Have it do something; return its answer, None when it is gone.
+        """Have it do something, which may be done twice; return its answer, None when it is gone.
 
         Raises:
-            SyscallError: This process has no room for a socket.
+            SyscallError: This process could not ask.
             TimeoutError: It is silent, and may do it yet.
         """
-        ours, theirs = _pair()
-        with closing(ours):
-            try:
+        for _ in range(_ATTEMPTS):
+            ours, theirs = _pair()
+            with closing(ours):
                 with closing(theirs):
-                    self._launcher.ask(request, theirs)
-                return receive(ours, END_DEADLINE)
-            except TimeoutError:
-                raise
-            except OSError:
-                return None
+                    try:
+                        self._launcher.ask(request, theirs)
+                    except (ConnectionError, ProcessLookupError):
+                        return None
+                    except OSError as error:
+                        if error.errno == errno.EBADF:
+                            return None  # closed by another thread
+                        raise SyscallError("sendmsg", error.errno or 0) from error
+                answer = receive(ours, END_DEADLINE)
+            if answer is not None or not self._launcher.alive:
+                return answer
+        raise TimeoutError(errno.ETIMEDOUT, "the launcher does not answer")
 
     def begin_end(self, *, is_reported: bool) -> None:
         """Have it kill the environment and tell when that is gone; `await_end` waits for that.
@@ -108,26 +116,37 @@ class Supervision:
 
     def await_end(self) -> None:
         """Wait until `end` is told, or `END_DEADLINE` is over."""
-        with self._lock:
-            self._begin_end(is_reported=True)
-            if self.end is not None or self._report is None or self._report.fileno() < 0:
+        for _ in range(_ATTEMPTS):
+            with self._lock:
+                self._begin_end(is_reported=True)
+                if self.end is not None or self._report is None or self._report.fileno() < 0:
+                    return
+                report = self._report
+            if not protocol.is_readable(report.fileno(), END_DEADLINE):
                 return
-            fd = self._report.fileno()
-        if protocol.is_readable(fd, END_DEADLINE):
             with self._lock:  # another thread may have read it meanwhile
-                if self.end is None and self._report.fileno() >= 0:
-                    said = protocol.receive(self._report)
-                    if said is not None and isinstance(said[0], messages.Gone):
-                        self.end = said[0]
-                    else:
-                        self._end_with_launcher()
+                if self.end is None and self._report is report and report.fileno() >= 0:
+                    self._read_end(report)
+
+    def _read_end(self, report: Socket) -> None:
+        try:
+            said = protocol.receive(report)
+        except OSError:
+            return  # no memory: it is there to be read again
+        if said is not None and isinstance(said[0], messages.Gone):
+            self.end = said[0]
+        elif self._launcher.alive:  # the socket was lost on its way: ask once more
+            report.close()
+            self._report = None
+        else:
+            self._end_with_launcher()
 
     def close(self) -> None:
         """Let go of the environment: the launcher ends what is left of it, and forgets it."""
         with self._lock:
             if self._report is not None:
                 self._report.close()
-            if self.end is None and self._is_asked:
+            if (self.end is None or self.unsaid) and self._is_asked:
                 self._let_go()
 
     def _let_go(self) -> None:
