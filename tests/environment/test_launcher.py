@@ -14,11 +14,23 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from tests.support import SLOW_MACHINE, family_of, host_program, name_of, processes_with, wait_until
+from tests.support import (
+    IS_ROOT,
+    SLOW_MACHINE,
+    family_of,
+    host_program,
+    name_of,
+    processes_with,
+    wait_until,
+)
 
 import nsbox
+from nsbox.launcher import templates
+from nsbox.launcher.layouts import LAYOUTS_KEPT, SPECS_KEPT
+from nsbox.launcher.messages import Spec
 from nsbox.supervisor import launcher as launcher_module
 from nsbox.supervisor.launcher import Launcher, get_launcher
 
@@ -215,6 +227,46 @@ def test_a_stopped_launcher_can_be_killed(env: nsbox.ExecutionEnvironment) -> No
     os.kill(launcher.pid, signal.SIGKILL)
     wait_until(lambda: env.state is nsbox.State.DEAD, "the environment dies with it")
     assert nsbox.run(["true"]).ok
+
+
+# -- what is kept of specs and layouts is bounded --------------------------------------------------
+
+
+def test_more_specs_and_layouts_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Host, launcher and template forget the oldest, which can be had again all the same."""
+    launcher = get_launcher()
+    forgotten: list[Spec] = []
+    forget = Launcher.forget_spec
+
+    def note(self: Launcher, spec: Spec) -> None:
+        forgotten.append(spec)
+        forget(self, spec)
+
+    monkeypatch.setattr(Launcher, "forget_spec", note)
+
+    def config(number: int) -> nsbox.Config:
+        mounts = [nsbox.Mount.tmpfs(f"/tmp/{number}")] if number <= LAYOUTS_KEPT + 1 else []
+        return nsbox.Config(limits=nsbox.Limits(open_files=100 + number), mounts=mounts)
+
+    def check(number: int) -> None:
+        script = "ulimit -n; grep -c ' /tmp/[0-9]* ' /proc/self/mounts"
+        result = nsbox.run(["sh", "-c", script], config=config(number))
+        assert result.text().split() == [str(100 + number), str(int(number <= LAYOUTS_KEPT + 1))]
+
+    for number in range(max(SPECS_KEPT, templates.SPECS_KEPT) + 2):
+        nsbox.ExecutionEnvironment(config(number)).close()
+    assert forgotten == []
+    check(0)
+    assert len(forgotten) == 1
+    check(SPECS_KEPT + 1)
+    check(1)
+    if IS_ROOT:
+        held = [os.readlink(entry) for entry in Path(f"/proc/{launcher.pid}/fd").iterdir()]
+        assert sum(name.startswith("mnt:") for name in held) <= LAYOUTS_KEPT + 1, "and its own"
+    # The host forgets all that it has sent: it is sent again.
+    monkeypatch.setattr(launcher_module, "_SPECS_NOTED", 2)
+    for number in (0, 1, 2, 0):
+        check(number)
 
 
 def test_a_killed_janitor_is_replaced(env: nsbox.ExecutionEnvironment) -> None:

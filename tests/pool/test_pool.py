@@ -21,6 +21,7 @@ import pytest
 from tests.support import PATIENCE, host_program, wait_until
 
 import nsbox
+from nsbox.pool import function as pool_function
 from nsbox.pool.accounts import Phase
 from nsbox.supervisor.launcher import get_launcher
 
@@ -108,6 +109,16 @@ def test_tenants_never_share(make: Make) -> None:
         with pytest.raises(nsbox.ConfigError, match="tenant"):
             pool.invoke({}, tenant="\0")
         check_sums(pool, 32)
+
+
+def test_versions_of_more_tenants_than_are_kept(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_function, "_TENANTS_KEPT", 3)
+    with nsbox.WarmPool(make(), max_environments=2) as pool:
+        tenants = [None, "a", "b", "c", "d", "a", None]
+        assert [pool.invoke({}, tenant=tenant)["tenant"] for tenant in tenants] == tenants
+        check_sums(pool, len(tenants))
 
 
 def test_a_tenants_version_stays_its_own(make: Make) -> None:

@@ -16,6 +16,7 @@ from types import FunctionType, ModuleType
 import pytest
 
 import nsbox
+from nsbox import errors
 
 pytestmark = pytest.mark.static
 
@@ -71,6 +72,16 @@ def test_method_and_property_is_documented(name: str) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'nsbox' has no attribute 'Sandbox'"):
         nsbox.Sandbox  # noqa: B018 - the access is the test
+
+
+def test_each_public_exception_is_raised_by_a_test() -> None:
+    """In a test of its own, or in a program that one starts."""
+    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("*.py"))
+    raised = " ".join(re.findall(r"(?:pytest\.raises\(|except )[^:\n]*", tests))
+    named = vars(errors) | {name: getattr(nsbox, name) for name in PUBLIC}
+    for name, value in named.items():
+        if isinstance(value, type) and issubclass(value, errors.NsboxError):
+            assert re.search(rf"\b{name}\b", raised), f"no test raises {name}"
 
 
 def test_public_exceptions_are_all_of_one_family() -> None:

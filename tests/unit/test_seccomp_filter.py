@@ -484,6 +484,16 @@ class TestCache:
         filter_cache.filter_for(SeccompPolicy.strict())
         assert compiled == ["strict"]
 
+    def test_those_used_last_are_kept_in_memory(
+        self, compiled: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(filter_cache, "_PROGRAMS_KEPT", 2)
+        one, two, three = (SeccompPolicy.strict().allow(name) for name in ("ptrace", "sync", "tee"))
+        for policy in (one, two, one, three, two):
+            assert filter_cache.filter_for(policy) == b"12345678"
+        assert list(filter_cache._programs) == [three.digest(), two.digest()]
+        assert len(compiled) == 3, "the disk has the others"
+
     @pytest.mark.parametrize("spoil", ["content", "mode", "directory", "link", "fifo", "owner"])
     def test_spoilt_file_is_not_used(self, cache: Path, compiled: list[str], spoil: str) -> None:
         self.get()

@@ -31,7 +31,9 @@ _COMPILE_TIMEOUT = 60.0  # seconds; about 0.3 are needed
 _EXIT_UNSUPPORTED = 3  # compiler.EXIT_UNSUPPORTED, which must not be imported here
 _COMPILER = Path(__file__).with_name("compiler.py")
 
-_programs: dict[str, bytes] = {}
+_PROGRAMS_KEPT = 32
+
+_programs: dict[str, bytes] = {}  # by digest of the policy, the most recently used last
 _lock = threading.Lock()
 
 
@@ -48,14 +50,16 @@ def filter_for(policy: SeccompPolicy) -> bytes:
     """Return the BPF program of `policy`. See `nsbox.seccomp.filters.filter_for`."""
     digest = policy.digest()
     with _lock:
-        program = _programs.get(digest)
+        program = _programs.pop(digest, None)
         if program is None:
+            if len(_programs) >= _PROGRAMS_KEPT:
+                del _programs[next(iter(_programs))]
             name = _file_name(digest)
             program = _read(name)
             if program is None:
                 program = _compile_in_child(policy)
                 _write(name, program)
-            _programs[digest] = program
+        _programs[digest] = program
     return program
 
 
