@@ -15,6 +15,7 @@ import pytest
 from tests.support import PATIENCE, wait_until
 
 import nsbox
+from nsbox.pool.scheduler import Scheduler
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -137,8 +138,8 @@ def test_a_pool_goes_on_when_its_thread_meets_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with nsbox.WarmPool(provisioned=1, max_environments=1) as pool:
-        kind = type(pool._scheduler)  # put back on the object, its method would keep it alive
-        died, sweep = kind.died, kind.sweep
+        # On the class: put back on the object, its method would keep it alive.
+        died, sweep = Scheduler.died, Scheduler.sweep
         errors: list[str] = []
 
         def fail_once(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,10 +151,10 @@ def test_a_pool_goes_on_when_its_thread_meets_an_error(
 
             return call
 
-        monkeypatch.setattr(kind, "sweep", fail_once("sweep", sweep))
-        pool._manager._wake()
+        monkeypatch.setattr(Scheduler, "sweep", fail_once("sweep", sweep))
+        pool.provision(1)  # its thread looks again
         wait_until(lambda: errors == ["sweep"], "it has met one")
-        monkeypatch.setattr(kind, "died", fail_once("died", died))
+        monkeypatch.setattr(Scheduler, "died", fail_once("died", died))
         (env,) = pool.snapshot().environments
         os.kill(env.pid, signal.SIGKILL)
         wait_until(lambda: errors == ["sweep", "died"], "it has met the second")
