@@ -94,7 +94,11 @@ def drive(steps: Steps[_T]) -> _T:
 
 
 class WorkerEnded(Exception):
-    """The worker has ended instead of answering; `result` is what PID 1 and cgroup tell of it."""
+    """The worker has ended instead of answering.
+
+    Attributes:
+        result: Its end, by PID 1's answer and the cgroup's counters.
+    """
 
     def __init__(self, result: Result) -> None:
         super().__init__(result.evidence)
@@ -106,21 +110,27 @@ class WorkerSilent(Exception):
 
 
 class WorkerOver(Exception):
-    """The worker, or its environment, is over: `WorkerConnection.end_of` tells why."""
+    """The worker or its environment has ended; `WorkerConnection.end_of` returns the reason."""
 
 
 class PendingCall:
-    """An event on its way, or the start of a worker, and what has come back of it so far.
+    """An event sent, or a worker's start, until its answer has come; with the log so far.
 
     Attributes:
-        number: What its answer must have. No worker can know that of an event before it has it.
+        number: The frame number that its answer must have; random for events.
+        timeout: Seconds from `begin` to `deadline`.
+        request_id: The invocation's; "" for a start.
+        room: Bytes of each of stdout and stderr that are kept.
+        rooms: Bytes still to be kept, by stream; set with `logs`.
+        logs: What was kept, by stream; None while nothing was written.
+        on_log: Called with all that is written, or None.
+        begin, deadline: By `time.monotonic`.
         is_first: Whether it is the environment's first event.
-        start: Of the first event: the start of its worker, which may have written something.
-        is_unsent: Whether nothing of it has reached the worker, nor ever will.
-        left_running: What was killed after it, where that is asked for and known.
-        answered: When it was answered; 0 before.
-        rest: What is still to be sent of it: the socket, the two parts of its frame, and how many
-            bytes of them are sent.
+        start: Of the first event: the start of its worker, whose log goes with it.
+        is_unsent: Whether no byte of it has reached the worker, nor will.
+        left_running: Processes killed after it, where that is asked for and known.
+        answered: Time of the answer, by `time.monotonic`; 0 before.
+        rest: What is still to be sent: socket, two parts of the frame, bytes of them sent.
     """
 
     __slots__ = (
@@ -154,12 +164,12 @@ class PendingCall:
         self.deadline = self.begin + timeout
 
     def restart(self) -> None:
-        """Count from now on."""
+        """Have `begin` be now, and `deadline` `timeout` seconds later."""
         self.begin = time.monotonic()
         self.deadline = self.begin + self.timeout
 
     def log(self, name: str, data: bytes) -> None:
-        """Keep what was written, up to the limit; all of it goes to the callback."""
+        """Keep `data` of stream `name` up to the limit; `on_log` gets all of it."""
         if self.logs is None:
             self.logs = {"stdout": bytearray(), "stderr": bytearray()}
             self.rooms = {"stdout": self.room, "stderr": self.room}
@@ -172,7 +182,7 @@ class PendingCall:
             self.on_log(name, data)
 
     def belongs_to(self, event: PendingCall) -> None:
-        """Give the first event this start of its worker, and its callback what was written then."""
+        """Attach this start to the first event; its `on_log` gets what the start has written."""
         event.start = self
         if self.on_log is None and event.on_log is not None and self.logs is not None:
             for name, data in self.logs.items():
@@ -185,7 +195,11 @@ class PendingCall:
 
 
 class InvocationResponse:
-    """A function's answer; its `Invocation` is made when somebody asks for it."""
+    """A function's answer; its `Invocation` is made on demand.
+
+    Attributes:
+        data: The JSON, in bytes.
+    """
 
     __slots__ = ("_call", "_describe", "data")
 
@@ -215,5 +229,5 @@ class InvocationResponse:
 
 
 def error_payload(kind: str, message: str) -> bytes:
-    """Return the answer that tells of an error, in Lambda's words."""
+    """Return the JSON of an error, with Lambda's ``errorType`` and ``errorMessage``."""
     return json.dumps({"errorType": kind, "errorMessage": message}).encode()

@@ -183,7 +183,7 @@ class LoopDriver:
     def _on_ready(self, fd: int) -> None:
         wait, steps, future = self._wait, self._steps, self._future
         if wait is None or steps is None or future is None or future.done():
-            self.unwatch((fd,))  # nobody waits: it stays where it is, for the next call to see
+            self.unwatch((fd,))  # no call is under way: the next one reads it
         elif fd not in wait.fds and fd != wait.write:
             self.unwatch((fd,))
         elif ready := wait.poll.poll(0):  # all there is, as a thread sees it

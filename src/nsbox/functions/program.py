@@ -81,7 +81,7 @@ def run_program(
 
 
 def _nobody(_data: bytes) -> None:
-    """Hear a log that nobody asked for."""
+    """Drop the log: the caller gave no `on_log`."""
 
 
 def _judge(result: Result, request_id: str, limit: float) -> tuple[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a function is asked: an event, and what goes with it for this one invocation."""
+"""A request to a function: an event, with the variables, files and context of one invocation."""
 
 from __future__ import annotations
 
@@ -74,7 +74,17 @@ class Options(PoolOptions, total=False):
 
 
 class InvocationRequest:
-    """An event whose every part was checked; for one invocation."""
+    """One invocation's event and options, checked.
+
+    Attributes:
+        payload: The event, JSON in bytes.
+        timeout: Seconds, or None for the function's.
+        request_id: The caller's, or None for one that is made.
+        client_context: JSON, or "".
+        on_log: Called with the log as it comes, or None.
+        env: Variables of this invocation alone, credentials among them.
+        files: Contents by path below /tmp.
+    """
 
     __slots__ = ("client_context", "env", "files", "on_log", "payload", "request_id", "timeout")
 

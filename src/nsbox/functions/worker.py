@@ -80,19 +80,19 @@ class WorkerConnection:
                 self.wait.add(stream.fileno())
 
     def close(self) -> None:
-        """Let go of it, and wait for nothing: its environment is being closed."""
+        """Close sockets and streams without waiting: the environment is being closed."""
         if self._event is not None:
             self._event.close()
         self._base.close()
         self.process.abandon()
 
     def end_events(self) -> None:
-        """Tell it that there are no more events, which wakes it."""
+        """Shut the socket down for writing: the worker reads its end and exits."""
         with suppress(OSError):  # it is gone
             self._base.shutdown(socket.SHUT_WR)
 
     def make_event(self) -> None:
-        """Make what an event has for itself, for `open_event`.
+        """Make the endpoints of the next event, for `open_event`.
 
         Raises:
             SyscallError: There is no room for it.
@@ -101,7 +101,7 @@ class WorkerConnection:
         self._event = InvocationEndpoints()
 
     def open_event(self, call: PendingCall, frame: bytes) -> None:
-        """Send `frame` with the other ends; `send_event` is next, then `await_event`.
+        """Send `frame` with the worker's ends of the event's endpoints; then `send_event`.
 
         Raises:
             SyscallError: There is no room for them.
@@ -111,7 +111,7 @@ class WorkerConnection:
         try:
             self._own.send(self._base, frame)
         except ConnectionError:
-            call.is_unsent = True  # it has ended, which is seen by who waits for the answer
+            call.is_unsent = True  # it has ended, which reading the answer tells
         except OSError as error:
             raise SyscallError("sendmsg", error.errno or 0) from error
 
@@ -130,7 +130,7 @@ class WorkerConnection:
                 self.wait.add(fd)
 
     def close_event(self) -> None:
-        """Close what an event had for itself: whoever has the other ends is not heard."""
+        """Close the event's endpoints: processes with the other ends are no longer read from."""
         if (own := self._event) is not None:
             self._stop_reading()
             for fd in own.logs:
@@ -205,7 +205,7 @@ class WorkerConnection:
         except BlockingIOError:
             call.rest = (to, first, body, done)
         except OSError:
-            call.is_unsent = not done  # it has ended, which is seen by who waits for the answer
+            call.is_unsent = not done  # it has ended, which reading the answer tells
 
     def start_wait(self, deadline: float) -> Wait:
         """Return what the answer to a start comes on, without the log."""
@@ -276,7 +276,7 @@ class WorkerConnection:
         try:
             data = self._buffer or self._base.recv(1, socket.MSG_PEEK)
         except OSError:
-            return  # nothing; or it has ended, which is seen by who waits for the answer
+            return  # nothing; or it has ended, which reading the answer tells
         if data:
             raise self.violation("it answers before it was asked")
 

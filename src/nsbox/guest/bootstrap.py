@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first steps of a worker that PID 1 forks: it is ready before anybody needs it.
+"""The first steps of a worker that PID 1 forks.
 
-It is forked as soon as PID 1 is, with a socket and streams of its own, warms up what every
-invocation uses, and waits for its function. Until then it has seen nothing of any.
+It is forked at PID 1's start, with a socket and streams of its own, and waits for its function. In
+a standby environment it warms up first. It has seen no data of any function until then.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NAME = Name("nsbox-worker")
 
 def _first_steps() -> Program:
     program = Program()
-    # PID 1's descriptors are not the worker's to have.
+    # The worker gets none of PID 1's descriptors.
     program.close_range(_CHANNEL + 1, c.CLOSE_RANGE_MAX)
     program.set_name(_NAME)
     program.call(os.setsid)
@@ -44,9 +44,9 @@ def fork_worker(fds: Sequence[int], image: Image | None, *, has_time: bool) -> i
     """Return the pid of a new worker.
 
     Args:
-        fds: Its socket, stdout and stderr, all above its own numbers.
-        image: What to give memory back to when it is idle.
-        has_time: It makes itself ready first; nobody waits for it yet.
+        fds: Its socket, stdout and stderr; all above 3.
+        image: The shared memory that pages are given back to after a time without events, or None.
+        has_time: Whether to warm up first: the environment is on standby.
     """
     pid = os.fork()
     if pid == 0:
@@ -60,7 +60,7 @@ def fork_worker(fds: Sequence[int], image: Image | None, *, has_time: bool) -> i
 def _work(
     channel: int, stdout: int, stderr: int, *, image: Image | None, has_time: bool
 ) -> NoReturn:
-    standard.renew_stdin()  # it was the template's, and with it every other clone's
+    standard.renew_stdin()  # the inherited open file is shared with every other clone
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
     os.dup2(channel, _CHANNEL, inheritable=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How PID 1 starts a command: its streams or a terminal, its program, its working directory."""
+"""How PID 1 starts a command: streams or terminal, search of the program, working directory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,10 @@ def given_actions(stdio: list[bool], fds: list[int]) -> list[Any]:
 
 
 def open_terminal(size: tuple[int, int]) -> tuple[list[Any], list[int]]:
-    """Return posix_spawn file actions for a new terminal, and its two ends to close."""
+    """Return posix_spawn file actions for a new terminal, and its master and slave, to be closed.
+
+    `size` is rows and columns. Raises `Failure`.
+    """
     try:
         master, slave = os.openpty()
         name = os.ttyname(slave)
@@ -60,7 +63,11 @@ def open_terminal(size: tuple[int, int]) -> tuple[list[Any], list[int]]:
 def spawn(
     cwd: bytes, argv: list[bytes], environment: dict[bytes, bytes], actions: list[Any]
 ) -> int:
-    """Start a command in a session of its own and return its pid; raises `Failure`."""
+    """Start a command in a session of its own and return its pid.
+
+    Raises:
+        Failure: "cwd", chdir(2) failed; "exec", no such program, or posix_spawn(3) failed.
+    """
     program = _find_program(argv[0], environment.get(b"PATH", b""), cwd)
     try:
         os.chdir(cwd)

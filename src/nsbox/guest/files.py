@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read and write files for the host, from inside, where no link leads out."""
+"""Read and write files for the host, by PID 1, in the environment's own mount namespace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Failure(Exception):
-    """An operation failed; becomes a FAILED answer."""
+    """An operation failed; PID 1 answers FAILED.
+
+    Attributes:
+        error: The error number.
+        stage: One of `protocol.STAGES`.
+    """
 
     def __init__(self, error: int, stage: str) -> None:
         super().__init__(error, stage)
@@ -42,7 +47,7 @@ def read_exactly(channel: _Socket, size: int) -> bytearray:
 
 
 def _open_regular(path: bytes, flags: int, mode: int = 0) -> int:
-    """Open a regular file, following no symbolic link anywhere in `path` and waiting for none."""
+    """Open a regular file; follows no symbolic link in `path`, and blocks on no FIFO."""
     resolve = c.RESOLVE_NO_SYMLINKS | c.RESOLVE_NO_MAGICLINKS
     try:
         # O_NONBLOCK: a planted FIFO must not hold up PID 1.
@@ -62,7 +67,7 @@ def _open_regular(path: bytes, flags: int, mode: int = 0) -> int:
 
 
 def _open_stepwise(path: bytes, flags: int, mode: int) -> int:
-    """Open `path` without links where the filter refuses openat2(2): one component at a time."""
+    """Open `path` component by component, without links, where the filter refuses openat2(2)."""
     *way, name = path.rstrip(b"/").split(b"/")
     directory = os.open("/", _WAY)
     try:
@@ -105,7 +110,8 @@ def _fill(fd: int, channel: _Socket, mode: int, size: int) -> None:
 def place_file(channel: _Socket, request: bytes) -> None:
     """Serve a place request (`protocol.PLACE`); the file's bytes follow on the channel.
 
-    Whatever has its name goes first, so that nothing planted is opened, and nobody has it open.
+    An existing entry of that name is unlinked first: a link a guest has made is not followed, and
+    no guest has the new file open.
     """
     path, mode, size = p.parse_write(request)
     try:

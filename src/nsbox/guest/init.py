@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PID 1 of an environment: starts commands, reaps orphans, ends with its launcher.
+"""PID 1 of an environment: starts commands, reaps processes, ends with its launcher.
 
 It runs with the same user id, filter and limits as the commands, and without privileges; what
 protects it from them is that it is not dumpable, that the kernel shields PID 1 from signals of
@@ -50,9 +50,9 @@ class _Command:
     """A running command, or the worker.
 
     Attributes:
-        pid: Its process.
-        channel: Where its end is told: what it was asked for on; of the worker what is asked on
-            how it ends, once that is.
+        pid: Its process id inside.
+        channel: The socket on which its end is answered: that of its RUN; of the worker that of
+            END, None before.
     """
 
     __slots__ = ("channel", "pid")
@@ -63,7 +63,7 @@ class _Command:
 
 
 class _Rehearsal:
-    """Stands for a socket that has the request of a command. It makes no call: filters differ."""
+    """A stand-in for a socket that holds a RUN request; makes no system call."""
 
     def __init__(self) -> None:
         request = p.run_request([b"/"], [b"PATH=/"], b"/", [False, True, True, False], 0, None)
@@ -78,7 +78,13 @@ _REHEARSAL = _Rehearsal()
 
 
 class Runtime:
-    """What PID 1 can do besides; made by the template. All but `reset` is of functions' alone."""
+    """What the template gives PID 1.
+
+    Attributes:
+        reset: Empties the writable mounts named, and those of every environment.
+        fork_worker: Forks the worker; None in environments of commands.
+        image: Memory shared by the clones born from now on; None where nothing is shared.
+    """
 
     __slots__ = ("fork_worker", "image", "reset")
 
@@ -87,20 +93,20 @@ class Runtime:
     ) -> None:
         self.reset = reset
         self.fork_worker = fork_worker
-        self.image: Image | None = None  # what clones born from now on share
+        self.image: Image | None = None
 
 
 class Init:
     """The event loop of PID 1. Made by the template, once for all that are cloned from it."""
 
     def __init__(self, control: int, lifeline: int, signals: int, runtime: Runtime) -> None:
-        """Take descriptors that are the same in every clone.
+        """Take descriptors that have the same numbers in every clone.
 
         Args:
-            control: The socket that the host asks on.
-            lifeline: Reads as ended when the launcher is gone.
+            control: The control socket (SOCK_SEQPACKET).
+            lifeline: A pipe's read end: end of file when the launcher has ended.
             signals: A signalfd of SIGCHLD.
-            runtime: How to reset, and in environments of functions how to make a worker.
+            runtime: How to reset, and in environments of functions how to fork a worker.
         """
         self._control = _Socket(fileno=control)
         self._signals = signals
@@ -120,10 +126,11 @@ class Init:
         self._watch(lifeline, _leave)
 
     def run(self, *, is_standby: bool, pagemap: int) -> NoReturn:
-        """Serve until the host or the launcher is gone.
+        """Serve requests until the host closes the control socket, or the launcher ends.
 
-        `is_standby` says that nobody waits for this environment yet; `pagemap` is a descriptor of
-        this process's own, or -1.
+        Args:
+            is_standby: The environment was born ahead of need: there is time to warm up.
+            pagemap: A descriptor of this process's /proc/self/pagemap, or -1.
         """
         self._standing.take(0)
         fork_worker = self._runtime.fork_worker
@@ -146,7 +153,7 @@ class Init:
                     handler()
 
     def _rehearse(self) -> None:
-        """Have own copies of pages that the start of a command writes to, while nobody waits."""
+        """Copy the pages that a command's start writes to, while the environment is on standby."""
         message, fds = receive_bytes(_REHEARSAL, p.LARGEST_MESSAGE)  # type: ignore[arg-type]
         _, _, stdio, _, _, environment = p.parse_run(message[2:])
         stdio_actions(stdio, fds)
@@ -161,7 +168,7 @@ class Init:
         self._poll.register(fd, select.POLLIN)
 
     def _start_worker(self, fork_worker: Callable[..., int], *, is_standby: bool) -> None:
-        """Fork the worker, with what the host has sent for it together with the birth."""
+        """Fork the worker with the descriptors of WORK, the first message."""
         try:
             message, fds = receive_bytes(self._control, p.LARGEST_MESSAGE)
         except ConnectionError:
@@ -218,7 +225,7 @@ class Init:
                 stage = p.STAGES.index(failure.stage)
                 channel.sendall(p.ANSWER.pack(p.FAILED, failure.error, stage, 0))
         except OSError:
-            pass  # whoever asked is gone
+            pass  # the host has closed the channel
         finally:
             close_all(stdio)
         channel.close()
@@ -263,12 +270,13 @@ class Init:
             if worker is not None:
                 self._kept = (1, worker.pid, served)
                 self._kill_all_but(self._kept)
-                # What came before can have stopped it, and no longer can.
+                # A process killed just now may have stopped it.
                 processes.send_signal(served, c.SIGCONT)
             else:
                 self._kept = (1,)
                 self._kill_all()
-            # What came before has the uid of PID 1, and of the worker, the next are forks of.
+            # Guests have the uid of PID 1 and of the worker: they can lower priorities, which
+            # the next command or fork would inherit.
             origins = ([0] if has_commands else []) + ([served] if worker is not None else [])
             for pid in origins:
                 self._standing_now.take(pid)
@@ -290,7 +298,7 @@ class Init:
         channel.sendall(p.ANSWER.pack(p.OK, 0, 0, 0))
 
     def _tell_end_of_worker(self, channel: _Socket) -> None:
-        """Answer how the worker has ended, when it has."""
+        """Answer END: at once when the worker has ended, else at its end."""
         worker = self._worker
         if worker is not None and worker.pid in self._commands:
             worker.channel = channel
@@ -299,7 +307,7 @@ class Init:
         channel.close()
 
     def _hear_question(self, worker: _Command) -> _Socket | None:
-        """Return what is asked on how the worker ends: it is, when the host sees that it does."""
+        """Return the channel of END, and wait `SEEN_DEADLINE` seconds for it; None: none came."""
         poll = select.poll()
         poll.register(self._control.fileno(), select.POLLIN)
         deadline = time.monotonic() + p.SEEN_DEADLINE
@@ -377,7 +385,7 @@ class Init:
         except OSError:
             data = b""
         if len(data) != p.SIGNAL.size:
-            # The caller let go of the command: nobody is left to say how it ended.
+            # The host has closed the channel: the result is no longer wanted.
             self._forget(fd)
             self._kill_all_of(command)
             return
@@ -413,7 +421,7 @@ class Init:
                 return  # not even to hear that there is no child: an exception is dear here
 
     def _show(self, flags: int) -> None:
-        """Have the host see which process the next to be reaped is, if a command SIGSYS has ended.
+        """Send the host a pidfd of the next process to be reaped, if SIGSYS has ended a command.
 
         The kernel's log names a process that the filter has killed by its number outside, which
         nobody can tell any more when it has been reaped.
@@ -429,7 +437,7 @@ class Init:
             return
         channel = command.channel or self._hear_question(command)
         if channel is None:
-            return  # nobody wants to know it now
+            return  # the host has not asked for its end
         try:
             pidfd = os.pidfd_open(command.pid)
         except OSError:
@@ -441,12 +449,12 @@ class Init:
             while len(data) == p.SIGNAL.size and data[:1] != p.SEEN:
                 data = channel.recv(p.SIGNAL.size)  # signals to what has ended
         except OSError:
-            pass  # the host waits for no end just now, or let go of it
+            pass  # the host does not answer, or has closed the channel
         finally:
             os.close(pidfd)
 
     def _finish(self, command: _Command, status: int, usage: struct_rusage) -> bool:
-        """Answer for a command that has ended; return whether no other process is left."""
+        """Answer the end of a command; return whether no process but this one is left."""
         channel = command.channel
         is_alone = self._kill_leftovers()
         user, system = int(usage.ru_utime * 1e6), int(usage.ru_stime * 1e6)
@@ -459,14 +467,14 @@ class Init:
         try:
             channel.sendall(answer)
         except OSError:
-            pass  # the caller let go of it
+            pass  # the host has closed the channel
         if channel.fileno() in self._handlers:
             self._forget(channel.fileno())
         channel.close()
         return is_alone
 
     def _kill_leftovers(self) -> bool:
-        """Kill all that a finished command left: whatever no running command is a parent of.
+        """Kill what a finished command left running: processes that descend from no running one.
 
         Returns whether no process but this one is left.
         """
@@ -479,9 +487,9 @@ class Init:
         return False
 
     def _kill_strays(self, alone: int = 0) -> int:
-        """Kill what descends from no running command; return how many that were.
+        """Kill processes that descend from no running command; return their number.
 
-        `alone` is a command of which only its own process is to stay.
+        `alone` is the pid of a command whose descendants are killed as well.
         """
         killed: set[int] = set()
         was_empty = not alone  # else two looks in a row are to find nothing

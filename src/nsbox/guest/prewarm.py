@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do once, on nothing, what every worker does first.
+"""Warm-up: start a worker and serve an event with a trivial handler, and leave no trace.
 
 The interpreter sets much up when it is first needed: importer, compiler, codecs. The template does
 it before there are clones, and the worker of a standby environment while it waits, so that it has
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _DIRECTORY = os.path.dirname(__file__)
-_PLACE = "/tmp/nsbox-warm"  # noqa: S108 - the environment's own, and nobody else is in it yet
+_PLACE = "/tmp/nsbox-warm"  # noqa: S108 - the environment's own; no guest code has run yet
 _CODE = "/var/task"  # nsbox.functions.function.TASK_ROOT
 _LIBRARY = os.path.dirname(os.__file__)
 _SOURCE = b"""
@@ -51,7 +51,7 @@ def handler(event: Any, context: runtime.Context) -> Any:  # noqa: ANN401 - any 
 
 
 def warm_up_inside() -> None:
-    """Do as `warm_up` in an environment, which may not see nsbox: with a module of its own."""
+    """Do as `warm_up` in an environment, where no file of nsbox is visible: /tmp gets a module."""
     module = f"{_PLACE}/prewarm.py"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     try:
@@ -72,7 +72,7 @@ def warm_up_inside() -> None:
     PathFinder.find_spec("prewarm", [_CODE])
     finder = sys.path_importer_cache.get(_CODE)
     if isinstance(finder, FileFinder):
-        finder.invalidate_caches()  # what is there now is not the code yet
+        finder.invalidate_caches()  # the code is attached later
 
 
 def warm_up(place: str = _DIRECTORY) -> None:
@@ -118,7 +118,7 @@ def warm_up(place: str = _DIRECTORY) -> None:
 
 
 def _forget_places() -> None:
-    """Have the importer look anew at all places but the standard library's, which it knows."""
+    """Drop the importer's caches of all directories but the standard library's."""
     finders = sys.path_importer_cache
     for place in list(finders):
         if finders[place] is None or not f"{place}/".startswith(f"{_LIBRARY}/"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other processes of PID 1's namespace: which there are, what they inherit, and their end.
+"""The other processes of PID 1's namespace: listing, counting, inherited settings, killing.
 
 /proc is read by system calls alone: each of Python's file objects makes six more.
 """
@@ -33,12 +33,12 @@ _tunable: dict[int, list[tuple[str, int]]] = {}  # descriptors of a process's ow
 
 
 def others(kept: Container[int]) -> list[int]:
-    """Return the processes of the namespace that have not ended, but for those of `kept`."""
+    """Return the pids of all running processes of the namespace but those in `kept`."""
     return [pid for pid in _pids() if pid not in kept and not _status_of(pid)[1]]
 
 
 def strays(commands: Container[int], alone: int = 0) -> list[int]:
-    """Return the processes that descend from none of `commands`, which run.
+    """Return the pids of processes that descend from none of the running `commands`.
 
     /proc is listed first, and then each process is looked at: one that has a child behind the list
     and ends before its turn is not seen, nor is its child. But what descends from no command
@@ -49,9 +49,9 @@ def strays(commands: Container[int], alone: int = 0) -> list[int]:
     finished command leaves must not live on.
 
     Args:
-        commands: By number.
-        alone: One of them whose descendants count as well. Of those a look may miss some, but a
-            second one does not: what they have left are orphans then.
+        commands: Their pids.
+        alone: One of them whose descendants are returned as well. A first list may miss some of
+            those; a second one does not, for they are orphans by then.
     """
     parents: dict[int, int] = {}
     found = []
@@ -72,7 +72,7 @@ def strays(commands: Container[int], alone: int = 0) -> list[int]:
 
 
 def is_alone(worker: int, commands: Container[int]) -> bool:
-    """Whether a worker is seen to have no other thread and no child, and PID 1 none but `commands`.
+    """Whether a worker has one thread and no child, and PID 1 no child but `commands`.
 
     A list of children is read from its beginning, and of PID 1's nobody is removed meanwhile: an
     empty one, and PID 1's, are exact. They are read in this order, since what the worker's
@@ -91,29 +91,29 @@ def is_alone(worker: int, commands: Container[int]) -> bool:
 
 
 def threads_of(pids: Iterable[int]) -> int:
-    """Return how many threads processes have besides their first."""
+    """Return the number of threads of processes, without the first of each."""
     return sum(max(0, _status_of(pid)[2] - 1) for pid in pids)
 
 
 def newest() -> bytes:
-    """Return the number that the namespace has given out last (proc(5), loadavg)."""
+    """Return the pid that the namespace has assigned last (proc(5), loadavg), in digits."""
     if not _loadavg:
         _loadavg.append(os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC))
     return os.pread(_loadavg[0], _ENOUGH, 0).split()[-1]
 
 
 def remember_tuning() -> None:
-    """Note, in the process that others are cloned from, what `is_tuned` compares with."""
+    """Read, in the template, the values that `is_tuned` compares with."""
     for name, fd in _open_tunable("self"):
         _as_born[name] = _tuning(fd, name)
         os.close(fd)
 
 
 def is_tuned(pid: int) -> bool:
-    """Whether what processes of this uid can change in /proc/PID is not as it was.
+    """Whether a file of `_TUNABLE` of a process has another value than in the template.
 
     Raises:
-        ProcessLookupError: It has ended.
+        ProcessLookupError: The process has ended.
     """
     files = _tunable.get(pid)
     if files is None:
@@ -126,7 +126,7 @@ def is_tuned(pid: int) -> bool:
 
 
 def held() -> int:
-    """Return how many descriptors are held here, once they have been needed."""
+    """Return the number of descriptors that this module keeps open."""
     return len(_loadavg) + sum(map(len, _tunable.values()))
 
 
@@ -150,7 +150,7 @@ def _tuning(fd: int, name: str) -> bytes:
 
 
 def end_all(pids: list[int]) -> None:
-    """SIGKILL processes and wait until they have ended, whoever their parents are."""
+    """SIGKILL processes and wait until each has ended, up to `_DEATH_DEADLINE`."""
     for pid in pids:
         send_signal(pid, c.SIGKILL)
     for pid in pids:
@@ -167,11 +167,11 @@ def end_all(pids: list[int]) -> None:
 
 
 def send_signal(pid: int, number: int) -> None:
-    """kill(2), of what may have ended."""
+    """kill(2); does nothing when the process has ended."""
     try:
         os.kill(pid, number)
     except OSError:
-        pass  # it is gone; its status is on the way
+        pass  # it has ended, and SIGCHLD is pending
 
 
 def _pids() -> list[int]:

@@ -24,17 +24,18 @@ READ = b"F"
 """Read a file: `read_request`; answers OK with the size of a part and whether more come, each
 followed by its bytes."""
 PLACE = b"L"
-"""Write a file below /tmp for one invocation: as WRITE, with a path relative to it. Directories on
-the way are made, and a file that is there is replaced."""
+"""Write a file of one invocation: as WRITE, with a path relative to /tmp. Missing parent
+directories are made, and an existing file is replaced."""
 REMOVE = b"D"
-"""Remove what was placed: `names_request`. What is no longer there is no error."""
+"""Remove files written by PLACE: `names_request`. A missing file is no error."""
 
 WORK = b"P"
-"""What the worker is to have; the first message to an environment of a function, sent with its
-birth, and not answered. Descriptors: the worker's socket, stdout, stderr."""
+"""The worker's descriptors: socket, stdout, stderr. The first message to an environment of a
+function, sent with its birth; not answered."""
 WORK_STREAMS = 3
+"""Descriptors that come with WORK."""
 END = b"N"
-"""How the worker ends: answered as a run is, when it has, without STARTED."""
+"""Wait for the worker's end: answered by EXITED, as a run is, without STARTED."""
 RESET = b"Z"
 """Kill everything but PID 1 and the worker, and empty all writable places (`reset_request`); answer
 OK."""
@@ -66,7 +67,8 @@ ANNOUNCE = 2
 """Flag of a run: answer STARTED as soon as it runs."""
 _STDIO = 4
 WORKER = 3
-"""Number of a worker's socket: who is given one is the worker, and STARTED is its only answer."""
+"""Descriptor number of a worker's socket. A run that is given one becomes the worker; its only
+answer is STARTED."""
 STREAMS = WORKER + 1
 """Descriptors a run may be given."""
 _STDIO_OF = [
@@ -84,8 +86,8 @@ STARTED = b"S"
 SWEPT = b"V"
 """As EXITED, of a command that ran when a reset was asked for, and was killed for that."""
 EXITED = b"X"
-"""The command is over and nothing of it is left; numbers: wait status, user, system microseconds
-of what was reaped with it."""
+"""The command has ended and so has every process it started; numbers: wait status, user and system
+CPU time in microseconds of the reaped processes."""
 SHOWN = b"Y"
 """SIGSYS has ended the command; with a pidfd of it, by which the host can tell its number outside
 until it is reaped: after the host's `SEEN`, or `SEEN_DEADLINE`."""
@@ -116,12 +118,12 @@ _FAILURE = b"!"
 
 
 def failure_word(step: str, errno: int, message: str) -> bytes:
-    """Return the first word of an environment whose birth failed."""
+    """Return the first message of an environment whose birth failed, at most `LARGEST_MESSAGE`."""
     return (_FAILURE + f"{step}\0{errno}\0{message}".encode(errors="replace"))[:LARGEST_MESSAGE]
 
 
 def parse_failure(word: bytes) -> tuple[str, int, str] | None:
-    """Return step, error number and message of a failure, None for any other first word."""
+    """Return step, error number and message of a failed birth; None for any other first message."""
     if not word.startswith(_FAILURE):
         return None
     step, errno, message = word[1:].decode(errors="replace").split("\0", 2)
@@ -181,31 +183,33 @@ def reset_request(kept: int, places: list[bytes], *, has_commands: bool) -> byte
     """Return the request to reset.
 
     Args:
-        kept: A process to keep besides the waiting worker, or 0.
-        places: Private mounts to empty besides those that every environment has.
-        has_commands: Whether PID 1 starts what comes next, and not a worker: then it must not
-            have been slowed down itself.
+        kept: Pid inside of a process to keep besides the worker, or 0.
+        places: Paths of tmpfs mounts to empty besides those of every environment.
+        has_commands: Whether commands are run next, which are children of PID 1: then its own
+            priority and affinity are checked, too.
     """
     return _RESET.pack(kept, has_commands) + b"\0".join(places)
 
 
 def parse_reset(data: bytes) -> tuple[int, bool, list[bytes]]:
-    """Return the process to keep, whether it has commands, and the places of a reset request."""
+    """Return `kept`, `has_commands` and `places` of a reset request."""
     kept, has_commands = _RESET.unpack_from(data)
     places = data[_RESET.size :]
     return kept, has_commands, places.split(b"\0") if places else []
 
 
 def left_request(worker: int, *, kill: bool) -> bytes:
-    """Return the request to tell what is left running beside `worker`, 0 for PID 1's own.
+    """Return the request to count the processes left running beside `worker`.
 
-    With `kill` all of it is killed: what is told is what that was, and the worker's threads.
+    Args:
+        worker: Its pid inside; 0 is the worker that PID 1 has forked.
+        kill: Kill them; the answer counts those killed, and the worker's further threads.
     """
     return _LEFT.pack(worker, kill)
 
 
 def parse_left(data: bytes) -> tuple[int, bool]:
-    """Return the worker, and whether to kill what it has left, of such a request."""
+    """Return `worker` and `kill` of a left request."""
     worker, kill = _LEFT.unpack(data)
     return worker, kill
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take away what somebody may have left outside of processes: files, System V ipc, and keys."""
+"""Remove what guests leave outside of processes: files, System V ipc objects, and keys."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ if TYPE_CHECKING:
     from typing import Any
 
 PLACES = ("/tmp", "/dev/shm", "/dev/mqueue")  # noqa: S108 - the environment's own
-"""Everything that is writable inside, apart from what the configuration mounts."""
+"""Writable mounts of every environment; those of the configuration come besides."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o1777  # as they are mounted
 _NO_ATTRIBUTES = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 
 
 def reset(places: list[bytes]) -> None:
-    """Empty all writable places, `places` among them, which are mounts, and drop ipc and keys.
+    """Empty all writable mounts, and remove ipc objects and keys.
+
+    Args:
+        places: Paths of the configuration's tmpfs mounts; `PLACES` are emptied as well.
 
     Raises:
-        OSError: Something cannot be removed.
+        OSError: Something cannot be removed; EXDEV, a mount was moved by renaming its parent.
     """
     own = [os.fsdecode(place) for place in places]
     mounts = _mounts_below((*PLACES, *own))
@@ -55,7 +58,7 @@ def reset(places: list[bytes]) -> None:
 
 
 def _clean(fd: int) -> None:
-    """Take attributes, flags and times off a directory: words can be left in them too."""
+    """Reset extended attributes, flags and times of a directory, which can carry data, too."""
     os.utime(fd)
     for name in _if_any(os.listxattr, fd) or ():
         if name.startswith(("user.", "system.posix_acl")):
@@ -65,7 +68,7 @@ def _clean(fd: int) -> None:
 
 
 def _if_any(look: Callable[..., Any], *arguments: object) -> Any:  # noqa: ANN401
-    """Return what `look` finds; None where there are none, or the filter refuses to look."""
+    """Return what `look` returns; None where the file system or the filter refuses it."""
     try:
         return look(*arguments)
     except OSError as error:
@@ -78,9 +81,9 @@ _without_mounts: set[tuple[str, ...]] = set()
 
 
 def _mounts_below(places: tuple[str, ...]) -> list[str]:
-    """Return what the configuration has mounted below `places`, which stays, and where it is now.
+    """Return the present paths of mounts below `places`, which are kept.
 
-    Nobody inside can mount anything, but the directories that a mount is in can be renamed.
+    Guests cannot mount, but they can rename the parent directories of a mount.
     """
     if places in _without_mounts:
         return []

@@ -4,7 +4,7 @@
 It runs in two ways: in a clone of the template, which has imported this module, or executed as
 ``python3 -I -S -c PROGRAM`` (``start="exec"``, `nsbox.guest.executed`), where there is no nsbox:
 it imports nothing of it but the modules whose sources go along. It is inside: the host believes
-nothing it says about itself, and what it answers is the function's.
+nothing it says about itself, and its answers are the function's.
 
 Frames on its socket (a stream), each `HEADER` and as many bytes as that says:
 
@@ -99,7 +99,17 @@ _OWN_FILE = __file__ if "__file__" in globals() else EXECUTED_FILE
 
 
 class Context:
-    """What a handler is told besides its event; the attributes are those of AWS Lambda's."""
+    """The second argument of a handler, with the attributes of AWS Lambda's.
+
+    Attributes:
+        aws_request_id: The invocation's request id.
+        function_name, function_version, invoked_function_arn: The function's.
+        memory_limit_in_mb: MiB, in digits.
+        log_group_name, log_stream_name: The names that AWS Lambda would use.
+        tenant_id: On whose behalf it runs, or None.
+        identity: None: there is no Cognito.
+        client_context: The caller's, as JSON gives it, or None.
+    """
 
     def __init__(
         self, function: dict[str, Any], deadline: float, request_id: str, client_context: str
@@ -132,7 +142,12 @@ class Worker:
     """One worker process and its socket to the host."""
 
     def __init__(self, channel: _Socket, give_back: Callable[[], object] | None = None) -> None:
-        """Serve nothing yet. `give_back` is called after a while without an event."""
+        """`run` serves.
+
+        Args:
+            channel: This process's end of the socket to the host.
+            give_back: Returns memory to the kernel; called after a time without events.
+        """
         self._channel = channel
         self._give_back = give_back
         self.request_id = ""  # of the latest invocation
@@ -150,12 +165,12 @@ class Worker:
         self._read: Callable[[int], bytes] = self._read_rights
 
     def run(self) -> NoReturn:
-        """Serve until the host lets go."""
+        """Serve frames until the host closes the socket."""
         while True:
             self.serve_one()
 
     def serve_one(self) -> None:
-        """Wait for a frame and do what it says."""
+        """Wait for one frame and handle it; one that is out of order ends this process."""
         kind, number, data = self._receive()
         if kind == INVOKE and self._handler is not None and not self._forks:
             self._invoke(number, data)
@@ -172,7 +187,7 @@ class Worker:
             os._exit(1)
 
     def _start(self, request: dict[str, Any]) -> None:
-        """Be as the function wants it; `request` is what `nsbox.functions.session` sends."""
+        """Apply START: variables, sys.path, handler's name; `nsbox.functions.session` sends it."""
         os.environ.clear()
         os.environ.update(request["own"])
         os.environ.update(request["env"])
@@ -193,10 +208,10 @@ class Worker:
         self._set_visible(is_visible=request["visible"])
 
     def _set_visible(self, *, is_visible: bool) -> None:
-        """Let this process see its own files in /proc, or hide them from those of its uid.
+        """Make this process dumpable, or not: then its files in /proc are closed to its uid.
 
-        Its forks could read and write it by them, and with it what all forks to come are made of.
-        PID 1 and its forks are hidden; a program is not before it says so.
+        A fork could otherwise write to its memory, and so to that of all later forks. PID 1 and its
+        forks are not dumpable; an executed program is, until it is set.
         """
         if _OWN_FILE != EXECUTED_FILE:
             if is_visible:
@@ -222,7 +237,7 @@ class Worker:
         flush()
 
     def _begin(self, number: int, data: bytes | memoryview) -> None:
-        """Say that the module is imported, and serve the event that came along, if one did."""
+        """Answer READY, and serve the event that came with LOAD, if there is one."""
         is_silent = bool(data) and not any(map(may_be_unread, (1, 2), self._pipes))
         if self._forks:
             self._leave_pipes()
@@ -280,7 +295,7 @@ class Worker:
         return ANSWER, data
 
     def _invoke_in_fork(self, number: int) -> None:
-        """Have a fork of this process, as it was after the import, serve an event and end."""
+        """Fork this process, as it is after the import, to serve one event; wait for its end."""
         (fd, *streams), self._own = self._own, ()
         own = _Socket(AF_UNIX, SOCK_STREAM, 0, fd)
         self._is_forking = True
@@ -316,7 +331,7 @@ class Worker:
             renew_stdin()
 
     def _leave_pipes(self) -> None:
-        """Have /dev/null where the import has left the worker's pipes, duplicates among them."""
+        """Replace all descriptors of the worker's own pipes, duplicates included, by /dev/null."""
         self._streams = places_of(self._pipes, _OWN + len(self._own))
         null = os.open("/dev/null", os.O_WRONLY)
         for fd, _, is_inheritable in self._streams:
@@ -324,7 +339,7 @@ class Worker:
         os.close(null)
 
     def _put_streams(self, streams: list[int]) -> None:
-        """Have an event's own pipes where the worker's were."""
+        """Put an event's own pipes where the worker's were."""
         for fd, which, is_inheritable in self._streams:
             os.dup2(streams[which], fd, is_inheritable)
         for fd in streams:
@@ -394,7 +409,7 @@ class Worker:
         return data
 
     def _block(self) -> None:
-        """Have reads wait: what has this socket, too, may have set O_NONBLOCK."""
+        """Clear O_NONBLOCK, which another process with this socket may have set."""
         os.set_blocking(self._channel.fileno(), True)
 
     def _read_rights(self, size: int) -> bytes:
@@ -418,7 +433,7 @@ class Worker:
 
 
 def _has_answered(own: _Socket) -> bool:
-    """Whether an event's socket was shut down behind the answer, or the host has taken that."""
+    """Whether the fork has shut its event's socket down, or the host has closed it."""
     try:
         own.send(b"", MSG_NOSIGNAL)
     except OSError:
@@ -475,10 +490,10 @@ def _find_handler(handler: str) -> Callable[[Any, Context], Any]:
 
 
 def _await_end() -> NoReturn:
-    """End when the host has let go of this worker; first let a handler of SIGTERM run.
+    """End, for the host has closed the socket; first let a pending handler of SIGTERM run.
 
-    Python runs those between two of its instructions: one whose signal came just before the wait
-    for an event is still to run. It, or the end of its time, ends a worker that has such a one.
+    Python runs handlers between two bytecode instructions: that of a signal which came just before
+    the wait for an event is still pending. A worker with a handler ends by it, or is killed.
     """
     from _signal import SIG_DFL, SIGTERM, getsignal
 

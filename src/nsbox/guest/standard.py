@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The standard streams of a worker: what others may have done to them, and new ones."""
+"""The standard streams of a worker: new ones, and checks of inherited descriptors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NULL = os.makedev(1, 3)  # Documentation/admin-guide/devices.txt
 
 
 def open_stream(fd: int) -> TextIO:
-    """Return the standard stream for a descriptor, which stays open when it is closed."""
+    """Return a line-buffered text stream on `fd`; closing it leaves the descriptor open."""
     return open(fd, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
 
 
@@ -26,7 +26,7 @@ def renew_stdin() -> None:
 
 
 def is_null(fd: int) -> bool:
-    """Whether a descriptor is of /dev/null."""
+    """Whether a descriptor refers to /dev/null."""
     try:
         return os.fstat(fd).st_rdev == _NULL
     except OSError:
@@ -34,7 +34,7 @@ def is_null(fd: int) -> bool:
 
 
 def identity(fd: int) -> tuple[int, int] | None:
-    """Return device and inode of what a descriptor is of; None where it is closed."""
+    """Return device and inode of a descriptor's file; None where it is closed."""
     try:
         status = os.fstat(fd)
     except OSError:
@@ -43,9 +43,12 @@ def identity(fd: int) -> tuple[int, int] | None:
 
 
 def places_of(files: tuple[tuple[int, int] | None, ...], known: int) -> list[tuple[int, int, bool]]:
-    """Return each descriptor of one of `files` (`identity`), which, and whether it is inherited.
+    """Return all open descriptors of `files`: number, index in `files`, whether inheritable.
 
-    Where there are no more than `known`, and 0 to 2 among them, none of the others is one.
+    Args:
+        files: As `identity` returns them.
+        known: How many descriptors are expected open. Where the count is right and 0 to 2 are among
+            them, /proc/self/fd is not listed.
     """
     found = [(fd, identity(fd)) for fd in (0, 1, 2)]
     try:
@@ -58,7 +61,7 @@ def places_of(files: tuple[tuple[int, int] | None, ...], known: int) -> list[tup
 
 
 def may_be_unread(fd: int, pipe: tuple[int, int] | None) -> bool:
-    """Whether something may be in a pipe; also when the descriptor is of another file now."""
+    """Whether a pipe holds unread bytes; True as well when `fd` is another file than `pipe`."""
     from fcntl import ioctl  # a clone of the template has it; what is executed never gets here
 
     count = bytearray(4)

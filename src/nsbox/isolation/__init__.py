@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What shuts an environment in: one module per mechanism; each knows the kernel, not the others.
+"""The isolation mechanisms, a module each; none depends on another.
 
 It owns cgroups, namespaces, file system trees, privileges and their read-back. It may import
 `nsbox.linux`; host and launcher both use it.

@@ -61,7 +61,7 @@ def attach(fd: int, destination: str) -> None:
 
 
 def take_root(program: Program) -> None:
-    """Prepare: make a copy of the layout's tree that this namespace may pivot into; go there."""
+    """Prepare: bind the layout's tree recursively, so that pivot_root(2) takes it; chdir there."""
     # The copies of a more privileged namespace's mounts are locked, and pivot_root(2) refuses a
     # locked mount; a recursive bind of them is not locked itself, though its parts stay so.
     program.mount(NEW_ROOT, NEW_ROOT, None, c.MS_BIND | c.MS_REC)
@@ -69,7 +69,10 @@ def take_root(program: Program) -> None:
 
 
 def show_cgroup(program: Program, places: dict[str, str], name: Name) -> None:
-    """Prepare: bind the environment's own cgroup of each hierarchy at its place, read-only."""
+    """Prepare: bind the environment's own cgroup of each hierarchy, read-only.
+
+    `places` maps hierarchies to paths below the new root; `name` is the cgroup's.
+    """
     for hierarchy, place in places.items():
         program.call(os.chdir, f"{CGROUPS}/{hierarchy}")
         # As its source is; and locked so, for that came with a more privileged namespace.
@@ -135,7 +138,7 @@ def _make_mount_point(path: str, is_directory: bool) -> None:
 
 
 def pivot(program: Program) -> None:
-    """Prepare: make the working directory the root and let go of everything else."""
+    """Prepare: make the working directory the root, and unmount the old one."""
     # pivot_root(2), NOTES: with "." twice the old root is stacked on the new one, so that no
     # directory for it is needed and one lazy unmount takes it away.
     program.pivot_root(".", ".")
@@ -147,9 +150,8 @@ def pivot(program: Program) -> None:
 def probe_proc() -> str:
     """Return how much of a /proc can be mounted in a new pid namespace of a layout.
 
-    The ladder: all of it; with ``subset=pid`` (only processes, Linux 5.8) where the host's own is
-    masked, as in a container; none. Never the host's. For the process to be in the layout's
-    namespace is the caller's part.
+    ``"full"``; ``"subset=pid"``, processes alone (Linux 5.8), where the host's own is masked, as in
+    a container; ``"none"``. Never the host's. The caller has entered the layout's mount namespace.
     """
     extents = (PROC_FULL, PROC_PID_ONLY, PROC_NONE)
     pid, pidfd = calls.clone3(c.CLONE_NEWUSER | c.CLONE_NEWPID | c.CLONE_NEWNS)

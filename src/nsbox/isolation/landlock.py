@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A further belt: no abstract Unix socket and no process outside the environment is reached.
+"""Landlock scopes: abstract Unix sockets and signals do not leave the environment.
 
 Abstract sockets belong to a network namespace and signals to a pid namespace, so this repeats what
 those do, and is all there is between an environment in the host's network and the abstract
@@ -20,12 +20,16 @@ MISSING = "this kernel has no Landlock scopes (Linux 6.12)"
 
 
 def is_available() -> bool:
-    """Whether the kernel has scopes."""
+    """Whether the kernel has Landlock's scopes (Linux 6.12)."""
     return landlock.abi() >= _ABI_WITH_SCOPES
 
 
 def make_ruleset() -> int:
-    """Return the descriptor of what `restrict` takes; one is enough for all environments."""
+    """Return the descriptor of a ruleset for `restrict`; all environments can share it.
+
+    Raises:
+        OSError: The kernel refuses it.
+    """
     return landlock.create_ruleset(_SCOPES)
 
 

@@ -46,7 +46,7 @@ BLOCK = 4096
 
 
 class IdPool:
-    """Ids for environments, out of a block that no other launcher of this machine has."""
+    """Host ids for environments, of a block that no other launcher of this machine has."""
 
     def __init__(
         self, first: int, count: int, *, offset: int = 0, directory: str | None = None
@@ -102,24 +102,24 @@ class IdPool:
         raise OSError(errno.EUSERS, f"{len(self._ids)} environments are alive; close some")
 
     def give_back(self, taken: int) -> None:
-        """Return an id after its environment is gone."""
+        """Give an id back whose environment has ended."""
         self._used.discard(taken)
 
     def close(self) -> None:
-        """Let go of the block."""
+        """Release the block."""
         self._name.close()
         if self._locks is not None:
             self._locks.close()
 
 
 class _Locks:
-    """Locks on bytes of a file, which need not be there: of whoever has this file open."""
+    """Open-file-description locks on bytes of a file, which may be beyond its end (fcntl(2))."""
 
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def take(self, place: int) -> bool:
-        """Return whether it is got: nobody else has it."""
+        """Lock byte `place`; return whether it was free."""
         try:
             self._set(place, is_taken=True)
         except OSError as error:

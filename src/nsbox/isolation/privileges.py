@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Give up every privilege, for good. The only module that imports python-prctl.
+"""Drop all privileges irrevocably. The only module that imports python-prctl.
 
 python-prctl is GPL-3.0-or-later (see README, Licence); it has the names of the securebits, and sets
 that of a process. A clone makes calls that were prepared: one function of the module touches eight
@@ -74,7 +74,7 @@ def drop_all(program: Program) -> None:
 
 
 def shield(program: Program) -> None:
-    """Prepare: make it untouchable by others of its uid, and let it die with its parent."""
+    """Prepare: clear the dumpable flag, set the parent-death signal, make a session keyring."""
     # Not dumpable: no ptrace, no /proc/PID/mem, fd or environ for the commands, which share its
     # uid (prctl(2), PR_SET_DUMPABLE). The signal is a second belt to the lifeline.
     program.prctl(c.PR_SET_DUMPABLE, 0)

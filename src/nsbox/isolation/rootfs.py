@@ -13,7 +13,7 @@ namespace of its own, and leaves there::
     /cgroups     the launcher's cgroups, read-only: births bind their own one, and detach the rest
 
 The launcher keeps a descriptor of that namespace, and enters it for the moment of each clone, so
-that an environment never has the host's mount tree to get rid of.
+that an environment never has the host's mount tree, which it would have to detach.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _hold(
 
 
 def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
-    """Make the tree and pivot into it. Runs once in a process that then only holds it."""
+    """Make the tree and pivot into it; runs in the helper process of `hold`."""
     calls.mount(None, "/", None, c.MS_REC | c.MS_PRIVATE)
     # Before anything covers a source below _BASE.
     binds = _open_binds(layout, _shared_paths(layout, host_files))
@@ -204,7 +204,7 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
 
 
 def _shared_paths(layout: dict[str, Any], host_files: HostFiles | None) -> list[str]:
-    """Return the host's directories that are at the same place inside, besides /usr and /etc."""
+    """Return the host's directories with the same path inside, besides /usr and /etc."""
     if layout["rootfs"]:
         return []
     if host_files is None:
@@ -265,7 +265,7 @@ def _place_devices(target: str) -> None:
 
 
 def _open_cgroups(view: dict[str, dict[str, str]]) -> dict[str, dict[str, int]]:
-    """Return detached trees in place of the directories of a `cgroups.view_of`."""
+    """Return a `cgroups.view_of` with descriptors of detached trees for its directories."""
     return {
         part: {name: clone_tree(path) for name, path in paths.items()}
         for part, paths in view.items()
@@ -273,7 +273,7 @@ def _open_cgroups(view: dict[str, dict[str, str]]) -> dict[str, dict[str, int]]:
 
 
 def _place_cgroups(root: str, own: dict[str, int], covered: dict[str, int]) -> None:
-    """Attach the launcher's cgroups, and make the places of an environment's own."""
+    """Attach the launcher's cgroups, and make the mount points of an environment's own."""
     place = root + cgroups.PLACE
     for name, fd in own.items():
         os.makedirs(f"{_BASE}{CGROUPS}/{name}", 0o755)

@@ -13,7 +13,7 @@ _PASSES = 100
 
 
 class Stopper:
-    """Stops and continues the processes of one pid namespace."""
+    """SIGSTOP and SIGCONT for all processes of one pid namespace."""
 
     def __init__(self, pid: int) -> None:
         """`pid` is the namespace's PID 1, by its number outside: a child of this process."""
@@ -25,7 +25,7 @@ class Stopper:
 
         Raises:
             OSError: EBUSY, it makes processes faster than they can be stopped; EMFILE, there is no
-                room for a descriptor of each. They are let go.
+                room for a descriptor of each. All are continued then.
         """
         try:
             for _ in range(_PASSES):
@@ -54,7 +54,7 @@ class Stopper:
         return False
 
     def go_on(self) -> None:
-        """Let them run again, init last; those that have ended meanwhile are forgotten."""
+        """Continue all that were stopped, init last, and close their pidfds."""
         while self._pidfds:
             pidfd = self._pidfds.popitem()[1]
             try:

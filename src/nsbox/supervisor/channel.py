@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What PID 1 is asked: one operation with a socket of its own, a command, and the worker's place.
+"""Operations of PID 1, each with a socket of its own; requests to run; a worker's endpoints.
 
-What comes back is from inside: frames of fixed size that are checked and not trusted
-(`nsbox.guest.protocol`).
+Answers come from inside: frames of fixed size (`nsbox.guest.protocol`), checked and not trusted.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Reply = tuple[bytes, int, int, int, list[int]]
 
 
 class BrokenAnswer(ConnectionError):
-    """PID 1 has said what it may not say."""
+    """PID 1 has sent what `nsbox.guest.protocol` does not allow."""
 
 
 class Channel:
@@ -144,7 +143,7 @@ class Channel:
 
 
 class RunRequest:
-    """What PID 1 is asked to run, apart from argv and streams.
+    """A request to run a command, apart from argv and streams.
 
     Attributes:
         env: All its environment variables.
@@ -215,10 +214,9 @@ def make_socket() -> tuple[Socket, Socket]:
 
 
 class WorkerEndpoints:
-    """The host's ends of what a worker has: its socket and its log.
+    """The host's ends of a worker's socket and log.
 
-    PID 1 of a function's environment is sent the other ends with its birth, so that its worker
-    waits for nothing but its function.
+    PID 1 of a function's environment gets the other ends with its birth.
 
     Attributes:
         socket: The worker's (`nsbox.guest.runtime`).
@@ -263,9 +261,9 @@ class WorkerEndpoints:
 
 
 class InvocationEndpoints:
-    """The host's ends of what one event of a reset worker has for itself: its socket and its log.
+    """The host's ends of the socket and log of one event, where a fork serves each.
 
-    Made for each: flags, owners, locks, sizes, times and contents of what is open reach no other.
+    Made for each event: flags, owners, locks, sizes and contents of open files pass to no other.
 
     Attributes:
         socket: Event and answer (`nsbox.guest.runtime`).

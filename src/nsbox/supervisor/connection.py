@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host's end of one environment: its socket to PID 1, the launcher's word, its counters.
+"""The host's end of one environment: control socket, requests to the launcher, counters.
 
 From the launcher come the facts (born, gone, status, OOM); from PID 1 only answers to what was
 asked, in frames of fixed size that are checked and not trusted (`nsbox.guest.protocol`).

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launcher is asked about one environment that was born, and what it says of its end.
+"""Requests to the launcher about one environment, and its report on the environment's end.
 
-Nothing stays open for that: each request brings the socket that its answer comes on.
+No connection is kept: each request carries the socket for its answer.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _ATTEMPTS: Final = 3
 
 
 class Supervision:
-    """The launcher's word on one environment. Safe to use from many threads.
+    """Requests to the launcher about one environment. Safe to use from many threads.
 
     Attributes:
-        end: What the launcher has said of its end; None before.
-        unsaid: Why `end` does not say how it was, or "".
+        end: The launcher's report on its end; None while it lives.
+        unsaid: Why `end` has no wait status, for people, or "".
     """
 
     def __init__(self, launcher: Launcher, env_id: str) -> None:
         self._launcher = launcher
         self._env_id = env_id
         self._lock = threading.Lock()
-        self._report: Socket | None = None  # where the end will be told
+        self._report: Socket | None = None  # on which the end is reported
         self._is_asked = self._is_let_go = False
         self.end: messages.Gone | None = None
         self.unsaid = ""
@@ -49,15 +49,15 @@ class Supervision:
         self._is_asked = True
 
     def tell(self, request: messages.Request) -> None:
-        """Have the launcher do something that it does not answer. OSError: it is gone."""
+        """Send a request without an answer. Raises OSError: the launcher is gone."""
         self._launcher.ask(request)
 
     def request(self, request: messages.Request) -> messages.Message | None:
-        """Have it do something, which may be done twice; return its answer, None when it is gone.
+        """Send a request, which may be done twice; return its answer, None: the launcher is gone.
 
         Raises:
             SyscallError: This process could not ask.
-            TimeoutError: It is silent, and may do it yet.
+            TimeoutError: No answer within `END_DEADLINE`; it may act on the request later.
         """
         for _ in range(_ATTEMPTS):
             ours, theirs = _pair()
@@ -77,7 +77,7 @@ class Supervision:
         raise TimeoutError(errno.ETIMEDOUT, "the launcher does not answer")
 
     def begin_end(self, *, is_reported: bool) -> None:
-        """Have it kill the environment and tell when that is gone; `await_end` waits for that.
+        """Have the environment killed and its end reported; `await_end` waits for the report.
 
         `is_reported` asks for the last counters, too, which cost it seven files.
         """
@@ -92,7 +92,7 @@ class Supervision:
         try:
             self._report, theirs = _pair()
         except SyscallError:
-            self._let_go()  # that it has hung up is all that is seen of it
+            self._let_go()  # there is no report then: the control socket's end tells
             return
         try:
             self._launcher.ask(messages.Close(id=self._env_id, is_reported=is_reported), theirs)
@@ -106,7 +106,7 @@ class Supervision:
         self.end = messages.Gone(status=None, usage={}, leaked=[])
 
     def end_unsaid(self) -> None:
-        """Note that PID 1 has ended and the launcher says nothing, which it had time for."""
+        """Note that PID 1 has ended and that the launcher has not reported it in time."""
         late = f"the launcher did not say within {END_DEADLINE:g} seconds"
         with self._lock:
             if self.end is None:

@@ -23,7 +23,7 @@ FREEZE_SECONDS = 5.0
 
 
 class EnvironmentCgroup:
-    """Made by `Tree.make`. One environment's whole life: a cgroup is never used a second time.
+    """The cgroup of one environment, made by `Tree.make`; never reused.
 
     Attributes:
         env_id: Its name below the launcher's directory.
@@ -100,7 +100,7 @@ class EnvironmentCgroup:
 
         Raises:
             TimeoutError: Not all did within `timeout` seconds (one sleeps uninterruptibly); they
-                are let go again.
+                are thawed again.
             SyscallError: The kernel refused, or there is no freezer (ENOENT).
         """
         try:
@@ -110,7 +110,7 @@ class EnvironmentCgroup:
             raise
 
     def thaw(self, timeout: float = FREEZE_SECONDS) -> None:
-        """Let every process go on; errors as `freeze`."""
+        """Continue every process; errors as `freeze`."""
         self._set_frozen(False, timeout)
 
     def kill(self) -> bool:

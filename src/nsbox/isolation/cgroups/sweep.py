@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removal: of one environment's directories, of a dead launcher's, of what nobody owns any more.
+"""Removal of cgroups: an environment's, a dead launcher's, and those without a living owner.
 
 Everything here refuses, with ValueError, a path that is not named and placed as nsbox's own.
 Nothing follows a symbolic link, and rmdir(2) on a cgroup removes no data and no process.
