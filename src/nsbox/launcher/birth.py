@@ -65,8 +65,9 @@ class Birth:
 
     def close(self) -> None:
         """Close what only the clone needed; done as soon as the template has answered."""
-        own = (self.control, self.network)
-        close_all([*(fd for fd in own if fd >= 0), *self.tasks, *self.trees.values()])
+        for fd in (self.control, self.network, *self.tasks, *self.trees.values()):
+            if fd >= 0:
+                os.close(fd)
         if self.cgroup is not None:
             self.cgroup.close()
         self.control = self.network = -1

@@ -283,7 +283,7 @@ _KINDS: dict[str, type[Message]] = {
 
 def encode(message: Message) -> dict[str, Any]:
     """Return the JSON object of a message."""
-    return {"kind": type(message).__name__, **message.to_wire()}
+    return {"kind": type(message).__name__, **message.__dict__}
 
 
 def decode(fields: dict[str, Any]) -> Message:

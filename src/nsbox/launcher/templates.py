@@ -98,13 +98,14 @@ class TemplateProcess:
                 self._send(("forget", oldest))
             self._send(("spec", key, spec.to_wire(), birth.known.cgroup_view))
             self._known[key] = None
-        optional = (birth.cgroup_fd, birth.network)
-        fds = [birth.control, birth.layout, *(fd for fd in optional if fd >= 0)]
-        has_cgroup, has_network = (fd >= 0 for fd in optional)
-        destinations = list(birth.trees)
+        fds = [birth.control, birth.layout]
+        if has_cgroup := birth.cgroup_fd >= 0:
+            fds.append(birth.cgroup_fd)
+        if has_network := birth.network >= 0:
+            fds.append(birth.network)
         message = (
             *("birth", key, birth.env_id, birth.host_id),
-            *(destinations, has_cgroup, has_network, birth.awaits == "taker"),
+            *(list(birth.trees), has_cgroup, has_network, birth.awaits == "taker"),
         )
         self._send(message, [*fds, *birth.trees.values(), *birth.tasks])
         self.pending.append(birth)

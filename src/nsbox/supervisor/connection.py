@@ -13,8 +13,8 @@ import signal
 import time
 from _socket import socket as Socket
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, suppress
-from typing import Final, TypeVar
+from contextlib import closing, suppress
+from typing import Final
 
 from nsbox.errors import DescriptorsExhausted, LauncherError, NsboxError, SetupError, SyscallError
 from nsbox.guest import protocol as p
@@ -45,9 +45,6 @@ _MORE_IN_LAUNCHER: Final = (
     "It takes the hard limit: close some, or raise that, by 'ulimit -Hn' as root or LimitNOFILE= "
     "of a service"
 )
-
-
-_End = TypeVar("_End", bound=Socket)
 
 
 class ForgottenSpec(NsboxError):
@@ -125,23 +122,30 @@ class EnvironmentConnection:
         self._awaits_attachments = False
         self.pid = self._pid_inode = 0
         self._pidfd = -1  # only where pidfds have no inode of their own
-        with ExitStack() as unused:
-            self._control, control = _pair(protocol.pair)
-            unused.callback(_close_both, self._control, control)
+        ends: list[Socket] = []
+        try:
+            self._control, control = protocol.pair()
+            ends += (self._control, control)
             # Where its birth is answered; closed when that is over.
-            self._birth, birth = _pair(protocol.raw_pair)
-            unused.callback(_close_both, self._birth, birth)
+            self._birth, birth = protocol.raw_pair()
+            ends += (self._birth, birth)
             if spec.runtime:
                 self.endpoints = WorkerEndpoints(self._control)
-                unused.callback(self.endpoints.close)
-            made = [end.fileno() for end in (self._control, control, self._birth, birth)]
+            newest = [self._birth.fileno(), birth.fileno()]
             if self.endpoints is not None:
-                made.append(self.endpoints.stderr.fileno())
-            scarce = protocol.scarcity(made, is_brief=is_brief)
+                newest.append(self.endpoints.stderr.fileno())
+            scarce = protocol.scarcity(newest, is_brief=is_brief)
             if scarce is not None:
                 raise DescriptorsExhausted("this process", *scarce, _MORE_HERE)
-            self._others = (control, birth)
-            unused.pop_all()
+        except BaseException as error:
+            for end in ends:
+                end.close()
+            self.drop_endpoints()
+            if isinstance(error, OSError):
+                what = f"socketpair: {error}"
+                raise SetupError("birth", what, errno=error.errno or 0) from error
+            raise
+        self._others = (control, birth)
 
     @property
     def end(self) -> Gone | None:
@@ -158,13 +162,15 @@ class EnvironmentConnection:
             LauncherError: The launcher is gone.
         """
         self.asked_at = time.monotonic()
-        fds = [other.fileno() for other in self._others]
+        control, birth = self._others
+        fds = [control.fileno(), birth.fileno()]
         try:
             self._supervision.ask_for_birth(self._spec, fds, awaits, is_brief=self._is_brief)
         except BaseException:
             self.close()
             raise
-        _close_both(*self._others)
+        control.close()
+        birth.close()
 
     def await_birth(self, attachments: Attachments = ()) -> None:
         """Wait until the environment is locked in, and see that it is.
@@ -532,13 +538,6 @@ def await_exit_notice(notice: Socket | None, seconds: float) -> None:
             protocol.is_readable(notice.fileno(), seconds)
         finally:
             notice.close()
-
-
-def _pair(make: Callable[[], tuple[_End, Socket]]) -> tuple[_End, Socket]:
-    try:
-        return make()
-    except OSError as error:
-        raise SetupError("birth", f"socketpair: {error}", errno=error.errno or 0) from error
 
 
 def _close_both(first: Socket, second: Socket) -> None:

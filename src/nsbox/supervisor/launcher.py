@@ -340,11 +340,14 @@ def _reap() -> None:
 
 def _look_at(sources: Sequence[str]) -> str:
     """Say what is at these paths. Of a file system that does not answer, only the caller waits."""
+    words = []
     try:
-        return " ".join([f"{found.st_dev}:{found.st_ino}" for found in map(os.stat, sources)])
+        for found in map(os.stat, sources):
+            words.append(f"{found.st_dev}:{found.st_ino}")
     except OSError as error:
         text = f"{error.strerror}: {error.filename!r}"
         raise SetupError("layout", text, errno=error.errno or 0) from error
+    return " ".join(words)
 
 
 def import_paths() -> list[str]:

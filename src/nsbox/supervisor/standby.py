@@ -10,7 +10,6 @@ answers are read by whoever takes it. The launcher ends one that nobody takes in
 from __future__ import annotations
 
 import os
-import secrets
 import time
 import warnings
 from collections.abc import Sequence
@@ -125,7 +124,10 @@ def take(
     Raises:
         As `nsbox.supervisor.connection.EnvironmentConnection`.
     """
-    while (connection := _take_kept(launcher, spec)) is not None:
+    while True:
+        connection: EnvironmentConnection | None = launcher.companions.take(spec.key)
+        if connection is None:
+            break
         if time.monotonic() - connection.asked_at < _TAKEN_UNTIL:
             try:
                 if not attachments:
@@ -141,18 +143,17 @@ def take(
         return _give_birth(launcher, spec, attachments, is_brief=is_brief)
 
 
-def _take_kept(launcher: Launcher, spec: Spec) -> EnvironmentConnection | None:
-    connection: EnvironmentConnection | None = launcher.companions.take(spec.key)
-    return connection
-
-
 def _give_birth(
     launcher: Launcher, spec: Spec, attachments: Attachments, *, is_brief: bool
 ) -> EnvironmentConnection:
-    connection = EnvironmentConnection(launcher, spec, secrets.token_hex(4), is_brief=is_brief)
+    connection = EnvironmentConnection(launcher, spec, _new_id(), is_brief=is_brief)
     connection.ask_for_birth("attachments" if attachments else "")
     connection.await_birth(attachments)
     return connection
+
+
+def _new_id() -> str:
+    return os.urandom(4).hex()
 
 
 def prepare(launcher: Launcher, spec: Spec) -> EnvironmentConnection | None:
@@ -160,7 +161,7 @@ def prepare(launcher: Launcher, spec: Spec) -> EnvironmentConnection | None:
     if len(launcher.companions.of(spec.key)) >= kept(spec.key):
         return None
     try:
-        return EnvironmentConnection(launcher, spec, secrets.token_hex(4))
+        return EnvironmentConnection(launcher, spec, _new_id())
     except NsboxError:
         return None  # there is no room for its sockets
 
@@ -180,7 +181,7 @@ def refill(launcher: Launcher, spec: Spec, prepared: EnvironmentConnection | Non
     try:
         for _ in range(count - len(companions.of(spec.key))):
             connection, prepared = (
-                prepared or EnvironmentConnection(launcher, spec, secrets.token_hex(4)),
+                prepared or EnvironmentConnection(launcher, spec, _new_id()),
                 None,
             )
             connection.ask_for_birth("taker")
