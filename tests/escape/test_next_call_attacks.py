@@ -265,16 +265,16 @@ def test_a_worker_that_dies_at_the_last_moment_is_nobodys_error(
     killed: list[int] = []
     send = Session._send
 
-    def send_and_kill(self: Session, request: object) -> object:
+    def send_and_kill(self: Session, *request: object) -> object:
         if killed:
-            return send(self, request)  # type: ignore[arg-type]
+            return send(self, *request)  # type: ignore[arg-type]
         (worker,) = psutil.Process(self._connection.pid).children()
         killed.append(worker.pid)
         if moment == "before":
             worker.kill()
-            return send(self, request)  # type: ignore[arg-type]
+            return send(self, *request)  # type: ignore[arg-type]
         worker.suspend()
-        call = send(self, request)  # type: ignore[arg-type]
+        call = send(self, *request)  # type: ignore[arg-type]
         worker.kill()
         return call
 

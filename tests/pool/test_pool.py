@@ -9,11 +9,13 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import psutil
@@ -72,6 +74,29 @@ def commands() -> Iterator[nsbox.WarmPool]:
 
 
 # -- leases -----------------------------------------------------------------------------------
+
+
+@pytest.mark.needs("json")
+def test_a_warm_call_passes_few_functions(make: Make) -> None:
+    passed: list[CodeType] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            passed.append(frame.f_code)
+
+    with nsbox.WarmPool(make(), max_environments=1) as pool:
+        for _ in range(3):
+            pool.invoke({"echo": 1})
+        profiler = sys.getprofile()
+        sys.setprofile(note)
+        try:
+            answer = pool.invoke({"echo": 1})
+        finally:
+            sys.setprofile(profiler)
+    assert answer["echo"] == 1
+    names = [code.co_qualname for code in passed]
+    assert len(names) <= 20, names
+    assert len({code.co_filename for code in passed}) <= 8, names
 
 
 def test_one_environment_serves_one_call_after_another(make: Make) -> None:

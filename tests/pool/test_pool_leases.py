@@ -604,9 +604,12 @@ def test_the_short_way_back_is_for_what_may_stay(what: str) -> None:
         scheduler.born(born, Env(born.slot.key), -1)
         born.slot.is_plain = what != "odd"
     (one, _) = scheduler._slots
-    scheduler.give_back(Lease(one), None, answered=True)
-    lease = scheduler.take_idle(queue, None)
-    assert lease is not None
+    lease: Lease[Env, What] = Lease()
+    lease.slot, lease.token = one, one.token
+    scheduler.give_back(lease, None, answered=True)
+    taken = scheduler.take_idle(queue, None)
+    assert taken is not None
+    lease = taken
     assert scheduler.take_idle(queue, None) is None
     if what == "dead":
         assert not scheduler.died(lease.slot)

@@ -515,7 +515,11 @@ class ExecutionEnvironment:
         """Return the session of an environment that can serve a call; a frozen one is thawed."""
         # An end that nobody has noticed yet is seen at once by who waits for the answer.
         session, connection = self._session, self._connection
-        is_alive = connection is not None and connection.end is None and not connection.is_killed
+        is_alive = (
+            connection is not None
+            and connection.supervision.end is None  # one call less than by `end`
+            and not connection.is_killed
+        )
         if session is not None and is_alive and self._owner == os.getpid() and not self._frozen:
             return session
         connection = self._known_connection()

@@ -15,6 +15,7 @@ from nsbox.functions.exchange import OnLog, PendingCall
 from nsbox.guest import runtime
 from nsbox.values import json_text
 from nsbox.values.config import check_environment, check_text, parse_seconds
+from nsbox.values.json_text import encode_plain
 
 ENV_MAX: Final = 4096
 """Bytes of one invocation's own variables, each counted as ``NAME=value`` and a NUL."""
@@ -134,6 +135,8 @@ class InvocationRequest:
 
 def encode_event(event: object) -> bytes:
     """Return an event in JSON, or raise ConfigError."""
+    if (data := encode_plain(event)) is not None:
+        return data
     try:
         return json_text.encode_event(event)
     except (TypeError, ValueError, RecursionError) as error:

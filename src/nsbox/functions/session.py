@@ -332,15 +332,20 @@ class Session:
                     yield from self._remove(request)
             else:
                 frame = None
+                count = self._count = self._count + 1
+                timeout = self._timeout if request.timeout is None else request.timeout
+                request_id = request.request_id
+                if request_id is None:
+                    request_id = f"{self._id_prefix}{count:012x}"
                 if self.init_seconds is None:
                     if self.worker is not None and not request.files:
-                        call, frame = yield from self._send_first(request)
+                        call, frame = yield from self._send_first(request, timeout, request_id)
                     else:
                         yield from self._init(request.on_log)
                 if call is None:
                     if self._cleanup is not None or request.files:
                         yield from self._place(request)
-                    call = self._send(request)
+                    call = self._send(request, timeout, request_id)
                 if self.next_kind is not None:
                     self._prepare_spare()
                 worker = self.worker or self._known_worker
@@ -402,7 +407,9 @@ class Session:
         if request.files:
             yield partial(place_files, self._connection, request.files)
 
-    def _send_first(self, request: InvocationRequest) -> Steps[tuple[PendingCall, Frame | None]]:
+    def _send_first(
+        self, request: InvocationRequest, timeout: float, request_id: str
+    ) -> Steps[tuple[PendingCall, Frame | None]]:
         """Let a prepared worker import the module and go on to the event by itself.
 
         Returns the event with its answer, if that has come already.
@@ -412,14 +419,15 @@ class Session:
         self._begin_once()
         worker = self._known_worker
         start = self._start_call(request.on_log)
-        call = self._call_of(request, _FIRST)
+        call = PendingCall(
+            _FIRST, timeout, request_id, self._room, request.on_log, is_first=self._count == 1
+        )
         words = request.words(call)
         if len(words) + len(request.payload) > _SENT_ALONG:
-            self._count = 0  # it is made anew
             yield from self._send_start(start, runtime.LOAD, b"")
             self._prepare_spare()
             self._finish_start(start, (yield from self._exchange(start)))
-            return self._send(request), None
+            return self._send(request, timeout, request_id), None
         self._quiet_until = start.begin + _QUIET
         moment = runtime.MOMENT.pack(self._quiet_until)
         if self._resets:
@@ -467,14 +475,17 @@ class Session:
         except (WorkerSilent, WorkerOver) as error:
             raise (yield from self._judge(call, error)) from None
 
-    def _send(self, request: InvocationRequest) -> PendingCall:
+    def _send(self, request: InvocationRequest, timeout: float, request_id: str) -> PendingCall:
         """Send an event, as much of it as there is room for.
 
         Nobody looks whether the worker has said something before: it cannot have known the number.
         """
         if not self._numbers:
             self._numbers += _NUMBERS.unpack(os.urandom(_NUMBERS.size))
-        call = self._call_of(request, self._numbers.pop())
+        number, is_first = self._numbers.pop(), self._count == 1
+        call = PendingCall(
+            number, timeout, request_id, self._room, request.on_log, is_first=is_first
+        )
         if self._resets or self._start is not None or self.worker is None:
             self._send_event(call, request)
         else:
@@ -492,17 +503,6 @@ class Session:
             worker.await_event()
         else:
             worker.send(call, request.frame(call), request.payload)
-
-    def _call_of(self, request: InvocationRequest, number: int) -> PendingCall:
-        count = self._count = self._count + 1
-        timeout, request_id = request.timeout, request.request_id
-        if timeout is None:
-            timeout = self._timeout
-        if request_id is None:
-            request_id = f"{self._id_prefix}{count:012x}"
-        return PendingCall(
-            number, timeout, request_id, self._room, request.on_log, is_first=count == 1
-        )
 
     def _send_rest(self, call: PendingCall) -> Steps[None]:
         """Wait until a worker that does not read as fast as that has room, or ends."""

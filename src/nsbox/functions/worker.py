@@ -26,7 +26,7 @@ from nsbox.functions.exchange import (
     WorkerSilent,
 )
 from nsbox.guest import runtime
-from nsbox.linux.sending import send_at_once
+from nsbox.linux.sending import AT_ONCE, send
 from nsbox.supervisor.channel import InvocationEndpoints
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.process import Process
@@ -179,7 +179,7 @@ class WorkerConnection:
         done, size = 0, len(first) + len(body)
         if size <= _CHUNK:
             first, body = first + body, b""
-            done = send_at_once(to, first)
+            done = max(0, send(to.fileno(), first, size, AT_ONCE))
             if done == size:
                 return
         call.rest = (to, first, body, done)

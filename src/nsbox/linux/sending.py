@@ -11,17 +11,7 @@ from ctypes import c_char_p, c_int, c_ulong
 
 from nsbox.linux.binding import bind
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from _socket import socket as Socket
+AT_ONCE = 0x4040  # MSG_DONTWAIT | MSG_NOSIGNAL (linux/socket.h)
 
-_MSG_DONTWAIT = 0x40  # linux/socket.h
-_MSG_NOSIGNAL = 0x4000
-
-_send = bind("send", c_int, c_char_p, c_ulong, c_int, keep_gil=True)
-
-
-def send_at_once(channel: Socket, data: bytes) -> int:
-    """send(2): return how many bytes the socket takes now; none, too, when it is of no use."""
-    sent = _send(channel.fileno(), data, len(data), _MSG_DONTWAIT | _MSG_NOSIGNAL)
-    return max(0, sent)
+send = bind("send", c_int, c_char_p, c_ulong, c_int, keep_gil=True)
+"""send(2), of a descriptor, bytes, their number and `AT_ONCE`; -1 when it takes none now."""

@@ -116,21 +116,11 @@ class Lease(Generic[E, W]):
         victims: What the holder has to close before the birth.
     """
 
-    __slots__ = ("is_birth", "is_cold", "slot", "token", "victims")
-
-    def __init__(
-        self,
-        slot: Slot[E, W],
-        *,
-        is_birth: bool = False,
-        is_cold: bool = False,
-        victims: tuple[Slot[E, W], ...] = (),
-    ) -> None:
-        self.slot = slot
-        self.token = slot.token
-        self.is_birth = is_birth
-        self.is_cold = is_cold
-        self.victims = victims
+    # Filled in by who makes it: a method would be one more call of each invocation.
+    slot: Slot[E, W]
+    token: int
+    is_birth = is_cold = False
+    victims: tuple[Slot[E, W], ...] = ()
 
 
 class Waiter(Generic[E, W]):

@@ -124,8 +124,10 @@ class Scheduler(Generic[E, W]):
             slot.phase = _LEASED
             slot.serves = True
             slot.begun = self._clock()
-            is_cold, slot.is_cold = slot.is_cold, False
-            return Lease(slot, is_cold=is_cold)
+            lease: Lease[E, W] = Lease()
+            lease.slot, lease.token = slot, token
+            lease.is_cold, slot.is_cold = slot.is_cold, False
+            return lease
 
     def keep_idle(self, lease: Lease[E, W]) -> bool:
         """End the lease of a call that was answered; False: do so by `give_back`.
@@ -408,8 +410,10 @@ class Scheduler(Generic[E, W]):
             slot.token = self._tokens
             slot.phase, slot.serves = Phase.LEASED, True
             slot.begun = self._clock()
-            is_cold, slot.is_cold = slot.is_cold, False
-            return Lease(slot, is_cold=is_cold)
+            lease: Lease[E, W] = Lease()
+            lease.slot, lease.token = slot, slot.token
+            lease.is_cold, slot.is_cold = slot.is_cold, False
+            return lease
         victims = self._find_room(queue, self._weigh(what), Retirement.DEMAND) if bears else None
         if victims is None or (victims and not ousts):
             return None
@@ -766,7 +770,10 @@ class Scheduler(Generic[E, W]):
         queue.places.taken += 1
         queue.places.memory += memory
         queue.breaker.begin(slot)
-        return Lease(slot, is_birth=True, victims=tuple(victims))
+        lease: Lease[E, W] = Lease()
+        lease.slot, lease.token = slot, slot.token
+        lease.is_birth, lease.victims = True, tuple(victims)
+        return lease
 
     def _forget(self, slot: Slot[E, W]) -> None:
         """Free the place of an environment."""

@@ -86,6 +86,7 @@ class EnvironmentConnection:
         cause: Why it has, for people; empty: it was gone already, or closed.
         endpoints: Those of the worker; None in environments that have none.
         reader: Of what its cgroups count; None where there are none.
+        supervision: What the launcher is asked of it, and has said of its end.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class EnvironmentConnection:
         self._launcher = launcher
         self._spec = spec
         self._is_brief = is_brief
-        self._supervision = Supervision(launcher, env_id)
+        self.supervision = Supervision(launcher, env_id)
         self.closing = self.is_killed = False
         self.cause = ""
         self.running: set[int] = set()
@@ -150,7 +151,7 @@ class EnvironmentConnection:
     @property
     def end(self) -> Gone | None:
         """What the launcher said of its end; None while it lives."""
-        return self._supervision.end
+        return self.supervision.end
 
     def ask_for_birth(self, awaits: str = "") -> None:
         """Ask the launcher for the environment; `awaits` is as in `Launcher.request_birth`.
@@ -165,7 +166,7 @@ class EnvironmentConnection:
         control, birth = self._others
         fds = [control.fileno(), birth.fileno()]
         try:
-            self._supervision.ask_for_birth(self._spec, fds, awaits, is_brief=self._is_brief)
+            self.supervision.ask_for_birth(self._spec, fds, awaits, is_brief=self._is_brief)
         except BaseException:
             self.close()
             raise
@@ -370,7 +371,7 @@ class EnvironmentConnection:
             return
         except OSError:  # no room for a descriptor here; the launcher has one
             with suppress(OSError):
-                self._supervision.tell(messages.Kill(id=self.env_id))
+                self.supervision.tell(messages.Kill(id=self.env_id))
             return
         try:
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -384,7 +385,7 @@ class EnvironmentConnection:
         self.closing = True
         # First of all, whatever the launcher is doing just now: it dies while the launcher is told.
         self.kill()
-        self._supervision.begin_end(is_reported=bool(self.running))
+        self.supervision.begin_end(is_reported=bool(self.running))
 
     # -- the launcher --------------------------------------------------------------------------
 
@@ -403,7 +404,7 @@ class EnvironmentConnection:
             SyscallError: This process has no room for a socket.
         """
         name = type(request).__name__.lower()
-        self._check_answer(name, lambda: self._supervision.request(request))
+        self._check_answer(name, lambda: self.supervision.request(request))
 
     def _check_answer(self, what: str, ask: Callable[[], messages.Message | None]) -> None:
         try:
@@ -432,12 +433,12 @@ class EnvironmentConnection:
 
     def await_end(self) -> bool:
         """Wait for the end of a killed environment; False when it does not come."""
-        self._supervision.await_end()
-        if self.end is not None and not self._supervision.unsaid:
+        self.supervision.await_end()
+        if self.end is not None and not self.supervision.unsaid:
             return True
         if not self._await_death():  # nobody else can say it
             return False
-        self._supervision.end_unsaid()
+        self.supervision.end_unsaid()
         return True
 
     def _await_death(self) -> bool:
@@ -454,7 +455,7 @@ class EnvironmentConnection:
     def describe_end(self) -> str:
         """Say how the environment ended, for people."""
         return reports.describe_end(
-            self.end, self._supervision.unsaid, self.cause, closing=self.closing
+            self.end, self.supervision.unsaid, self.cause, closing=self.closing
         )
 
     def end_outcome(self) -> Outcome | None:
@@ -483,7 +484,7 @@ class EnvironmentConnection:
 
     def close(self) -> None:
         """Close the descriptors; the launcher then kills and removes what is left."""
-        self._supervision.close()
+        self.supervision.close()
         _close_both(self._control, self._birth)
         _close_both(*self._others)
         self.drop_endpoints()
