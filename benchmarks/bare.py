@@ -68,8 +68,7 @@ class Starter:
         calls.unshare(c.CLONE_NEWNS)
         calls.mount(None, "/", None, c.MS_REC | c.MS_SLAVE)
         self._home = self._own(os.open("/proc/self/ns/mnt", os.O_RDONLY), 0)
-        layout = spec.layout | {"cgroups": None}
-        self._layout = self._own(rootfs.hold(layout, etc.HostFiles()), 1)
+        self._layout = self._own(rootfs.hold(spec.layout, None, etc.HostFiles()), 1)
         calls.setns(self._layout, c.CLONE_NEWNS)
         self._extent = filesystem.probe_proc()
         calls.setns(self._home, c.CLONE_NEWNS)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import resource
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from nsbox import Config, ConfigError, IoMax, Limits, Mount, Protections, UnsupportedHostError
+from nsbox.errors import LauncherError
 from nsbox.isolation import namespaces
+from nsbox.isolation.layout import LayoutMount
 from nsbox.launcher.messages import Hello, Spec
 from nsbox.linux import constants as c
 from nsbox.seccomp import filters
@@ -347,9 +350,9 @@ def test_filter_is_that_of_the_policy() -> None:
 # -- the layout --------------------------------------------------------------------------------
 
 
-def layout_mount(mount: Mount, *, idmap: bool = True) -> dict[str, Any]:
-    mounts = b.make_layout(Config(mounts=(mount,)), idmap=idmap)["mounts"]
-    return next(entry for entry in mounts if entry["destination"] == mount.destination)
+def layout_mount(mount: Mount, *, idmap: bool = True) -> LayoutMount:
+    mounts = b.make_layout(Config(mounts=(mount,)), idmap=idmap).mounts
+    return next(entry for entry in mounts if entry.destination == mount.destination)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +372,7 @@ def test_only_what_no_environment_can_change_is_shared(
     mount: Mount, idmap: bool, shared: bool, idmapped: bool
 ) -> None:
     entry = layout_mount(mount, idmap=idmap)
-    assert (entry["shared"], entry["idmapped"]) == (shared, idmapped)
+    assert (entry.shared, entry.idmapped) == (shared, idmapped)
 
 
 @pytest.fixture
@@ -385,7 +388,7 @@ def test_idmaps_are_for_root_and_can_be_done_without(source: Path, rw: bool) -> 
     mounts = (Mount.bind(source, "/data", rw=rw),)
 
     def is_idmapped(made: b.Plan) -> bool:
-        return any(entry["idmapped"] for entry in made.spec.layout["mounts"])
+        return any(entry.idmapped for entry in made.spec.layout.mounts)
 
     assert is_idmapped(decide(mounts=mounts))
     assert not is_idmapped(decide(mounts=mounts, allow_missing={"idmapped_mounts"}))
@@ -398,14 +401,14 @@ def test_idmaps_of_what_belongs_to_root(monkeypatch: pytest.MonkeyPatch, tmp_pat
         decide(mounts=(Mount.bind("/usr", "/data", rw=True),))
     allowed = {"idmapped_mounts"}
     assert decide(mounts=(Mount.bind("/usr", "/data", rw=True),), allow_missing=allowed)
-    assert not layout_mount(Mount.bind("/usr", "/data"))["idmapped"]
+    assert not layout_mount(Mount.bind("/usr", "/data")).idmapped
     tmp_path.chmod(0o700)
-    assert layout_mount(Mount.bind(tmp_path, "/data"))["idmapped"]
+    assert layout_mount(Mount.bind(tmp_path, "/data")).idmapped
     # An interpreter's own directory is shared, unless only its owner may use it.
     set_prefixes(monkeypatch, tmp_path, "/usr")
-    assert b.make_layout(Config(), idmap=True)["mounts"][0]["idmapped"]
+    assert b.make_layout(Config(), idmap=True).mounts[0].idmapped
     tmp_path.chmod(0o755)
-    assert not b.make_layout(Config(), idmap=True)["mounts"][0]["idmapped"]
+    assert not b.make_layout(Config(), idmap=True).mounts[0].idmapped
 
 
 def test_set_id_bits_are_told_of_where_something_is_writable(source: Path) -> None:
@@ -417,16 +420,36 @@ def test_set_id_bits_are_told_of_where_something_is_writable(source: Path) -> No
 
 
 def test_files_and_directories_are_told_apart() -> None:
-    assert layout_mount(Mount.bind("/usr", "/data"))["is_directory"]
-    assert not layout_mount(Mount.bind("/etc/passwd", "/users"))["is_directory"]
-    assert layout_mount(Mount.tmpfs("/data", size=4096))["size"] == 4096
+    assert layout_mount(Mount.bind("/usr", "/data")).is_directory
+    assert not layout_mount(Mount.bind("/etc/passwd", "/users")).is_directory
+    assert layout_mount(Mount.tmpfs("/data", size=4096)).size == 4096
 
 
 def test_parents_are_mounted_before_what_is_in_them() -> None:
     mounts = tuple(Mount.tmpfs(path) for path in ("/a/b/c", "/a", "/d/e", "/a/b"))
-    made = b.make_layout(Config(mounts=mounts), idmap=False)["mounts"]
-    order = [entry["destination"] for entry in made]
+    made = b.make_layout(Config(mounts=mounts), idmap=False).mounts
+    order = [entry.destination for entry in made]
     assert order.index("/a") < order.index("/a/b") < order.index("/a/b/c")
+
+
+@pytest.mark.parametrize("path", [(), ("layout",), ("layout", "mounts", 0)], ids=str)
+def test_a_spec_with_other_fields_is_refused(path: tuple[str | int, ...]) -> None:
+    """Wherever in it they are: the launcher may be of another version."""
+    wire = json.loads(json.dumps(decide(mounts=(Mount.tmpfs("/data"),)).spec.to_wire()))
+    assert Spec.from_wire(wire).layout.mounts
+    inner = functools.reduce(lambda value, step: value[step], path, wire)
+    kind = {0: "Spec", 1: "Layout", 3: "LayoutMount"}[len(path)]
+    (name, value), *_ = inner.items()
+    for change in ({name: None, "new": 1}, {"new": 1}):
+        inner |= change
+        if change.get(name, 1) is None:
+            del inner[name]
+        with pytest.raises(LauncherError, match=f"a {kind} without .* with \\['new'\\]"):
+            Spec.from_wire(wire)
+        inner[name] = value
+    del inner["new"], inner[name]
+    with pytest.raises(LauncherError, match=f"a {kind} without \\['{name}'\\] and with"):
+        Spec.from_wire(wire)
 
 
 def test_spec_is_json_and_says_nothing_of_the_command() -> None:
@@ -469,9 +492,9 @@ def test_interpreter_elsewhere_is_bound_and_in_path(
     set_prefixes(monkeypatch, venv, base)
     assert b.interpreter_prefixes() == {str(venv): str(venv), str(base): str(base)}
     assert b.base_environment(Config())["PATH"].startswith(f"{venv}/bin:{base}/bin:/usr")
-    made = b.make_layout(Config(), idmap=True)["mounts"]
-    assert {entry["destination"] for entry in made} == {str(venv), str(base)}
-    assert not any(entry["writable"] for entry in made)
+    made = b.make_layout(Config(), idmap=True).mounts
+    assert {entry.destination for entry in made} == {str(venv), str(base)}
+    assert not any(entry.writable for entry in made)
 
 
 def test_interpreter_within_another_is_bound_once(
@@ -522,11 +545,11 @@ def test_own_root_and_own_mount_replace_the_interpreter(
 ) -> None:
     set_prefixes(monkeypatch, tmp_path, tmp_path)
     config = Config(rootfs="/usr")
-    assert b.make_layout(config, idmap=True)["mounts"] == []
+    assert b.make_layout(config, idmap=True).mounts == []
     assert str(tmp_path) not in b.base_environment(config)["PATH"]
     mine = Config(mounts=(Mount.bind("/usr/bin", str(tmp_path)),))
-    (entry,) = b.make_layout(mine, idmap=True)["mounts"]
-    assert entry["source"] == "/usr/bin"
+    (entry,) = b.make_layout(mine, idmap=True).mounts
+    assert entry.source == "/usr/bin"
 
 
 # -- the plan and the end of a birth -------------------------------------------------------------

@@ -16,8 +16,7 @@ from nsbox.linux import constants as c
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
+    from nsbox.isolation.layout import LayoutMount
     from nsbox.linux.prepared import Name, Program
 
 NEW_ROOT = "/newroot"
@@ -114,16 +113,16 @@ def mount_proc(program: Program, extent: str) -> None:
             program.mount(None, path, None, flags)
 
 
-def mount_extra(program: Program, mounts: list[dict[str, Any]], trees: dict[str, int]) -> None:
+def mount_extra(program: Program, mounts: list[LayoutMount], trees: dict[str, int]) -> None:
     """Prepare: mount what is this environment's own: tmpfs, and the binds in `trees` by path."""
     for mount in mounts:
-        if mount["shared"]:
+        if mount.shared:
             continue
-        destination = mount["destination"]
+        destination = mount.destination
         if destination.startswith("/tmp/"):  # noqa: S108 - the environment's own
-            program.call(_make_mount_point, destination[1:], mount["is_directory"])
-        if mount["type"] == "tmpfs":
-            options = tmpfs_options(mount["size"])
+            program.call(_make_mount_point, destination[1:], mount.is_directory)
+        if mount.type == "tmpfs":
+            options = tmpfs_options(mount.size)
             program.mount("tmpfs", destination[1:], "tmpfs", _SCRATCH, options)
         else:
             program.call(attach, trees[destination], destination[1:])

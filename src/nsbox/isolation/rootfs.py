@@ -35,7 +35,11 @@ from nsbox.linux import constants as c
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn
+    from typing import NoReturn
+
+    from nsbox.isolation.layout import Layout
+
+    View = dict[str, dict[str, str]]
 
 _BASE = "/tmp"  # noqa: S108 - only a place to hang the tree, in a private mount namespace
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
@@ -89,15 +93,16 @@ def clone_tree(source: str, *, writable: bool = False, device: bool = False) -> 
     return fd
 
 
-def is_full(layout: dict[str, Any]) -> bool:
+def is_full(layout: Layout) -> bool:
     """Return whether a layout has the host's /etc, and so needs its `HostFiles`."""
-    return not layout["rootfs"] and bool(layout["userland"] == "full")
+    return not layout.rootfs and layout.userland == "full"
 
 
-def hold(layout: dict[str, Any], host_files: HostFiles | None) -> int:
+def hold(layout: Layout, view: View | None, host_files: HostFiles | None) -> int:
     """Build a layout in a helper process and return a descriptor of its mount namespace.
 
-    `host_files` are given for a full one (`is_full`).
+    `view` is what it has of cgroups (`cgroups.view_of`); `host_files` are given for a full one
+    (`is_full`).
 
     Raises:
         OSError: As the step of `build` that failed.
@@ -108,7 +113,7 @@ def hold(layout: dict[str, Any], host_files: HostFiles | None) -> int:
         try:
             pid = os.fork()
             if pid == 0:
-                _hold(layout, host_files, ours, theirs)
+                _hold(layout, view, host_files, ours, theirs)
         finally:
             theirs.close()
         try:
@@ -127,13 +132,17 @@ def hold(layout: dict[str, Any], host_files: HostFiles | None) -> int:
 
 
 def _hold(
-    layout: dict[str, Any], host_files: HostFiles | None, others: _Socket, own: _Socket
+    layout: Layout,
+    view: View | None,
+    host_files: HostFiles | None,
+    others: _Socket,
+    own: _Socket,
 ) -> NoReturn:
     try:
         others.close()
         try:
             calls.unshare(c.CLONE_NEWNS)
-            build(layout, host_files)
+            build(layout, view, host_files)
             report = "0 "
         except OSError as error:
             text = str(error).removeprefix(f"[Errno {error.errno}] ")
@@ -144,19 +153,19 @@ def _hold(
         os._exit(0)
 
 
-def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
+def build(layout: Layout, view: View | None, host_files: HostFiles | None) -> None:
     """Make the tree and pivot into it; runs in the helper process of `hold`."""
     calls.mount(None, "/", None, c.MS_REC | c.MS_PRIVATE)
     # Before anything covers a source below _BASE.
     binds = _open_binds(layout, _shared_paths(layout, host_files))
-    own_cgroups = _open_cgroups(layout["cgroups"] or {})
-    names = host_names() if layout["network"] == "host" else {}
+    own_cgroups = _open_cgroups(view or {})
+    names = host_names() if layout.network == "host" else {}
     proc = calls.open_tree(
         c.AT_FDCWD, "/proc", c.OPEN_TREE_CLONE | c.OPEN_TREE_CLOEXEC | c.AT_RECURSIVE
     )
-    etc = [] if layout["rootfs"] or host_files else _minimal_etc()
-    if layout["rootfs"]:
-        os.chdir(layout["rootfs"])  # it may lie below _BASE, too: from here on it is "."
+    etc = [] if layout.rootfs or host_files else _minimal_etc()
+    if layout.rootfs:
+        os.chdir(layout.rootfs)  # it may lie below _BASE, too: from here on it is "."
 
     flags = c.MS_NOSUID | c.MS_NODEV
     calls.mount("tmpfs", _BASE, "tmpfs", flags, "mode=755,size=4m,nr_inodes=0")
@@ -170,7 +179,7 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
     _make_skeleton(root)
     if own_cgroups:
         _place_cgroups(root, **own_cgroups)
-    if layout["rootfs"]:
+    if layout.rootfs:
         _place_rootfs(root)
     else:
         _place_host_userland(root)
@@ -181,17 +190,16 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
     else:
         _place_synthetic_etc(root, layout, names)
     way_modes = {
-        mount["destination"]: 0o755 if mount["is_way_listed"] else _UNLISTED
-        for mount in layout["mounts"]
+        mount.destination: 0o755 if mount.is_way_listed else _UNLISTED for mount in layout.mounts
     }
     for destination, is_directory, fd in binds:
         way_mode = way_modes.get(destination, 0o755)
         _make_mount_point(root, destination, is_directory=is_directory, way_mode=way_mode)
         attach(fd, root + destination)
-    for mount in layout["mounts"]:
-        destination = mount["destination"]
-        if not mount["shared"] and not destination.startswith("/tmp/"):  # noqa: S108
-            way_mode, is_directory = way_modes[destination], mount["is_directory"]
+    for mount in layout.mounts:
+        destination = mount.destination
+        if not mount.shared and not destination.startswith("/tmp/"):  # noqa: S108
+            way_mode, is_directory = way_modes[destination], mount.is_directory
             _make_mount_point(root, destination, is_directory=is_directory, way_mode=way_mode)
     for path in (root, _BASE):
         calls.mount_setattr(c.AT_FDCWD, path, 0, attr_set=_READ_ONLY)
@@ -203,14 +211,14 @@ def build(layout: dict[str, Any], host_files: HostFiles | None) -> None:
     os.chdir("/")
 
 
-def _shared_paths(layout: dict[str, Any], host_files: HostFiles | None) -> list[str]:
+def _shared_paths(layout: Layout, host_files: HostFiles | None) -> list[str]:
     """Return the host's directories with the same path inside, besides /usr and /etc."""
-    if layout["rootfs"]:
+    if layout.rootfs:
         return []
     if host_files is None:
         paths = [f"/etc/{name}" for name in _ETC_DIRECTORIES]
         return [path for path in paths if os.path.isdir(path)]
-    taken = [mount["destination"] + "/" for mount in layout["mounts"]]
+    taken = [mount.destination + "/" for mount in layout.mounts]
     return [
         path
         for path in host_files.state
@@ -220,13 +228,13 @@ def _shared_paths(layout: dict[str, Any], host_files: HostFiles | None) -> list[
     ]
 
 
-def _open_binds(layout: dict[str, Any], shared: list[str]) -> list[tuple[str, bool, int]]:
+def _open_binds(layout: Layout, shared: list[str]) -> list[tuple[str, bool, int]]:
     """Return (destination, whether it is a directory, detached tree), parents first."""
     binds = [(path, True, clone_tree(path)) for path in shared]
-    for mount in layout["mounts"]:
-        if mount["shared"]:
-            fd = clone_tree(mount["source"], writable=mount["writable"])
-            binds.append((mount["destination"], mount["is_directory"], fd))
+    for mount in layout.mounts:
+        if mount.shared:
+            fd = clone_tree(mount.source, writable=mount.writable)
+            binds.append((mount.destination, mount.is_directory, fd))
     return sorted(binds, key=lambda bind: bind[0].count("/"))
 
 
@@ -264,7 +272,7 @@ def _place_devices(target: str) -> None:
             attach(clone_tree(f"/dev/{name}", device=True), f"{target}/{name}")
 
 
-def _open_cgroups(view: dict[str, dict[str, str]]) -> dict[str, dict[str, int]]:
+def _open_cgroups(view: View) -> dict[str, dict[str, int]]:
     """Return a `cgroups.view_of` with descriptors of detached trees for its directories."""
     return {
         part: {name: clone_tree(path) for name, path in paths.items()}
@@ -347,23 +355,23 @@ def _minimal_etc() -> list[tuple[str, bytes]]:
 
 
 def _place_full_etc(
-    root: str, layout: dict[str, Any], names: dict[str, bytes], host_files: HostFiles
+    root: str, layout: Layout, names: dict[str, bytes], host_files: HostFiles
 ) -> None:
     top = f"{_BASE}/top"
     for name, content in _synthetic_etc(layout, names).items():
         _write(f"{top}/{name}", content)
-    for mount in layout["mounts"]:
+    for mount in layout.mounts:
         # Here, since the mounted /etc takes no mount point any more.
-        inner = mount["destination"].removeprefix("/etc/")
-        if inner != mount["destination"]:
+        inner = mount.destination.removeprefix("/etc/")
+        if inner != mount.destination:
             if os.path.isfile(f"{top}/{inner}"):
                 os.unlink(f"{top}/{inner}")
-            _make_mount_point(top, inner, is_directory=mount["is_directory"])
+            _make_mount_point(top, inner, is_directory=mount.is_directory)
     host_files.place_etc(_BASE, f"{root}/etc", top)
 
 
-def _synthetic_etc(layout: dict[str, Any], names: dict[str, bytes]) -> dict[str, bytes]:
-    user, hostname = layout["user_id"], layout["hostname"]
+def _synthetic_etc(layout: Layout, names: dict[str, bytes]) -> dict[str, bytes]:
+    user, hostname = layout.user_id, layout.hostname
     files = {
         "passwd": "root:x:0:0:root:/:/usr/sbin/nologin\n"
         f"sandbox:x:{user}:{user}:sandbox:/tmp:/bin/sh\n"
@@ -382,12 +390,12 @@ def _synthetic_etc(layout: dict[str, Any], names: dict[str, bytes]) -> dict[str,
     return contents
 
 
-def _place_synthetic_etc(root: str, layout: dict[str, Any], names: dict[str, bytes]) -> None:
+def _place_synthetic_etc(root: str, layout: Layout, names: dict[str, bytes]) -> None:
     contents = _synthetic_etc(layout, names)
     if os.path.islink(f"{root}/etc"):
         # Followed here it would lead to the host's files.
         raise SyscallError("open", errno.ELOOP, "/etc", "it is a symbolic link in the rootfs")
-    if not layout["rootfs"] or not os.path.isdir("./etc"):
+    if not layout.rootfs or not os.path.isdir("./etc"):
         for name, content in contents.items():
             _write(f"{root}/etc/{name}", content)
         return

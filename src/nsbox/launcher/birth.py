@@ -20,9 +20,9 @@ from nsbox.linux.descriptors import close_all
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
-    from typing import Any
 
     from nsbox.isolation.cgroups import EnvironmentCgroup
+    from nsbox.isolation.layout import LayoutMount
     from nsbox.launcher.layouts import KnownSpec
     from nsbox.launcher.messages import GiveBirth, Spec
     from nsbox.launcher.resources import Resources
@@ -92,21 +92,19 @@ class Birth:
         mappings: dict[tuple[int, int], int] = {}
         try:
             for mount in self.known.own_binds:
-                fd = rootfs.clone_tree(mount["source"], writable=mount["writable"])
-                self.trees[mount["destination"]] = fd
-                if mount["idmapped"]:
+                fd = rootfs.clone_tree(mount.source, writable=mount.writable)
+                self.trees[mount.destination] = fd
+                if mount.idmapped:
                     self._map_owner(fd, mount, mappings)
         finally:
             close_all(list(mappings.values()))
 
-    def _map_owner(
-        self, fd: int, mount: dict[str, Any], mappings: dict[tuple[int, int], int]
-    ) -> None:
+    def _map_owner(self, fd: int, mount: LayoutMount, mappings: dict[tuple[int, int], int]) -> None:
         """Have the owner of a tree be this environment's user in it."""
         status = os.fstat(fd)
         owner = (status.st_uid, status.st_gid)
-        if mount["writable"] and not status.st_uid:
-            raise OSError(errno.EPERM, f"{mount['source']} belongs to root")
+        if mount.writable and not status.st_uid:
+            raise OSError(errno.EPERM, f"{mount.source} belongs to root")
         if not namespaces.takes_on_owner(status):
             return  # it has changed since the host has looked
         if owner not in mappings:
@@ -117,7 +115,7 @@ class Birth:
             )
         except OSError as error:
             # What may only be read is then read with the rights of others.
-            if mount["writable"] or error.errno not in (errno.EINVAL, errno.EPERM):
+            if mount.writable or error.errno not in (errno.EINVAL, errno.EPERM):
                 raise
 
 
@@ -132,8 +130,8 @@ def _cgroup_text(spec: Spec) -> str:
 
 def _layout_text(spec: Spec) -> str:
     layout = spec.layout
-    shared = [mount["destination"] for mount in layout["mounts"] if mount["shared"]]
-    parts = [layout["rootfs"] or "/usr", *shared]
+    shared = [mount.destination for mount in layout.mounts if mount.shared]
+    parts = [layout.rootfs or "/usr", *shared]
     etc = (
         "/etc without what is secret or the host's own" if rootfs.is_full(layout) else "small /etc"
     )

@@ -99,7 +99,7 @@ def _become_user(program: Program, spec: Spec, birth: Inherited) -> None:
 
 
 def _set_hostname(program: Program, spec: Spec, _birth: Inherited) -> None:
-    program.sethostname(spec.layout["hostname"])
+    program.sethostname(spec.layout.hostname)
 
 
 def _set_loopback_up(program: Program, spec: Spec, _birth: Inherited) -> None:
@@ -124,7 +124,7 @@ def _mount_proc(program: Program, _spec: Spec, birth: Inherited) -> None:
 
 
 def _mount_extra(program: Program, spec: Spec, birth: Inherited) -> None:
-    filesystem.mount_extra(program, spec.layout["mounts"], birth.trees)
+    filesystem.mount_extra(program, spec.layout.mounts, birth.trees)
 
 
 def _pivot(program: Program, _spec: Spec, _birth: Inherited) -> None:
@@ -155,7 +155,7 @@ def _user_text(spec: Spec) -> str:
 
 
 def _mounts_text(spec: Spec) -> str:
-    own = [mount["destination"] for mount in spec.layout["mounts"] if not mount["shared"]]
+    own = [mount.destination for mount in spec.layout.mounts if not mount.shared]
     return f"attach this environment's own mounts: {', '.join(own) or 'none'}"
 
 
@@ -182,7 +182,7 @@ STEPS = (
                       _join_cgroups),
     _environment_step("maps", "wait for the id maps", _await_maps),
     _environment_step("identity", _user_text, _become_user),
-    _environment_step("hostname", lambda spec: f"sethostname {spec.layout['hostname']!r}",
+    _environment_step("hostname", lambda spec: f"sethostname {spec.layout.hostname!r}",
                       _set_hostname),
     _environment_step("loopback", "set lo up, where the namespace was not made ready before",
                       _set_loopback_up),

@@ -27,7 +27,7 @@ class KnownSpec:
     Attributes:
         spec: The host's.
         cgroup_view: Hierarchy -> where an environment sees its own cgroup.
-        layout: What `userland.build` makes: the host's, and ``cgroups``.
+        shown: What the layout has of cgroups (`cgroups.view_of`).
         layout_key: The same for all specs with the same layout.
         cgroups: Directories of cgroups that are in the layout.
         is_full: Whether the layout has the host's /etc.
@@ -35,12 +35,12 @@ class KnownSpec:
     """
 
     __slots__ = (
-        "cgroup_view", "cgroups", "is_full", "layout", "layout_key", "own_binds", "spec"
+        "cgroup_view", "cgroups", "is_full", "layout_key", "own_binds", "shown", "spec"
     )  # fmt: skip
 
     def __init__(self, spec: Spec, tree: cgroups.Tree) -> None:
-        view = cgroups.view_of(tree, spec.cgroup_limits)
-        layout = self.layout = spec.layout | {"cgroups": view}
+        view = self.shown = cgroups.view_of(tree, spec.cgroup_limits)
+        layout = spec.layout
         places = {name: cgroups.place(name) for name in view["own"]} if view else {}
         self.spec = spec
         self.cgroup_view = places
@@ -48,7 +48,7 @@ class KnownSpec:
         self.cgroups = list(view["own"].values()) if view else []
         self.is_full = rootfs.is_full(layout)
         self.own_binds = [
-            mount for mount in layout["mounts"] if not mount["shared"] and mount["type"] == "bind"
+            mount for mount in layout.mounts if not mount.shared and mount.type == "bind"
         ]
 
 
@@ -99,7 +99,7 @@ class Layouts:
         views = [(status.st_dev, status.st_ino) for status in map(os.stat, wanted.cgroups)]
         stamps = (sources, views)
         etc_stamps = etc.stamps() if wanted.is_full else []
-        if wanted.layout["network"] == "host":
+        if wanted.spec.layout.network == "host":
             etc_stamps += etc.name_stamps()
         known = self._held.pop(wanted.layout_key, None)
         if known is not None and known[1:] != (stamps, etc_stamps):
@@ -108,7 +108,7 @@ class Layouts:
         if known is None:
             host_files, self._host_files = self._host_files, None
             host_files = (host_files or etc.HostFiles()) if wanted.is_full else None
-            known = (rootfs.hold(wanted.layout, host_files), stamps, etc_stamps)
+            known = (rootfs.hold(wanted.spec.layout, wanted.shown, host_files), stamps, etc_stamps)
             if len(self._held) >= LAYOUTS_KEPT:
                 oldest = next(iter(self._held))
                 os.close(self._held.pop(oldest)[0])

@@ -12,55 +12,12 @@ late comes where nobody reads any more, and the kernel throws it away.
 from __future__ import annotations
 
 from nsbox.errors import LauncherError
+from nsbox.isolation.layout import Layout, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Any, ClassVar, Self, dataclass_transform
-
-    @dataclass_transform(kw_only_default=True)
-    class _Fields: ...
-
-else:
-    _Fields = object  # `typing` takes 22 ms to import, `dataclasses` 28
-
-
-class Record(_Fields):
-    """A value whose fields are those that its class annotates, all given by name.
-
-    Attributes:
-        FIELDS: Their names.
-    """
-
-    FIELDS: ClassVar[frozenset[str]] = frozenset()
-
-    def __init_subclass__(cls) -> None:
-        cls.FIELDS = cls.FIELDS | cls.__annotations__.keys()
-
-    def __init__(self, **fields: Any) -> None:  # noqa: ANN401 - as the class annotates them
-        self.__dict__.update(fields)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.__dict__})"
-
-    def to_wire(self) -> dict[str, Any]:
-        """Return the fields, not to be changed."""
-        return self.__dict__
-
-    @classmethod
-    def from_wire(cls, fields: Mapping[str, Any]) -> Self:
-        """Return the value with these fields.
-
-        Raises:
-            LauncherError: There are fields that it does not have, or not all that it has.
-        """
-        if fields.keys() != cls.FIELDS:
-            missing, unknown = cls.FIELDS - fields.keys(), fields.keys() - cls.FIELDS
-            raise LauncherError(
-                f"a {cls.__name__} without {sorted(missing)} and with {sorted(unknown)}: host and "
-                "launcher are of different versions of nsbox; start the program anew"
-            )
-        return cls(**fields)
+    from typing import Any, Self
 
 
 class Spec(Record):
@@ -68,7 +25,7 @@ class Spec(Record):
 
     Attributes:
         as_caller: Whether it has the caller's own id outside.
-        layout: What many environments share (`isolation.rootfs`).
+        layout: What many environments share.
         namespaces: Flags of clone3(2).
         namespace_names: All that it has, a network namespace that is made ready before included.
         network: ``"none"`` or ``"host"``.
@@ -85,7 +42,7 @@ class Spec(Record):
     """
 
     as_caller: bool
-    layout: dict[str, Any]
+    layout: Layout
     namespaces: int
     namespace_names: list[str]
     network: str
@@ -99,6 +56,17 @@ class Spec(Record):
     seccomp_name: str
     sources: list[str]
     key: str
+
+    def to_wire(self) -> dict[str, Any]:
+        """See `Record.to_wire`."""
+        return {**self.__dict__, "layout": self.layout.to_wire()}
+
+    @classmethod
+    def from_wire(cls, fields: Mapping[str, Any]) -> Self:
+        """See `Record.from_wire`; that holds for the layout, too."""
+        spec = super().from_wire(fields)
+        spec.layout = Layout.from_wire(fields["layout"])
+        return spec
 
 
 class Message(Record):

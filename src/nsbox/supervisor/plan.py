@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from nsbox.errors import ConfigError, UnsupportedHostError
 from nsbox.isolation import landlock, namespaces
+from nsbox.isolation.layout import Layout, LayoutMount
 from nsbox.launcher.messages import Hello, Spec
 from nsbox.seccomp import filters
 from nsbox.supervisor.connection import EnvironmentConnection
@@ -84,8 +85,8 @@ def base_environment(config: Config) -> dict[str, str]:
     }
 
 
-def make_layout(config: Config, *, idmap: bool) -> dict[str, Any]:
-    """Return the part of the spec that many environments share (`isolation.userland`)."""
+def make_layout(config: Config, *, idmap: bool) -> Layout:
+    """Return the part of the spec that many environments share."""
     mounts = [_describe_mount(mount, idmap=idmap) for mount in config.mounts]
     if config.rootfs is None:
         taken = {mount.destination for mount in config.mounts}
@@ -94,36 +95,36 @@ def make_layout(config: Config, *, idmap: bool) -> dict[str, Any]:
                 # A link inside; what lies below /tmp has a mount point in each environment.
                 place = re.sub("^/var/tmp/", "/tmp/", prefix)  # noqa: S108
                 mount = Mount(source=source, destination=place)
-                told = _describe_mount(mount, idmap=idmap and _is_private(source))
+                is_mapped = idmap and _is_private(source)
                 # Nobody asked for what is on the way to it, such as /home and a user's name.
-                mounts.append(told | {"is_way_listed": False})
-    return {
-        "rootfs": config.rootfs,
-        "userland": config.userland,
-        "mounts": sorted(mounts, key=lambda entry: str(entry["destination"]).count("/")),
-        "user_id": config.user_id,
-        "hostname": config.hostname,
-        "network": config.network,
-    }
+                mounts.append(_describe_mount(mount, idmap=is_mapped, is_way_listed=False))
+    return Layout(
+        rootfs=config.rootfs,
+        userland=config.userland,
+        mounts=sorted(mounts, key=lambda mount: mount.destination.count("/")),
+        user_id=config.user_id,
+        hostname=config.hostname,
+        network=config.network,
+    )
 
 
-def _describe_mount(mount: Mount, *, idmap: bool) -> dict[str, Any]:
+def _describe_mount(mount: Mount, *, idmap: bool, is_way_listed: bool = True) -> LayoutMount:
     is_bind = mount.type == "bind"
     idmapped = idmap and is_bind and _takes_on_owner(mount)
     # What lies below /tmp, and what is mapped to the environment's own id, is mounted anew for
     # each environment; the rest once for all that share the layout.
     below_tmp = mount.destination.startswith("/tmp/")  # noqa: S108
-    return {
-        "source": mount.source,
-        "destination": mount.destination,
-        "type": mount.type,
-        "writable": mount.writable,
-        "is_directory": not is_bind or os.path.isdir(mount.source),
-        "idmapped": idmapped,
-        "size": mount.size,
-        "is_way_listed": True,
-        "shared": is_bind and not idmapped and not below_tmp,
-    }
+    return LayoutMount(
+        source=mount.source,
+        destination=mount.destination,
+        type=mount.type,
+        writable=mount.writable,
+        is_directory=not is_bind or os.path.isdir(mount.source),
+        idmapped=idmapped,
+        size=mount.size,
+        is_way_listed=is_way_listed,
+        shared=is_bind and not idmapped and not below_tmp,
+    )
 
 
 def _binds_callers_own(config: Config) -> bool:
@@ -240,10 +241,10 @@ class Plan:
         self.environment = base_environment(config)
         self.program = self._compile_filter()
         layout = make_layout(config, idmap=idmap)
-        binds = [mount["source"] for mount in layout["mounts"] if mount["type"] == "bind"]
+        binds = [mount.source for mount in layout.mounts if mount.type == "bind"]
         fields: dict[str, Any] = {
             "as_caller": as_caller,
-            "layout": layout,
+            "layout": layout.to_wire(),
             "sources": [config.rootfs or "/usr", *binds],
             "namespaces": flags,
             "namespace_names": names,
@@ -259,7 +260,8 @@ class Plan:
         }
         # The launcher prepares the calls of a spec once and finds them again by this.
         canonical = json.dumps(fields, sort_keys=True).encode()
-        self.spec = Spec(**fields, key=hashlib.sha256(canonical).hexdigest())
+        key = hashlib.sha256(canonical).hexdigest()
+        self.spec = Spec(**fields | {"layout": layout, "key": key})
         self._add("tmp", True, f"private, as /dev/shm is; {config.tmp_size} bytes each")
 
     def _add(self, name: str, in_force: bool, detail: str) -> None:
