@@ -255,6 +255,49 @@ def test_no_caller_makes_the_next_ones_call_fail(publish: Publish, start: str) -
         assert pool.stats()["Errors"] == errors
 
 
+KEEPER = """
+import ctypes, os, signal, socket, subprocess
+libc = ctypes.CDLL(None)
+CLONE = 56 if os.uname().machine == "x86_64" else 220
+CLONE_PARENT = 0x8000
+port = "127.0.0.1", 8080
+
+def children():
+    for _ in range(300):
+        pid = libc.syscall(CLONE, CLONE_PARENT | signal.SIGCHLD, 0, 0, 0, 0)
+        if pid == 0:
+            os._exit(0)
+
+def sockets():
+    kept = socket.create_server(port), socket.socket(socket.AF_UNIX)
+    kept[1].bind("\\0name")
+    pairs = [socket.socketpair() for _ in range(50)]
+    for (one, _), (_, other) in zip(pairs, pairs[1:] + pairs[:1]):
+        socket.send_fds(one, [b"x"], [other.fileno(), *(held.fileno() for held in kept)])
+
+def handler(event, context):
+    if event != "victim":
+        return globals()[event]()
+    socket.create_server(port).close()
+    with socket.socket(socket.AF_UNIX) as own:
+        own.bind("\\0name")
+    running = [subprocess.Popen(["cat"], stdin=subprocess.PIPE) for _ in range(3)]
+    for child in running:
+        child.communicate()
+    own = {"1", str(os.getpid()), str(os.getppid())}
+    return [pid for pid in os.listdir("/proc") if pid.isdigit() and pid not in own]
+"""
+
+
+@pytest.mark.parametrize("start", ["clone", "exec"])
+def test_what_the_kernel_keeps_is_not_in_the_next_ones_way(publish: Publish, start: str) -> None:
+    """Children of the worker, which it has to wait for; sockets in messages that nobody reads."""
+    with nsbox.ExecutionEnvironment(publish(KEEPER, reuse="reset", start=start)) as env:
+        for attack in ["children", *["sockets"] * 10]:
+            env.invoke(attack)
+            assert env.invoke("victim") == [], attack
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("how", ["invoke", "invoke_async"])
 def test_a_worker_that_dies_at_the_last_moment_is_nobodys_error(

@@ -287,3 +287,36 @@ def test_a_worker_that_cannot_fork_has_ended_and_says_why(make_function: MakeFun
     with pytest.raises(nsbox.InvokeError, match="exit status 1"):
         env.invoke(1, on_log=lambda _, data: heard.append(data))
     assert b"BlockingIOError" in b"".join(heard)
+
+
+WAITED_FOR = """
+import os, signal, threading, time
+
+def wait():
+    while True:
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            time.sleep(0.001)
+
+IMPORT
+
+def handler(event, context):
+    return event or os._exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["signal.signal(signal.SIGCHLD, signal.SIG_IGN)", "threading.Thread(target=wait).start()"],
+)
+def test_a_function_that_waits_for_all_children_is_served(
+    make_function: MakeFunction, code: str
+) -> None:
+    """Then nobody can tell the worker how a fork has ended, and it does not guess."""
+    env = make_function(WAITED_FOR.replace("IMPORT", code), reuse="reset")
+    assert [env.invoke(event) for event in (1, 2, 3)] == [1, 2, 3]
+    with pytest.raises(nsbox.FunctionError, match=r"providing a reason|exit status 3"):
+        env.invoke(0)
+    with pytest.raises(nsbox.EnvironmentStateError, match=r"nobody knows how|exit status 3"):
+        env.invoke(1)

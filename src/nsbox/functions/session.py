@@ -538,13 +538,13 @@ class Session:
             if self._resets:
                 yield from self._begin_reset()
             return self._function_error(payload, invocation)
-        status = bytes(data)
+        status = bytes(data or b"0")
         if kind != runtime.ENDED or not self._resets or not status.isdigit():
             return self._violation("it answers what was not asked")
-        code = exit_code(int(status))
-        if code is None:
+        if (code := exit_code(int(status))) is None:
             return self._violation(f"the status of its fork is {int(status)}")
-        self._connection.kill(f"the fork of its worker had ended ({describe_exit(code)})")
+        how = describe_exit(code) if data else "nobody knows how"
+        self._connection.kill(f"the fork of its worker had ended ({how})")
         return (yield partial(self._fork_error, call, code))  # type: ignore[no-any-return]
 
     def describe(

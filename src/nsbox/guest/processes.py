@@ -23,11 +23,15 @@ _THREADS = 17  # field of /proc/PID/stat behind the name (proc(5), num_threads)
 _OUTSIDE = -1  # what stands for a parent outside of the namespace
 _ONE_THREAD = 3  # links of /proc/PID/task: two of a directory, and one for each thread
 _ENOUGH = 4096  # bytes; a stat has some 300
+_NETWORK = "/proc/self/ns/net"
+_FIRST_LINE = 32  # bytes of "sockets: used NUMBER", and of what comes next
 _loadavg: list[int] = []  # the descriptor of /proc/loadavg, once it has been read
 _TUNABLE = ("oom_score_adj", "coredump_filter", "autogroup")
 """Files of /proc/PID that their owner can write without a capability (proc(5)). That is the root of
 the user namespace in which the process has executed a program: where a user has one id alone, the
 templates of functions have executed in one whose root has the id of everybody inside."""
+_sockstat: list[int] = []  # the descriptor of /proc/net/sockstat, likewise; none where it is shared
+_network: list[int] = []  # that of the process that others are cloned from, by inode
 _as_born: dict[str, bytes] = {}  # what `_TUNABLE` have in a clone
 _tunable: dict[int, list[tuple[str, int]]] = {}  # descriptors of a process's own, once looked at
 
@@ -102,8 +106,26 @@ def newest() -> bytes:
     return os.pread(_loadavg[0], _ENOUGH, 0).split()[-1]
 
 
-def remember_tuning() -> None:
-    """Read, in the template, the values that `is_tuned` compares with."""
+def sockets() -> int:
+    """Return how many sockets the network namespace has, of any kind; 0 where it is the host's."""
+    if not _sockstat:
+        if not _network:
+            return 0
+        if _network.pop() == os.stat(_NETWORK).st_ino:
+            return 0
+        _sockstat.append(os.open("/proc/net/sockstat", os.O_RDONLY | os.O_CLOEXEC))
+    return int(os.pread(_sockstat[0], _FIRST_LINE, 0).split(None, 3)[2])
+
+
+def unix_sockets() -> int:
+    """Return how many Unix sockets of those there are."""
+    with open("/proc/net/unix", "rb", 0) as file:
+        return file.readall().count(b"\n") - 1
+
+
+def remember_born() -> None:
+    """Read, in the template, the values that `is_tuned` and `sockets` compare with."""
+    _network.append(os.stat(_NETWORK).st_ino)
     for name, fd in _open_tunable("self"):
         _as_born[name] = _tuning(fd, name)
         os.close(fd)
@@ -127,7 +149,7 @@ def is_tuned(pid: int) -> bool:
 
 def held() -> int:
     """Return the number of descriptors that this module keeps open."""
-    return len(_loadavg) + sum(map(len, _tunable.values()))
+    return len(_loadavg) + len(_sockstat) + sum(map(len, _tunable.values()))
 
 
 def _open_tunable(process: str) -> list[tuple[str, int]]:

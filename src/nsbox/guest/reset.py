@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remove what guests leave outside of processes: files, System V ipc objects, and keys."""
+"""Remove what guests leave outside of processes: files, System V ipc objects, keys, sockets."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+import time
 from fcntl import ioctl
 
+from nsbox.guest import processes
 from nsbox.linux import constants as c
 from nsbox.linux import keys, sysv
 
@@ -20,11 +22,12 @@ PLACES = ("/tmp", "/dev/shm", "/dev/mqueue")  # noqa: S108 - the environment's o
 """Writable mounts of every environment; those of the configuration come besides."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MODE = 0o1777  # as they are mounted
+_FIRST_DEADLINE, _SOCKETS_DEADLINE = 0.02, 0.5  # seconds; what stays is taken for the worker's
 _NO_ATTRIBUTES = (errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 
 
 def reset(places: list[bytes]) -> None:
-    """Empty all writable mounts, and remove ipc objects and keys.
+    """Empty all writable mounts, remove ipc objects and keys, and wait for the end of sockets.
 
     Args:
         places: Paths of the configuration's tmpfs mounts; `PLACES` are emptied as well.
@@ -55,6 +58,25 @@ def reset(places: list[bytes]) -> None:
             os.close(fd)
     sysv.remove_all()
     keys.forget_all()
+    _await_sockets()
+
+
+_kept: list[int] = []  # how many the worker itself has, once that is known
+
+
+def _await_sockets() -> None:
+    """Wait until sockets are gone that ended processes have had in flight, in a circle (unix(7)).
+
+    A thread of the kernel looks for those, soon. Until it comes to them their ports and names are
+    taken, and others connect to them. Unix sockets have them all; of other kinds some go late.
+    """
+    kept = _kept[0] if _kept else 0
+    if processes.sockets() <= kept:
+        return
+    deadline = time.monotonic() + (_SOCKETS_DEADLINE if _kept else _FIRST_DEADLINE)
+    while (left := processes.unix_sockets()) > kept and time.monotonic() < deadline:
+        time.sleep(0.001)
+    _kept[:] = [left]
 
 
 def _clean(fd: int) -> None:

@@ -22,7 +22,7 @@ Where each event is served by a fork (``reuse="reset"``), 4 and 5 go over a sock
 own, whose end comes with ``FORK``, which is empty, or with ``LOAD``; and with it the pipes that are
 the fork's stdout and stderr. The fork closes the worker's socket first of all, and the worker never
 reads an event. On the worker's socket comes ``ENDED``: the status of a fork that gave no whole
-answer.
+answer, empty where the function's own code keeps the worker from knowing it.
 
 The number of an event that comes in 4 is random: nobody answers before it was asked.
 
@@ -298,6 +298,13 @@ class Worker:
         """Fork this process, as it is after the import, to serve one event; wait for its end."""
         (fd, *streams), self._own = self._own, ()
         own = _Socket(AF_UNIX, SOCK_STREAM, 0, fd)
+        # What forks before have made its children (clone(2), CLONE_PARENT) counts until it is
+        # waited for. The kernel, or a thread of the function's, may do that in its place.
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
         self._is_forking = True
         try:
             pid = os.fork()
@@ -321,10 +328,13 @@ class Worker:
                 os._exit(0)
         for fd in streams:
             os.close(fd)
-        _, status = os.waitpid(pid, 0)
+        try:
+            status = str(os.waitpid(pid, 0)[1]).encode()
+        except ChildProcessError:
+            status = b""
         # Its status says nothing when it has answered: it may be killed before it ends by itself.
         if not _has_answered(own):
-            self._send(ENDED, number, str(status).encode())
+            self._send(ENDED, number, status)
         own.close()
         # It shared this open file, and so its flags, with all forks to come (fcntl(2)).
         if is_null(0):  # the import may have closed it, or put another there

@@ -300,7 +300,7 @@ def main(lifeline: int, channel: int, kind: str) -> NoReturn:
     # A signal from inside reaches PID 1 only if it has a handler (pid_namespaces(7)).
     signal(SIGINT, SIG_DFL)
     privileges.set_name("nsbox-template")
-    processes.remember_tuning()
+    processes.remember_born()
     runtime = Runtime(reset)
     if kind:
         try:
