@@ -23,6 +23,19 @@ pytestmark = pytest.mark.needs("userns")
 MANY = 100
 
 
+def refuses(env: nsbox.ExecutionEnvironment, why: str, *others: Callable[[], object]) -> None:
+    """Check that it takes no command, no file, and none of `others`."""
+    for call in (
+        lambda: env.run(["true"]),
+        lambda: env.popen(["true"]),
+        lambda: env.write_file("/tmp/x", b""),
+        lambda: env.read_file("/tmp/x"),
+        *others,
+    ):
+        with pytest.raises(nsbox.EnvironmentStateError, match=why):
+            call()
+
+
 # -- one after another ---------------------------------------------------------------------------
 
 
@@ -220,15 +233,7 @@ def test_a_frozen_environment_runs_no_instruction(env: nsbox.ExecutionEnvironmen
             after = env.usage().cpu_user_seconds
             assert after is not None
             assert after - before < 0.02, "it computes on"
-        for call in (
-            lambda: env.run(["true"]),
-            lambda: env.popen(["true"]),
-            lambda: env.write_file("/tmp/x", b""),
-            lambda: env.read_file("/tmp/x"),
-            env.freeze,
-        ):
-            with pytest.raises(nsbox.EnvironmentStateError, match="frozen"):
-                call()
+        refuses(env, "frozen", env.freeze)
         env.thaw()
         assert select.select([out], [], [], 10)[0], "it goes on"
         env.thaw()  # does nothing to what is not frozen
@@ -329,17 +334,7 @@ def test_use_after_close(make_env: Callable[..., nsbox.ExecutionEnvironment]) ->
     assert env.state is State.CLOSED
     env.close()
     env.close(wait=False)
-    for call in (
-        lambda: env.run(["true"]),
-        lambda: env.popen(["true"]),
-        lambda: env.write_file("/tmp/x", b""),
-        lambda: env.read_file("/tmp/x"),
-        env.freeze,
-        env.thaw,
-        env.usage,
-    ):
-        with pytest.raises(nsbox.EnvironmentStateError, match="closed"):
-            call()
+    refuses(env, "closed", env.freeze, env.thaw, env.usage)
     assert process.wait(10).outcome is Outcome.KILLED
     process.close()
     assert "closed" in repr(env)

@@ -37,6 +37,7 @@ from nsbox.supervisor.files import read_file, reset, write_file
 from nsbox.supervisor.launcher import get_launcher
 from nsbox.supervisor.plan import Plan, born_layers, interpreter, make_plan
 from nsbox.supervisor.process import DEVNULL, PIPE, Process, Stream
+from nsbox.supervisor.streams import NAMES, descriptor_of
 from nsbox.values.config import (
     Config,
     ConfigFields,
@@ -61,6 +62,77 @@ class State(enum.Enum):
     DEAD = "dead"
     """PID 1 is gone, by a limit or from outside; only `close` is left."""
     CLOSED = "closed"
+
+
+class Command:
+    """A command line and its options, checked before anything is made for it.
+
+    Attributes:
+        argv: Its words; the program is the first.
+        env: Variables over those of the environment.
+        cwd: Working directory inside; None: that of the Config.
+        streams: stdin, stdout and stderr: `PIPE`, `DEVNULL`, None, a file or a descriptor.
+        cpu_time: Seconds of CPU time; None: those of the Config.
+        input: What is written to stdin.
+        timeout: Seconds of wall-clock time, or None.
+    """
+
+    __slots__ = ("argv", "cpu_time", "cwd", "env", "input", "streams", "timeout")
+
+    def __init__(
+        self,
+        argv: Sequence[Word],
+        env: Mapping[str, str] | None,
+        cwd: str | None,
+        streams: tuple[Stream, Stream, Stream],
+        cpu_time: float | None,
+    ) -> None:
+        """Take what `ExecutionEnvironment.popen` takes.
+
+        Raises:
+            ConfigError: A value is wrong.
+        """
+        self.argv = check_argv(argv)
+        self.env = {} if env is None else check_environment(env)
+        self.cwd = None if cwd is None else check_text(cwd, "cwd")
+        if self.cwd is not None and not self.cwd.startswith("/"):
+            raise ConfigError(f"cwd: must be absolute, got {cwd!r}")
+        for name, stream in zip(NAMES, streams, strict=True):
+            if stream not in (None, PIPE, DEVNULL):
+                descriptor_of(stream, name)
+        self.streams = streams
+        self.cpu_time = None if cpu_time is None else parse_seconds(cpu_time, "cpu_time")
+        self.input = b""
+        self.timeout: float | None = None
+
+    @classmethod
+    def captured(
+        cls,
+        argv: Sequence[Word],
+        input: bytes | None,
+        timeout: float | None,
+        env: Mapping[str, str] | None,
+        cwd: str | None,
+        streams: tuple[Stream, Stream, Stream],
+        cpu_time: float | None,
+    ) -> Command:
+        """Take what `ExecutionEnvironment.run` takes: None of `streams` is its default there."""
+        stdin, stdout, stderr = streams
+        if input is not None and stdin is not None:
+            raise ConfigError("input and stdin: give one of them")
+        if input is not None and not isinstance(input, bytes | bytearray | memoryview):
+            raise ConfigError(f"input: must be bytes, got {type(input).__name__}; encode it")
+        if input:
+            stdin = PIPE
+        filled = (
+            DEVNULL if stdin is None else stdin,
+            PIPE if stdout is None else stdout,
+            PIPE if stderr is None else stderr,
+        )
+        command = cls(argv, env, cwd, filled, cpu_time)
+        command.input = bytes(input or b"")
+        command.timeout = None if timeout is None else parse_seconds(timeout, "timeout")
+        return command
 
 
 class ExecutionEnvironment:
@@ -220,18 +292,15 @@ class ExecutionEnvironment:
             EnvironmentStateError: The environment is closed, frozen or dead.
             EnvironmentDied: It was ended from outside while the command ran.
         """
-        seconds = check_run(input, stdin, timeout)
-        if input:
-            stdin = PIPE
-        streams = (
-            DEVNULL if stdin is None else stdin,
-            PIPE if stdout is None else stdout,
-            PIPE if stderr is None else stderr,
-        )
-        process = self._start(argv, env, cwd, streams, None, cpu_time, announced=False)
+        streams = (stdin, stdout, stderr)
+        command = Command.captured(argv, input, timeout, env, cwd, streams, cpu_time)
+        return self._run(command, check=check)
+
+    def _run(self, command: Command, *, check: bool) -> Result:
+        process = self._start(command, announced=False)
         output_max = self.config.limits.output_max
         try:
-            result = process.communicate(bytes(input or b""), seconds, output_max)
+            result = process.communicate(command.input, command.timeout, output_max)
         except BaseException:
             # KeyboardInterrupt and the like: the command must not outlive the call.
             process.close()
@@ -263,36 +332,27 @@ class ExecutionEnvironment:
             tty = check_window_size(tty)
             stdin = None
             stdout, stderr = (None if item == PIPE else item for item in (stdout, stderr))
-        return self._start(argv, env, cwd, (stdin, stdout, stderr), tty, cpu_time, announced=True)
+        command = Command(argv, env, cwd, (stdin, stdout, stderr), cpu_time)
+        return self._start(command, tty, announced=True)
 
     def _start(
-        self,
-        argv: Sequence[Word],
-        env: Mapping[str, str] | None,
-        cwd: str | None,
-        streams: tuple[Stream, Stream, Stream],
-        tty: tuple[int, int] | None,
-        cpu_time: float | None,
-        *,
-        announced: bool,
+        self, command: Command, tty: tuple[int, int] | None = None, *, announced: bool
     ) -> Process:
-        command = check_argv(argv)
-        if command[0] == sys.executable and self.config.rootfs is None:
-            command = (interpreter(), *command[1:])
-        limit = self.config.limits.cpu_time
-        if cpu_time is not None:
-            limit = parse_seconds(cpu_time, "cpu_time")
+        argv, limit = command.argv, self.config.limits.cpu_time
+        if argv[0] == sys.executable and self.config.rootfs is None:
+            argv = (interpreter(), *argv[1:])
+        if command.cpu_time is not None:
+            limit = command.cpu_time
             if not self._accounts_cpu and "cpu_time" not in self.config.allow_missing:
                 layer = "this host gives no cgroup that counts its CPU time"
                 raise UnsupportedHostError("cpu_time", layer, "See 'nsbox doctor'.")
-        variables = {**self._environment, **check_environment(env)} if env else self._environment
-        directory = check_directory(cwd) or self.config.cwd
-        request = RunRequest(variables, directory, tty, announced=announced)
+        variables = {**self._environment, **command.env} if command.env else self._environment
+        request = RunRequest(variables, command.cwd or self.config.cwd, tty, announced=announced)
         return Process(
             self._ready_connection(),
-            command,
+            argv,
             request,
-            streams,
+            command.streams,
             protections=lambda: self.protections,
             cpu_time=limit,
         )
@@ -701,22 +761,3 @@ class ExecutionEnvironment:
         if self._frozen:
             raise EnvironmentStateError(f"environment {self.id} is frozen; call thaw() first")
         return connection
-
-
-def check_run(input: bytes | None, stdin: Stream, timeout: float | None) -> float | None:
-    """Return `timeout` as a float; ConfigError for what `run` does not take."""
-    if input is not None and stdin is not None:
-        raise ConfigError("input and stdin: give one of them")
-    if input is not None and not isinstance(input, bytes | bytearray | memoryview):
-        raise ConfigError(f"input: must be bytes, got {type(input).__name__}; encode it")
-    return None if timeout is None else parse_seconds(timeout, "timeout")
-
-
-def check_directory(cwd: str | None) -> str | None:
-    """Return the working directory of a command, None for the environment's; ConfigError if bad."""
-    if cwd is None:
-        return None
-    directory = check_text(cwd, "cwd")
-    if not directory.startswith("/"):
-        raise ConfigError(f"cwd: must be absolute, got {cwd!r}")
-    return directory

@@ -6,17 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Unpack
 
-from nsbox.environment.environment import ExecutionEnvironment, check_directory, check_run
-from nsbox.supervisor.process import DEVNULL, PIPE, Stream
-from nsbox.supervisor.streams import NAMES, descriptor_of
-from nsbox.values.config import (
-    Config,
-    RunFields,
-    Word,
-    check_argv,
-    check_environment,
-    parse_seconds,
-)
+from nsbox.environment.environment import Command, ExecutionEnvironment
+from nsbox.supervisor.process import Stream
+from nsbox.values.config import Config, RunFields, Word
 from nsbox.values.result import Result
 
 
@@ -24,6 +16,10 @@ class _BriefEnvironment(ExecutionEnvironment):
     """Lives for one command, and has room where no other is born any more (`protocol.scarcity`)."""
 
     _is_brief = True
+
+    def run_once(self, command: Command, *, check: bool) -> Result:
+        """Run its one command; see `ExecutionEnvironment.run`."""
+        return self._run(command, check=check)
 
 
 def run(
@@ -50,20 +46,10 @@ def run(
     Raises:
         As `ExecutionEnvironment` and `ExecutionEnvironment.run`.
     """
-    check_argv(argv)
-    check_run(input, stdin, timeout)
-    check_environment(env)
-    check_directory(cwd)
-    if cpu_time is not None:
-        parse_seconds(cpu_time, "cpu_time")
-    for name, stream in zip(NAMES, (stdin, stdout, stderr), strict=True):
-        if stream not in (None, PIPE, DEVNULL):
-            descriptor_of(stream, name)
+    streams = (stdin, stdout, stderr)
+    command = Command.captured(argv, input, timeout, env, cwd, streams, cpu_time)
     environment = _BriefEnvironment(config, **fields)
     try:
-        return environment.run(
-            argv, input=input, timeout=timeout, env=env, cwd=cwd, stdin=stdin, stdout=stdout,
-            stderr=stderr, cpu_time=cpu_time, check=check,
-        )  # fmt: skip
+        return environment.run_once(command, check=check)
     finally:
         environment.close(wait=False)
