@@ -146,7 +146,7 @@ def test_without_delegation_the_hint_names_systemd_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = fake(tmp_path, processes=f"{os.getpid()}\n")
-    monkeypatch.setattr(os, "access", lambda *_args, **_more: False)
+    monkeypatch.setattr(sys.modules[Place.__module__], "may", lambda *_args: False)
     found.check()
     assert "no delegation" in found["memory"].reason
     assert "systemd-run --user --scope -p Delegate=yes" in found["memory"].hint

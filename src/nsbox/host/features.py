@@ -9,7 +9,6 @@ marker ``needs(...)``.
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import nsbox
+from nsbox.host.probes import NOT_KNOWN
 from nsbox.linux import proc
 
 PROBED: Final = {
@@ -83,14 +83,18 @@ class Finding:
     remedy: str = ""
 
 
-@functools.cache
+_known: Final[dict[str, Finding]] = {}
+
+
 def probe(name: str) -> tuple[bool, str]:
     """Return whether a feature works on this host, and what was seen; found out once.
 
     Raises:
         ValueError: `name` is none of `NAMES`.
     """
-    finding = find([name])[0]
+    finding = _known.get(name) or find([name])[0]
+    if not finding.detail.startswith(NOT_KNOWN):
+        _known[name] = finding
     return finding.works, finding.detail
 
 
@@ -104,6 +108,7 @@ def find(names: Sequence[str]) -> list[Finding]:
         if name not in NAMES:
             raise ValueError(f"feature {name!r}: none of {', '.join(NAMES)}")
     answers = _ask_helper([name for name in names if name in PROBED])
+    answers |= _ask_helper([n for n in answers if answers[n]["detail"].startswith(NOT_KNOWN)])
     findings = []
     for name in names:
         if name in PROBED:

@@ -13,6 +13,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from nsbox.linux.binding import is_unknown
+
+NOT_KNOWN = "not known"
+"""What the detail of a probe begins with that could not tell; it is asked again."""
 _PLAIN = (OSError, PermissionError)
 
 
@@ -24,6 +28,8 @@ def _report(name: str, action: Callable[[], str]) -> None:
     except Exception as error:  # noqa: BLE001 - whatever it was, it is the finding
         plain = getattr(error, "strerror", None) if type(error) in _PLAIN else None
         answer["detail"] = plain or getattr(error, "reason", "") or str(error) or repr(error)
+        if isinstance(error, OSError) and is_unknown(error):
+            answer["detail"] = f"{NOT_KNOWN}: {answer['detail']}"
         answer["errno"] = getattr(error, "errno", 0) or 0
         answer["hint"] = getattr(error, "hint", "")
     print(json.dumps(answer), flush=True)

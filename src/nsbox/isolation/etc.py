@@ -14,6 +14,8 @@ import stat
 
 from nsbox.linux import calls, proc
 from nsbox.linux import constants as c
+from nsbox.linux.binding import is_unknown
+from nsbox.linux.questions import is_directory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -135,7 +137,9 @@ def host_names() -> dict[str, bytes]:
         try:
             with open(path, "rb") as file:
                 found[os.path.basename(path)] = file.read(_LARGEST_COPY)
-        except OSError:
+        except OSError as error:
+            if is_unknown(error):
+                raise
             continue  # it does without
     # Accounts are the environment's own, whatever the host's come from.
     lines = found.pop("nsswitch.conf", b"").splitlines()
@@ -149,7 +153,9 @@ def host_names() -> dict[str, bytes]:
 def _changed(path: str) -> int:
     try:
         return os.stat(path).st_mtime_ns
-    except OSError:
+    except OSError as error:
+        if is_unknown(error):
+            raise
         return 0
 
 
@@ -157,7 +163,7 @@ def _hidden() -> Iterator[str]:
     # Whether they are there or not: they may come while environments live.
     yield from HIDDEN
     for parent, names in HIDDEN_BELOW.items():
-        if os.path.isdir(f"{ETC}/{parent}"):
+        if is_directory(f"{ETC}/{parent}"):
             yield from (f"{parent}/{name}" for name in names)
     with os.scandir(ETC) as entries:
         for entry in entries:
@@ -230,7 +236,7 @@ def _copy_file(source: str, target: str) -> None:
 
 def _state() -> list[str]:
     candidates = list(STATE)
-    if os.path.isdir(OPT) and os.listdir(OPT):
+    if is_directory(OPT) and os.listdir(OPT):
         candidates += sorted({"/".join(path.split("/")[:3]) for path in _links_to_opt()})
     return [path for path in candidates if _is_for_all(path)]
 
@@ -244,13 +250,17 @@ def _links_to_opt() -> Iterator[str]:
                         path = os.path.normpath(os.path.join(directory, target))
                         if path.startswith(OPT + "/"):
                             yield path
-        except OSError:
+        except OSError as error:
+            if is_unknown(error):
+                raise
             continue
 
 
 def _is_for_all(path: str) -> bool:
     try:
         mode = os.lstat(path).st_mode
-    except OSError:
+    except OSError as error:
+        if is_unknown(error):
+            raise
         return False
     return stat.S_ISDIR(mode) and mode & _FOR_ALL == _FOR_ALL

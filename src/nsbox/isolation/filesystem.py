@@ -13,6 +13,7 @@ import os
 
 from nsbox.linux import calls
 from nsbox.linux import constants as c
+from nsbox.linux.binding import is_unknown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _NO_EXEC = _SCRATCH | c.MS_NOEXEC
 # One inode for every KiB, which is what an empty file costs of kernel memory: so they cost no more
 # than full ones. Each name of a hard link is counted, and extended attributes are by their size
 # (mm/shmem.c, shmem_reserve_inode, simple_xattr_space).
+_NOT_KNOWN = 3  # status of a probe that could not tell
 _BYTES_PER_INODE = 1024
 
 
@@ -155,19 +157,23 @@ def probe_proc() -> str:
     extents = (PROC_FULL, PROC_PID_ONLY, PROC_NONE)
     pid, pidfd = calls.clone3(c.CLONE_NEWUSER | c.CLONE_NEWPID | c.CLONE_NEWNS)
     if pid == 0:
-        answer = 2
+        answer = _NOT_KNOWN
         try:
             for index, options in enumerate((None, PROC_PID_ONLY)):
                 try:
                     calls.mount("proc", f"{NEW_ROOT}/proc", "proc", _NO_EXEC, options)
-                except OSError:
+                except OSError as error:
+                    if is_unknown(error):
+                        break
                     continue
                 answer = index
                 break
+            else:
+                answer = 2
         finally:
             os._exit(answer)
     os.close(pidfd)
     answer = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if answer < 0:
-        raise OSError(errno.EINTR, "the probe of /proc was killed from outside")
+    if answer not in range(len(extents)):
+        raise OSError(errno.EINTR, "the probe of /proc failed, or was killed from outside")
     return extents[answer]

@@ -30,8 +30,9 @@ from nsbox.errors import SyscallError
 from nsbox.isolation.cgroups import view as cgroups
 from nsbox.isolation.etc import HostFiles, host_names
 from nsbox.isolation.filesystem import CGROUPS, EMPTY, NEW_ROOT, attach
-from nsbox.linux import calls
+from nsbox.linux import calls, questions
 from nsbox.linux import constants as c
+from nsbox.linux.binding import is_unknown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _shared_paths(layout: Layout, host_files: HostFiles | None) -> list[str]:
         return []
     if host_files is None:
         paths = [f"/etc/{name}" for name in _ETC_DIRECTORIES]
-        return [path for path in paths if os.path.isdir(path)]
+        return [path for path in paths if questions.is_directory(path)]
     taken = [mount.destination + "/" for mount in layout.mounts]
     return [
         path
@@ -349,7 +350,9 @@ def _minimal_etc() -> list[tuple[str, bytes]]:
             status = os.stat(path)
             if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST_COPY:
                 found.append((name, _read(path)))
-        except OSError:
+        except OSError as error:
+            if is_unknown(error):
+                raise
             continue  # absent or unreadable to us: it is not part of this host's userland
     return found
 
@@ -395,7 +398,7 @@ def _place_synthetic_etc(root: str, layout: Layout, names: dict[str, bytes]) -> 
     if os.path.islink(f"{root}/etc"):
         # Followed here it would lead to the host's files.
         raise SyscallError("open", errno.ELOOP, "/etc", "it is a symbolic link in the rootfs")
-    if not layout.rootfs or not os.path.isdir("./etc"):
+    if not layout.rootfs or not questions.is_directory("./etc"):
         for name, content in contents.items():
             _write(f"{root}/etc/{name}", content)
         return

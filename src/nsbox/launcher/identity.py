@@ -15,6 +15,8 @@ import stat
 from nsbox.isolation.namespaces import HOST_ID_BASE, HOST_ID_COUNT, IdPool
 from nsbox.linux import calls, proc
 from nsbox.linux import constants as c
+from nsbox.linux.binding import is_unknown
+from nsbox.linux.questions import may
 
 _CAP_SYS_ADMIN = 21  # linux/capability.h
 _CAP_SETUID = 7
@@ -51,7 +53,9 @@ def _can_come_back() -> bool:
     home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
         calls.setns(home, c.CLONE_NEWNET)
-    except OSError:
+    except OSError as error:
+        if is_unknown(error):
+            raise
         return False
     finally:
         os.close(home)
@@ -136,10 +140,12 @@ def _is_own_directory(path: str) -> bool:
         except FileExistsError:
             pass
         found = os.lstat(path)
-    except OSError:
+    except OSError as error:
+        if is_unknown(error):
+            raise
         return False
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-    return is_own and not found.st_mode & 0o022 and os.access(path, os.W_OK)
+    return is_own and not found.st_mode & 0o022 and may(path, os.W_OK)
 
 
 def _extents() -> list[tuple[int, int, int]]:

@@ -50,9 +50,16 @@ def _run(launcher: int, directories: list[str], done: int) -> NoReturn:
     # SIGKILL of host, launcher and janitor together has left of another.
     outlived = poll.poll(_SWEEP_AFTER * 1000)
     if not outlived:
-        cgroups.collect_garbage(cgroups.Hierarchies.detect())
+        _sweep(0.0)
     poll.poll()
     cgroups.remove_tree_after(directories)
     if outlived:
-        cgroups.collect_garbage(cgroups.Hierarchies.detect(), timeout=_SWEEP_AT_EXIT)
+        _sweep(_SWEEP_AT_EXIT)
     os._exit(0)
+
+
+def _sweep(timeout: float) -> None:
+    try:
+        cgroups.collect_garbage(cgroups.Hierarchies.detect(), timeout=timeout)
+    except OSError:
+        pass  # what is left of others is found by the next sweep

@@ -27,7 +27,7 @@ from nsbox.launcher.instance import Environment, Requests, outcome
 from nsbox.launcher.resources import Resources
 from nsbox.launcher.steps import failure
 from nsbox.launcher.templates import TemplateGone, TemplateProcess
-from nsbox.linux import calls, proc
+from nsbox.linux import calls, proc, questions
 from nsbox.linux import constants as c
 
 TYPE_CHECKING = False
@@ -167,7 +167,7 @@ class Server:
             namespaces=[
                 name
                 for name, file in zip(namespaces.FLAGS, namespaces.FILES, strict=True)
-                if os.path.exists(f"/proc/self/ns/{file}")
+                if questions.exists(f"/proc/self/ns/{file}")
             ],
             landlock=landlock.is_available(),
             cgroups=tree.capabilities(),  # it makes the directories

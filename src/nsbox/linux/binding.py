@@ -8,6 +8,7 @@ rewritten before a call. A path that holds a NUL byte raises `ValueError` before
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from ctypes import CDLL, PyDLL, c_int, c_long, get_errno
@@ -82,6 +83,9 @@ def syscall_numbers(machine: str, is_64_bit: bool = True) -> dict[str, int]:
     return _COMMON_NUMBERS | numbers
 
 
+_UNKNOWN = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EIO, errno.ENOBUFS}
+)
 SYSCALL = syscall_numbers(os.uname().machine, sys.maxsize > 2**32)
 _libc = CDLL(None, use_errno=True)
 # PyDLL keeps the GIL. CDLL would take it again in the child of a clone3, before CPython has
@@ -133,3 +137,8 @@ def encode_optional(path: str | bytes | None) -> bytes | None:
 def failure(syscall: str, path: str | bytes | None = None) -> SyscallError:
     """Return the exception for the call that just failed on this thread."""
     return SyscallError(syscall, get_errno(), None if path is None else os.fsdecode(path))
+
+
+def is_unknown(error: OSError) -> bool:
+    """Whether a call that failed so says nothing of what was asked: it may succeed later."""
+    return error.errno in _UNKNOWN

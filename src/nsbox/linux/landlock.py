@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from ctypes import c_char_p, c_ulong
 
@@ -19,7 +20,13 @@ _create_ruleset = bind_syscall(c_char_p, c_ulong, c_ulong)
 def abi() -> int:
     """landlock_create_ruleset(2), LANDLOCK_CREATE_RULESET_VERSION; 0 where there is no Landlock."""
     version = _create_ruleset(SYSCALL["landlock_create_ruleset"], None, 0, _CREATE_RULESET_VERSION)
-    return max(version, 0)
+    if version >= 0:
+        return version
+    error = failure("landlock_create_ruleset")
+    # Not built in, not switched on, or a filter around this process refuses it.
+    if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES):
+        return 0
+    raise error
 
 
 def create_ruleset(scoped: int) -> int:

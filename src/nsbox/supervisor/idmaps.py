@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from nsbox.errors import ConfigError, UnsupportedHostError
 from nsbox.isolation.namespaces import HOST_ID_BASE, HOST_ID_COUNT
+from nsbox.linux.binding import is_unknown
 
 
 def given_range() -> tuple[int, int] | None:
@@ -115,6 +116,8 @@ def _write_roots_range(pid: int, wanted: tuple[int, int] | None) -> bool:
             with open(f"/proc/{pid}/{name}", "w") as file:
                 file.write(lines)
     except OSError as error:
+        if is_unknown(error):
+            raise
         if wanted is not None:
             raise ConfigError(
                 f"NSBOX_ID_RANGE: {first}:{count} cannot be mapped by this root: {error.strerror}; "
@@ -149,10 +152,16 @@ def _subordinate(path: str, uid: int) -> Ranges:
     with contextlib.suppress(KeyError):  # an id without an account can still be named by number
         names.add(pwd.getpwuid(uid).pw_name)
     found = []
-    with contextlib.suppress(OSError), open(path) as file:
-        for line in file:
-            name, _, rest = line.strip().partition(":")
-            first, _, count = rest.partition(":")
-            if name in names and first.isdigit() and count.isdigit() and int(count) > 0:
-                found.append((int(first), int(count)))
+    try:
+        with open(path) as file:
+            lines = file.readlines()
+    except OSError as error:
+        if is_unknown(error):
+            raise
+        lines = []
+    for line in lines:
+        name, _, rest = line.strip().partition(":")
+        first, _, count = rest.partition(":")
+        if name in names and first.isdigit() and count.isdigit() and int(count) > 0:
+            found.append((int(first), int(count)))
     return found

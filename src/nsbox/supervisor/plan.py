@@ -17,10 +17,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from nsbox.errors import ConfigError, UnsupportedHostError
+from nsbox.errors import ConfigError, SyscallError, UnsupportedHostError
 from nsbox.isolation import landlock, namespaces
 from nsbox.isolation.layout import Layout, LayoutMount
 from nsbox.launcher.messages import Hello, Spec
+from nsbox.linux.binding import is_unknown
 from nsbox.seccomp import filters
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.values.config import LEAST_OPEN_FILES, Config, Limits, Mount
@@ -143,7 +144,9 @@ def _binds_callers_own(config: Config) -> bool:
 def _is_private(path: str) -> bool:
     try:
         return not namespaces.is_public(os.stat(path))
-    except OSError:
+    except OSError as error:
+        if is_unknown(error):
+            raise SyscallError("stat", error.errno or 0, error.filename) from error
         return False  # told at the birth
 
 
@@ -155,7 +158,9 @@ def _takes_on_owner(mount: Mount) -> bool:
     """
     try:
         status = os.stat(mount.source)
-    except OSError:
+    except OSError as error:
+        if is_unknown(error):
+            raise SyscallError("stat", error.errno or 0, error.filename) from error
         return False  # told at the birth
     if mount.writable and status.st_uid == 0:
         raise ConfigError(

@@ -14,6 +14,7 @@ from nsbox.isolation.cgroups.files import read_text, write_text
 from nsbox.isolation.cgroups.usage import UsageReader
 from nsbox.isolation.cgroups.v1 import Freezer
 from nsbox.isolation.cgroups.v2 import Unified
+from nsbox.linux.questions import exists
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class EnvironmentCgroup:
         return event
 
     def _freezes_unified(self) -> bool:
-        return self._unified is not None and os.path.exists(f"{self._unified}/cgroup.freeze")
+        return self._unified is not None and exists(f"{self._unified}/cgroup.freeze")
 
     def _require_unkilled(self) -> None:
         if self.killed:

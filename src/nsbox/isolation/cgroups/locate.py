@@ -14,6 +14,8 @@ from nsbox.errors import SyscallError
 from nsbox.isolation.cgroups.files import read_processes, read_text
 from nsbox.isolation.cgroups.owner import HOST_LEAF
 from nsbox.linux import proc
+from nsbox.linux.binding import is_unknown
+from nsbox.linux.questions import exists, may
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -76,13 +78,19 @@ class Hierarchies:
 
     @classmethod
     def detect(cls) -> Hierarchies:
-        """Find the own cgroups of the running process and check that they can be used."""
+        """Find the own cgroups of the running process and check that they can be used.
+
+        Raises:
+            OSError: That is not known (`binding.is_unknown`).
+        """
         try:
             with open("/proc/self/cgroup", "rb") as stream:
                 cgroup_text = os.fsdecode(stream.read())
             with open("/proc/self/mountinfo", "rb") as stream:
                 mountinfo_text = os.fsdecode(stream.read())
         except OSError as error:
+            if is_unknown(error):
+                raise
             why = f"{error.filename} cannot be read: {error.strerror}"
             hint = "mount /proc, and use a kernel with CONFIG_CGROUPS"
             return cls({name: Place(name, 0, "", why, hint) for name in NAMES})
@@ -126,12 +134,14 @@ class Hierarchies:
             # Only the root cgroup has no cgroup.events; what it lacks the kernel has not, or
             # a v1 hierarchy of somebody else's mount namespace took it.
             top = directory
-            while os.path.exists(f"{os.path.dirname(top)}/cgroup.controllers"):
+            while exists(f"{os.path.dirname(top)}/cgroup.controllers"):
                 top = os.path.dirname(top)
-            is_root = not os.path.exists(f"{top}/cgroup.events")
+            is_root = not exists(f"{top}/cgroup.events")
             if is_root and name not in read_text(f"{top}/cgroup.controllers").split():
                 return reason, HINT_KERNEL
         except SyscallError as error:
+            if is_unknown(error):
+                raise
             return str(error), HINT_CONTROLLER
         return reason, HINT_CONTROLLER
 
@@ -143,17 +153,15 @@ def _check_directory(directory: str, version: int) -> tuple[str, str] | None:
         if version == 2:
             processes += read_processes(f"{directory}/{HOST_LEAF}")
     except SyscallError as error:  # EOPNOTSUPP: a threaded cgroup
+        if is_unknown(error):
+            raise
         return f"{error}", "start the program in a cgroup whose cgroup.type is domain"
     # Another file system mounted over it, or another host's mount, must never be taken for ours.
     if os.getpid() not in processes:
         return f"{procs} does not list this process", HINT_OUTSIDE
-    if os.access(directory, os.W_OK | os.X_OK) and os.access(procs, os.W_OK):
+    if may(directory, os.W_OK | os.X_OK) and may(procs, os.W_OK):
         return None
-    try:
-        read_only = bool(os.statvfs(directory).f_flag & os.ST_RDONLY)
-    except OSError:
-        read_only = False
-    if read_only:
+    if os.statvfs(directory).f_flag & os.ST_RDONLY:
         return f"{directory} is mounted read-only", HINT_READ_ONLY
     hint = HINT_DELEGATE if version == 2 else HINT_V1_USER
     return f"{directory} is not writable by this user (no delegation)", hint

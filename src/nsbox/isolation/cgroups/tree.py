@@ -19,6 +19,8 @@ from nsbox.isolation.cgroups.locate import (
     Hierarchies,
 )
 from nsbox.isolation.cgroups.owner import Owner
+from nsbox.linux.binding import is_unknown
+from nsbox.linux.questions import exists, may
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,16 +74,19 @@ class Tree:
     def create(self) -> None:
         """Make the directories; again after the first time does nothing.
 
-        Never raises for a hierarchy that cannot be used: `capabilities` has the reason. On v2 this
-        may move the processes of the own cgroup to its leaf ``nsbox.host``.
+        For a hierarchy that cannot be used `capabilities` has the reason. On v2 this may move the
+        processes of the own cgroup to its leaf ``nsbox.host``.
+
+        Raises:
+            OSError: Whether one can be used is not known (`binding.is_unknown`).
         """
         if self._created:
             return
-        self._created = True
         self._make_directories()
+        self._created = True
         unified = self.paths.get("unified")
         self._freezes_on_v1 = "freezer" in self.paths and not (
-            unified is not None and os.path.exists(f"{unified}/cgroup.freeze")
+            unified is not None and exists(f"{unified}/cgroup.freeze")
         )
 
     def _make_directories(self) -> None:
@@ -107,8 +112,9 @@ class Tree:
             _make_directory(directory)
             self._enable(base, directory)
         except SyscallError as error:
-            places.miss("unified", str(error), _hint(error, 2))
             sweep.remove_subtree(directory)
+            _expect_known(error)
+            places.miss("unified", str(error), _hint(error, 2))
             return
         self.paths["unified"] = directory
 
@@ -135,9 +141,10 @@ class Tree:
             _make_directory(directory)
             v1.prepare_directory(name, base, directory)
         except SyscallError as error:
-            self.hierarchies.miss(name, str(error), _hint(error, 1))
             if directory not in self.paths.values():
                 sweep.remove_subtree(directory)
+            _expect_known(error)
+            self.hierarchies.miss(name, str(error), _hint(error, 1))
             return
         self.paths[name] = directory
 
@@ -156,15 +163,15 @@ class Tree:
         unified = self.paths.get("unified")
         place = self.hierarchies[place_name]
         if place.version == 2:
-            if unified is not None and os.access(f"{unified}/{file}", os.W_OK):
+            if unified is not None and may(f"{unified}/{file}", os.W_OK):
                 return {"version": 2}
-            if feature == "cgroup.memory.swap" and not os.path.exists("/proc/swaps"):
+            if feature == "cgroup.memory.swap" and not exists("/proc/swaps"):
                 return {"version": 2}  # a kernel without swap keeps everything out of it
         if feature in v1.FEATURE_FILES:
             v1_name, files = v1.FEATURE_FILES[feature]
             directory = self.paths.get(v1_name)
             if directory is not None:
-                if any(os.access(f"{directory}/{name}", os.W_OK) for name in files):
+                if any(may(f"{directory}/{name}", os.W_OK) for name in files):
                     return {"version": 1}
                 return {"missing": f"{directory} has no writable {files[0]}", "hint": HINT_KERNEL}
         if not place.version:
@@ -320,8 +327,15 @@ def _make_directory(path: str) -> None:
 def _has_cpu_stat(directory: str) -> bool:
     try:
         return "usage_usec" in read_text(f"{directory}/cpu.stat")
-    except SyscallError:
+    except SyscallError as error:
+        _expect_known(error)
         return False
+
+
+def _expect_known(error: SyscallError) -> None:
+    """Raise an error that does not say that a hierarchy cannot be used."""
+    if is_unknown(error) and error.errno != errno.EAGAIN:  # that is a limit of cgroups (`_hint`)
+        raise error
 
 
 def _hint(error: SyscallError, version: int) -> str:

@@ -15,6 +15,7 @@ from nsbox.errors import SyscallError
 from nsbox.isolation.cgroups.files import ControlFiles, read_processes, read_text, write_text
 from nsbox.isolation.cgroups.locate import HINT_CONTROLLER, HINT_DELEGATE
 from nsbox.isolation.cgroups.owner import HOST_LEAF
+from nsbox.linux.binding import is_unknown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -173,6 +174,8 @@ def enable_controllers(base: str, wanted: Iterable[str]) -> dict[str, tuple[str,
         available = read_text(f"{base}/cgroup.controllers").split()
         enabled = read_text(f"{base}/cgroup.subtree_control").split()
     except SyscallError as error:
+        if is_unknown(error):
+            raise
         return {name: (str(error), HINT_DELEGATE) for name in wanted}
     got = False
     for name in wanted:
@@ -199,6 +202,8 @@ def _enable(base: str, name: str) -> OSError | None:
             write_text(path, f"+{name}")
             return None
         except SyscallError as error:
+            if is_unknown(error):
+                raise
             if error.errno != errno.EBUSY:
                 return error
             last = error
