@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import MAGIC_NUMBER
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import pytest
@@ -373,6 +373,30 @@ def test_public_definition_has_a_docstring(module: Module) -> Iterator[str]:
 def is_overload_or_setter(node: ast.AST) -> bool:
     words = [ast.unparse(item) for item in getattr(node, "decorator_list", [])]
     return any(word == "overload" or word.endswith(".setter") for word in words)
+
+
+def attributes_of(node: ast.ClassDef) -> Iterator[tuple[str, bool]]:
+    """Yield the public attributes of a class, and whether a string follows the annotation."""
+    for item, after in zip_longest(node.body, node.body[1:]):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            yield item.target.id, isinstance(getattr(after, "value", None), ast.Constant)
+        elif isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            for inner in ast.walk(item):
+                if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
+                    yield inner.attr, False
+
+
+@rule
+def test_each_attribute_of_a_class_with_more_than_five_has_a_line(module: Module) -> Iterator[str]:
+    for node in ast.walk(module.tree):
+        # The keys of a TypedDict (total=) are told by who takes them.
+        if isinstance(node, ast.ClassDef) and not node.keywords:
+            found = dict(sorted(attributes_of(node)))
+            public = {name: is_told for name, is_told in found.items() if name[0] != "_"}
+            text = ast.get_docstring(node) or ""
+            for name, is_told in public.items() if len(public) > 5 else ():
+                if not is_told and not re.search(rf"(?m)^ +(\w+, )*{name}\b[^:\n]*:", text):
+                    yield f"{node.name}.{name}"
 
 
 EXCEPTIONS = sorted(

@@ -150,7 +150,16 @@ class _Accounts:
 
 
 class _Environment:
-    """A live environment, and what is known of it until the next one is asked for."""
+    """A live environment.
+
+    Attributes:
+        id: Its id.
+        processes: Its processes, PID 1 first.
+        launcher: Its launcher.
+        host: The program that uses it; None: it has ended.
+        uid: The user id of that.
+        accounts: Counters of cgroups, by environment.
+    """
 
     __slots__ = ("accounts", "host", "id", "launcher", "processes", "uid")
 
@@ -164,7 +173,7 @@ class _Environment:
         accounts: _Accounts,
     ) -> None:
         self.id = env_id
-        self.processes = processes  # PID 1 first
+        self.processes = processes
         self.launcher = launcher
         self.host = host
         self.uid = uid

@@ -29,7 +29,23 @@ if TYPE_CHECKING:
 
 
 class Birth:
-    """An environment on its way, and the descriptors its clone will be given."""
+    """A birth under way, and the descriptors that its clone is to get.
+
+    Attributes:
+        known, spec: What it is to be.
+        env_id: Its id.
+        awaits: What the host sends after the answer (`Launcher.request_birth`).
+        is_second_attempt: Whether the template died under a first one.
+        control: Its end of the control socket; -1 once closed.
+        host: The socket that the birth is answered on.
+        step: The step of `LAUNCHER_STEPS` under way, for a failure.
+        host_id: Its uid and gid outside; 0 before it has one.
+        cgroup, cgroup_fd: Its cgroup, and for v2 the directory to be cloned into, or -1.
+        network: Its network namespace, or -1.
+        layout: The mount namespace of its layout.
+        tasks: The v1 ``tasks`` files that it writes itself into.
+        trees: Detached trees by destination: the binds that are its own.
+    """
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class EnvironmentSnapshot:
     state: str
     """``starting``, ``busy``, ``idle``, ``frozen`` or ``ending``."""
     tenant: str | None
+    """On whose behalf it runs calls, or None."""
     provisioned: bool
     """Whether it is one of those that are kept ready."""
     invocations: int

@@ -36,7 +36,24 @@ class PoolSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What `WarmPool` takes, except what it takes for its function."""
+    """What `WarmPool` takes, checked, except what it takes for its function.
+
+    Attributes:
+        max_environments: The most at a time.
+        standby: Environments born ahead of need.
+        memory_budget: Bytes that the memory limits of all may sum up to; None: any.
+        acquire_timeout: Seconds that a call may wait for an environment; None: any.
+        max_waiting: Calls that may wait.
+        idle_timeout: Seconds after which an idle environment is closed.
+        freeze_after: Seconds after which an idle environment is frozen; None: never.
+        max_lifetime: Seconds after which an environment takes no more calls.
+        max_invocations: Calls after which it takes no more; None: any.
+        shutdown_grace: Seconds from SIGTERM to the end.
+        min_available: Share of the host's memory below which idle ones are closed; None: any.
+        reuse: Of a Config: ``"keep"``, ``"reset"`` or ``"never"``.
+        credentials: The provider's, by role; None: there is none.
+        on_event: Called with each `PoolEvent`; None: nothing is.
+    """
 
     max_environments: int
     standby: int

@@ -76,6 +76,7 @@ class EnvironmentConnection:
 
     Attributes:
         env_id: The environment's id.
+        asked_at: When the launcher was last told of it, by `time.monotonic`.
         pid: Process id of its PID 1, on the host.
         host_id: Uid and gid it has outside, as the launcher's user namespace counts them.
         proc: How much of a /proc it has.
