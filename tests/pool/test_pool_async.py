@@ -63,6 +63,25 @@ def test_the_rest_of_what_threads_have(make: Make) -> None:
     asyncio.run(main())
 
 
+def test_a_close_that_is_cancelled_waits_for_no_call(make: Make) -> None:
+    """As by Ctrl-C, or a time limit: calls that were let end, in threads too, are killed."""
+
+    async def main() -> None:
+        async with nsbox.AsyncWarmPool(make(), max_environments=1) as pool:
+            future = pool.submit({"sleep": 3600}, timeout=900)
+            await until(pool, "ConcurrentExecutions", 1)
+            closing = asyncio.create_task(pool.close())
+            await asyncio.sleep(0.05)  # most likely it lets the call end by now
+            closing.cancel()
+            with pytest.raises(nsbox.PoolClosed):
+                await future
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+            await until(pool, "Environments", 0)
+
+    asyncio.run(main())
+
+
 def test_a_warm_call_starts_no_thread(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with nsbox.AsyncWarmPool(make(), max_environments=1, acquire_timeout=None) as pool:

@@ -14,6 +14,7 @@ from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import PoolError
 from nsbox.functions.credentials import Credentials, Provider
 from nsbox.functions.function import Function, FunctionVersion, ReuseChoice
+from nsbox.functions.loop import aside
 from nsbox.functions.request import PoolOptions, TimedCallOptions
 from nsbox.pool.events import PoolSnapshot, PoolStats
 from nsbox.pool.function import PoolFunction, PoolServed
@@ -160,14 +161,24 @@ class AsyncWarmPool(Generic[PoolServed]):
         return self.pool.snapshot()
 
     async def close(self, *, drain: bool = True) -> None:
-        """End the pool; see `WarmPool.close`."""
+        """End the pool; see `WarmPool.close`. Cancelled, it goes on as with ``drain=False``."""
         if self._pool is not None:
-            await asyncio.to_thread(self._pool.close, drain=drain)
+            await self._end(self._pool, functools.partial(self._pool.close, drain=drain))
 
     async def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the pool; see `WarmPool.shutdown`."""
+        """End the pool; see `WarmPool.shutdown`, and `close`."""
         if self._pool is not None:
-            await asyncio.to_thread(self._pool.shutdown, wait, cancel_futures=cancel_futures)
+            work = functools.partial(self._pool.shutdown, wait, cancel_futures=cancel_futures)
+            await self._end(self._pool, work)
+
+    async def _end(self, pool: WarmPool[PoolServed], work: Callable[[], None]) -> None:
+        try:
+            await aside(work)
+        except asyncio.CancelledError:
+            # That thread goes on to let calls end, for as long as they take.
+            kill = functools.partial(pool.close, drain=False)
+            threading.Thread(target=kill, name="nsbox-pool-close", daemon=True).start()
+            raise
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
