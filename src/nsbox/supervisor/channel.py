@@ -11,7 +11,8 @@ import socket
 import time
 from _socket import socket as Socket
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from io import FileIO
 from typing import IO, Final, Self
 
 from nsbox.errors import SetupError, SyscallError
@@ -233,26 +234,27 @@ class WorkerEndpoints:
             ConnectionError: Nobody has it any more.
             SetupError: This process has no room for it.
         """
+        kept: list[Socket | IO[bytes]] = []
+        sent: list[int] = []
         try:
-            with ExitStack() as unsent, ExitStack() as unused:
-                self.socket, theirs = make_socket()
-                unused.callback(self.socket.close)
-                unsent.callback(theirs.close)
-                sent = [theirs.fileno()]
-                for name in ("stdout", "stderr"):
-                    ours, other = make_pipe(to_guest=False)
-                    unsent.callback(os.close, other)
-                    sent.append(other)
-                    stream = os.fdopen(ours, "rb", buffering=0)
-                    unused.callback(stream.close)
-                    setattr(self, name, stream)
-                send_bytes(control, p.WORK, sent)
-                unused.pop_all()
-        except ConnectionError:
-            raise
-        except OSError as error:
+            self.socket, theirs = make_socket()
+            kept.append(self.socket)
+            sent.append(theirs.detach())
+            for name in ("stdout", "stderr"):
+                ours, other = make_pipe(to_guest=False)
+                sent.append(other)
+                kept.append(FileIO(ours))
+                setattr(self, name, kept[-1])
+            send_bytes(control, p.WORK, sent)
+        except BaseException as error:
+            for end in kept:
+                end.close()
+            if not isinstance(error, OSError) or isinstance(error, ConnectionError):
+                raise
             what = f"the worker's sockets: {error}"
             raise SetupError("birth", what, errno=error.errno or 0) from error
+        finally:
+            close_all(sent)
 
     def close(self) -> None:
         """Close all of it; may be called again."""

@@ -190,10 +190,10 @@ class EnvironmentConnection:
             if attachments and word and p.parse_failure(word) is None:
                 self._awaits_attachments = True
                 for source, _ in attachments:
-                    with suppress(OSError):  # the launcher tells
-                        os.stat(source)  # one that does not answer stops this thread, not all
-                with suppress(OSError):  # it is gone, which is seen next
-                    protocol.send(self._birth, messages.Attach(mounts=attachments))
+                    # One that does not answer stops this thread, not all; the launcher tells.
+                    os.path.exists(source)
+                # When it is gone, that is seen next.
+                protocol.answer(self._birth, messages.Attach(mounts=attachments))
             born = self._hear_of_birth()
             self.proc = _check_ready(word)
             self._verify(filtered=bool(self._spec.seccomp))
