@@ -64,6 +64,10 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
+Streams = tuple[Stream, Stream, Stream]
+"""stdin, stdout and stderr."""
+
+
 class Command:
     """A command line and its options, checked before anything is made for it.
 
@@ -84,7 +88,7 @@ class Command:
         argv: Sequence[Word],
         env: Mapping[str, str] | None,
         cwd: str | None,
-        streams: tuple[Stream, Stream, Stream],
+        streams: Streams,
         cpu_time: float | None,
     ) -> None:
         """Take what `ExecutionEnvironment.popen` takes.
@@ -113,7 +117,7 @@ class Command:
         timeout: float | None,
         env: Mapping[str, str] | None,
         cwd: str | None,
-        streams: tuple[Stream, Stream, Stream],
+        streams: Streams,
         cpu_time: float | None,
     ) -> Command:
         """Take what `ExecutionEnvironment.run` takes: None of `streams` is its default there."""
@@ -196,8 +200,9 @@ class ExecutionEnvironment:
             # In no cycle: a closed environment would hold on to its code until a collection.
             own = weakref.proxy(self)
 
-            def start(*args: Any, **options: Any) -> Process:  # noqa: ANN401
-                return own._start(*args, **options)  # type: ignore[no-any-return]
+            def start(argv: Sequence[Word], env: Mapping[str, str], streams: Streams) -> Process:
+                command = Command(argv, env, None, streams, None)
+                return own._start(command, announced=False)  # type: ignore[no-any-return]
 
             session = self._session = Session(
                 connection,

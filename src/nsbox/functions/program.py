@@ -49,7 +49,7 @@ def run_program(
     variables = {**dict(version.env), **request.env, "AWS_REQUEST_ID": request_id}
     hear = None if request.on_log is None else partial(request.on_log, "stderr")
     streams = (PIPE if request.payload else DEVNULL, PIPE, PIPE)
-    process = start(function.command, variables, None, streams, None, None, announced=False)
+    process = start(function.command, variables, streams)
     try:
         kept = function.limits.output_max
         result = process.communicate(request.payload, limit, kept, hear or _nobody)
