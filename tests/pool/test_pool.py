@@ -25,6 +25,7 @@ from tests.support import PATIENCE, host_program, wait_until
 import nsbox
 from nsbox.pool import function as pool_function
 from nsbox.pool.accounts import Phase
+from nsbox.pool.manager import PoolLease
 from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
@@ -159,12 +160,13 @@ def test_a_tenants_version_stays_its_own(make: Make) -> None:
 
 
 def test_a_lease_is_ended_once(commands: nsbox.WarmPool) -> None:
-    lease = commands._take(None, 1)
+    lease, again = PoolLease(), PoolLease()
+    commands._take(lease, None, 1)
     assert lease.slot.phase is Phase.LEASED
     commands._manager.finish(lease, None)
     with pytest.raises(nsbox.EnvironmentStateError, match="this lease is over"):
         commands._manager.finish(lease, None)
-    again = commands._take(None, 1)
+    commands._take(again, None, 1)
     assert again.slot is lease.slot
     with pytest.raises(nsbox.EnvironmentStateError, match="this lease is over"):
         commands._manager.finish(lease, None)

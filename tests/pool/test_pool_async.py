@@ -11,6 +11,7 @@ import pytest
 from tests.support import SLOW_MACHINE, wait_until
 
 import nsbox
+from nsbox.pool.manager import PoolLease
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -230,7 +231,8 @@ def test_threads_and_several_loops_at_once(make: Make) -> None:
 def test_a_loop_that_ends_without_its_calls_keeps_nothing(make: Make) -> None:
     """It closes with a call in the queue, which is not even cancelled: the lease goes on."""
     with nsbox.WarmPool(make(), max_environments=1, acquire_timeout=None) as pool:
-        grant = pool._take(None, 1)
+        grant = PoolLease()
+        pool._take(grant, None, 1)
         loop = asyncio.new_event_loop()
         task = loop.create_task(pool.invoke_async({}))
         loop.run_until_complete(asyncio.sleep(0))

@@ -108,10 +108,10 @@ def kill_at_lease(
     take = Scheduler.take_idle
 
     def take_and_kill(
-        scheduler: PoolScheduler, queue: object, tenant: str | None
-    ) -> PoolLease | None:
-        lease = take(scheduler, queue, tenant)  # type: ignore[arg-type]
-        if lease is not None and not killed:
+        scheduler: PoolScheduler, lease: PoolLease, queue: object, tenant: str | None
+    ) -> bool:
+        is_taken = take(scheduler, lease, queue, tenant)  # type: ignore[arg-type]
+        if is_taken and not killed:
             slot = lease.slot
             killed.append(slot)
             env = slot.env
@@ -123,7 +123,7 @@ def kill_at_lease(
                 wait_until(lambda: is_readable(slot.fd), "it is gone")
             if env._session is not None and env._session.worker is not None:
                 wait_until(lambda: hears(slot, select.POLLHUP), "its worker's socket is closed")
-        return lease
+        return is_taken
 
     # On the class: put back on the object, its own method would keep it alive.
     monkeypatch.setattr(Scheduler, "take_idle", take_and_kill)

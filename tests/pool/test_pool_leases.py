@@ -102,6 +102,8 @@ class Pool(RuleBasedStateMachine):
         self.births: list[Caller] = []
         self.running: list[Caller] = []
         self.removing: list[Slot[Env, What]] = []
+        self.lists: list[list[Slot[Env, What]]] = []
+        self.leases: list[Lease[Env, What]] = []
         self.living: set[Env] = set()
         self.dead: set[Slot[Env, What]] = set()
         self.order: list[Slot[Env, What]] = []
@@ -119,7 +121,9 @@ class Pool(RuleBasedStateMachine):
         lease = None
         try:
             if self.is_quick:
-                lease = self.scheduler.take_idle(self.queues[function], tenant)
+                record = caller.waiter.record
+                if self.scheduler.take_idle(record, self.queues[function], tenant):
+                    lease = record
             if lease is None:
                 lease = self.scheduler.ask(caller.waiter, self.queues[function])
         except errors.PoolClosed:
@@ -142,7 +146,7 @@ class Pool(RuleBasedStateMachine):
         # The key is that of the version of this very moment, and of the caller's own tenant.
         assert slot.key == (self.versions[caller.function], caller.waiter.tenant)
         assert slot.queue is self.queues[caller.function]
-        for victim in lease.victims:
+        for victim in lease.slot.victims:
             assert victim.queue.places is slot.queue.places, "its place was set aside"
             wanted = Retirement.DEMAND if caller.is_call else Retirement.PROVISIONED
             assert victim.reason is wanted
@@ -183,6 +187,10 @@ class Pool(RuleBasedStateMachine):
             else:
                 assert caller.waiter.lease is not None
                 self.begin(caller, caller.waiter.lease)
+
+    def have_to_close(self, slots: list[Slot[Env, What]]) -> None:
+        self.removing += slots
+        self.lists.append(slots)  # whoever lets go of it does not close them
 
     def remove(self, slot: Slot[Env, What]) -> None:
         assert slot.phase is Phase.RETIRED
@@ -250,7 +258,8 @@ class Pool(RuleBasedStateMachine):
             self.scheduler.give_back(caller.lease, None, answered=True)
         assert not self.scheduler.keep_idle(caller.lease)
         if reason is not None:
-            self.removing.append(caller.lease.slot)
+            self.have_to_close([caller.lease.slot])
+            self.leases.append(caller.lease)
         self.collect()
 
     @precondition(lambda self: self.removing)
@@ -287,7 +296,7 @@ class Pool(RuleBasedStateMachine):
             assert queue.provisioned == before
             return
         assert all(slot.reason is Retirement.PROVISIONED for slot in surplus)
-        self.removing += surplus
+        self.have_to_close(surplus)
 
     @rule(data=st.data())
     def one_dies(self, data: st.DataObject) -> None:
@@ -307,7 +316,7 @@ class Pool(RuleBasedStateMachine):
         due = self.scheduler.sweep()
         assert not due.orphans
         assert due.seconds > 0
-        self.removing += due.over
+        self.have_to_close(due.over)
         for slot in due.cold:
             assert self.now - slot.idle_since >= FREEZE_AFTER
             assert self.scheduler.begin_freeze(slot)
@@ -319,7 +328,7 @@ class Pool(RuleBasedStateMachine):
     def a_call_is_faster_than_the_freezer(self, function: str, tenant: str | None) -> None:
         """It is told to freeze one, and finds that a call has it."""
         cold = self.scheduler.sweep()
-        self.removing += cold.over
+        self.have_to_close(cold.over)
         self.call(function, tenant)
         for slot in cold.cold:
             is_idle = slot.phase is Phase.IDLE
@@ -335,14 +344,14 @@ class Pool(RuleBasedStateMachine):
         assert len(gone) == -(-len(idle) // 4)
         kept = [slot.idle_since for slot in idle if slot not in gone]
         assert all(slot.idle_since <= min(kept, default=self.now) for slot in gone)
-        self.removing += gone
+        self.have_to_close(gone)
 
     @precondition(lambda self: not self.is_closed)
     @rule(function=FUNCTIONS)
     def publish(self, function: str) -> None:
         self.versions[function] += 1
         resolve = resolver(function, self.versions[function])
-        self.removing += self.scheduler.publish(self.queues[function], resolve)
+        self.have_to_close(self.scheduler.publish(self.queues[function], resolve))
 
     @precondition(lambda self: not self.is_closed and self.total("calls") >= self.least_calls)
     @rule(drain=st.booleans())
@@ -353,7 +362,7 @@ class Pool(RuleBasedStateMachine):
         self.is_closed = True
         waiting = len(self.callers)
         idle, _ = self.scheduler.begin_close(None if drain else killed.append)
-        self.removing += idle
+        self.have_to_close(idle)
         if not drain:
             assert len(killed) == len(self.running)
             before = self.total("throttles")
@@ -495,7 +504,7 @@ class Floor:
         return self.scheduler.ask(waiter, self.queues[function]) or waiter
 
     def begin(self, lease: Lease[Env, What]) -> Lease[Env, What]:
-        for victim in lease.victims:
+        for victim in lease.slot.victims:
             self.scheduler.removed(victim)
         if lease.is_birth:
             self.scheduler.born(lease, Env(lease.slot.key), -1)
@@ -598,19 +607,17 @@ def test_the_short_way_back_is_for_what_may_stay(what: str) -> None:
         clock=lambda: now,
     )
     queue, _ = scheduler.add(resolver("light", 0), reserved=None, provisioned=0)
+    leases = []
     for _ in range(2):
         born = scheduler.ask(Waiter(None), queue)
         assert born is not None
         scheduler.born(born, Env(born.slot.key), -1)
         born.slot.is_plain = what != "odd"
-    (one, _) = scheduler._slots
-    lease: Lease[Env, What] = Lease()
-    lease.slot, lease.token = one, one.token
-    scheduler.give_back(lease, None, answered=True)
-    taken = scheduler.take_idle(queue, None)
-    assert taken is not None
-    lease = taken
-    assert scheduler.take_idle(queue, None) is None
+        leases.append(born)
+    scheduler.give_back(leases.pop(), None, answered=True)
+    lease = Lease[Env, What]()
+    assert scheduler.take_idle(lease, queue, None)
+    assert not scheduler.take_idle(Lease(), queue, None)
     if what == "dead":
         assert not scheduler.died(lease.slot)
     elif what == "closed":
@@ -625,4 +632,4 @@ def test_the_short_way_back_is_for_what_may_stay(what: str) -> None:
         scheduler.add(resolver("alone", 0), reserved=1, provisioned=0)
     assert scheduler.keep_idle(lease) is (what == "nothing")
     assert (lease.slot.phase is Phase.IDLE) is (what == "nothing")
-    assert (scheduler.take_idle(queue, None) is not None) is (what == "nothing")
+    assert scheduler.take_idle(Lease(), queue, None) is (what == "nothing")

@@ -639,10 +639,22 @@ class ExecutionEnvironment:
         if grace != 0:
             seconds = parse_seconds(grace, "grace")
             await_exit_notice(self.ask_to_end(), seconds)
-        with self._close_lock:
-            connection, self._connection = self._connection, None
-        if connection is None:
-            return
+        connection = None
+        try:
+            with self._close_lock:
+                connection, self._connection = self._connection, None
+            if connection is not None:
+                self._end(connection, wait=wait)
+        except BaseException:
+            # Interrupted: nothing is waited for any more, and nothing kept.
+            if connection is not None:
+                connection.closing = True
+                connection.close()
+                self._let_go()
+            raise
+
+    def _end(self, connection: EnvironmentConnection, *, wait: bool) -> None:
+        """Do as `close`, once."""
         if self._owner != os.getpid():
             if self._session is not None:
                 self._session.close()
@@ -655,8 +667,7 @@ class ExecutionEnvironment:
             connection.kill()
         if self._session is not None:
             self._session.await_idle()
-            self._session.close()
-        self._replace_standby()
+        self._let_go()
         leaked: list[str] = []
         if wait:
             if not connection.await_end():
@@ -665,6 +676,11 @@ class ExecutionEnvironment:
         connection.close()
         if leaked:
             raise CleanupError(leaked)
+
+    def _let_go(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        self._replace_standby()
 
     def __reduce__(self) -> NoReturn:
         refuse_pickling("an environment", "make one there, from the Config or FunctionVersion")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+from _io import FileIO
 
 # The C half of `socket`, as in `calls`.
 from _socket import (
@@ -25,7 +26,7 @@ from nsbox.linux import calls
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 MOST_FDS = 253
 """Descriptors one message may carry (unix(7), SCM_MAX_FD)."""
@@ -113,6 +114,16 @@ def receive_message(channel: Socket) -> tuple[bytes, list[int]]:
     # A buffer for the largest would be mapped and unmapped each time (malloc(3), M_MMAP_THRESHOLD).
     size = channel.recv_into(bytearray(1), 1, MSG_PEEK | MSG_TRUNC)
     return receive_bytes(channel, max(size, 1), MOST_FDS)
+
+
+def as_file(make: Callable[..., int], *arguments: object) -> FileIO:
+    """Return the descriptor that `make` returns as a file, which is closed when it is dropped.
+
+    A number that a call returns is lost when an interrupt comes before it is kept. None comes
+    within one call of the interpreter's own.
+    """
+    (file,) = map(FileIO, map(make, *([argument] for argument in arguments)), ["r+"])
+    return file
 
 
 def close_all(fds: Sequence[int]) -> None:

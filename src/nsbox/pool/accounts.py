@@ -6,9 +6,10 @@ from __future__ import annotations
 import enum
 import select
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from nsbox.errors import ConfigError, Throttled
 from nsbox.pool.events import Counters, Retirement
@@ -55,6 +56,9 @@ class Slot(Generic[E, W]):
         generation: That of the queue when it was made; another one means an older version.
         phase: Where it is.
         token: Number of its lease; 0: none.
+        holder: Of what whoever has it holds on to: its lease, or the list with which it is given
+            away to be closed. None: it is idle, or the maintenance thread has it.
+        victims: What has to be closed before its birth.
         env: The environment, once it is born.
         fd: Readable once its PID 1 has ended; -1 before.
         death: * A poll object on `fd`, for the thread that holds the lease.
@@ -72,9 +76,9 @@ class Slot(Generic[E, W]):
     """
 
     __slots__ = (
-        "begun", "born", "death", "env", "fd", "generation", "idle_since", "invocations", "is_cold",
-        "is_dead", "is_plain", "is_provisioned", "is_silent", "key", "memory", "phase", "queue",
-        "reason", "serves", "token", "what",
+        "begun", "born", "death", "env", "fd", "generation", "holder", "idle_since", "invocations",
+        "is_cold", "is_dead", "is_plain", "is_provisioned", "is_silent", "key", "memory", "phase",
+        "queue", "reason", "serves", "token", "victims", "what",
     )  # fmt: skip
 
     def __init__(
@@ -83,7 +87,6 @@ class Slot(Generic[E, W]):
         key: Hashable,
         what: W,
         memory: int,
-        token: int,
         now: float,
     ) -> None:
         self.queue = queue
@@ -92,7 +95,9 @@ class Slot(Generic[E, W]):
         self.memory = memory
         self.generation = queue.generation
         self.phase = Phase.BIRTH
-        self.token = token
+        self.token = 0
+        self.holder: weakref.ref[Any] | None = None
+        self.victims: tuple[Slot[E, W], ...] = ()
         self.env: E | None = None
         self.fd = -1
         self.death: select.poll | None = None
@@ -104,23 +109,35 @@ class Slot(Generic[E, W]):
         self.serves = False
         self.reason: Retirement | None = None
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether nobody has it any more who would give it back, or close it."""
+        return self.holder is not None and self.holder() is None
+
 
 class Lease(Generic[E, W]):
     """The right to use a slot's environment, or to have one born there, until it is given back.
 
+    A call makes it before it asks for an environment, so that there is no moment at which it has
+    one without a record of that.
+
     Attributes:
-        slot: Which.
-        token: Its number; it is over when the slot has another.
+        slot: Which; there is none before the first.
+        token: Its number; it is over when the slot has another. 0: there was none yet.
         is_birth: Whether the holder has to give birth (`Scheduler.born`).
         is_cold: Whether the holder has to thaw it: it is frozen, or just being frozen.
-        victims: What the holder has to close before the birth.
     """
 
-    # Filled in by who makes it: a method would be one more call of each invocation.
+    # Class attributes: a method would be one more call of each invocation.
     slot: Slot[E, W]
-    token: int
+    token = 0
     is_birth = is_cold = False
-    victims: tuple[Slot[E, W], ...] = ()
+
+
+class Retired(list[Slot[E, W]]):
+    """Slots of retired environments, for whoever gets the list to close them."""
+
+    __slots__ = ("__weakref__",)
 
 
 class Waiter(Generic[E, W]):
@@ -130,17 +147,19 @@ class Waiter(Generic[E, W]):
         tenant: Whose call it is.
         queue: That of its function; set when it joins.
         turn: Its number among all calls that wait.
+        record: The lease that it is to get, made before.
         lease: What it has got.
         error: Why it gets none.
     """
 
     queue: FunctionQueue[E, W]
 
-    __slots__ = ("_turn", "error", "lease", "queue", "tenant", "turn")
+    __slots__ = ("_turn", "error", "lease", "queue", "record", "tenant", "turn")
 
-    def __init__(self, tenant: str | None) -> None:
+    def __init__(self, tenant: str | None, record: Lease[E, W] | None = None) -> None:
         self.tenant = tenant
         self.turn = 0
+        self.record: Lease[E, W] = Lease() if record is None else record
         self.lease: Lease[E, W] | None = None
         self.error: Exception | None = None
         self._turn: threading.Lock | None = None
@@ -152,7 +171,7 @@ class Waiter(Generic[E, W]):
 
     def wake(self) -> bool:
         """Tell the caller that `lease` or `error` is set; False when nobody is there any more."""
-        if self._turn is not None:
+        if self._turn is not None and self._turn.locked():
             self._turn.release()
         return True
 
@@ -164,7 +183,7 @@ class Waiter(Generic[E, W]):
 class Due(NamedTuple, Generic[E, W]):
     """What `Scheduler.sweep` has found."""
 
-    over: list[Slot[E, W]]
+    over: Retired[E, W]
     """Retired; to be closed."""
     cold: list[Slot[E, W]]
     """Idle for so long that they are to be frozen (`Scheduler.begin_freeze`)."""
@@ -325,7 +344,7 @@ class FunctionQueue(Generic[E, W]):
 
     def put_idle(self, slot: Slot[E, W]) -> None:
         """Keep an environment for the next call."""
-        slot.phase = Phase.IDLE
+        slot.phase, slot.holder = Phase.IDLE, None
         stack = self.idle.get(slot.key)
         if stack is None:
             stack = self.idle[slot.key] = deque()

@@ -11,10 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Final
 
 from nsbox.errors import PoolClosed
 
+NO_THREAD: Final = "can't start new thread"
+"""What Thread.start says where there can be no more (thread_PyThread_start_new_thread)."""
 _IDLE_SECONDS: Final = 5.0
 _JOIN_SECONDS: Final = 5.0
 
@@ -38,24 +41,34 @@ class CallExecutor:
             PoolClosed: `close` was called.
             RuntimeError: There is no thread yet, and this process can have none.
         """
-        future: Future[Any] = Future()
-        with self._lock:
-            if self._is_closed:
-                raise PoolClosed("the pool is closed")
-            self._queue.append((future, call))
-            if self._idle >= len(self._queue):
-                self._changed.notify()
-            elif len(self._threads) < self._most:
-                thread = threading.Thread(target=self._run, name="nsbox-pool-call", daemon=True)
+        job = future, _ = Future[Any](), call
+        try:
+            with self._lock:
+                if self._is_closed:
+                    raise PoolClosed("the pool is closed")
+                self._queue.append(job)
+                self._have_it_made()
+            return future
+        except BaseException:
+            # Nobody has the future: no thread could be had, or this was interrupted.
+            future.cancel()
+            with suppress(ValueError):
+                self._queue.remove(job)
+            raise
+
+    def _have_it_made(self) -> None:
+        if self._idle >= len(self._queue):
+            self._changed.notify()
+        elif len(self._threads) < self._most:
+            thread = threading.Thread(target=self._run, name="nsbox-pool-call", daemon=True)
+            try:
                 self._threads.add(thread)
-                try:
-                    thread.start()
-                except RuntimeError:
-                    self._threads.discard(thread)
-                    if not self._threads:
-                        self._queue.pop()
-                        raise
-        return future
+                thread.start()
+            except BaseException as error:
+                # One that was interrupted may have started all the same, and says so itself.
+                self._threads.discard(thread)
+                if not self._threads or str(error) != NO_THREAD:
+                    raise
 
     def refuse(self, *, cancel: bool) -> None:
         """Take no more; with `cancel`, cancel what is queued."""
@@ -69,9 +82,7 @@ class CallExecutor:
             if future.set_running_or_notify_cancel():
                 future.set_exception(PoolClosed("the pool was closed while the call waited"))
         if drain:
-            with self._lock:
-                own = threading.current_thread()
-                self._changed.wait_for(lambda: not (self._threads - {own}))
+            self.join(None)
 
     def _stop(self, *, drop: bool) -> list[Future[Any]]:
         with self._lock:
@@ -83,12 +94,12 @@ class CallExecutor:
             self._changed.notify_all()
         return dropped
 
-    def join(self) -> None:
-        """Wait until the threads have ended, whose calls have."""
+    def join(self, seconds: float | None = _JOIN_SECONDS) -> None:
+        """Wait until the threads have ended, `seconds` for each at most; their calls have."""
         with self._lock:
             threads = [t for t in self._threads if t is not threading.current_thread()]
         for thread in threads:
-            thread.join(_JOIN_SECONDS)
+            thread.join(seconds)
 
     def _next(self) -> tuple[Future[Any], Callable[[], Any]] | None:
         with self._lock:
@@ -98,10 +109,11 @@ class CallExecutor:
             if self._queue:
                 return self._queue.popleft()
             self._threads.discard(threading.current_thread())
-            self._changed.notify_all()
             return None
 
     def _run(self) -> None:
+        with self._lock:
+            self._threads.add(threading.current_thread())
         while (job := self._next()) is not None:
             future, call = job
             if not future.set_running_or_notify_cancel():

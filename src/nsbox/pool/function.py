@@ -39,7 +39,7 @@ from nsbox.functions.request import (
     check_payload,
     encode_event,
 )
-from nsbox.pool.accounts import Resolve, Waiter
+from nsbox.pool.accounts import Lease, Resolve, Waiter
 from nsbox.pool.events import PoolStats
 from nsbox.pool.executor import CallExecutor
 from nsbox.pool.maintenance import Source
@@ -116,19 +116,24 @@ class PoolFunction(Generic[Served]):
         if self._has_provider or credentials is not None:
             found = self._credentials(credentials, role)
         request = InvocationRequest(payload, found, timeout=timeout, env=env, files=files)
+        lease: PoolLease = Lease()
         begin = time.monotonic()
-        lease = self._take_warm(tenant, begin)
-        while True:
-            try:
-                answer = (lease.slot.env or env_of(lease)).call(request).json()
-            except BaseException as error:
-                if not self._manager.fail(lease, error):
-                    raise
-            else:
-                if not self._scheduler.keep_idle(lease):
-                    self._manager.finish(lease, None)
-                return answer
-            lease = self._take(tenant, self._acquire_timeout, begin, again=True)
+        try:
+            self._take_warm(lease, tenant, begin)
+            while True:
+                try:
+                    answer = (lease.slot.env or env_of(lease)).call(request).json()
+                except BaseException as error:
+                    if not self._manager.fail(lease, error):
+                        raise
+                else:
+                    if not self._scheduler.keep_idle(lease):
+                        self._manager.finish(lease, None)
+                    return answer
+                self._take(lease, tenant, self._acquire_timeout, begin, again=True)
+        except BaseException:
+            self._manager.abandon(lease)
+            raise
 
     def invoke_bytes(
         self: PoolFunction[Function],
@@ -142,22 +147,27 @@ class PoolFunction(Generic[Served]):
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
         data = check_payload(payload)
         request = InvocationRequest(data, self._credentials(credentials, role), **options)
+        lease: PoolLease = Lease()
         begin = time.monotonic()
-        lease = self._take_warm(tenant, begin)
-        while True:
-            try:
-                answer = (lease.slot.env or env_of(lease)).call(request)
-                invocation = (
-                    answer.invocation() if isinstance(answer, InvocationResponse) else answer
-                )
-            except BaseException as error:
-                if not self._manager.fail(lease, error):
-                    raise
-            else:
-                if not self._scheduler.keep_idle(lease):
-                    self._manager.finish(lease, None)
-                return invocation
-            lease = self._take(tenant, self._acquire_timeout, begin, again=True)
+        try:
+            self._take_warm(lease, tenant, begin)
+            while True:
+                try:
+                    answer = (lease.slot.env or env_of(lease)).call(request)
+                    invocation = (
+                        answer.invocation() if isinstance(answer, InvocationResponse) else answer
+                    )
+                except BaseException as error:
+                    if not self._manager.fail(lease, error):
+                        raise
+                else:
+                    if not self._scheduler.keep_idle(lease):
+                        self._manager.finish(lease, None)
+                    return invocation
+                self._take(lease, tenant, self._acquire_timeout, begin, again=True)
+        except BaseException:
+            self._manager.abandon(lease)
+            raise
 
     def submit(
         self: PoolFunction[Function], event: object, **options: Unpack[TimedCallOptions]
@@ -253,13 +263,13 @@ class PoolFunction(Generic[Served]):
         request = InvocationRequest(payload, found, **options)
         self._check_usable(is_function=True)
         begin = time.monotonic()
-        lease = self._scheduler.take_idle(self._queue, tenant)
-        is_again = lease is not None
+        lease: PoolLease = Lease()
+        is_again = has_one = self._scheduler.take_idle(lease, self._queue, tenant)
         while True:
-            is_plain = lease is not None and not lease.is_cold and not lease.slot.is_silent
-            if lease is None or (not is_plain and await self._looks_dead_on_loop(lease)):
-                lease = await self._take_on_loop(
-                    tenant, self._acquire_timeout, begin, again=is_again
+            is_plain = has_one and not lease.is_cold and not lease.slot.is_silent
+            if not has_one or (not is_plain and await self._looks_dead_on_loop(lease)):
+                await self._take_on_loop(
+                    lease, tenant, self._acquire_timeout, begin, again=is_again
                 )
             try:
                 environment = lease.slot.env or env_of(lease)
@@ -271,7 +281,7 @@ class PoolFunction(Generic[Served]):
                 if not self._scheduler.keep_idle(lease):
                     self._manager.finish(lease, None)
                 return answer
-            lease, is_again = None, True
+            has_one, is_again = False, True
 
     async def map_async(
         self: PoolFunction[Function],
@@ -297,10 +307,7 @@ class PoolFunction(Generic[Served]):
                 task.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
 
-    @contextlib.contextmanager
-    def acquire(
-        self: PoolFunction[Config], *, timeout: float | None = None
-    ) -> Iterator[ExecutionEnvironment]:
+    def acquire(self: PoolFunction[Config], *, timeout: float | None = None) -> Acquisition:
         """Lease an environment of a pool of a `Config`, for the body of a with statement.
 
         With reuse "keep" the next one finds the files in /tmp, with "reset" nothing: the statement
@@ -310,16 +317,9 @@ class PoolFunction(Generic[Served]):
             timeout: Seconds to wait for one, instead of `acquire_timeout`.
 
         Raises:
-            As `invoke`.
+            As `invoke`; but for a bad `timeout`, when the statement is entered.
         """
-        self._check_usable(is_function=False)
-        lease = self._take(None, self._patience(timeout))
-        try:
-            yield env_of(lease)
-        except BaseException as error:
-            self._manager.finish(lease, error)
-            raise
-        self._manager.finish(lease, None)
+        return Acquisition(self, self._patience(timeout))
 
     @contextlib.asynccontextmanager
     async def acquire_async(
@@ -332,7 +332,8 @@ class PoolFunction(Generic[Served]):
         The environment's own methods wait: `await asyncio.to_thread(env.run, argv)`.
         """
         self._check_usable(is_function=False)
-        lease = await self._take_on_loop(None, self._patience(timeout), time.monotonic())
+        lease: PoolLease = Lease()
+        await self._take_on_loop(lease, None, self._patience(timeout), time.monotonic())
         try:
             yield env_of(lease)
         except BaseException as error:
@@ -340,30 +341,39 @@ class PoolFunction(Generic[Served]):
             raise
         await aside(self._manager.finish, lease, None)
 
+    def _enter(self, lease: PoolLease, seconds: float | None) -> ExecutionEnvironment:
+        self._check_usable(is_function=False)
+        try:
+            self._take(lease, None, seconds)
+            return env_of(lease)
+        except BaseException:
+            self._manager.abandon(lease)
+            raise
+
     # -- leases -----------------------------------------------------------------------------------
 
-    def _take_warm(self, tenant: str | None, begin: float) -> PoolLease:
-        """Return a lease for a call of a function; what has died is seen when it is used."""
+    def _take_warm(self, lease: PoolLease, tenant: str | None, begin: float) -> None:
+        """Take an environment for a call; what has died is seen when it is used."""
         if not self._is_function or self._manager.owner != os.getpid():
             self._check_usable(is_function=True)
-        lease = self._scheduler.take_idle(self._queue, tenant)
-        if lease is None:
-            return self._take(tenant, self._acquire_timeout, begin)
-        if (lease.is_cold or lease.slot.is_silent) and self._manager.is_dead(lease):
-            return self._take(tenant, self._acquire_timeout, begin, again=True)
-        return lease
+        if not self._scheduler.take_idle(lease, self._queue, tenant):
+            self._take(lease, tenant, self._acquire_timeout, begin)
+        elif (lease.is_cold or lease.slot.is_silent) and self._manager.is_dead(lease):
+            self._take(lease, tenant, self._acquire_timeout, begin, again=True)
 
     def _take(
         self,
+        lease: PoolLease,
         tenant: str | None,
         seconds: float | None,
         begin: float | None = None,
         *,
         again: bool = False,
-    ) -> PoolLease:
-        """Return a lease with a living environment.
+    ) -> None:
+        """Have `lease` be that of a living environment.
 
         Args:
+            lease: The record of the call; whoever made it abandons it when this raises.
             tenant: Whose it is to be.
             seconds: How long to wait for one since `begin`; None: as long as it takes.
             begin: When the call began; now by default.
@@ -373,30 +383,22 @@ class PoolFunction(Generic[Served]):
         if seconds is not None:
             deadline = (time.monotonic() if begin is None else begin) + seconds
         while True:
-            waiter: PoolWaiter = Waiter(tenant)
-            lease = self._scheduler.ask(waiter, self._queue, again=again)
-            if lease is None:
-                self._wait(waiter, deadline)
-                lease = self._leave_queue(waiter, seconds)
+            waiter: PoolWaiter = Waiter(tenant, lease)
+            if self._scheduler.ask(waiter, self._queue, again=again) is None:
+                if deadline is None:
+                    waiter.wait(threading.TIMEOUT_MAX)
+                else:
+                    waiter.wait(max(0.0, deadline - time.monotonic()))
+                self._leave_queue(waiter, seconds)
             again = True
             if lease.is_birth:
                 self._manager.start(lease)
-                return lease
+                return
             if not self._looks_dead(lease):
-                return lease
+                return
 
-    def _wait(self, waiter: PoolWaiter, deadline: float | None) -> None:
-        try:
-            if deadline is None:
-                waiter.wait(threading.TIMEOUT_MAX)
-            else:
-                waiter.wait(max(0.0, deadline - time.monotonic()))
-        except BaseException:
-            self._manager.drop(self._scheduler.withdraw(waiter))
-            raise
-
-    def _leave_queue(self, waiter: PoolWaiter, seconds: float | None) -> PoolLease:
-        """Return the lease of a call that has waited for `seconds` at most.
+    def _leave_queue(self, waiter: PoolWaiter, seconds: float | None) -> None:
+        """Take what a call has got that has waited for `seconds` at most.
 
         Raises:
             PoolTimeout: It has got none.
@@ -407,27 +409,31 @@ class PoolFunction(Generic[Served]):
             raise waiter.error
         if lease is None:
             raise PoolTimeout(f"no environment was free within {seconds} seconds")
-        return lease
 
     async def _take_on_loop(
-        self, tenant: str | None, seconds: float | None, begin: float, *, again: bool = False
-    ) -> PoolLease:
+        self,
+        lease: PoolLease,
+        tenant: str | None,
+        seconds: float | None,
+        begin: float,
+        *,
+        again: bool = False,
+    ) -> None:
         """Do as `_take`, on the running loop."""
         loop = asyncio.get_running_loop()
         left = None if seconds is None else max(0.0, begin + seconds - time.monotonic())
         deadline = None if left is None else loop.time() + left
         while True:
-            waiter = LoopWaiter(tenant, loop)
-            lease = self._scheduler.ask(waiter, self._queue, again=again)
-            if lease is None:
+            waiter = LoopWaiter(tenant, lease, loop)
+            if self._scheduler.ask(waiter, self._queue, again=again) is None:
                 await self._wait_on_loop(waiter, deadline)
-                lease = self._leave_queue(waiter, seconds)
+                self._leave_queue(waiter, seconds)
             again = True
             if lease.is_birth:
                 await _LeaseThread(self._manager, lease, self._start).wait()
-                return lease
+                return
             if not await self._looks_dead_on_loop(lease):
-                return lease
+                return
 
     async def _looks_dead_on_loop(self, lease: PoolLease) -> bool:
         """Do as `_looks_dead`; a thaw takes as long as the launcher does."""
@@ -537,6 +543,29 @@ class PoolFunction(Generic[Served]):
         return self._scheduler.stats(self._queue)
 
 
+class Acquisition:
+    """What `PoolFunction.acquire` returns: a context manager, entered once.
+
+    Not of contextlib: between its generator and its caller there is room for an interrupt.
+    """
+
+    def __init__(self, function: PoolFunction[Any], seconds: float | None) -> None:
+        self._function = function
+        self._seconds = seconds
+        self._lease: PoolLease = Lease()
+
+    def __enter__(self) -> ExecutionEnvironment:
+        return self._function._enter(self._lease, self._seconds)
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        manager = self._function._manager
+        try:
+            manager.finish(self._lease, error)
+        except BaseException:
+            manager.abandon(self._lease)
+            raise
+
+
 class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
     """A call that waits on a loop.
 
@@ -544,8 +573,10 @@ class LoopWaiter(Waiter[ExecutionEnvironment, Source]):
         future: Done once the call is served or refused, or its time is over.
     """
 
-    def __init__(self, tenant: str | None, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(tenant)
+    def __init__(
+        self, tenant: str | None, record: PoolLease, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        super().__init__(tenant, record)
         self._loop = loop
         self.future: asyncio.Future[None]
 

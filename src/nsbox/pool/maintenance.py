@@ -21,6 +21,7 @@ from nsbox.functions.deployment import kind_of
 from nsbox.functions.function import FunctionVersion
 from nsbox.launcher.messages import Spec
 from nsbox.launcher.protocol import STANDBY_LIFE
+from nsbox.linux.descriptors import as_file
 from nsbox.pool import pressure
 from nsbox.pool.accounts import E, Lease, Slot
 from nsbox.pool.pressure import Pressure
@@ -35,6 +36,7 @@ Source = FunctionVersion | Config
 _log: Final = logging.getLogger("nsbox.pool")
 _EXIT_DEADLINE: Final = 5.0
 _AFTER_ERROR: Final = 1.0  # seconds until a task that raised is run again
+_RING: Final = (1).to_bytes(8, sys.byteorder)  # what adds 1 to an eventfd
 _FREEZES_AT_ONCE: Final = 8  # a millisecond or two each, and deaths are to be seen meanwhile
 _WISH_SECONDS: Final = STANDBY_LIFE / 3
 _REFILL_AGAIN: Final = 0.2  # seconds until a thread for a birth is asked for again
@@ -333,12 +335,14 @@ class Maintenance:
     def __init__(self) -> None:
         self._tasks: tuple[Task, ...] = ()
         self._epoll = select.epoll() if hasattr(select, "epoll") else _CooperativeEpoll()
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell = as_file(os.eventfd, 0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
         self._handlers: dict[int, tuple[object, Callable[[], object]]] = {}
         self._triggers: dict[int, Callable[[], object]] = {}
         self._is_over = False
-        self._lock = threading.Lock()  # no number is used once its descriptor is closed
+        # No number is used once its descriptor is closed. Reentrant: a lease may be found to be
+        # lost, and the thread be woken, wherever memory is given back.
+        self._lock = threading.RLock()
         self._thread = threading.Thread(target=self._run, name="nsbox-pool", daemon=True)
 
     def start(self, tasks: Iterable[Task], triggers: Mapping[int, Callable[[], object]]) -> None:
@@ -349,18 +353,14 @@ class Maintenance:
             triggers: Called for each exceptional condition of their descriptor (poll(2)).
 
         Raises:
-            RuntimeError: This process can have no more threads.
+            RuntimeError: This process can have no more threads. Then, and after an interrupt,
+                `close` it.
         """
         self._tasks = tuple(tasks)
         self._triggers = dict(triggers)
         for fd in triggers:
             self._epoll.register(fd, select.EPOLLPRI)
-        try:
-            self._thread.start()
-        except RuntimeError:
-            self._epoll.close()
-            os.close(self._bell)
-            raise
+        self._thread.start()
 
     def watch(self, fd: int, owner: object, handler: Callable[[], object]) -> None:
         """Have `handler` called, once, when `fd` is readable."""
@@ -378,21 +378,22 @@ class Maintenance:
                         self._epoll.unregister(fd)
 
     def wake(self) -> None:
-        """Have the thread look now at which tasks are due."""
+        """Have the thread look now at which tasks are due; under any lock of the pool's."""
         with self._lock:
-            if not self._epoll.closed:
-                os.eventfd_write(self._bell, 1)
+            if not self._bell.closed:
+                self._bell.write(_RING)
 
     def close(self) -> None:
         """End the thread, when every descriptor has been unwatched."""
         self._is_over = True
         self.wake()
-        if threading.current_thread() is not self._thread:
+        # Not one that has not begun: it ends by itself then.
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(_EXIT_DEADLINE)
         with self._lock:
-            if not self._thread.is_alive() and not self._epoll.closed:
+            if not self._thread.is_alive():
                 self._epoll.close()
-                os.close(self._bell)
+                self._bell.close()
 
     def dispatch(self, fd: int) -> None:
         """Call the handler of a descriptor that the kernel has told of."""
@@ -408,8 +409,8 @@ class Maintenance:
             # A timeout of weeks does not fit into the kernel's int.
             seconds = min([86_400.0, *(task.due() for task in self._tasks)])
             for fd, events in self._epoll.poll(max(seconds, 0.001)):
-                if fd == self._bell:
-                    os.eventfd_read(fd)
+                if fd == self._bell.fileno():
+                    self._bell.read(len(_RING))
                 elif events & select.EPOLLERR and fd in self._triggers:
                     self._epoll.unregister(fd)  # the cgroup that it was of is gone
                 elif not self._is_over:

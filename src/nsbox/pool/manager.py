@@ -74,6 +74,8 @@ class PoolManager:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._maintenance: Maintenance | None = None
+        self._is_closed = False
         self.scheduler: PoolScheduler = Scheduler(
             most=settings.max_environments,
             max_waiting=settings.max_waiting,
@@ -83,14 +85,13 @@ class PoolManager:
             freeze_after=settings.freeze_after,
             memory_budget=settings.memory_budget,
             weigh=memory_of if settings.memory_budget is not None else weightless,
+            on_lost=self._wake,
         )
         self.owner = os.getpid()
         self._start_lock = threading.Lock()
-        self._maintenance: Maintenance | None = None
         self._memory: Pressure | None = None
         # Held while an environment is being frozen. Reentrant: `on_event` is called under it.
         self._freezing = threading.RLock()
-        self._is_closed = False
         self._refill = Refill(
             self.scheduler,
             start=self._start_ready,
@@ -129,7 +130,11 @@ class PoolManager:
             NsboxError: One cannot be made, or does not start.
         """
         while (lease := self.scheduler.reserve(queue)) is not None:
-            self._start_ready(lease)
+            try:
+                self._start_ready(lease)
+            except BaseException:
+                self.abandon(lease)
+                raise
         queue.is_open = True
         if self.settings.standby:
             self._standby.request()
@@ -153,8 +158,8 @@ class PoolManager:
         """Have the environment of a birth's lease born and initialised; else end the lease."""
         slot = lease.slot
         try:
-            victims, lease.victims = lease.victims, ()  # whoever drops the lease later has none
-            self._end_all(victims)
+            self._end_all(slot.victims)
+            slot.victims = ()
             env = ExecutionEnvironment(slot.what)
             try:
                 self._adopt(lease, env)
@@ -211,9 +216,18 @@ class PoolManager:
         """End a lease that nobody uses any more; its call, if any, is an error. Does not wait."""
         if lease is None:
             return
-        for victim in lease.victims:
+        for victim in lease.slot.victims:
             self._close(victim)
+        lease.slot.victims = ()
         self._give_back(lease, None, answered=answered, has_run=False)
+
+    def abandon(self, lease: PoolLease) -> None:
+        """End what a call has by this lease that was interrupted, wherever that was.
+
+        There is nothing left to do where it has ended its lease by itself.
+        """
+        for slot in self.scheduler.abandon(lease):
+            self._close(slot)
 
     def finish(self, lease: PoolLease, error: BaseException | None) -> None:
         """End the lease of a call that ended so."""
@@ -280,6 +294,7 @@ class PoolManager:
         """End a retired environment, gracefully if it is healthy; waits for nothing."""
         is_healthy = slot.reason is not Retirement.FAILURE and not self.scheduler.is_killed
         if is_healthy and self._exits.begin(slot):
+            slot.holder = None  # the maintenance thread has it
             self._wake()
         else:
             self._close(slot)
@@ -325,7 +340,9 @@ class PoolManager:
                 slot.env.close(wait=wait)
                 self._tell("retired", slot, reason=slot.reason)
         finally:
-            self.scheduler.removed(slot)
+            # One that an interrupt has kept open is closed by whoever finds that nobody has it.
+            if slot.env is None or slot.env.is_closed or slot.holder is None:
+                self.scheduler.removed(slot)
             if self.scheduler.is_wanting:
                 self._wake()
 
@@ -351,8 +368,12 @@ class PoolManager:
                 if self.settings.standby:
                     tasks.append(self._standby)
                 maintenance = Maintenance()
-                maintenance.start([*tasks, self._exits, self._refill], triggers)
-                self._maintenance = maintenance
+                try:
+                    maintenance.start([*tasks, self._exits, self._refill], triggers)
+                    self._maintenance = maintenance
+                except BaseException:
+                    maintenance.close()
+                    raise
             return self._maintenance
 
     def _watch(self, fd: int, owner: object, handler: Callable[[], object]) -> None:
@@ -458,7 +479,6 @@ class PoolManager:
         self._refill.stop(RETURN_DEADLINE)
         if self._maintenance is not None:
             self._maintenance.close()
-            self._maintenance = None
         standby.forget(self)
         if self._memory is not None:
             self._memory.close()

@@ -10,7 +10,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any, Final, Literal, Self, Unpack, overload
@@ -173,10 +175,10 @@ class WarmPool(PoolFunction[PoolServed]):
         self._is_closed = False
         try:
             manager.open(queue)
+            _pools.add(self)
         except BaseException:
             self.close(drain=False)
             raise
-        _pools.add(self)
 
     def function(
         self,
@@ -246,20 +248,32 @@ class WarmPool(PoolFunction[PoolServed]):
         """Do as `close`; calls that were killed have `patience` seconds to return."""
         if self._manager.owner != os.getpid():
             return
-        # Before the lock, which another thread may have that lets calls end.
-        failure = None if drain else self._refuse(drain=False)
-        with self._close_lock:
-            if not self._is_closed:
-                if drain:
-                    failure = self._refuse(drain=True)
-                self._scheduler.await_empty(patience)
-                self._is_closed = True
-                for function in self._functions:
-                    function._executor.join()
-                self._manager.stop()
-                _pools.discard(self)
+        _let_go_of_leases()
+        try:
+            # Before the lock, which another thread may have that lets calls end.
+            failure = None if drain else self._refuse(drain=False)
+            with self._close_lock:
+                if not self._is_closed:
+                    if drain:
+                        failure = self._refuse(drain=True)
+                    self._scheduler.await_empty(patience)
+                    for function in self._functions:
+                        function._executor.join()
+                    self._manager.stop()
+                    _pools.discard(self)
+                    self._is_closed = True
+        except BaseException:
+            # Interrupted: whoever waits for nothing any more leaves nothing behind all the same.
+            with contextlib.suppress(RuntimeError):  # no thread is started any more
+                self._close_aside(drain=False)
+            raise
         if failure is not None:
             raise failure
+
+    def _close_aside(self, *, drain: bool) -> None:
+        threading.Thread(
+            target=self.close, kwargs={"drain": drain}, name="nsbox-pool-close", daemon=True
+        ).start()
 
     def _refuse(self, *, drain: bool) -> Exception | None:
         """Take no more calls, and end those that wait and run, unless they may end by themselves.
@@ -286,7 +300,7 @@ class WarmPool(PoolFunction[PoolServed]):
         if wait:
             self.close()
         else:
-            threading.Thread(target=self.close, name="nsbox-pool-close", daemon=True).start()
+            self._close_aside(drain=True)
 
     def __enter__(self) -> Self:
         return self
@@ -296,6 +310,21 @@ class WarmPool(PoolFunction[PoolServed]):
 
 
 _pools: set[WarmPool[Any]] = set()
+_HERE: Final = os.path.dirname(__file__)
+
+
+def _let_go_of_leases() -> None:
+    """Have no traceback of an interrupt hold on to what the interrupted call had.
+
+    That is of the exception under which a pool is closed, or that has ended the program.
+    """
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename.startswith(_HERE):
+                with contextlib.suppress(RuntimeError):  # it is still at work
+                    frame.clear()
+        error = error.__context__
 
 
 @atexit.register

@@ -11,6 +11,7 @@ read everywhere.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from typing import Final
 
@@ -34,7 +35,9 @@ class Pressure:
         self._directories = _own_directories()
         files = ["/proc/pressure/memory"]
         files += [f"{directory}/memory.pressure" for directory in self._directories[:1]]
-        self.triggers = [fd for path in files if (fd := _arm(path, stall)) >= 0]
+        # Files and not numbers: one that is dropped is closed.
+        self._files = [file for path in files if (file := _arm(path, stall)) is not None]
+        self.triggers = [file.fileno() for file in self._files]
 
     def is_low(self) -> bool:
         """Whether too little memory is available."""
@@ -61,8 +64,8 @@ class Pressure:
 
     def close(self) -> None:
         """Close the triggers, when nobody waits on them any more."""
-        for fd in self.triggers:
-            os.close(fd)
+        for file in self._files:
+            file.close()
         self.triggers = []
 
 
@@ -100,14 +103,14 @@ def _read_numbers(path: str) -> dict[str, int]:
     return found
 
 
-def _arm(path: str, stall: int) -> int:
-    """Return the descriptor of a trigger, or -1: no PSI in this kernel, or not for this user."""
-    fd = -1
+def _arm(path: str, stall: int) -> io.FileIO | None:
+    """Return a trigger, or None: no PSI in this kernel, or not for this user."""
     with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = io.FileIO(path, "r+")
         try:
-            os.write(fd, f"some {stall} {WINDOW}\0".encode())
+            file.write(f"some {stall} {WINDOW}\0".encode())
         except OSError:
-            os.close(fd)
-            fd = -1
-    return fd
+            file.close()
+            raise
+        return file
+    return None

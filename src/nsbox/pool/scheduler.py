@@ -20,11 +20,11 @@ of the same places first, one that is kept ready only for its own function's cal
 from __future__ import annotations
 
 import math
-import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable
-from typing import Final, Generic
+from typing import Final
 
 from nsbox.errors import ConfigError, EnvironmentStateError, PoolClosed, Throttled
 from nsbox.pool.accounts import (
@@ -35,6 +35,7 @@ from nsbox.pool.accounts import (
     Phase,
     Places,
     Resolve,
+    Retired,
     Slot,
     V,
     W,
@@ -43,13 +44,14 @@ from nsbox.pool.accounts import (
     coldness,
 )
 from nsbox.pool.events import Counters, PoolStats, Retirement
+from nsbox.pool.ledger import Ledger, locked
 
 _HELD: Final = (Phase.LEASED, Phase.BIRTH)
 _IDLE: Final = Phase.IDLE
 _LEASED: Final = Phase.LEASED
 
 
-class Scheduler(Generic[E, W]):
+class Scheduler(Ledger[E, W]):
     """The environments of a pool, whose they are at any moment, and which calls wait.
 
     Every method takes the one lock and returns at once; only `await_empty` waits.
@@ -67,6 +69,7 @@ class Scheduler(Generic[E, W]):
         memory_budget: int | None = None,
         weigh: Callable[[W], int] = lambda _what: 0,
         clock: Callable[[], float] = time.monotonic,
+        on_lost: Callable[[], object] = lambda: None,
     ) -> None:
         """Take the settings of a pool.
 
@@ -80,54 +83,50 @@ class Scheduler(Generic[E, W]):
             memory_budget: Bytes that all may use together.
             weigh: Returns the bytes that an environment of a source may use.
             clock: Returns seconds.
+            on_lost: Called, from wherever, when there is something for `sweep` to find.
         """
-        self._most = most
+        super().__init__(most, weigh, clock, on_lost)
         self._max_waiting = max_waiting
         self._max_lifetime = max_lifetime
         self._max_invocations = max_invocations
         self._idle_timeout = idle_timeout
         self._freeze_after = freeze_after
         self._memory_budget = memory_budget
-        self._weigh = weigh
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._changed = threading.Condition(self._lock)
-        self._tokens = self._turns = 0
-        self._is_closed = self._is_killed = False
+        self._turns = 0
+        self._is_closed = False
         self._rests = False  # nothing is due until an environment comes back (`wants_sweep`)
-        self._orphans: list[Lease[E, W]] = []
-        self._slots: set[Slot[E, W]] = set()
-        self._queues: list[FunctionQueue[E, W]] = []
-        self._shared = Places[E, W](most)
-        self._parts = [self._shared]
 
     # -- warm calls ----------------------------------------------------------------------------
 
     # The two turns of a warm call, in one piece each for speed when nothing is out of the ordinary.
     # Otherwise they do nothing, and `ask` and `give_back` do it in steps.
 
-    def take_idle(self, queue: FunctionQueue[E, W], tenant: str | None) -> Lease[E, W] | None:
-        """Return a lease of the idle environment that was used last; None: `ask` for one."""
+    def take_idle(self, lease: Lease[E, W], queue: FunctionQueue[E, W], tenant: str | None) -> bool:
+        """Give `lease` the idle environment that was used last; False: `ask` for one."""
         with self._lock:
-            if self._is_closed or queue.is_optional or queue.places.waiters:
-                return None
+            if self._is_closed or self._is_torn or queue.is_optional or queue.places.waiters:
+                return False
             key = queue.key if tenant is None else queue.resolve(tenant)[0]
             stack = queue.idle.get(key)
             if not stack:
-                return None
-            slot = stack.pop()
+                return False
+            now = self._clock()
+            holder = weakref.ref(lease, self._on_lost)
+            # Nothing is called from here on: no interrupt comes in between.
+            slot = stack[-1]
+            del stack[-1]
             if not stack:
                 del queue.idle[key]
             queue.counters.calls += 1
-            token = self._tokens = self._tokens + 1
-            slot.token = token
+            lease.slot = slot
+            slot.holder = holder
+            slot.token = lease.token = self._tokens = self._tokens + 1
             slot.phase = _LEASED
             slot.serves = True
-            slot.begun = self._clock()
-            lease: Lease[E, W] = Lease()
-            lease.slot, lease.token = slot, token
+            slot.begun = now
+            lease.is_birth = False
             lease.is_cold, slot.is_cold = slot.is_cold, False
-            return lease
+            return True
 
     def keep_idle(self, lease: Lease[E, W]) -> bool:
         """End the lease of a call that was answered; False: do so by `give_back`.
@@ -150,28 +149,33 @@ class Scheduler(Generic[E, W]):
                 or places.taken > places.most
                 or self._max_invocations is not None
                 or self._is_closed
+                or self._is_torn
                 or self._rests
                 or self._orphans
             ):
                 return False
             counters = queue.counters
-            counters.answers += 1
-            counters.seconds += now - slot.begun
             if queue.provisioned or slot.is_provisioned:
                 counters.served(slot.is_provisioned, queue.provisioned > 0)
+            stack = queue.idle.get(slot.key)
+            first = deque((slot,)) if stack is None else None
+            # Nothing is called from here on, but for the last step.
+            counters.answers += 1
+            counters.seconds += now - slot.begun
             slot.token = 0
+            slot.holder = None
             slot.invocations += 1
             slot.idle_since = now
             slot.phase = _IDLE
-            stack = queue.idle.get(slot.key)
-            if stack is None:
-                queue.idle[slot.key] = deque((slot,))
-            else:
+            if first is not None:
+                queue.idle[slot.key] = first
+            elif stack is not None:
                 stack.append(slot)
             return True
 
     # -- functions -----------------------------------------------------------------------------
 
+    @locked
     def add(
         self, resolve: Resolve[W], *, reserved: int | None, provisioned: int, optional: bool = False
     ) -> tuple[FunctionQueue[E, W], list[Slot[E, W]]]:
@@ -186,36 +190,35 @@ class Scheduler(Generic[E, W]):
         Raises:
             ConfigError: There are no such places, or not that much memory.
         """
-        with self._lock:
-            own = None if reserved is None else Places[E, W](reserved, is_reserved=True)
-            places = own or self._shared
-            queue = FunctionQueue(resolve, places, provisioned, self._clock, is_optional=optional)
-            if reserved is not None and provisioned > reserved:
-                raise ConfigError(
-                    f"provisioned: {provisioned} is more than the {reserved} that are reserved"
-                )
-            self._check_room([*self._queues, queue])
-            if self._is_closed:
-                raise PoolClosed("the pool is closed")
-            self._queues.append(queue)
-            places.queues.append(queue)
-            if reserved is not None:
-                self._parts.append(places)
-                self._shared.most -= reserved
-                places.aside = reserved * self._weigh(resolve(None)[1])
-            surplus = self._shared.taken - self._shared.most
-            return queue, self._retire_idle(self._shared.on_demand()[: max(0, surplus)])
+        own = None if reserved is None else Places[E, W](reserved, is_reserved=True)
+        places = own or self._shared
+        queue = FunctionQueue(resolve, places, provisioned, self._clock, is_optional=optional)
+        if reserved is not None and provisioned > reserved:
+            raise ConfigError(
+                f"provisioned: {provisioned} is more than the {reserved} that are reserved"
+            )
+        self._check_room([*self._queues, queue])
+        if self._is_closed:
+            raise PoolClosed("the pool is closed")
+        self._queues.append(queue)
+        places.queues.append(queue)
+        if reserved is not None:
+            self._parts.append(places)
+            self._shared.most -= reserved
+            places.aside = reserved * self._weigh(resolve(None)[1])
+        surplus = self._shared.taken - self._shared.most
+        return queue, self._retire_idle(self._shared.on_demand()[: max(0, surplus)])
 
+    @locked
     def remove(self, queue: FunctionQueue[E, W]) -> list[Slot[E, W]]:
         """Take out a function that nobody calls any more; return idle ones to close."""
-        with self._lock:
-            self._queues.remove(queue)
-            if queue.places is not self._shared:
-                self._parts.remove(queue.places)
-                self._shared.most += queue.places.most
-            else:
-                self._shared.queues.remove(queue)
-            return self._retire_idle(list(queue.idle_ones()), Retirement.CLOSE)
+        self._queues.remove(queue)
+        if queue.places is not self._shared:
+            self._parts.remove(queue.places)
+            self._shared.most += queue.places.most
+        else:
+            self._shared.queues.remove(queue)
+        return self._retire_idle(list(queue.idle_ones()), Retirement.CLOSE)
 
     def _check_room(
         self, queues: list[FunctionQueue[E, W]], change: Resolve[W] | None = None
@@ -230,81 +233,82 @@ class Scheduler(Generic[E, W]):
             weighed.append((queue, self._weigh(resolve(None)[1])))
         check_promises(weighed, self._shared, self._most, self._memory_budget)
 
+    @locked
     def publish(self, queue: FunctionQueue[E, W], resolve: Resolve[W]) -> list[Slot[E, W]]:
         """Give new calls, and those that wait, another version; return idle ones to close.
 
         Raises:
             ConfigError: There is not that much memory.
         """
-        with self._lock:
-            if resolve(None)[0] == queue.resolve(None)[0]:
-                queue.move_to(resolve)
-                return []
-            others = [other for other in self._queues if other is not queue]
-            self._check_room([*others, queue], resolve)
+        if resolve(None)[0] == queue.resolve(None)[0]:
             queue.move_to(resolve)
-            if queue.places is not self._shared:
-                queue.places.aside = queue.places.most * self._weigh(resolve(None)[1])
-            queue.generation += 1
-            queue.breaker.reset()
-            return self._retire_idle(list(queue.idle_ones()), Retirement.VERSION)
+            return []
+        others = [other for other in self._queues if other is not queue]
+        self._check_room([*others, queue], resolve)
+        queue.move_to(resolve)
+        if queue.places is not self._shared:
+            queue.places.aside = queue.places.most * self._weigh(resolve(None)[1])
+        queue.generation += 1
+        queue.breaker.reset()
+        return self._retire_idle(list(queue.idle_ones()), Retirement.VERSION)
 
+    @locked
     def provision(self, queue: FunctionQueue[E, W], count: int) -> list[Slot[E, W]]:
         """Set how many of a function's are kept ready; return idle ones to close.
 
         Raises:
             ConfigError: There are not as many places, or not that much memory.
         """
-        with self._lock:
-            before, queue.provisioned = queue.provisioned, count
-            try:
-                if queue.places is not self._shared and count > queue.places.most:
-                    raise ConfigError(f"provisioned: {count} is more than are reserved")
-                self._check_room(self._queues)
-            except ConfigError:
-                queue.provisioned = before
-                raise
-            ready = self._kept_ready(queue)
-            # Idle ones go first; one that is in a call is from now on one of those on demand.
-            ready.sort(key=lambda slot: slot.phase is Phase.IDLE)
-            surplus = ready[count:]
-            for slot in surplus:
-                slot.is_provisioned = False
-            idle = [slot for slot in surplus if slot.phase is Phase.IDLE]
-            return self._retire_idle(idle, Retirement.PROVISIONED)
+        before, queue.provisioned = queue.provisioned, count
+        try:
+            if queue.places is not self._shared and count > queue.places.most:
+                raise ConfigError(f"provisioned: {count} is more than are reserved")
+            self._check_room(self._queues)
+        except ConfigError:
+            queue.provisioned = before
+            raise
+        ready = self._kept_ready(queue)
+        # Idle ones go first; one that is in a call is from now on one of those on demand.
+        ready.sort(key=lambda slot: slot.phase is Phase.IDLE)
+        surplus = ready[count:]
+        for slot in surplus:
+            slot.is_provisioned = False
+        idle = [slot for slot in surplus if slot.phase is Phase.IDLE]
+        return self._retire_idle(idle, Retirement.PROVISIONED)
 
+    @locked
     def observe(self, tell: Callable[[FunctionQueue[E, W], list[Slot[E, W]]], V]) -> list[V]:
         """Return what `tell` says of each function and its slots, all of one moment."""
-        with self._lock:
-            return [
-                tell(queue, [slot for slot in self._slots if slot.queue is queue])
-                for queue in self._queues
-            ]
+        return [
+            tell(queue, [slot for slot in self._slots if slot.queue is queue])
+            for queue in self._queues
+        ]
 
+    @locked
     def stats(self, queue: FunctionQueue[E, W] | None = None) -> PoolStats:
         """Return the numbers of one moment, of one function or of all."""
-        with self._lock:
-            queues = self._queues if queue is None else [queue]
-            counters = Counters()
-            for each in queues:
-                counters.add(each.counters)
-            slots = [slot for slot in self._slots if queue in (None, slot.queue)]
-            phases = [slot.phase for slot in slots]
-            busy = sum(slot.serves and slot.phase is Phase.LEASED for slot in slots)
-            return PoolStats(
-                **counters.as_dict(),
-                ConcurrentExecutions=busy,
-                Environments=len(phases),
-                Idle=phases.count(Phase.IDLE),
-                Waiting=sum(len(each.waiters) for each in queues),
-            )
+        queues = self._queues if queue is None else [queue]
+        counters = Counters()
+        for each in queues:
+            counters.add(each.counters)
+        slots = [slot for slot in self._slots if queue in (None, slot.queue)]
+        phases = [slot.phase for slot in slots]
+        busy = sum(slot.serves and slot.phase is Phase.LEASED for slot in slots)
+        return PoolStats(
+            **counters.as_dict(),
+            ConcurrentExecutions=busy,
+            Environments=len(phases),
+            Idle=phases.count(Phase.IDLE),
+            Waiting=sum(len(each.waiters) for each in queues),
+        )
 
     # -- taking --------------------------------------------------------------------------------
 
+    @locked
     def ask(
         self, waiter: Waiter[E, W], queue: FunctionQueue[E, W], *, again: bool = False
     ) -> Lease[E, W] | None:
-        """Return a lease, or None: then `waiter` is in the queue, or has its answer already.
+        """Return `waiter`'s lease, or None: it is in the queue, or has its answer already.
 
         Args:
             waiter: The call.
@@ -315,31 +319,30 @@ class Scheduler(Generic[E, W]):
             PoolClosed: The pool is closed; the call is not counted.
             Throttled: Too many wait, environments do not start, or there is no place at all.
         """
-        with self._lock:
-            if self._is_closed and not again:
-                raise PoolClosed("the pool is closed")
-            key, what = queue.resolve(waiter.tenant)
-            if not again:
-                queue.counters.calls += 1
-            places = queue.places
-            if not self._may_have_one(queue, what):
-                queue.counters.throttles += 1
-                what_lacks = "no place is reserved for it, or left by others"
-                raise Throttled(what_lacks, reason="reserved", retry_after=None)
-            if queue.waiters and len(queue.waiters) >= self._max_waiting and not again:
+        if self._is_closed and not again:
+            raise PoolClosed("the pool is closed")
+        key, what = queue.resolve(waiter.tenant)
+        if not again:
+            queue.counters.calls += 1
+        places = queue.places
+        if not self._may_have_one(queue, what):
+            queue.counters.throttles += 1
+            what_lacks = "no place is reserved for it, or left by others"
+            raise Throttled(what_lacks, reason="reserved", retry_after=None)
+        if queue.waiters and len(queue.waiters) >= self._max_waiting and not again:
+            raise self._refuse_full(queue)
+        # Whoever waits comes first, each in turn.
+        lease = None if places.waiters else self._grant(waiter.record, queue, key, what)
+        if lease is None:
+            if not self._max_waiting:
                 raise self._refuse_full(queue)
-            # Whoever waits comes first, each in turn.
-            lease = None if places.waiters else self._grant(queue, key, what)
-            if lease is None:
-                if not self._max_waiting:
-                    raise self._refuse_full(queue)
-                waiter.queue = queue
-                self._turns += 1
-                waiter.turn = self._turns
-                waiter.join()
-                queue.put_waiter(waiter)
-                self._hand_out(places)
-            return lease
+            waiter.queue = queue
+            self._turns += 1
+            waiter.turn = self._turns
+            waiter.join()
+            queue.put_waiter(waiter)
+            self._hand_out(places)
+        return lease
 
     def _refuse_full(self, queue: FunctionQueue[E, W]) -> Throttled:
         queue.counters.throttles += 1
@@ -349,28 +352,40 @@ class Scheduler(Generic[E, W]):
             retry_after=queue.counters.mean_duration(),
         )  # fmt: skip
 
+    @locked
     def withdraw(self, waiter: Waiter[E, W]) -> Lease[E, W] | None:
         """Let a call wait no more; return the lease that it has got in the same moment."""
-        with self._lock:
-            queue = waiter.queue
-            if queue.remove_waiter(waiter):
-                queue.counters.throttles += 1
-                self._hand_out(queue.places)  # it may have held up others
-            return waiter.lease
+        queue = waiter.queue
+        if queue.remove_waiter(waiter):
+            queue.counters.throttles += 1
+            self._hand_out(queue.places)  # it may have held up others
+        return waiter.lease
 
+    @locked
+    def abandon(self, lease: Lease[E, W]) -> Retired[E, W]:
+        """Retire what an interrupted call has by `lease`; return all that is to be closed."""
+        for queue in self._queues:
+            for waiter in [waiter for waiter in queue.waiters if waiter.record is lease]:
+                queue.remove_waiter(waiter)
+                queue.counters.throttles += 1
+                self._hand_out(queue.places)
+        if lease.token and lease.slot.holder is not None and lease.slot.holder() is lease:
+            self._lose(lease.slot)
+        return self._take_lost()
+
+    @locked
     def reserve(self, only: FunctionQueue[E, W] | None = None) -> Lease[E, W] | None:
         """Return a place for one more to be kept ready, if one is missing and there is room.
 
         Of `only` this function, or of any that is open.
         """
-        with self._lock:
-            for queue in self._queues:
-                is_meant = queue is only or (only is None and queue.is_open and queue.provisioned)
-                if is_meant and not self._is_closed and not queue.places.waiters:
-                    lease = self._reserve_ready(queue)
-                    if lease is not None:
-                        return lease
-            return None
+        for queue in self._queues:
+            is_meant = queue is only or (only is None and queue.is_open and queue.provisioned)
+            if is_meant and not self._is_closed and not queue.places.waiters:
+                lease = self._reserve_ready(queue)
+                if lease is not None:
+                    return lease
+        return None
 
     def _reserve_ready(self, queue: FunctionQueue[E, W]) -> Lease[E, W] | None:
         key, what = queue.resolve(None)
@@ -380,12 +395,14 @@ class Scheduler(Generic[E, W]):
         victims = self._find_room(queue, self._weigh(what), Retirement.PROVISIONED)
         if victims is None:
             return None
-        lease = self._reserve(queue, key, what, victims, Retirement.PROVISIONED)
+        lease: Lease[E, W] = Lease()
+        self._reserve(lease, queue, key, what, victims, Retirement.PROVISIONED)
         lease.slot.is_provisioned = True
         return lease
 
     def _grant(
         self,
+        lease: Lease[E, W],
         queue: FunctionQueue[E, W],
         key: Hashable,
         what: W,
@@ -394,9 +411,10 @@ class Scheduler(Generic[E, W]):
         ousts: bool = True,
         only_ready: bool = False,
     ) -> Lease[E, W] | None:
-        """Return a lease, if there is one.
+        """Return `lease`, if there is something for it.
 
         Args:
+            lease: The record of the call.
             queue: Of which function.
             key: Of which environments.
             what: What they are made of.
@@ -406,12 +424,10 @@ class Scheduler(Generic[E, W]):
         """
         slot = queue.take_idle(key, only_ready=only_ready)
         if slot is not None:
-            self._tokens += 1
-            slot.token = self._tokens
-            slot.phase, slot.serves = Phase.LEASED, True
             slot.begun = self._clock()
-            lease: Lease[E, W] = Lease()
-            lease.slot, lease.token = slot, slot.token
+            self._hold(lease, slot)
+            slot.phase, slot.serves = Phase.LEASED, True
+            lease.is_birth = False
             lease.is_cold, slot.is_cold = slot.is_cold, False
             return lease
         victims = self._find_room(queue, self._weigh(what), Retirement.DEMAND) if bears else None
@@ -420,7 +436,7 @@ class Scheduler(Generic[E, W]):
         if queue.breaker.pause() > 0:
             queue.counters.throttles += 1
             raise queue.breaker.refusal()
-        return self._reserve(queue, key, what, victims, Retirement.DEMAND)
+        return self._reserve(lease, queue, key, what, victims, Retirement.DEMAND)
 
     def _hand_out(self, places: Places[E, W]) -> None:
         """Give those who wait, in their turn, what there is."""
@@ -452,7 +468,7 @@ class Scheduler(Generic[E, W]):
         try:
             key, what = queue.resolve(waiter.tenant)
             waiter.lease = self._grant(
-                queue, key, what, bears=bears, ousts=ousts, only_ready=only_ready
+                waiter.record, queue, key, what, bears=bears, ousts=ousts, only_ready=only_ready
             )
         except Exception as error:  # noqa: BLE001 - handed to who waits
             waiter.error = error
@@ -461,48 +477,45 @@ class Scheduler(Generic[E, W]):
         else:
             if waiter.lease is None:
                 return False
-        queue.remove_waiter(waiter)
-        if not waiter.wake() and waiter.lease is not None:
-            # Its loop is closed: `sweep` has the lease, and the caller has not.
-            self._orphans.append(waiter.lease)
-            waiter.lease = None
+        self._wake(waiter)
         return True
 
     # -- holding -------------------------------------------------------------------------------
 
+    @locked
     def born(self, lease: Lease[E, W], env: E, fd: int) -> None:
         """Put the environment that was born into its place; its holder has the lease.
 
         Raises:
             PoolClosed: It is of no use any more; `give_back` it.
         """
-        with self._lock:
-            slot = self._held(lease, (Phase.BIRTH,))
-            slot.env, slot.fd, slot.phase = env, fd, Phase.LEASED
-            slot.born = self._clock()
-            slot.queue.counters.births += 1
-            if self._is_killed:
-                raise PoolClosed("the pool was closed during the birth")
+        slot = self._held(lease, (Phase.BIRTH,))
+        slot.env, slot.fd, slot.phase = env, fd, Phase.LEASED
+        slot.born = self._clock()
+        slot.queue.counters.births += 1
+        if self._is_killed:
+            raise PoolClosed("the pool was closed during the birth")
 
+    @locked
     def started(self, lease: Lease[E, W], init_seconds: float) -> None:
         """Note that the environment has started, its function's module included."""
-        with self._lock:
-            slot = self._held(lease, (Phase.LEASED,))
-            slot.begun = self._clock()
-            slot.queue.counters.init_seconds += init_seconds
-            slot.queue.breaker.reset()
+        slot = self._held(lease, (Phase.LEASED,))
+        slot.begun = self._clock()
+        slot.queue.counters.init_seconds += init_seconds
+        slot.queue.breaker.reset()
 
+    @locked
     def failed(self, lease: Lease[E, W], error: BaseException) -> None:
         """Note that a start failed; the place is given up by `give_back`."""
-        with self._lock:
-            lease.slot.queue.breaker.fail(error)
-            lease.slot.queue.breaker.end(lease.slot)
+        lease.slot.queue.breaker.fail(error)
+        lease.slot.queue.breaker.end(lease.slot)
 
+    @locked
     def note_left_running(self, queue: FunctionQueue[E, W]) -> None:
         """Count an invocation that has left processes running, which were killed."""
-        with self._lock:
-            queue.counters.left_running += 1
+        queue.counters.left_running += 1
 
+    @locked
     def give_back(
         self,
         lease: Lease[E, W],
@@ -522,27 +535,29 @@ class Scheduler(Generic[E, W]):
         Raises:
             EnvironmentStateError: It is not, or no longer, the lease of that environment.
         """
-        with self._lock:
-            slot = self._held(lease, _HELD)
+        slot = self._held(lease, _HELD)
+        queue, now = slot.queue, self._clock()
+        if answered is not None:
+            seconds = now - slot.begun if has_run else 0.0
+            slot.serves = False  # it is counted once
+            queue.counters.end(answered, seconds, slot.is_provisioned, queue.provisioned > 0)
+            slot.invocations += 1
+        reason = doubt or self._reason_to_go(slot, now)
+        if reason is None:
+            slot.idle_since = now
             slot.token = 0
-            queue, now = slot.queue, self._clock()
-            if answered is not None:
-                seconds = now - slot.begun if has_run else 0.0
-                queue.counters.end(answered, seconds, slot.is_provisioned, queue.provisioned > 0)
-                slot.invocations += 1
-            reason = doubt or self._reason_to_go(slot, now)
-            if reason is None:
-                slot.idle_since = now
-                queue.put_idle(slot)
-                if queue.places.waiters:
-                    self._hand_out(queue.places)
-                if not self._is_closed or slot.phase is not Phase.IDLE:
-                    return None
-                queue.remove_idle(slot)
-                reason = Retirement.CLOSE  # nobody needs it any more
-            queue.breaker.end(slot)
-            slot.phase, slot.reason = Phase.RETIRED, reason
-            return reason
+            queue.put_idle(slot)
+            if queue.places.waiters:
+                self._hand_out(queue.places)
+            if not self._is_closed or slot.phase is not Phase.IDLE:
+                return None
+            queue.remove_idle(slot)
+            reason = Retirement.CLOSE  # nobody needs it any more
+            slot.holder = weakref.ref(lease, self._on_lost)
+        # Its holder has it until it is closed.
+        slot.phase, slot.reason, slot.token = Phase.RETIRED, reason, 0
+        queue.breaker.end(slot)
+        return reason
 
     def _held(self, lease: Lease[E, W], phases: tuple[Phase, ...]) -> Slot[E, W]:
         slot = lease.slot
@@ -566,83 +581,84 @@ class Scheduler(Generic[E, W]):
             return Retirement.DEMAND  # places have been set aside for another function meanwhile
         return None
 
+    @locked
     def removed(self, slot: Slot[E, W]) -> None:
         """Free the place of a retired environment, which has been closed."""
-        with self._lock:
-            self._forget(slot)
-            # Of the others too: its memory may have been in the way of theirs.
-            for places in self._parts:
-                self._hand_out(places)
-            self._changed.notify_all()
+        self._forget(slot)
+        slot.holder = None
+        # Of the others too: its memory may have been in the way of theirs.
+        for places in self._parts:
+            self._hand_out(places)
+        self._tell_closers()
 
     # -- maintenance ------------------------------------------------------------------------------
 
+    @locked
     def died(self, slot: Slot[E, W]) -> bool:
         """Note a death; True when it was idle, and is for the caller to close."""
-        with self._lock:
-            if slot.phase is not Phase.IDLE:
-                slot.is_dead = True  # its holder closes it
-                return False
-            self._take_out(slot, Retirement.FAILURE)
-            return True
+        if slot.phase is not Phase.IDLE:
+            slot.is_dead = True  # its holder closes it
+            return False
+        self._take_out(slot, Retirement.FAILURE, None)
+        return True
 
+    @locked
     def sweep(self) -> Due[E, W]:
         """Retire idle ones whose time is over, and tell what else is due."""
-        with self._lock:
-            now = self._clock()
-            over: list[Slot[E, W]] = []
-            cold: list[Slot[E, W]] = []
-            freeze_after = math.inf if self._freeze_after is None else self._freeze_after
-            due = math.inf
-            for slot in [slot for places in self._parts for slot in places.idle()]:
-                lifetime = slot.born + self._max_lifetime - now
-                idle = slot.idle_since + self._idle_timeout - now
-                warm = math.inf if slot.is_cold else slot.idle_since + freeze_after - now
-                if lifetime <= 0:
-                    self._take_out(slot, Retirement.LIFETIME)
-                    over.append(slot)
-                    continue
-                if idle <= 0 and not slot.is_provisioned:
-                    self._take_out(slot, Retirement.IDLE)
-                    over.append(slot)
-                    continue
-                if warm <= 0:
-                    cold.append(slot)
-                    warm = math.inf
-                due = min(due, lifetime, warm, math.inf if slot.is_provisioned else idle)
-            # What is in use now may be due that much after it has come back. When nothing is, and
-            # all are frozen, the first that comes back says so.
-            due = min(due, self._idle_timeout, self._max_lifetime)
-            self._rests = freeze_after < math.inf and all(
-                slot.phase is Phase.IDLE and (slot.is_cold or slot in cold) for slot in self._slots
-            )
-            if not self._rests:
-                due = min(due, freeze_after)
-            for queue in self._queues:
-                if queue.provisioned and queue.breaker.pause() > 0:
-                    due = min(due, max(queue.breaker.pause(), 0.01))
-            orphans, self._orphans = self._orphans, []
-            return Due(over, cold, orphans, due)
+        now = self._clock()
+        over = self._take_lost()
+        holder = weakref.ref(over, self._on_lost)
+        cold: list[Slot[E, W]] = []
+        freeze_after = math.inf if self._freeze_after is None else self._freeze_after
+        due = math.inf
+        for slot in [slot for places in self._parts for slot in places.idle()]:
+            lifetime = slot.born + self._max_lifetime - now
+            idle = slot.idle_since + self._idle_timeout - now
+            warm = math.inf if slot.is_cold else slot.idle_since + freeze_after - now
+            if lifetime <= 0:
+                self._take_out(slot, Retirement.LIFETIME, holder)
+                over.append(slot)
+                continue
+            if idle <= 0 and not slot.is_provisioned:
+                self._take_out(slot, Retirement.IDLE, holder)
+                over.append(slot)
+                continue
+            if warm <= 0:
+                cold.append(slot)
+                warm = math.inf
+            due = min(due, lifetime, warm, math.inf if slot.is_provisioned else idle)
+        # What is in use now may be due that much after it has come back. When nothing is, and
+        # all are frozen, the first that comes back says so.
+        due = min(due, self._idle_timeout, self._max_lifetime)
+        self._rests = freeze_after < math.inf and all(
+            slot.phase is Phase.IDLE and (slot.is_cold or slot in cold) for slot in self._slots
+        )
+        if not self._rests:
+            due = min(due, freeze_after)
+        for queue in self._queues:
+            if queue.provisioned and queue.breaker.pause() > 0:
+                due = min(due, max(queue.breaker.pause(), 0.01))
+        orphans, self._orphans = self._orphans, []
+        return Due(over, cold, orphans, due)
 
+    @locked
     def begin_freeze(self, slot: Slot[E, W]) -> bool:
         """Note that an environment is being frozen; False when a call was faster.
 
         From now on its next lease says that it `is_cold`.
         """
-        with self._lock:
-            if slot.phase is not Phase.IDLE or slot.is_cold:
-                return False
-            slot.is_cold = True
-            return True
+        if slot.phase is not Phase.IDLE or slot.is_cold:
+            return False
+        slot.is_cold = True
+        return True
 
+    @locked
     def relieve(self) -> list[Slot[E, W]]:
         """Retire a quarter of the idle ones, the coldest; provisioned ones stay."""
-        with self._lock:
-            idle = sorted(
-                (slot for places in self._parts for slot in places.on_demand()), key=coldness
-            )
-            return self._retire_idle(idle[: -(-len(idle) // 4)], Retirement.PRESSURE)
+        idle = sorted((slot for places in self._parts for slot in places.on_demand()), key=coldness)
+        return self._retire_idle(idle[: -(-len(idle) // 4)], Retirement.PRESSURE)
 
+    @locked
     def begin_close(
         self, kill: Callable[[Slot[E, W]], object] | None
     ) -> tuple[list[Slot[E, W]], list[Lease[E, W]]]:
@@ -650,48 +666,37 @@ class Scheduler(Generic[E, W]):
 
         Returns idle ones, for the caller to close, and scheduler that nobody came for.
         """
-        with self._lock:
-            self._is_closed = True
-            if kill is not None:
-                self._is_killed = True
-                self._changed.notify_all()
-                for queue in self._queues:
-                    for waiter in list(queue.waiters):
-                        waiter.error = PoolClosed("the pool was closed while the call waited")
-                        queue.counters.throttles += 1
-                        queue.remove_waiter(waiter)
-                        waiter.wake()
-                for slot in self._slots:
-                    if slot.phase is Phase.LEASED:
-                        kill(slot)
-            orphans, self._orphans = self._orphans, []
-            idle = [slot for places in self._parts for slot in places.idle()]
-            return self._retire_idle(idle, Retirement.CLOSE), orphans
-
-    def await_empty(self, seconds: float) -> bool:
-        """Wait until every environment is closed; False when it takes too long.
-
-        For as long as that takes while calls are let end; `seconds` at most once they are killed.
-        """
-        with self._lock:
-            self._changed.wait_for(lambda: not self._slots or self._is_killed)
-            return self._changed.wait_for(lambda: not self._slots, seconds)
+        self._is_closed = True
+        if kill is not None:
+            self._is_killed = True
+            self._tell_closers()
+            for queue in self._queues:
+                for waiter in list(queue.waiters):
+                    waiter.error = PoolClosed("the pool was closed while the call waited")
+                    queue.counters.throttles += 1
+                    self._wake(waiter)
+            for slot in self._slots:
+                if slot.phase is Phase.LEASED:
+                    kill(slot)
+        orphans, self._orphans = self._orphans, []
+        idle = [slot for places in self._parts for slot in places.idle()]
+        return self._retire_idle(idle, Retirement.CLOSE), orphans
 
     @property
     def wants_sweep(self) -> bool:
         """Whether `sweep` is to be called before its time."""
-        return self._rests or bool(self._orphans)
+        return self._rests or self._has_lost or bool(self._orphans)
 
     @property
     def has_idle(self) -> bool:
         """Whether there are idle environments."""
         return any(queue.idle for queue in self._queues)
 
+    @locked
     def sources(self) -> list[W]:
         """Return what the functions' environments are made of."""
-        with self._lock:
-            queues = [queue for queue in self._queues if not queue.is_optional] or self._queues
-            return [queue.resolve(None)[1] for queue in queues]
+        queues = [queue for queue in self._queues if not queue.is_optional] or self._queues
+        return [queue.resolve(None)[1] for queue in queues]
 
     @property
     def is_wanting(self) -> bool:
@@ -702,6 +707,11 @@ class Scheduler(Generic[E, W]):
     def is_killed(self) -> bool:
         """Whether it was closed and running calls were ended."""
         return self._is_killed
+
+    def _mend(self) -> None:
+        super()._mend()
+        for places in self._parts:
+            self._hand_out(places)
 
     # -- places --------------------------------------------------------------------------------
 
@@ -749,48 +759,3 @@ class Scheduler(Generic[E, W]):
             return math.inf
         others = sum(max(part.memory, part.aside) for part in self._parts if part is not places)
         return self._memory_budget - others - places.memory
-
-    def _reserve(
-        self,
-        queue: FunctionQueue[E, W],
-        key: Hashable,
-        what: W,
-        victims: list[Slot[E, W]],
-        reason: Retirement,
-    ) -> Lease[E, W]:
-        for victim in victims:
-            self._take_out(victim, reason)
-            self._forget(victim)
-        self._tokens += 1
-        memory = self._weigh(what)
-        slot = Slot[E, W](queue, key, what, memory, self._tokens, self._clock())
-        slot.serves = reason is Retirement.DEMAND
-        self._slots.add(slot)
-        queue.taken += 1
-        queue.places.taken += 1
-        queue.places.memory += memory
-        queue.breaker.begin(slot)
-        lease: Lease[E, W] = Lease()
-        lease.slot, lease.token = slot, slot.token
-        lease.is_birth, lease.victims = True, tuple(victims)
-        return lease
-
-    def _forget(self, slot: Slot[E, W]) -> None:
-        """Free the place of an environment."""
-        if slot in self._slots:
-            self._slots.remove(slot)
-            slot.queue.taken -= 1
-            slot.queue.places.taken -= 1
-            slot.queue.places.memory -= slot.memory
-
-    def _take_out(self, slot: Slot[E, W], reason: Retirement) -> None:
-        """Retire an idle one."""
-        slot.queue.remove_idle(slot)
-        slot.phase, slot.reason = Phase.RETIRED, reason
-
-    def _retire_idle(
-        self, idle: list[Slot[E, W]], reason: Retirement = Retirement.DEMAND
-    ) -> list[Slot[E, W]]:
-        for slot in idle:
-            self._take_out(slot, reason)
-        return idle

@@ -14,6 +14,7 @@ import time
 from _socket import socket as Socket
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from io import FileIO
 from typing import Final
 
 from nsbox.errors import DescriptorsExhausted, LauncherError, NsboxError, SetupError, SyscallError
@@ -21,6 +22,7 @@ from nsbox.guest import protocol as p
 from nsbox.isolation import cgroups, readback
 from nsbox.launcher import messages, protocol
 from nsbox.launcher.messages import Gone, Spec
+from nsbox.linux.descriptors import as_file
 from nsbox.supervisor import reports
 from nsbox.supervisor.channel import BrokenAnswer, Channel, WorkerEndpoints
 from nsbox.supervisor.launcher import Launcher
@@ -375,11 +377,11 @@ class EnvironmentConnection:
                 self.supervision.tell(messages.Kill(id=self.env_id))
             return
         try:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
         except ProcessLookupError:
             pass  # it has ended just now
         finally:
-            os.close(pidfd)
+            pidfd.close()
 
     def begin_end(self) -> None:
         """Have the environment end; `await_end` waits for it."""
@@ -449,9 +451,9 @@ class EnvironmentConnection:
             return True
         try:
             # Of a silent launcher it was waited for already.
-            return protocol.is_readable(pidfd, 0 if self.end is None else END_DEADLINE)
+            return protocol.is_readable(pidfd.fileno(), 0 if self.end is None else END_DEADLINE)
         finally:
-            os.close(pidfd)
+            pidfd.close()
 
     def describe_end(self) -> str:
         """Say how the environment ended, for people."""
@@ -463,7 +465,7 @@ class EnvironmentConnection:
         """Return what its end was, as far as the launcher has told; None: it has not."""
         return reports.end_outcome(self.end, self.cause if self.is_killed else "")
 
-    def open_pidfd(self) -> int:
+    def open_pidfd(self) -> FileIO:
         """Return a descriptor, for the caller to close, that is readable when PID 1 has ended.
 
         None is kept: thousands of environments would have as many. Another process that has got
@@ -474,12 +476,12 @@ class EnvironmentConnection:
             OSError: There is no room for it.
         """
         if self._pidfd >= 0:
-            return os.dup(self._pidfd)
+            return as_file(os.dup, self._pidfd)
         if not self.pid:
             raise ProcessLookupError(errno.ESRCH, "it was not born")
-        pidfd = os.pidfd_open(self.pid)
-        if os.fstat(pidfd).st_ino != self._pid_inode:
-            os.close(pidfd)
+        pidfd = as_file(os.pidfd_open, self.pid)
+        if os.fstat(pidfd.fileno()).st_ino != self._pid_inode:
+            pidfd.close()
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
         return pidfd
 
@@ -489,9 +491,9 @@ class EnvironmentConnection:
         _close_both(self._control, self._birth)
         _close_both(*self._others)
         self.drop_endpoints()
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
 
     def drop_endpoints(self) -> None:
         """Close what a clone of a worker has been given."""
