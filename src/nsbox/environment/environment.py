@@ -126,6 +126,9 @@ class Command:
             raise ConfigError("input and stdin: give one of them")
         if input is not None and not isinstance(input, bytes | bytearray | memoryview):
             raise ConfigError(f"input: must be bytes, got {type(input).__name__}; encode it")
+        for name, stream in zip(NAMES, streams, strict=True):
+            if stream == PIPE and not isinstance(stream, bool):
+                raise ConfigError(f"{name}: PIPE is for popen; run captures what it is not given")
         if input:
             stdin = PIPE
         filled = (

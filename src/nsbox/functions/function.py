@@ -191,8 +191,8 @@ class Function:
         put("env", _check_env(env))
         # A Config checks the rest, and is what environments are made of.
         config = Config(
-            mounts=tuple(mounts),
-            rootfs=None if rootfs is None else os.fspath(rootfs),
+            mounts=mounts,
+            rootfs=rootfs,
             userland=userland,
             tmp_size=tmp_size,
             limits=Limits() if limits is None else limits,

@@ -703,6 +703,8 @@ def version_resolver(version: FunctionVersion) -> Resolve[Source]:
     versions: dict[str | None, tuple[Hashable, Source]] = {None: (version.key, version)}
 
     def resolve(tenant: str | None) -> tuple[Hashable, Source]:
+        if tenant is not None and not isinstance(tenant, str):
+            raise ConfigError(f"tenant: must be text, got {tenant!r}")
         found = versions.get(tenant)
         if found is None:
             if len(versions) >= _TENANTS_KEPT:

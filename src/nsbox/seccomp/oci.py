@@ -28,6 +28,7 @@ _ACTIONS = {
     "SCMP_ACT_KILL_THREAD": _KILL_THREAD,
     "SCMP_ACT_KILL_PROCESS": _KILL_PROCESS,
 }
+_FLAGS = ("SECCOMP_FILTER_FLAG_TSYNC",)
 _NO_LISTENER = ("SCMP_ACT_TRACE", "SCMP_ACT_NOTIFY")
 _ARCHITECTURES = {
     "x86_64": ("SCMP_ARCH_X86_64", "amd64"),
@@ -57,8 +58,9 @@ def parse(
     machine = machine or os.uname().machine
     kernel = kernel or _version(os.uname().release, "kernel release")
     _check_architectures(profile, machine)
-    if flags := set(_list(profile, "flags", "profile")) - {"SECCOMP_FILTER_FLAG_TSYNC"}:
-        raise ConfigError(f"seccomp profile: flags not supported: {sorted(map(str, flags))}")
+    flags = [name for name in _list(profile, "flags", "profile") if name not in _FLAGS]
+    if flags:
+        raise ConfigError(f"seccomp profile: flags not supported: {_show(flags)}")
     if "defaultAction" not in profile:
         raise ConfigError("seccomp profile: defaultAction is missing")
     default = _action(profile["defaultAction"], profile.get("defaultErrnoRet"), "defaultAction")
@@ -79,10 +81,12 @@ def parse(
                 if name not in FOREIGN_NAMES and action not in (ALLOW, LOG):
                     # Unknown and allowed is harmless, it stays refused; unknown and refused
                     # would be a refusal that never happens.
-                    raise ConfigError(f"seccomp profile: {where}: unknown system call {name!r}")
+                    raise ConfigError(
+                        f"seccomp profile: {where}: unknown system call {_show(name)}"
+                    )
             elif alternatives == [()]:
                 if always.setdefault(name, action) != action:
-                    raise ConfigError(f"seccomp profile: {where}: {name!r} has two actions")
+                    raise ConfigError(f"seccomp profile: {where}: {_show(name)} has two actions")
             else:
                 conditional.setdefault(name, []).extend((action, tests) for tests in alternatives)
     return _merge(conditional, always, default), EPERM if default in (ALLOW, LOG) else default
@@ -107,7 +111,7 @@ def _merge(
 
 
 def _check_architectures(profile: Object, machine: str) -> None:
-    if machine not in _ARCHITECTURES:
+    if not isinstance(machine, str) or machine not in _ARCHITECTURES:
         raise ConfigError(f"seccomp profile: machine {machine!r} is not supported")
     native = _ARCHITECTURES[machine][0]
     listed = [str(name) for name in _list(profile, "architectures", "profile")]
@@ -125,9 +129,10 @@ def _applies(entry: Object, machine: str, kernel: tuple[int, int], where: str) -
     if _list(includes, "caps", where):
         return False  # the guest has no capability
     arches = _list(includes, "arches", where)
-    if arches and not set(_ARCHITECTURES[machine]) & set(arches):
+    own = _ARCHITECTURES[machine]
+    if arches and not any(name in own for name in arches):
         return False
-    if set(_ARCHITECTURES[machine]) & set(_list(excludes, "arches", where)):
+    if any(name in own for name in _list(excludes, "arches", where)):
         return False
     if "minKernel" in includes and kernel < _version(includes["minKernel"], where):
         return False
@@ -136,9 +141,11 @@ def _applies(entry: Object, machine: str, kernel: tuple[int, int], where: str) -
 
 def _action(value: object, number: object, where: str) -> int:
     if value in _NO_LISTENER:
-        raise ConfigError(f"seccomp profile: {where}: {value} needs a listener, nsbox has none")
+        raise ConfigError(
+            f"seccomp profile: {where}: {_show(value)} needs a listener, nsbox has none"
+        )
     if not isinstance(value, str) or value not in _ACTIONS:
-        raise ConfigError(f"seccomp profile: {where}: unknown action {value!r}")
+        raise ConfigError(f"seccomp profile: {where}: unknown action {_show(value)}")
     action = _ACTIONS[value]
     if action != ERRNO:
         if number is not None:
@@ -147,7 +154,7 @@ def _action(value: object, number: object, where: str) -> int:
     if number is None:
         return EPERM
     if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 4096:
-        raise ConfigError(f"seccomp profile: {where}: errno must be 1 to 4095, got {number!r}")
+        raise ConfigError(f"seccomp profile: {where}: errno must be 1 to 4095, got {_show(number)}")
     return ERRNO | number
 
 
@@ -199,7 +206,7 @@ def _masked(arg: Object, where: str) -> list[tuple[int, int]]:
     }
     op = arg.get("op")
     if not isinstance(op, str) or op not in spans:
-        raise ConfigError(f"seccomp profile: {where}: unknown operator {op!r}")
+        raise ConfigError(f"seccomp profile: {where}: unknown operator {_show(op)}")
     blocks = [block for low, high in spans[op] for block in _blocks(low, high)]
     if not blocks or blocks == [(0, 0)]:
         raise ConfigError(f"seccomp profile: {where}: {op} {value} holds never or always")
@@ -228,7 +235,7 @@ def _low_half(value: object, where: str) -> int:
 
 def _number(value: object, where: str, maximum: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= maximum:
-        raise ConfigError(f"seccomp profile: {where}: must be 0 to {maximum}, got {value!r}")
+        raise ConfigError(f"seccomp profile: {where}: must be 0 to {maximum}, got {_show(value)}")
     return value
 
 
@@ -237,12 +244,21 @@ def _version(value: object, where: str) -> tuple[int, int]:
         major, minor = str(value).split("-")[0].split(".")[:2]
         return int(major), int(minor)
     except ValueError as err:
-        raise ConfigError(f"seccomp profile: {where}: {value!r} is no kernel version") from err
+        raise ConfigError(f"seccomp profile: {where}: {_show(value)} is no kernel version") from err
+
+
+def _show(value: object) -> str:
+    """Return what a message says of a value, which may be of any size and depth."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of too many digits (sys.set_int_max_str_digits)
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _object(value: object, where: str, keys: frozenset[str]) -> Object:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"seccomp profile: {where} must be an object, got {value!r}")
+        raise ConfigError(f"seccomp profile: {where} must be an object, got {_show(value)}")
     if unknown := sorted(str(key) for key in value if key not in keys):
         raise ConfigError(f"seccomp profile: {where}: unknown keys {', '.join(unknown)}")
     return cast("Object", value)
@@ -253,5 +269,5 @@ def _list(parent: Object, key: str, where: str) -> list[object]:
     if value is None:
         return []
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"seccomp profile: {where}.{key} must be a list, got {value!r}")
+        raise ConfigError(f"seccomp profile: {where}.{key} must be a list, got {_show(value)}")
     return list(value)

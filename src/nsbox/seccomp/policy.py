@@ -122,14 +122,17 @@ class SeccompPolicy:
             ConfigError: a key, action, operator or value is not understood, or the profile allows
                 a dangerous call that `allow_dangerous` does not name.
         """
-        known_names(allow_dangerous)
-        entries, default_action = oci.parse(source, machine=machine, kernel=kernel)
+        dangerous = known_names(allow_dangerous)
+        try:
+            entries, default_action = oci.parse(source, machine=machine, kernel=kernel)
+        except RecursionError as error:
+            raise ConfigError("seccomp profile: it is nested too deep") from error
         entries.setdefault("clone3", _refusal("clone3"))
         return cls(
             name="oci",
             rules=_sorted(entries),
             default_action=default_action,
-            dangerous=frozenset(allow_dangerous),
+            dangerous=frozenset(dangerous),
         )
 
     # -- changing one -------------------------------------------------------------------------
@@ -296,9 +299,11 @@ def known_names(names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: one is not; the message names it and what is spelt nearly so.
     """
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise ConfigError(f"seccomp: must be a list of names of system calls, got {names!r}")
     result = tuple(names)
     for name in result:
-        if name not in TIER_OF:
+        if not isinstance(name, str) or name not in TIER_OF:
             near = difflib.get_close_matches(str(name), TIER_OF, n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ConfigError(f"seccomp: unknown system call {name!r}{hint}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 
 from nsbox.errors import ConfigError, EnvironmentStateError, NsboxError, SyscallError
@@ -43,6 +44,7 @@ def read_file(
     """See `ExecutionEnvironment.read_file`."""
     if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
         raise ConfigError(f"max_bytes: must not be negative, got {max_bytes!r}")
+    max_bytes = min(max_bytes, sys.maxsize)
     request = p.read_request(os.fsencode(_inside(path)), max_bytes)
     connection = get_connection()
     parts: list[bytearray] = []

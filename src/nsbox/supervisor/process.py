@@ -23,6 +23,7 @@ from nsbox.supervisor.connection import Counters, EnvironmentConnection
 from nsbox.supervisor.evidence import Verdict, judge_signal, start_error
 from nsbox.supervisor.reports import exit_code
 from nsbox.supervisor.streams import NAMES, Relays, descriptor_of, gives_more
+from nsbox.values.config import parse_patience
 from nsbox.values.counters import oom_evidence, usage_between
 from nsbox.values.result import EnvironmentDied, Outcome, Protections, Result
 
@@ -164,7 +165,10 @@ class Process:
         Raises:
             TimeoutError: It is not over after `timeout` seconds; it goes on running.
             EnvironmentDied: The environment ended under it.
+            ConfigError: `timeout` is no number.
         """
+        if timeout is not None:
+            timeout = parse_patience(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = None if deadline is None else deadline - time.monotonic()

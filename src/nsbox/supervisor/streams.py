@@ -47,6 +47,8 @@ def descriptor_of(stream: object, what: str) -> int:
         mode = os.fstat(fd).st_mode
     except OSError as error:
         raise ConfigError(f"{what}: descriptor {fd}: {error.strerror}") from error
+    except OverflowError as error:
+        raise ConfigError(f"{what}: {fd} is no descriptor") from error
     if stat.S_ISDIR(mode):
         # openat(2) from a directory of the host leads out of the pivoted root.
         raise ConfigError(

@@ -111,6 +111,13 @@ def parse_seconds(value: object, what: str, unit: str = "seconds") -> float:
     return float(value)
 
 
+def parse_patience(value: object, what: str = "timeout") -> float:
+    """Return how many seconds to wait; more than can be waited is for ever. ConfigError: NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise ConfigError(f"{what}: must be a number of seconds, got {value!r}")
+    return float(max(-1, min(value, 1e9)))
+
+
 def check_text(value: object, what: str) -> str:
     """Return `value` as text that a system call can carry; ConfigError otherwise.
 
