@@ -36,7 +36,7 @@ from nsbox.supervisor.connection import Attachments, EnvironmentConnection, awai
 from nsbox.supervisor.files import read_file, reset, write_file
 from nsbox.supervisor.launcher import get_launcher
 from nsbox.supervisor.plan import Plan, born_layers, interpreter, make_plan
-from nsbox.supervisor.process import DEVNULL, PIPE, Process, Stream
+from nsbox.supervisor.process import DEVNULL, PIPE, Process, Stream, Streams
 from nsbox.supervisor.streams import NAMES, descriptor_of
 from nsbox.values.config import (
     Config,
@@ -62,10 +62,6 @@ class State(enum.Enum):
     DEAD = "dead"
     """PID 1 is gone, by a limit or from outside; only `close` is left."""
     CLOSED = "closed"
-
-
-Streams = tuple[Stream, Stream, Stream]
-"""stdin, stdout and stderr."""
 
 
 class Command:

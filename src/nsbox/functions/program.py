@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Final
 
@@ -15,11 +15,14 @@ from nsbox.functions.request import InvocationRequest
 from nsbox.guest import runtime
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.files import reset
-from nsbox.supervisor.process import DEVNULL, PIPE, Process
+from nsbox.supervisor.process import DEVNULL, PIPE, Process, Streams
+from nsbox.values.config import Word
 from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout
 from nsbox.values.json_text import decode_answer
 from nsbox.values.result import Outcome, Result
 
+StartCommand = Callable[[Sequence[Word], Mapping[str, str], Streams], Process]
+"""Starts a command line with variables over the environment's; waits for no answer."""
 _SIGNALED: Final = "Runtime exited with error: signal"
 
 
@@ -27,7 +30,7 @@ def run_program(
     connection: EnvironmentConnection,
     version: FunctionVersion,
     request: InvocationRequest,
-    start: Callable[..., Process],
+    start: StartCommand,
 ) -> Invocation:
     """Serve one event with a run of the function's command; stderr is its log.
 
@@ -35,7 +38,7 @@ def run_program(
         connection: The environment.
         version: Whose command it is.
         request: The event.
-        start: Starts a command, as `ExecutionEnvironment.popen`, with no answer awaited.
+        start: Starts a command and waits for no answer.
 
     Raises:
         FunctionError: It failed, or what it wrote is no answer.
@@ -49,7 +52,7 @@ def run_program(
     variables = {**dict(version.env), **request.env, "AWS_REQUEST_ID": request_id}
     hear = None if request.on_log is None else partial(request.on_log, "stderr")
     streams = (PIPE if request.payload else DEVNULL, PIPE, PIPE)
-    process = start(function.command, variables, streams)
+    process = start(function.command or (), variables, streams)
     try:
         kept = function.limits.output_max
         result = process.communicate(request.payload, limit, kept, hear or _nobody)

@@ -38,7 +38,7 @@ from nsbox.functions.exchange import (
     error_payload,
 )
 from nsbox.functions.function import FunctionVersion
-from nsbox.functions.program import run_program
+from nsbox.functions.program import StartCommand, run_program
 from nsbox.functions.request import InvocationRequest
 from nsbox.functions.worker import WorkerConnection
 from nsbox.guest import protocol as p
@@ -104,7 +104,7 @@ class Session:
         environment: Mapping[str, str],
         *,
         protections: Callable[[], Protections],
-        start_command: Callable[..., Process],
+        start_command: StartCommand,
     ) -> None:
         """Take what belongs to the environment.
 

@@ -40,6 +40,8 @@ _LONGEST_WAIT: Final = int(KILL_DEADLINE * 1000)  # ms: a kill by another thread
 _CLOSED: Final = "its environment was closed"
 
 Stream = int | IO[Any] | None
+Streams = tuple[Stream, Stream, Stream]
+"""stdin, stdout and stderr."""
 
 
 class Process:
@@ -58,7 +60,7 @@ class Process:
         connection: EnvironmentConnection,
         argv: tuple[str, ...],
         request: RunRequest | WorkerEndpoints,
-        streams: tuple[Stream, Stream, Stream] = (None, None, None),
+        streams: Streams = (None, None, None),
         *,
         protections: Callable[[], Protections],
         cpu_time: float | None = None,
@@ -96,7 +98,7 @@ class Process:
         if cpu_time is not None:
             self._next_cpu_check = self._started_at + self._cpu_wait(cpu_time)
 
-    def _start(self, request: RunRequest, streams: tuple[Stream, Stream, Stream]) -> None:
+    def _start(self, request: RunRequest, streams: Streams) -> None:
         inside: list[int] = []
         given: list[int] = []
         try:
