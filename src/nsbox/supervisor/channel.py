@@ -175,7 +175,8 @@ class RunRequest:
     def encode(self, argv: Sequence[str | bytes], stdio: list[bool]) -> bytes:
         """Return the frame (`guest.protocol.run_request`)."""
         words = [os.fsencode(word) for word in argv]
-        environment = [os.fsencode(f"{name}={value}") for name, value in self.env.items()]
+        text = "\0".join([f"{name}={value}" for name, value in self.env.items()])
+        environment = os.fsencode(text).split(b"\0") if text else []
         flags = p.ANNOUNCE if self.is_announced else 0
         given = [*stdio, self.extra is not None]
         return p.run_request(words, environment, os.fsencode(self.cwd), given, flags, self.tty)

@@ -361,7 +361,7 @@ class EnvironmentConnection:
 
         `cause` is what `describe_end` will say; the first one stands, while it lives.
         """
-        if not self.is_killed and self.end is None:
+        if not self.is_killed and self.supervision.end is None:
             self.cause = cause
         self.is_killed = True
         self.send_kill()
@@ -430,14 +430,14 @@ class EnvironmentConnection:
         """Whether PID 1 is gone; then `end` is told, which it is a moment later."""
         fd = self._control.fileno()
         # It says nothing but its first word.
-        if self.end is None and fd >= 0 and protocol.is_readable(fd, 0):
+        if self.supervision.end is None and fd >= 0 and protocol.is_readable(fd, 0):
             self.await_end()
-        return self.end is not None
+        return self.supervision.end is not None
 
     def await_end(self) -> bool:
         """Wait for the end of a killed environment; False when it does not come."""
         self.supervision.await_end()
-        if self.end is not None and not self.supervision.unsaid:
+        if self.supervision.end is not None and not self.supervision.unsaid:
             return True
         if not self._await_death():  # nobody else can say it
             return False
@@ -451,19 +451,21 @@ class EnvironmentConnection:
             return True
         try:
             # Of a silent launcher it was waited for already.
-            return protocol.is_readable(pidfd.fileno(), 0 if self.end is None else END_DEADLINE)
+            return protocol.is_readable(
+                pidfd.fileno(), 0 if self.supervision.end is None else END_DEADLINE
+            )
         finally:
             pidfd.close()
 
     def describe_end(self) -> str:
         """Say how the environment ended, for people."""
         return reports.describe_end(
-            self.end, self.supervision.unsaid, self.cause, closing=self.closing
+            self.supervision.end, self.supervision.unsaid, self.cause, closing=self.closing
         )
 
     def end_outcome(self) -> Outcome | None:
         """Return what its end was, as far as the launcher has told; None: it has not."""
-        return reports.end_outcome(self.end, self.cause if self.is_killed else "")
+        return reports.end_outcome(self.supervision.end, self.cause if self.is_killed else "")
 
     def open_pidfd(self) -> FileIO:
         """Return a descriptor, for the caller to close, that is readable when PID 1 has ended.
@@ -504,8 +506,8 @@ class EnvironmentConnection:
 
     def usage(self) -> Counters:
         """Return everything that can be read of its cgroups now; at its end, what was read then."""
-        if self.end is not None:
-            return self.end.usage
+        if self.supervision.end is not None:
+            return self.supervision.end.usage
         try:
             return {} if self.reader is None else self.reader.read()
         except OSError:
@@ -513,7 +515,7 @@ class EnvironmentConnection:
 
     def memory_peak(self) -> int | None:
         """Return the bytes it has had at most, which costs one file of the ten."""
-        if self.end is not None:
+        if self.supervision.end is not None:
             return self.usage().get("memory_peak")
         try:
             return None if self.reader is None else self.reader.memory_peak()

@@ -88,7 +88,7 @@ class ControlFiles:
 
     def get_property(self, filename: bytes) -> str:
         """Return the text of one file; `SyscallError` on failure."""
-        return read_text(self._prefix + filename.decode())
+        return read_bytes(self._prefix + filename.decode()).decode().strip()
 
     def set_property(self, filename: bytes, value: object) -> None:
         """Write one value; `SyscallError` on failure."""
