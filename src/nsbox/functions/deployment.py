@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows from a function version for all of its environments, worked out once."""
+"""The parts of a birth and a start that all environments of a function version share."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Deployment:
         env_id: str,
         initialization_type: str,
     ) -> str:
-        """Return what the worker of an environment is told first, in JSON.
+        """Return the JSON of START for the worker of an environment.
 
         `environment` has the variables besides the function's own.
         """

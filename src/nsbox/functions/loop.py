@@ -160,13 +160,13 @@ class LoopDriver:
         self.unwatch(wait.fds)
 
     def unwatch(self, fds: Iterable[int]) -> None:
-        """Let go of descriptors before they are closed."""
+        """Remove descriptors from the loop's readers, before they are closed."""
         for fd in self._watched.intersection(fds):
             self._watched.discard(fd)
             self.loop.remove_reader(fd)
 
     def forget(self) -> None:
-        """Watch nothing any more."""
+        """Remove all readers."""
         if self._brief is not None:
             self._end_brief(self._brief)
         self.unwatch(self._watched)
@@ -175,7 +175,7 @@ class LoopDriver:
             self._timer = None
 
     def close(self) -> None:
-        """Watch nothing any more, and tell who waits on this thread: its environment is closed."""
+        """Remove all readers, and fail a call that waits: its environment is closed."""
         self.forget()
         if self._future is not None and not self._future.done():
             self._future.set_exception(ValueError("the environment was closed"))

@@ -153,7 +153,7 @@ class Session:
         self.on_kill: Callable[[], object] | None = None
 
     def close(self) -> None:
-        """Let go of worker and sockets."""
+        """Close worker and sockets."""
         driver, self._loop = self._loop, None
         if driver is not None and not driver.loop.is_closed():
             driver.close()
@@ -211,7 +211,7 @@ class Session:
     # -- the start -----------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Tell a worker that waits since the birth all that it can know before its code is there.
+        """Send START to the worker that waits since the birth, before its code is attached.
 
         Raises:
             InvokeTimeout: It does not listen.
@@ -270,7 +270,7 @@ class Session:
             yield from self._send_rest(call)
 
     def _take_worker(self) -> tuple[Process, Socket]:
-        """Return the worker that waits since the birth, and this end of its socket."""
+        """Return the worker that PID 1 has forked, and this end of its socket."""
         endpoints = self._connection.endpoints
         if endpoints is None:
             raise EnvironmentStateError(f"environment {self._connection.env_id} has no worker")
@@ -397,7 +397,7 @@ class Session:
             self.has_end = True
 
     def _place(self, request: InvocationRequest) -> Steps[None]:
-        """Wait until the last call's are gone, and have its files written."""
+        """Wait until the last call's files are removed, and write those of `request`."""
         if self._resets and self.worker is not None:
             self._unwatch_event()
             self.worker.make_event()  # while PID 1 is busy
@@ -595,7 +595,7 @@ class Session:
         return (yield partial(self._judge_end, call))  # type: ignore[no-any-return]
 
     def _judge_end(self, call: PendingCall) -> Exception:
-        """Wait for what is told of the end of the worker, and return what to raise."""
+        """Wait for the report on the worker's end, and return what to raise."""
         error = self._known_worker.end_of(call)
         return self._end_error(call, error.result) if isinstance(error, WorkerEnded) else error
 
@@ -711,7 +711,7 @@ class Session:
         return kind, first, second
 
     def _begin_reset(self) -> Steps[None]:
-        """Have PID 1 clean up; its answer is waited for before the next event is sent."""
+        """Send RESET to PID 1; its answer is awaited before the next event is sent."""
         worker = self._known_worker
         self._unwatch_event()
         worker.close_event()
@@ -719,7 +719,7 @@ class Session:
             request = reset_request(self._version.config, worker.process.pid)
             self._cleanup = yield from self._ask(p.RESET, request)
         except OSError as error:
-            # The answer is there; whoever comes next is told.
+            # The answer has come; the next call raises.
             self._connection.kill(f"its reset could not be asked for ({error})")
 
     def _remove(self, request: InvocationRequest) -> Steps[None]:
@@ -732,7 +732,7 @@ class Session:
             self._connection.kill("an invocation's files could not be removed")
 
     def _unwatch_event(self) -> None:
-        """Have the loop let go of an event's own socket and pipes before they are closed."""
+        """Remove an event's socket and pipes from the loop's readers, before they are closed."""
         if self._loop is not None and self.worker is not None:
             self._loop.unwatch(self.worker.event_descriptors())
 
@@ -758,7 +758,7 @@ class Session:
                 self.on_kill()
 
     def count_left(self) -> Steps[LeftRunning]:
-        """Return what runs now; see `ExecutionEnvironment.left_running`."""
+        """Count what runs besides the worker; see `ExecutionEnvironment.left_running`."""
         self._take()
         try:
             return (yield from self._ask_for_left(kill=False)) or NOTHING

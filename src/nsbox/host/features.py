@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host can do, found out by doing it; and the remedy for what it cannot.
+"""Features of this host, probed by use; and the remedy for each that does not work.
 
 Every probe does the real thing in a process of its own (`nsbox.host.probes`), so that neither a
 failure nor a success leaves anything in the calling one. Shared by `nsbox doctor` and the test
@@ -68,7 +68,7 @@ _DEADLINE: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a probe found.
+    """The result of a probe.
 
     Attributes:
         name: The feature.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes that set a limit on a real environment, run into it, and see it bite."""
+"""Probes that set a limit on a real environment, exceed it, and check that it is enforced."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _NAME_MAX = 256
 
 
 class Name:
-    """What the name of each environment is in calls that are prepared once for many.
+    """A placeholder for an environment's name in calls that are prepared once for many.
 
     Attributes:
         whole: Address of the name with what all begin with.

@@ -34,7 +34,7 @@ class Standing:
         self._ioprio = 0
 
     def take(self, pid: int) -> None:
-        """Note that of a process, of 0 for the calling one."""
+        """Read them of a process; 0 is the calling one."""
         _sched_getattr(_SYS_SCHED_GETATTR, pid, self._at, _ATTRIBUTES_SIZE, 0)
         _sched_getaffinity(_SYS_SCHED_GETAFFINITY, pid, _MASK_SIZE, self._mask_at)
         self._ioprio = _ioprio_get(_SYS_IOPRIO_GET, c.IOPRIO_WHO_PROCESS, pid)

@@ -17,12 +17,12 @@ _found: list[Callable[[int, int], int]] = []
 
 
 def show() -> None:
-    """Let them, and this process itself, see what is in /proc/PID."""
+    """Set the dumpable flag: this process and its uid have access to its /proc/PID."""
     _prctl()(PR_SET_DUMPABLE, 1)
 
 
 def hide() -> None:
-    """Let nobody.
+    """Clear the dumpable flag.
 
     Raises:
         ImportError: This Python has no ctypes.

@@ -38,7 +38,7 @@ _lock = threading.Lock()
 
 
 def _renew_lock() -> None:
-    """In a forked child: another thread may have had the lock, and is not there to let go."""
+    """In a forked child: another thread may have held the lock, and does not exist here."""
     global _lock  # noqa: PLW0603 - the child's only thread is this one
     _lock = threading.Lock()
 

@@ -31,14 +31,14 @@ class Verdict:
         self._evidence = evidence
 
     def holds(self, returncode: int) -> bool:
-        """Whether it is the reason for an end: not when the command had ended by itself.
+        """Whether it is the reason of an end: not when the command had ended by itself.
 
         Too much output is that all the same, for what is over the limit was dropped.
         """
         return returncode == -signal.SIGKILL or self.outcome is Outcome.OUTPUT_LIMIT
 
     def say(self, returncode: int) -> str:
-        """Return the evidence, with what became of the kill."""
+        """Return the evidence, and whether the kill has ended the command."""
         if returncode == -signal.SIGKILL:
             return f"{self._evidence}; nsbox killed it"
         return f"{self._evidence}; it ended by itself with {returncode}"

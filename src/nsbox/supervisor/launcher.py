@@ -62,7 +62,7 @@ class Companions:
             return list(self._kept)
 
     def values(self) -> list[list[Any]]:
-        """Return those of each kind."""
+        """Return the environments of each kind."""
         return [self.of(key) for key in self.keys()]
 
     def of(self, key: str) -> list[Any]:
@@ -71,13 +71,13 @@ class Companions:
             return list(self._kept.get(key, ()))
 
     def take(self, key: str) -> Any | None:  # noqa: ANN401
-        """Take out the oldest of a kind; None: there is none."""
+        """Remove and return the oldest of a kind; None: there is none."""
         with self._lock:
             kept = self._kept.get(key)
             return kept.popleft() if kept else None
 
     def take_all(self, key: str) -> list[Any]:
-        """Take out a kind."""
+        """Remove a kind and return its environments."""
         with self._lock:
             return list(self._kept.pop(key, ()))
 
@@ -91,7 +91,7 @@ class Companions:
             return old
 
     def put(self, key: str, companion: Any, most: int) -> bool:  # noqa: ANN401
-        """Keep one more; False: there are `most` already."""
+        """Add one; False: there are `most` already."""
         with self._lock:
             kept = self._kept.setdefault(key, deque())
             if len(kept) >= most:
@@ -100,7 +100,7 @@ class Companions:
             return True
 
     def remove(self, key: str, companion: Any) -> bool:  # noqa: ANN401
-        """Take out this one; False: somebody else has."""
+        """Remove this one; False: another thread has."""
         with self._lock:
             kept = self._kept.get(key, ())
             if companion not in kept:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a `Config` and what the host can do to what the launcher is told: pure values.
+"""The plan of an environment: the spec for the launcher, from a `Config` and the features here.
 
 Here it is decided what is enforced, by what, and what is refused: before anything is created.
 """
@@ -202,7 +202,7 @@ def _check_cpus(cpus: str) -> None:
 
 
 class Plan:
-    """The spec for the launcher, and what will be in force.
+    """The spec for the launcher, and the protections that will be in force.
 
     Attributes:
         spec: What the launcher is told.

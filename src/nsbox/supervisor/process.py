@@ -304,7 +304,7 @@ class Process:
             poller.register(fd, select.POLLIN)
 
     def descriptors(self) -> list[int]:
-        """Return what becomes readable when `poll` may have an answer."""
+        """Return the descriptors that become readable when `poll` may have an answer."""
         # The connection has none after the environment's close; the channel tells its end too.
         own = -1 if self._channel is None else self._channel.socket.fileno()
         return [fd for fd in (own, self._connection.fileno()) if fd >= 0]

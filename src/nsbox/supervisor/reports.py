@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ends are, in words and as outcomes: of processes, and of environments."""
+"""Descriptions and outcomes of the ends of processes and environments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def describe_end(end: Gone | None, unsaid: str, cause: str, *, closing: bool) ->
 
 
 def end_outcome(end: Gone | None, cause: str) -> Outcome | None:
-    """Return what its end was, as far as the launcher has told; None: it has not."""
+    """Return the outcome of its end, by the launcher's report; None: there is none."""
     if end is None or end.status is None:
         return None
     if oom_evidence({}, end.usage):
@@ -46,7 +46,7 @@ def exit_code(status: int) -> int | None:
 
 
 def outcome_of(status: int) -> Outcome:
-    """Return what a wait status tells."""
+    """Return SIGNALED or EXITED, by a wait status."""
     return Outcome.SIGNALED if os.WIFSIGNALED(status) else Outcome.EXITED
 
 

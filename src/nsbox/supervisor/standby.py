@@ -67,7 +67,7 @@ def set_standby(count: int) -> None:
 
 
 def wish(owner: object, launcher: Launcher, specs: Sequence[Spec], count: int) -> None:
-    """Have `count` kept of each of these kinds, and of no others, as long as `owner` wants them.
+    """Keep `count` standby environments of each of these kinds, and of no others, for `owner`.
 
     To be said again within a minute: the launcher ends those that nobody wants.
     """
@@ -83,13 +83,13 @@ def wish(owner: object, launcher: Launcher, specs: Sequence[Spec], count: int) -
 
 
 def forget(owner: object) -> None:
-    """Keep none any more on behalf of `owner`."""
+    """Drop the wishes of `owner`."""
     if _Setting.wishes.pop(owner, None) is not None:
         _trim()
 
 
 def kept(key: str) -> int:
-    """Return how many are kept of a kind."""
+    """Return the number of standby environments that a kind is to have."""
     if _Setting.count is None:
         _Setting.count = _initial_count()
     return max([_Setting.count, *_wishes(key)]) if _Setting.wishes else _Setting.count
@@ -100,7 +100,7 @@ def _wishes(key: str) -> list[int]:
 
 
 def _trim() -> None:
-    """End those beyond what is wanted."""
+    """Close standby environments beyond the wanted number."""
     launcher = running_launcher()
     if launcher is not None:
         for key in launcher.companions.keys():  # noqa: SIM118 - no mapping
@@ -117,7 +117,7 @@ def take(
     *,
     is_brief: bool = False,
 ) -> EnvironmentConnection:
-    """Return the connection to an environment nobody has used: on standby, else born now.
+    """Return the connection to an unused environment: one on standby, else one born now.
 
     It is being given its attachments then (`EnvironmentConnection.await_attached`).
 

@@ -84,7 +84,7 @@ def gives_more(fd: int, what: str, *, is_own: bool) -> bool:
 
 
 class Relay:
-    """Copies between a file of the caller's and a pipe that the command has in its place.
+    """Copies between a file of the caller's and a pipe that the command gets instead.
 
     Attributes:
         theirs: The command's end of the pipe; the caller's to close.
@@ -169,7 +169,7 @@ class Relay:
                 self._sent += count
 
     def _go_back(self) -> None:
-        """Have the file's offset after what the command has read: others may read on from there."""
+        """Set the file's offset behind what the command has read, for later readers."""
         if self._what == NAMES[0] and self._is_seekable and self._sent + self._unsent:
             (waiting,) = struct.unpack("i", fcntl.ioctl(self._pipe, termios.FIONREAD, bytes(4)))
             # The command can have written to the pipe as well.

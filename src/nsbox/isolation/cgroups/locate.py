@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where this process's own cgroup is, in each hierarchy, and why it cannot be used where not.
+"""This process's own cgroup in each hierarchy, or the reason why it cannot be used.
 
 A controller is attached to one hierarchy only, v1 or v2, and the kernel tells which in
 ``/proc/self/cgroup`` (cgroups(7)): ``4:memory:/path`` is v1, ``0::/path`` is v2. The path counts
@@ -107,11 +107,11 @@ class Hierarchies:
         return list(dict.fromkeys(p.directory for p in self.places.values() if p.version))
 
     def miss(self, name: str, reason: str, hint: str) -> None:
-        """Take a place out, with the reason."""
+        """Mark a place as not usable, with the reason and the remedy."""
         self.places[name] = Place(name, 0, "", reason, hint)
 
     def check(self) -> None:
-        """Take out what cannot be used: not ours, read-only, not delegated, or not handed down."""
+        """Mark places that cannot be used: not ours, read-only, not delegated, not enabled."""
         verdicts: dict[str, tuple[str, str] | None] = {}
         for name, place in list(self.places.items()):
             if not place.version:

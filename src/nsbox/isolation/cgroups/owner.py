@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who made a cgroup directory, written in its name, and whether that process is still there.
+"""The owner of a cgroup directory, which its name states, and whether that process lives.
 
 ``nsbox.<pid>.<start time>.<pid namespace inode>.<first 8 of the boot id>``: a pid alone is reused;
 with its start time (proc_pid_stat(5), field 22, clock ticks since boot) and the boot it is not.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an environment sees of its own cgroup, read-only, so that runtimes fit into its limits.
+"""An environment's read-only view of its own cgroup, by which runtimes size themselves.
 
 The JVM, V8 (libuv), .NET and Go look for /proc/self/cgroup, for mounts of type cgroup or cgroup2 in
 /proc/self/mountinfo, and for the files there. On v2 the environment's own directory is bound at
@@ -26,7 +26,7 @@ _LIMITS = {"memory": "memory_max", "cpu": "cpu_max", "cpuset": "cpuset_cpus"}
 
 
 def place(hierarchy: str) -> str:
-    """Return where an environment sees its cgroup of a hierarchy."""
+    """Return the path inside of an environment's own cgroup of a hierarchy."""
     return PLACE if hierarchy == "unified" else f"{PLACE}/{hierarchy}"
 
 
