@@ -24,7 +24,7 @@ from nsbox.errors import (
     refuse_pickling,
 )
 from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
-from nsbox.functions.deployment import deployment_of
+from nsbox.functions.deployment import Deployment, deployment_of
 from nsbox.functions.exchange import InvocationResponse, OnLog, drive
 from nsbox.functions.function import FunctionVersion
 from nsbox.functions.request import InvocationRequest, Options, check_payload, encode_event
@@ -32,7 +32,7 @@ from nsbox.functions.session import Session
 from nsbox.launcher import messages
 from nsbox.supervisor import standby
 from nsbox.supervisor.channel import RunRequest
-from nsbox.supervisor.connection import Attachments, EnvironmentConnection, await_exit_notice
+from nsbox.supervisor.connection import EnvironmentConnection, await_exit_notice
 from nsbox.supervisor.files import read_file, reset, write_file
 from nsbox.supervisor.launcher import get_launcher
 from nsbox.supervisor.plan import Plan, born_layers, interpreter, make_plan
@@ -175,17 +175,12 @@ class ExecutionEnvironment:
         self._close_lock = threading.Lock()
         self._session: Session | None = None
         self._version = version = config if isinstance(config, FunctionVersion) else None
-        attachments: Attachments = ()
-        runtime = ""
+        deployment = None
         if isinstance(config, FunctionVersion):
             deployment = deployment_of(config)
-            runtime, config, attachments = (
-                deployment.runtime,
-                deployment.config,
-                deployment.attachments,
-            )
+            config = deployment.config
         self.config = make_config(config, fields)
-        plan, connection = self._give_birth(runtime, attachments)
+        plan, connection = self._give_birth(deployment)
         self._kind = plan.spec if plan.may_stand_by else None
         self.id = connection.env_id
         self.pid = connection.pid
@@ -221,23 +216,25 @@ class ExecutionEnvironment:
                 self.close()
                 raise
 
-    def _give_birth(
-        self, runtime: str, attachments: Attachments
-    ) -> tuple[Plan, EnvironmentConnection]:
+    def _give_birth(self, deployment: Deployment | None) -> tuple[Plan, EnvironmentConnection]:
         self._launcher = get_launcher()
         try:
-            return self._take(runtime, attachments)
+            return self._take(deployment)
         except LauncherError:
             if self._launcher.alive:
                 raise
         # It died under a birth, of which nothing is left: another one is started.
         self._launcher = get_launcher()
-        return self._take(runtime, attachments)
+        return self._take(deployment)
 
-    def _take(self, runtime: str, attachments: Attachments) -> tuple[Plan, EnvironmentConnection]:
-        plan = make_plan(self.config, self._launcher.hello, runtime)
-        connection = standby.take(self._launcher, plan.spec, attachments, is_brief=self._is_brief)
-        return plan, connection
+    def _take(self, deployment: Deployment | None) -> tuple[Plan, EnvironmentConnection]:
+        launcher = self._launcher
+        if deployment is None:
+            plan = make_plan(self.config, launcher.hello)
+            return plan, standby.take(launcher, plan.spec, is_brief=self._is_brief)
+        plan = make_plan(self.config, launcher.hello, deployment.runtime)
+        lends = deployment.lends_control(launcher.hello)
+        return plan, standby.take(launcher, plan.spec, deployment.attachments, lends_control=lends)
 
     # -- what users do -------------------------------------------------------------------------
 
@@ -714,12 +711,15 @@ class ExecutionEnvironment:
         return self._session is not None and self._session.is_unsent
 
     def death_descriptor(self) -> int:
-        """Return what is readable once PID 1 has ended; it is this environment's until `close`.
+        """Return what hangs up once PID 1 has ended; it is this environment's until `close`.
+
+        An environment of a function may have but the worker's socket for that, which is of no use
+        after it has hung up. What else is to be read on it is not this descriptor's.
 
         Raises:
             EnvironmentDied: It has ended.
         """
-        return self._live_connection().fileno()
+        return self._live_connection().death_descriptor()
 
     def send_kill(self) -> None:
         """SIGKILL PID 1, unless it is closed; who waits for an answer sees that."""

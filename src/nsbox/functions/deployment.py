@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from nsbox.errors import ConfigError
 from nsbox.functions.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVersion
-from nsbox.launcher.messages import Spec
+from nsbox.launcher.messages import Hello, Spec
 from nsbox.supervisor.launcher import Launcher, get_launcher
 from nsbox.supervisor.plan import interpreter_prefixes, make_plan
 from nsbox.values.config import Config
@@ -35,7 +35,12 @@ class Deployment:
     def __init__(self, version: FunctionVersion) -> None:
         """Raises ConfigError when no template can serve it."""
         self.source = version.config
-        self.runtime = _runtime_of(version.function)
+        function = version.function
+        self.runtime = _runtime_of(function)
+        # Of one that is executed the worker's socket is made later than its death is watched.
+        self._has_worker = function.handler is not None and function.start == "clone"
+        self._resets = function.reuse == "reset"
+        self._kills_left = version.kills_left_running
         places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
         for path, place in places:
             for prefix in interpreter_prefixes():
@@ -48,6 +53,11 @@ class Deployment:
         self.attachments = [(os.fspath(path), place) for path, place in places if path is not None]
         self.config = version.config.replace(mounts=version.function.mounts)
         self._start: tuple[Mapping[str, str], str] | None = None
+
+    def lends_control(self, hello: Hello) -> bool:
+        """Whether PID 1's socket is left to the launcher: no invocation as such asks anything."""
+        is_asked = self._resets or (self._kills_left and "missing" in hello.cgroups["cgroup.pids"])
+        return self._has_worker and not is_asked
 
     def start_text(
         self,

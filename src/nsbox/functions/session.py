@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from nsbox.errors import EnvironmentStateError, InvokeError, SyscallError
+from nsbox.errors import EnvironmentStateError, InvokeError, NsboxError, SyscallError
 from nsbox.functions.deployment import deployment_of
 from nsbox.functions.exchange import (
     Frame,
@@ -685,7 +685,7 @@ class Session:
 
     def _ask(self, operation: bytes, request: bytes) -> Steps[Channel]:
         """Ask PID 1; raises OSError when it is gone."""
-        if len(request) + 2 <= p.LARGEST_MESSAGE:
+        if len(request) + 2 <= p.LARGEST_MESSAGE and self._connection.has_control:
             return self._connection.begin(operation, request)
         return (yield partial(self._connection.begin, operation, request))  # type: ignore[no-any-return]
 
@@ -727,7 +727,7 @@ class Session:
         names = p.names_request([name.encode() for name in request.files])
         try:
             self._cleanup = yield from self._ask(p.REMOVE, names)
-        except OSError:
+        except (OSError, NsboxError):
             # The next event is not to find them.
             self._connection.kill("an invocation's files could not be removed")
 
@@ -749,10 +749,10 @@ class Session:
         call.answered = time.monotonic()
         try:
             left = call.left_running = yield from self._ask_for_left(kill=True)
-        except OSError:
-            self._connection.kill("what an invocation has left running could not be killed")
         except EnvironmentDied:
             pass
+        except (OSError, NsboxError):
+            self._connection.kill("what an invocation has left running could not be killed")
         else:
             if left is not None and left.processes and self.on_kill is not None:
                 self.on_kill()
@@ -763,7 +763,7 @@ class Session:
         try:
             return (yield from self._ask_for_left(kill=False)) or NOTHING
         except OSError as error:
-            raise self._connection.died(error) from error
+            raise self._connection.failed(error) from error
         finally:
             self._busy.release()
 

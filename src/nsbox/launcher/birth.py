@@ -19,8 +19,6 @@ from nsbox.linux.descriptors import close_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from _socket import socket as Socket
-
     from nsbox.isolation.cgroups import EnvironmentCgroup
     from nsbox.isolation.layout import LayoutMount
     from nsbox.launcher.layouts import KnownSpec
@@ -53,7 +51,7 @@ class Birth:
         known: KnownSpec,
         request: GiveBirth,
         control: int,
-        host: Socket,
+        host: int,
     ) -> None:
         self._resources = resources
         self.known = known

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
-from _socket import AF_UNIX, SOCK_SEQPACKET
 from _socket import socket as Socket
 
 from nsbox.errors import NsboxError
@@ -26,13 +26,14 @@ class Environment:
     Attributes:
         id: Its id.
         host: Where the host has asked for it, until all of its birth is over: the end of this
-            ends the environment. Then None.
-        reply: Where the host waits to hear of its end, or None.
+            ends the environment. Then -1.
+        reply: Where the host waits to hear of its end, a descriptor, or -1.
         pid: Its PID 1.
         is_over: Whether it has ended, and its number may be another process's.
         awaits: What is to come on `host` (`messages.GiveBirth`).
         cgroup: Its cgroup, or None.
         host_id: Uid and gid it has outside.
+        control: The host's end of its control socket, once the host has given it away, or -1.
         oom_event: Readable when v1's OOM killer struck, or -1.
         oom_notices: How often it did; the environment is ended at the first.
         is_reported: Whether somebody wants its counters once it has ended.
@@ -41,13 +42,14 @@ class Environment:
 
     def __init__(self, birth: Birth, pid: int) -> None:
         self.id = birth.env_id
-        self.host: Socket | None = birth.host
-        self.reply: Socket | None = None
+        self.host = birth.host
+        self.reply = -1
         self.pid = pid
         self.is_over = False
         self.awaits = birth.awaits
         self.cgroup = birth.cgroup
         self.host_id = birth.host_id
+        self.control = -1
         self.oom_event = -1
         self.oom_notices = 0
         self.is_reported = True
@@ -73,10 +75,16 @@ class Environment:
         else:
             self._stopper.go_on()
 
-    def release(self) -> None:
-        """Close what was kept of its processes: PID 1 has ended, and so have they."""
+    def note_end(self) -> None:
+        """Note that PID 1 has ended, and so have all of its processes."""
         self.is_over = True
         self._stopper.go_on()
+
+    def release(self) -> None:
+        """Close what was kept of it: it is removed."""
+        if self.control >= 0:
+            os.close(self.control)
+            self.control = -1
 
 
 _FORGOTTEN = messages.Gone(status=None, usage={}, leaked=[])
@@ -105,7 +113,7 @@ class Requests:
     def serve(self) -> bool:
         """Do what is asked; False when the host is gone."""
         try:
-            received = protocol.receive(self._channel)
+            received = protocol.receive(self._channel, is_small=True)
         except OSError:
             return True  # no room for the socket of its answer, which is closed
         if received is None:
@@ -114,8 +122,7 @@ class Requests:
         if not isinstance(request, messages.Request):
             raise TypeError(f"{request!r} is no request")
         environment = self.living.get(request.id)
-        # Told what it is, it need not ask the kernel.
-        host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, fds[0]) if fds else None
+        host = fds[0] if fds else -1
         is_end = isinstance(request, messages.Close)
         if environment is None or (environment.is_over and not is_end):
             ended = self._ended.get(request.id, _FORGOTTEN)
@@ -123,12 +130,18 @@ class Requests:
                 self._ended.pop(request.id, None)
             protocol.reply(host, ended)
         elif isinstance(request, messages.Close):
-            environment.is_let_go = host is None  # nobody waits for it any more
-            environment.reply = host or environment.reply
-            environment.is_reported = host is not None and request.is_reported
+            environment.is_let_go = host < 0  # nobody waits for it any more
+            if host >= 0:
+                environment.reply = host
+            environment.is_reported = host >= 0 and request.is_reported
             environment.kill()
         elif isinstance(request, messages.Kill):
             environment.kill()
+        elif isinstance(request, messages.Control):
+            if not protocol.answer(host, messages.Done(), environment.control):
+                error = OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+                protocol.answer(host, messages.Failed(**failure("control", error)))
+            os.close(host)
         else:
             act, name = _ACTS[type(request)], type(request).__name__.lower()
             protocol.reply(host, outcome(name, lambda: act(environment)))

@@ -172,7 +172,10 @@ class NoDescriptors(Message):
 
 
 class Attach(Message):
-    """Host: bind these read-only, pairs of source outside and destination inside."""
+    """Host: bind these read-only, pairs of source outside and destination inside.
+
+    With the host's end of the control socket, if it is to be kept here, for `Control`.
+    """
 
     mounts: Sequence[Sequence[str]]
 
@@ -216,6 +219,13 @@ class Close(Request):
     is_reported: bool
 
 
+class Control(Request):
+    """Give me the host's end of its control socket, which came with `Attach`.
+
+    The answer is `Done` with a descriptor.
+    """
+
+
 class Done(Message):
     """Launcher: what was asked for is done."""
 
@@ -245,7 +255,7 @@ class Gone(Message):
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
     for kind in (UserNamespace, Mapped, Hello, Fatal, GiveBirth, Born, UnknownSpec, NoDescriptors,
-                 Attach, Keep, Claim, Freeze, Thaw, Kill, Close, Done, Failed, Gone)
+                 Attach, Keep, Claim, Freeze, Thaw, Kill, Close, Control, Done, Failed, Gone)
 }  # fmt: skip
 
 

@@ -7,24 +7,34 @@ its own, fixed-size frames (`nsbox.guest.protocol`).
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 from _socket import getdefaulttimeout, socketpair
+from _socket import socket as Socket
 from resource import RLIMIT_NOFILE, getrlimit
+from select import PIPE_BUF
 
 from nsbox.launcher.messages import Message, decode, encode
-from nsbox.linux.descriptors import close_all, receive_message, send_bytes
+from nsbox.linux.descriptors import (
+    MOST_FDS,
+    close_all,
+    receive_bytes,
+    receive_message,
+    send_bytes,
+)
 from nsbox.values import json_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from _socket import socket as Socket
     from collections.abc import Sequence
 
 STANDBY_LIFE = 60.0
 """Seconds after which the launcher ends a standby environment that nobody has claimed."""
 KEPT_FREE = 256
 """Descriptors that births leave free, or a quarter of the limit of open files if that is less."""
+SMALL = 64 << 10
+"""Bytes that requests about an environment that was born have at most, and all answers."""
 LARGEST = 160 << 10
 """Bytes of one message; below the kernel's default send buffer (net.core.wmem_default)."""
 
@@ -60,10 +70,15 @@ def pair() -> tuple[socket.socket, Socket]:
     """Return a `raw_pair`, its first of this process's kind of sockets (gevent): it may wait."""
     kind = socket.SOCK_SEQPACKET
     ours, theirs = raw_pair(kind)
-    end = socket.socket(socket.AF_UNIX, kind, 0, ours.detach())
+    return adopt(ours.detach()), theirs
+
+
+def adopt(fd: int) -> socket.socket:
+    """Return the socket of a descriptor that is a `pair`'s first."""
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
     if end.gettimeout() is not None:
         end.settimeout(None)
-    return end, theirs
+    return end
 
 
 def send(channel: Socket, message: Message, fds: Sequence[int] = ()) -> None:
@@ -79,14 +94,19 @@ def send(channel: Socket, message: Message, fds: Sequence[int] = ()) -> None:
     send_bytes(channel, data, fds)
 
 
-def receive(channel: Socket) -> tuple[Message, list[int]] | None:
+def receive(channel: Socket, *, is_small: bool = False) -> tuple[Message, list[int]] | None:
     """Return the next message and its descriptors, or None when the other end is gone.
+
+    With `is_small`, that it has at most `SMALL` bytes, it is one call less.
 
     Raises:
         LauncherError: It is no message of this version of nsbox.
     """
     try:
-        data, fds = receive_message(channel)
+        if is_small:
+            data, fds = receive_bytes(channel, SMALL, MOST_FDS)
+        else:
+            data, fds = receive_message(channel)
     except ConnectionError:
         return None
     if not data:
@@ -99,21 +119,43 @@ def receive(channel: Socket) -> tuple[Message, list[int]] | None:
         raise
 
 
-def answer(host: Socket, message: Message, fds: Sequence[int] = ()) -> bool:
-    """Send an answer; False when the host has closed its end."""
+def read(pipe: int) -> Message | None:
+    """Return the only message of a pipe; None: who was to write it is gone."""
+    data = os.read(pipe, SMALL)
+    if len(data) >= PIPE_BUF:  # it may come in parts
+        while part := os.read(pipe, SMALL):
+            data += part
+    return decode(json_text.decode(data.decode())) if data else None
+
+
+def answer(host: int, message: Message, fd: int = -1) -> bool:
+    """Send an answer on a socket's descriptor, with an `fd` if there is one to be sent.
+
+    Returns False when the host has closed its end, or takes no descriptor.
+    """
     try:
-        send(host, message, fds)
+        if fd < 0:  # no object of Python's, which would ask the kernel what it is
+            os.write(host, json_text.encode(encode(message)))
+            return True
+        channel = Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, host)
+        try:
+            send(channel, message, [fd])
+        finally:
+            channel.detach()
     except OSError:
         return False
     return True
 
 
-def reply(host: Socket | None, message: Message) -> bool:
-    """Send the only answer there will be, if somebody waits for one; return whether it is sent."""
-    if host is None:
+def reply(host: int, message: Message) -> bool:
+    """Send the only answer there will be, if somebody waits for one, and close the descriptor.
+
+    Returns whether it is sent.
+    """
+    if host < 0:
         return False
     is_sent = answer(host, message)
-    host.close()
+    os.close(host)
     return is_sent
 
 

@@ -330,14 +330,12 @@ class Server:
             return  # no room for its sockets, which are closed: the host reads that as a refusal
         if received is None:
             self._leave()
-        request, (control, answer_fd) = received
+        request, (control, host) = received
         if not isinstance(request, messages.GiveBirth):
             raise TypeError(f"{request!r} asks for no birth")
-        # Told what it is, it need not ask the kernel.
-        host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, answer_fd)
         known: KnownSpec | messages.Message
         try:
-            known = self._find_spec(request, (control, answer_fd))
+            known = self._find_spec(request, (control, host))
         except _PASSING as error:
             known = messages.Failed(**failure("birth", error))
         if isinstance(known, messages.Message):
@@ -420,20 +418,20 @@ class Server:
 
         v1's OOM killer takes a part, and then the whole is ended; v2 does so by itself.
         """
-        cgroup, host = environment.cgroup, environment.host
+        cgroup = environment.cgroup
         if cgroup is not None and (event := cgroup.oom_eventfd()) is not None:
             environment.oom_event = event
             self._watch(event, lambda: self._on_oom(environment))
-        if environment.awaits and host is not None:
-            self._watch(host.fileno(), lambda: self._on_host(environment))
+        if environment.awaits:
+            self._watch(environment.host, lambda: self._on_host(environment))
 
     def _forget_birth(self, environment: Environment) -> None:
         if environment.oom_event >= 0:
             self._forget(environment.oom_event)
             os.close(environment.oom_event)
             environment.oom_event = -1
-        if environment.host is not None:
-            self._forget(environment.host.fileno())
+        if environment.host >= 0:
+            self._forget(environment.host)
 
     def _adopt(self, environment: Environment, birth: Birth, inode: int, pidfd: int) -> None:
         """Tell the host of an environment that is watched."""
@@ -450,7 +448,7 @@ class Server:
             host_id=environment.host_id,
             cgroup=cgroup.paths if cgroup is not None else {},
         )
-        is_heard = protocol.answer(birth.host, born, [] if self._has_pid_inodes else [pidfd])
+        is_heard = protocol.answer(birth.host, born, -1 if self._has_pid_inodes else pidfd)
         if not is_heard:
             environment.is_let_go = True
             environment.kill()
@@ -517,36 +515,40 @@ class Server:
 
     def _on_host(self, environment: Environment) -> None:
         """Hear of a birth that is not over: its taker, attachments, or that nobody wants it."""
-        host = environment.host
-        if host is None:
+        if environment.host < 0:
             return
+        host = Socket(AF_UNIX, SOCK_SEQPACKET, 0, environment.host)
         try:
             received = protocol.receive(host)
         except OSError:
             return  # no memory: it is there to be read again
+        finally:
+            host.detach()
         if received is None:
             environment.is_let_go = True
             self._settle(environment)
             environment.kill()
             return
-        message = received[0]
+        message, fds = received
         was_standby = self._standby.pop(environment.pid, None) is not None
         if isinstance(message, messages.Keep):
             if was_standby:
                 self._standby[environment.pid] = time.monotonic() + protocol.STANDBY_LIFE
             return
         if isinstance(message, messages.Attach):  # who attaches something has taken it
+            if fds:
+                environment.control = fds[0]
             layouts, pid = self._resources.layouts, environment.pid
             act = functools.partial(layouts.attach, pid, message.mounts)
-            protocol.answer(host, outcome("attach", act))
+            protocol.answer(environment.host, outcome("attach", act))
         self._settle(environment)
 
     def _settle(self, environment: Environment) -> None:
         """Close the socket of a birth that is over, or of an environment that has ended."""
-        if environment.host is not None:
-            self._forget(environment.host.fileno())
-            environment.host.close()
-            environment.host = None
+        if environment.host >= 0:
+            self._forget(environment.host)
+            os.close(environment.host)
+            environment.host = -1
 
     def _on_ask(self) -> None:
         if not self._requests.serve():
@@ -560,15 +562,17 @@ class Server:
             return
         del self._environments[pid], self._children[pid]
         self._standby.pop(pid, None)
-        environment.release()
+        environment.note_end()
         report = messages.Gone(status=status, usage={}, leaked=[])
-        self._forget_birth(environment)
 
         def finish(left: list[str]) -> None:
             report.leaked = left
             self._resources.give_back_id(environment.host_id)
-            self._settle(environment)
             self._requests.conclude(environment, report)
+            # What nobody waits for.
+            self._forget_birth(environment)
+            self._settle(environment)
+            environment.release()
 
         if environment.cgroup is None:
             finish([])

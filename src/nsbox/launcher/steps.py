@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from nsbox.launcher.messages import Spec
 
 
+_LONGEST = 16 << 10  # characters of a message, which may have paths in it
+
+
 class Step:
     """One step of a birth.
 
@@ -41,10 +44,11 @@ class Step:
 
 def failure(step: str, error: BaseException) -> dict[str, Any]:
     """Return an error of a birth as the fields of a `SetupError`."""
+    text = repr(error)
+    if isinstance(error, OSError):
+        text = str(error).removeprefix(f"[Errno {error.errno}] ")
     return {
         "step": step,
         "errno": getattr(error, "errno", None) or 0,
-        "message": str(error).removeprefix(f"[Errno {error.errno}] ")
-        if isinstance(error, OSError)
-        else repr(error),
+        "message": text[:_LONGEST],
     }

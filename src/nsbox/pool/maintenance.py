@@ -362,10 +362,17 @@ class Maintenance:
             self._epoll.register(fd, select.EPOLLPRI)
         self._thread.start()
 
-    def watch(self, fd: int, owner: object, handler: Callable[[], object]) -> None:
-        """Have `handler` called, once, when `fd` is readable."""
+    def watch(
+        self,
+        fd: int,
+        owner: object,
+        handler: Callable[[], object],
+        *,
+        events: int = select.EPOLLIN,
+    ) -> None:
+        """Have `handler` called, once, when `fd` is readable; without `events`, at its hang-up."""
         with self._lock:
-            self._epoll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+            self._epoll.register(fd, events | select.EPOLLONESHOT)
             self._handlers[fd] = owner, handler
 
     def unwatch(self, fd: int, owner: object) -> None:

@@ -197,7 +197,8 @@ class PoolManager:
             slot.is_silent = function.handler is None
         env.on_kill_of_left_running(lambda: self.scheduler.note_left_running(queue))
         slot.death = _poll_of(fd)
-        self._get_maintenance().watch(fd, slot, functools.partial(self._on_death, slot, fd))
+        on_death = functools.partial(self._on_death, slot, fd)
+        self._get_maintenance().watch(fd, slot, on_death, events=0)
         self.scheduler.born(lease, env, fd)
 
     # -- calls -----------------------------------------------------------------------------------
@@ -556,8 +557,9 @@ def memory_of(source: Source) -> int:
 
 
 def _poll_of(fd: int) -> select.poll:
+    """Return what tells of a hang-up, whatever there is to read."""
     poll = select.poll()
-    poll.register(fd, select.POLLIN)
+    poll.register(fd, 0)
     return poll
 
 

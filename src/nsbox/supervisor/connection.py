@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
+import threading
 import time
 from _socket import socket as Socket
 from collections.abc import Callable, Sequence
@@ -26,7 +28,7 @@ from nsbox.linux.descriptors import as_file
 from nsbox.supervisor import reports
 from nsbox.supervisor.channel import BrokenAnswer, Channel, WorkerEndpoints
 from nsbox.supervisor.launcher import Launcher
-from nsbox.supervisor.requests import END_DEADLINE, Supervision, receive
+from nsbox.supervisor.requests import END_DEADLINE, Answer, Supervision, receive
 from nsbox.values.result import EnvironmentDied, Outcome
 
 BIRTH_DEADLINE: Final = 30.0
@@ -124,6 +126,8 @@ class EnvironmentConnection:
         self.has_callers_id = launcher.hello.ids == "own" or spec.as_caller
         self.endpoints: WorkerEndpoints | None = None
         self._awaits_attachments = False
+        self._is_lent = False  # the control socket, to the launcher
+        self._control_lock = threading.Lock()
         self.pid = self._pid_inode = 0
         self._pidfd = -1  # only where pidfds have no inode of their own
         ends: list[Socket] = []
@@ -176,11 +180,13 @@ class EnvironmentConnection:
         control.close()
         birth.close()
 
-    def await_birth(self, attachments: Attachments = ()) -> None:
+    def await_birth(self, attachments: Attachments = (), *, lends_control: bool = False) -> None:
         """Wait until the environment is locked in, and see that it is.
 
         With `attachments` the launcher is told to attach them, which it does meanwhile, and that
-        somebody has taken the environment; `await_attached` waits for its answer.
+        somebody has taken the environment; `await_attached` waits for its answer. With
+        `lends_control` it gets the control socket, too, until PID 1 is to be asked something: an
+        environment that is only invoked has a descriptor less.
 
         Raises:
             SetupError: A step failed; nothing is left of it.
@@ -194,8 +200,12 @@ class EnvironmentConnection:
                 for source, _ in attachments:
                     # One that does not answer stops this thread, not all; the launcher tells.
                     os.path.exists(source)
+                self._is_lent = lends_control
+                control = self._control.fileno() if lends_control else -1
                 # When it is gone, that is seen next.
-                protocol.answer(self._birth, messages.Attach(mounts=attachments))
+                protocol.answer(self._birth.fileno(), messages.Attach(mounts=attachments), control)
+                if lends_control:
+                    self._control.close()
             born = self._hear_of_birth()
             self.proc = _check_ready(word)
             self._verify(filtered=bool(self._spec.seccomp))
@@ -250,7 +260,7 @@ class EnvironmentConnection:
         if not protocol.is_readable(self._birth.fileno(), BIRTH_DEADLINE):
             raise LauncherError(f"the launcher did not answer within {BIRTH_DEADLINE:g} seconds")
         try:
-            received = protocol.receive(self._birth)
+            received = protocol.receive(self._birth, is_small=True)
         except OSError as error:
             raise SetupError("birth", str(error), errno=error.errno or 0) from error
         if received is None:
@@ -302,19 +312,35 @@ class EnvironmentConnection:
             SyscallError: This process has no room for a socket.
         """
         try:
-            return Channel(self._control, operation, request, fds)
+            return Channel(self._take_control(), operation, request, fds)
         except OSError as error:
             raise self.failed(error, "sendmsg") from error
 
     def begin(self, operation: bytes, request: bytes) -> Channel:
         """Do as `ask`, and wait for nothing; its channel does not, either.
 
-        A request above `p.LARGEST_MESSAGE` waits for PID 1 all the same.
+        A request above `p.LARGEST_MESSAGE` waits for PID 1 all the same, and without `has_control`
+        the launcher is waited for.
 
         Raises:
             OSError: PID 1 is gone.
+            NsboxError: The launcher does not give its socket; see `request`.
         """
-        return Channel(self._control, operation, request, waits=False)
+        return Channel(self._take_control(), operation, request, waits=False)
+
+    @property
+    def has_control(self) -> bool:
+        """Whether PID 1's socket is here, and not in the launcher."""
+        return self._control.fileno() >= 0
+
+    def _take_control(self) -> socket.socket:
+        """Return PID 1's socket, which the launcher may have had until now; raises as `request`."""
+        if self._is_lent and not self.closing and not self.has_control:
+            with self._control_lock:
+                if not self.has_control:  # no other thread has just done so
+                    fds = self.request(messages.Control(id=self.env_id))
+                    self._control = protocol.adopt(fds[0])
+        return self._control
 
     def failed(self, cause: OSError, call: str = "recvmsg") -> NsboxError:
         """Return the exception for an operation that `call` ends here, with its channel.
@@ -353,6 +379,7 @@ class EnvironmentConnection:
         Raises:
             EnvironmentDied: PID 1 is gone.
         """
+        self._take_control()  # while that can be had
         self.closing = True  # before the signal: no command is said to have been ended by others
         return self.ask(p.TERMINATE, b"", []).socket
 
@@ -393,11 +420,21 @@ class EnvironmentConnection:
     # -- the launcher --------------------------------------------------------------------------
 
     def fileno(self) -> int:
-        """Descriptor that is readable when PID 1 has ended; -1 once this is closed."""
+        """Descriptor that hangs up when PID 1 has ended; -1 where there is none, or no more."""
         return self._control.fileno()
 
-    def request(self, request: messages.Request) -> None:
-        """Have the launcher do something to the environment.
+    def death_descriptor(self) -> int:
+        """Descriptor that hangs up when PID 1 has ended; -1 once this is closed.
+
+        Where the launcher has, or had, PID 1's it is the worker's, which the kernel ends with PID
+        1. It hangs up as well when the worker has ended, or has closed it.
+        """
+        if self._is_lent and self.endpoints is not None:
+            return self.endpoints.socket.fileno()
+        return self._control.fileno()
+
+    def request(self, request: messages.Request) -> list[int]:
+        """Have the launcher do something to the environment; return the descriptors it gives.
 
         Raises:
             SetupError: It could not.
@@ -407,11 +444,11 @@ class EnvironmentConnection:
             SyscallError: This process has no room for a socket.
         """
         name = type(request).__name__.lower()
-        self._check_answer(name, lambda: self.supervision.request(request))
+        return self._check_answer(name, lambda: self.supervision.request(request))
 
-    def _check_answer(self, what: str, ask: Callable[[], messages.Message | None]) -> None:
+    def _check_answer(self, what: str, ask: Callable[[], Answer | None]) -> list[int]:
         try:
-            answer = ask()
+            answer, fds = ask() or (None, [])
         except TimeoutError:
             self.kill(f"the launcher did not answer {what!r} within {END_DEADLINE:g} seconds")
             raise LauncherError(f"environment {self.env_id}: {self.describe_end()}") from None
@@ -425,35 +462,40 @@ class EnvironmentConnection:
             self.kill()
             self.await_end()
             raise self.death()
+        return fds
 
     def note_end(self) -> bool:
         """Whether PID 1 is gone; then `end` is told, which it is a moment later."""
-        fd = self._control.fileno()
-        # It says nothing but its first word.
-        if self.supervision.end is None and fd >= 0 and protocol.is_readable(fd, 0):
-            self.await_end()
-        return self.supervision.end is not None
+        supervision = self.supervision
+        if supervision.end is None:
+            fd = self._control.fileno()
+            # It says nothing but its first word.
+            is_over = fd >= 0 and protocol.is_readable(fd, 0)
+            if is_over or (fd < 0 and self._is_lent and self._has_ended(0)):
+                self.await_end()
+        return supervision.end is not None
 
     def await_end(self) -> bool:
         """Wait for the end of a killed environment; False when it does not come."""
         self.supervision.await_end()
         if self.supervision.end is not None and not self.supervision.unsaid:
             return True
-        if not self._await_death():  # nobody else can say it
+        # Nobody else can say it; of a silent launcher it was waited for already.
+        if not self._has_ended(0 if self.end is None else END_DEADLINE):
             return False
         self.supervision.end_unsaid()
         return True
 
-    def _await_death(self) -> bool:
+    def _has_ended(self, seconds: float) -> bool:
+        """Whether PID 1 has ended within this time, by the kernel's word."""
         try:
             pidfd = self.open_pidfd()
         except ProcessLookupError:
             return True
+        except OSError:
+            return False  # there is no room to look
         try:
-            # Of a silent launcher it was waited for already.
-            return protocol.is_readable(
-                pidfd.fileno(), 0 if self.supervision.end is None else END_DEADLINE
-            )
+            return protocol.is_readable(pidfd.fileno(), seconds)
         finally:
             pidfd.close()
 

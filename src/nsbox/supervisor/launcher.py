@@ -16,7 +16,6 @@ import select
 import socket
 import sys
 import threading
-from _socket import socket as Socket
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -268,15 +267,15 @@ class Launcher:
             self._specs_sent.clear()
         self._specs_sent.add(key)
 
-    def ask(self, request: messages.Request, answer: Socket | None = None) -> None:
-        """Ask something of an environment that was born; it is answered on `answer`.
+    def ask(self, request: messages.Request, answer: int = -1) -> None:
+        """Ask something of an environment that was born; it is answered on a descriptor, if given.
 
         Raises:
             OSError: The launcher is gone, or another process's.
         """
         if self._owner != os.getpid():
             raise ProcessLookupError(errno.ESRCH, "the launcher is the parent process's")
-        fds = [] if answer is None else [answer.fileno()]
+        fds = [] if answer < 0 else [answer]
         with self._lock_of_requests:
             protocol.send(self._requests, request, fds)
 

@@ -365,6 +365,8 @@ class Process:
             channel = self._channel or self._ask_for_end()
             self.register(poller)
             wait = self.poll_milliseconds(None)
+            if channel is None and self._connection.note_end():
+                wait = 0  # nothing will be ready
             heard = self._heard
         # Outside the lock: another thread may kill it meanwhile, or hear the answer.
         wait = _LONGEST_WAIT if wait is None else wait
@@ -377,7 +379,9 @@ class Process:
             try:
                 if channel is not None and channel.socket.fileno() in ready:
                     self._finish_from_channel(channel)
-                elif (ready or self._connection.closing) and self._connection.note_end():
+                elif (
+                    ready or channel is None or self._connection.closing
+                ) and self._connection.note_end():
                     self._finish_from_end()
             finally:
                 if self._result is not None or self._death is not None:

@@ -7,19 +7,24 @@ No connection is kept: each request carries the socket for its answer.
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from contextlib import closing, suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from nsbox.errors import SyscallError
 from nsbox.launcher import messages, protocol
 
 if TYPE_CHECKING:
     from _socket import socket as Socket
+    from collections.abc import Callable
 
     from nsbox.launcher.messages import Spec
     from nsbox.supervisor.launcher import Launcher
 
+_End = TypeVar("_End")
+Answer = tuple[messages.Message, list[int]]
+"""What the launcher says, and the descriptors that come with it."""
 END_DEADLINE: Final = 10.0
 """Seconds in which the launcher answers, and a killed environment is gone and removed."""
 _ATTEMPTS: Final = 3
@@ -38,7 +43,7 @@ class Supervision:
         self._launcher = launcher
         self._env_id = env_id
         self._lock = threading.Lock()
-        self._report: Socket | None = None  # on which the end is reported
+        self._report = -1  # a pipe, where the end will be told
         self._is_asked = self._is_let_go = False
         self.end: messages.Gone | None = None
         self.unsaid = ""
@@ -52,26 +57,31 @@ class Supervision:
         """Send a request without an answer. Raises OSError: the launcher is gone."""
         self._launcher.ask(request)
 
-    def request(self, request: messages.Request) -> messages.Message | None:
+    def request(self, request: messages.Request) -> Answer | None:
         """Send a request, which may be done twice; return its answer, None: the launcher is gone.
 
         Raises:
-            SyscallError: This process could not ask.
+            SyscallError: This process could not ask, or has no room for the answer's descriptor.
             TimeoutError: No answer within `END_DEADLINE`; it may act on the request later.
         """
         for _ in range(_ATTEMPTS):
-            ours, theirs = _pair()
+            ours, theirs = _open(protocol.raw_pair, "socketpair")
             with closing(ours):
                 with closing(theirs):
                     try:
-                        self._launcher.ask(request, theirs)
+                        self._launcher.ask(request, theirs.fileno())
                     except (ConnectionError, ProcessLookupError):
                         return None
                     except OSError as error:
                         if error.errno == errno.EBADF:
                             return None  # closed by another thread
                         raise SyscallError("sendmsg", error.errno or 0) from error
-                answer = receive(ours, END_DEADLINE)
+                try:
+                    answer = receive(ours, END_DEADLINE)
+                except TimeoutError:
+                    raise
+                except OSError as error:
+                    raise SyscallError("recvmsg", error.errno or 0) from error
             if answer is not None or not self._launcher.alive:
                 return answer
         raise TimeoutError(errno.ETIMEDOUT, "the launcher does not answer")
@@ -85,12 +95,13 @@ class Supervision:
             self._begin_end(is_reported=is_reported)
 
     def _begin_end(self, *, is_reported: bool) -> None:
-        if self.end is not None or self._report is not None:
+        if self.end is not None or self._report >= 0:
             return
         if not self._is_asked or self._is_let_go:
             return
         try:
-            self._report, theirs = _pair()
+            # To make and close a pair of sockets takes twice as long.
+            self._report, theirs = _open(os.pipe, "pipe2")
         except SyscallError:
             self._let_go()  # there is no report then: the control socket's end tells
             return
@@ -99,7 +110,7 @@ class Supervision:
         except OSError:
             self._end_with_launcher()
         finally:
-            theirs.close()
+            os.close(theirs)
 
     def _end_with_launcher(self) -> None:
         self.unsaid = "the launcher died, and the environment with it"
@@ -119,33 +130,34 @@ class Supervision:
         for _ in range(_ATTEMPTS):
             with self._lock:
                 self._begin_end(is_reported=True)
-                if self.end is not None or self._report is None or self._report.fileno() < 0:
-                    return
                 report = self._report
-            if not protocol.is_readable(report.fileno(), END_DEADLINE):
+                if self.end is not None or report < 0:
+                    return
+            if not protocol.is_readable(report, END_DEADLINE):
                 return
             with self._lock:  # another thread may have read it meanwhile
-                if self.end is None and self._report is report and report.fileno() >= 0:
+                if self.end is None and self._report == report:
                     self._read_end(report)
 
-    def _read_end(self, report: Socket) -> None:
+    def _read_end(self, report: int) -> None:
         try:
-            said = protocol.receive(report)
+            said = protocol.read(report)
         except OSError:
             return  # no memory: it is there to be read again
-        if said is not None and isinstance(said[0], messages.Gone):
-            self.end = said[0]
-        elif self._launcher.alive:  # the socket was lost on its way: ask once more
-            report.close()
-            self._report = None
+        if isinstance(said, messages.Gone):
+            self.end = said
+        elif self._launcher.alive:  # the pipe was lost on its way: ask once more
+            os.close(report)
+            self._report = -1
         else:
             self._end_with_launcher()
 
     def close(self) -> None:
         """Let go of the environment: the launcher ends what is left of it, and forgets it."""
         with self._lock:
-            if self._report is not None:
-                self._report.close()
+            report, self._report = self._report, -1
+            if report >= 0:
+                os.close(report)
             if (self.end is None or self.unsaid) and self._is_asked:
                 self._let_go()
 
@@ -156,14 +168,14 @@ class Supervision:
                 self.tell(messages.Close(id=self._env_id, is_reported=False))
 
 
-def _pair() -> tuple[Socket, Socket]:
+def _open(make: Callable[[], tuple[_End, _End]], call: str) -> tuple[_End, _End]:
     try:
-        return protocol.raw_pair()
+        return make()
     except OSError as error:
-        raise SyscallError("socketpair", error.errno or 0) from error
+        raise SyscallError(call, error.errno or 0) from error
 
 
-def receive(channel: Socket, timeout: float) -> messages.Message | None:
+def receive(channel: Socket, timeout: float) -> Answer | None:
     """Return the launcher's answer; None when it is gone.
 
     Raises:
@@ -171,5 +183,4 @@ def receive(channel: Socket, timeout: float) -> messages.Message | None:
     """
     if not protocol.is_readable(channel.fileno(), timeout):
         raise TimeoutError(errno.ETIMEDOUT, "the launcher is silent")
-    received = protocol.receive(channel)
-    return None if received is None else received[0]
+    return protocol.receive(channel, is_small=True)

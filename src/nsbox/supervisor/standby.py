@@ -116,6 +116,7 @@ def take(
     attachments: Attachments = (),
     *,
     is_brief: bool = False,
+    lends_control: bool = False,
 ) -> EnvironmentConnection:
     """Return the connection to an unused environment: one on standby, else one born now.
 
@@ -132,15 +133,18 @@ def take(
             try:
                 if not attachments:
                     connection.tell_of_taker(messages.Claim())
-                connection.await_birth(attachments)
+                connection.await_birth(attachments, lends_control=lends_control)
             except NsboxError:
                 continue  # whatever became of it: a birth now tells the caller what is wrong
             return connection
         connection.close()
     try:
-        return _give_birth(launcher, spec, attachments, is_brief=is_brief)
+        connection = _give_birth(launcher, spec, attachments, is_brief=is_brief)
+        connection.await_birth(attachments, lends_control=lends_control)
     except ForgottenSpec:  # it is sent this time
-        return _give_birth(launcher, spec, attachments, is_brief=is_brief)
+        connection = _give_birth(launcher, spec, attachments, is_brief=is_brief)
+        connection.await_birth(attachments, lends_control=lends_control)
+    return connection
 
 
 def _give_birth(
@@ -148,7 +152,6 @@ def _give_birth(
 ) -> EnvironmentConnection:
     connection = EnvironmentConnection(launcher, spec, _new_id(), is_brief=is_brief)
     connection.ask_for_birth("attachments" if attachments else "")
-    connection.await_birth(attachments)
     return connection
 
 
