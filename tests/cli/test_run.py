@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -436,7 +437,7 @@ def test_a_job_in_the_background_of_a_shell() -> None:
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 
-def test_a_script_whose_interpreter_is_missing(tmp_path: Path) -> None:
+def test_a_program_whose_interpreter_is_missing(tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text("#! /no/such/python3 -u\nprint(1)\n")
     script.chmod(0o755)
@@ -451,6 +452,13 @@ def test_a_script_whose_interpreter_is_missing(tmp_path: Path) -> None:
             )
     done = nsbox_run("run", "--quiet", command=["/data/script"])
     assert b"No such file or directory, inside the environment" in done.stderr
+    script.write_bytes(b"#!/bin/sh\r\necho 1\r\n")
+    done = nsbox_run("run", "--quiet", "--bind", f"{tmp_path}:/data", command=["/data/script"])
+    assert rb"'/bin/sh\r' in its first line (which ends in CR LF, as on Windows)" in done.stderr
+    program = Path("/usr/bin/true").read_bytes()
+    script.write_bytes(program.replace(b"/ld-linux", b"/no-linux"))
+    done = nsbox_run("run", "--quiet", "--bind", f"{tmp_path}:/data", command=["/data/script"])
+    assert re.search(rb"linked for, '/lib.*/no-linux-.*', does not exist inside", done.stderr)
 
 
 @pytest.mark.needs("cgroup.memory")

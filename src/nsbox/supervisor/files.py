@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import struct
 from collections.abc import Callable, Mapping
 
 from nsbox.errors import ConfigError, EnvironmentStateError, NsboxError, SyscallError
@@ -22,7 +23,8 @@ _CALLS = {
     "place": ("openat", ""),
 }
 """What failed at a stage, and why it did; at another one it was the transfer itself."""
-_SCRIPT_MAX = 1 << 20  # bytes of a script that is looked at
+_PROGRAM_MAX = 1 << 24  # bytes of a program that is looked at
+_PT_INTERP, _PATH_MAX = 3, 4096  # elf.h; linux/limits.h
 _INTERPRETER_MAX = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
 
 
@@ -65,14 +67,35 @@ def read_file(
 def missing_interpreter(connection: EnvironmentConnection, path: str) -> str:
     """Say what is missing for a program that execve(2) did not find though it is there, or ""."""
     try:
-        data = read_file(lambda: connection, path, _SCRIPT_MAX)
+        data = read_file(lambda: connection, path, _PROGRAM_MAX)
     except (NsboxError, OSError):
-        return ""  # it is not there, or too large for a script
-    first = data.partition(b"\n")[0][:_INTERPRETER_MAX]
-    if not first.startswith(b"#!"):
-        return ""
-    name = os.fsdecode(first[2:].split()[0]) if first[2:].split() else ""
-    return f"its interpreter, {name!r} in its first line, does not exist"
+        return ""  # it is not there, or too large to look
+    if data.startswith(b"#!"):
+        # Of all white space only these two end the name (fs/binfmt_script.c).
+        first = data[2:_INTERPRETER_MAX].partition(b"\n")[0].replace(b"\t", b" ").strip(b" ")
+        name = first.partition(b" ")[0]
+        where = "in its first line" + name.endswith(b"\r") * " (which ends in CR LF, as on Windows)"
+        return f"its interpreter, {os.fsdecode(name)!r} {where}, does not exist"
+    try:
+        name = _loader_of(data)
+    except (struct.error, OverflowError):
+        return ""  # it is cut off
+    return f"the loader it is linked for, {os.fsdecode(name)!r}, does not exist" if name else ""
+
+
+def _loader_of(data: bytes) -> bytes:
+    """Return PT_INTERP of an ELF file (elf(5)), b"" where there is none."""
+    if data[:4] != b"\x7fELF" or data[5:6] != b"\1":  # ELFDATA2LSB
+        return b""
+    is_64 = data[4] == 2
+    (table,) = struct.unpack_from("<Q" if is_64 else "<I", data, 32 if is_64 else 28)
+    size, count = struct.unpack_from("<HH", data, 54 if is_64 else 42)
+    for entry in range(table, table + size * count, size or 1):
+        if struct.unpack_from("<I", data, entry) == (_PT_INTERP,):
+            form, at = ("<Q16xQ", entry + 8) if is_64 else ("<I8xI", entry + 4)
+            offset, length = struct.unpack_from(form, data, at)
+            return data[offset : offset + min(length, _PATH_MAX)].rstrip(b"\0")
+    return b""
 
 
 def _inside(path: str) -> str:
