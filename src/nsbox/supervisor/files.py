@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-import sys
 import struct
+import sys
 from collections.abc import Callable, Mapping
 
 from nsbox.errors import ConfigError, EnvironmentStateError, NsboxError, SyscallError
