@@ -231,14 +231,14 @@ def test_threads_and_several_loops_at_once(make: Make) -> None:
 def test_a_loop_that_ends_without_its_calls_keeps_nothing(make: Make) -> None:
     """It closes with a call in the queue, which is not even cancelled: the lease goes on."""
     with nsbox.WarmPool(make(), max_environments=1, acquire_timeout=None) as pool:
-        grant = PoolLease()
-        pool._take(grant, None, 1)
+        lease = PoolLease()
+        pool._take(lease, None, 1)
         loop = asyncio.new_event_loop()
         task = loop.create_task(pool.invoke_async({}))
         loop.run_until_complete(asyncio.sleep(0))
         assert pool.stats()["Waiting"] == 1
         loop.close()
-        pool._manager.finish(grant, None)
+        pool._manager.finish(lease, None)
         assert pool.invoke({"echo": 1})["echo"] == 1
         stats = pool.stats()
         assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (3, 3, 1)
