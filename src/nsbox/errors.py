@@ -37,7 +37,9 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any, NoReturn
+    from typing import Any, Literal, NoReturn
+
+    ThrottleReason = Literal["full", "start failures", "reserved"]
 
 
 class NsboxError(Exception):
@@ -216,7 +218,9 @@ class Throttled(PoolError):
             ``"reserved"``.
     """
 
-    def __init__(self, message: str, *, reason: str, retry_after: float | None) -> None:
+    reason: ThrottleReason
+
+    def __init__(self, message: str, *, reason: ThrottleReason, retry_after: float | None) -> None:
         super().__init__(message)
         self.reason = reason
         self.retry_after = retry_after

@@ -131,6 +131,22 @@ class MyPool(nsbox.WarmPool[nsbox.Function]):
         self.acquire()  # type: ignore[misc]
 
 
+def watched(event: nsbox.PoolEvent, pool: nsbox.WarmPool) -> None:
+    if event.kind == "retired" and event.reason is nsbox.Retirement.PRESSURE:
+        print(pool.snapshot().count("idle"))
+    if event.kind == "retierd":  # type: ignore[comparison-overlap]
+        print(event)
+    pool.snapshot().count("idel")  # type: ignore[arg-type]
+    try:
+        pool.invoke({})
+    except nsbox.Throttled as refused:
+        assert_type(refused.retry_after, float | None)
+        if refused.reason == "reserved":
+            raise
+        if refused.reason == "fully":  # type: ignore[comparison-overlap]
+            raise
+
+
 def numbers(stats: nsbox.PoolStats) -> None:
     assert_type(stats.calls, int)
     assert_type(stats.duration_seconds, float)

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Literal
 
 from nsbox.values.invocation import LeftRunning
+
+EventKind = Literal["created", "initialised", "invoked", "frozen", "thawed", "retired"]
+EnvironmentState = Literal["starting", "busy", "idle", "frozen", "ending"]
 
 
 class Retirement(enum.Enum):
@@ -48,7 +52,7 @@ class PoolEvent:
         left_running: Of ``invoked``: as `Invocation.left_running`.
     """
 
-    kind: str
+    kind: EventKind
     environment: str
     function: str
     version: str
@@ -67,7 +71,7 @@ class EnvironmentSnapshot:
     """Its id; empty before its birth."""
     pid: int
     """Process id of its PID 1; 0 before its birth."""
-    state: str
+    state: EnvironmentState
     """``starting``, ``busy``, ``idle``, ``frozen`` or ``ending``."""
     tenant: str | None
     """On whose behalf it runs calls, or None."""
@@ -110,7 +114,7 @@ class PoolSnapshot:
         """Those of all functions."""
         return tuple(each for function in self.functions for each in function.environments)
 
-    def count(self, state: str) -> int:
+    def count(self, state: EnvironmentState) -> int:
         """Return how many environments are in a state."""
         return sum(each.state == state for each in self.environments)
 

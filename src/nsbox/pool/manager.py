@@ -27,6 +27,8 @@ from nsbox.linux.proc import has_pending
 from nsbox.pool.accounts import FunctionQueue, Lease, Phase, Resolve, Slot, Waiter
 from nsbox.pool.events import (
     EnvironmentSnapshot,
+    EnvironmentState,
+    EventKind,
     FunctionSnapshot,
     PoolEvent,
     PoolSnapshot,
@@ -428,7 +430,7 @@ class PoolManager:
     # -- events and the end ----------------------------------------------------------------------
 
     def _tell(
-        self, kind: str, slot: PoolSlot, *, reason: Retirement | None = None, error: str = ""
+        self, kind: EventKind, slot: PoolSlot, *, reason: Retirement | None = None, error: str = ""
     ) -> None:
         on_event = self.settings.on_event
         if on_event is None or slot.env is None:
@@ -485,7 +487,7 @@ class PoolManager:
             self._memory.close()
 
 
-_STATES: Final = {
+_STATES: Final[dict[tuple[Phase, bool], EnvironmentState]] = {
     (Phase.BIRTH, False): "starting",
     (Phase.LEASED, False): "busy",
     (Phase.IDLE, False): "idle",
