@@ -15,6 +15,7 @@ from _socket import socket as Socket
 from resource import RLIMIT_NOFILE, getrlimit
 from select import PIPE_BUF
 
+from nsbox.errors import SyscallError
 from nsbox.launcher.messages import Message, decode, encode
 from nsbox.linux.descriptors import (
     MOST_FDS,
@@ -160,7 +161,14 @@ def reply(host: int, message: Message) -> bool:
 
 
 def is_readable(fd: int, timeout: float) -> bool:
-    """Whether there is something to read, or the end, within `timeout` seconds."""
+    """Whether there is something to read, or the end, within `timeout` seconds.
+
+    Raises:
+        SyscallError: ENOMEM.
+    """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
+    try:
+        return bool(poll.poll(timeout * 1000))
+    except OSError as error:
+        raise SyscallError("poll", error.errno or 0) from error

@@ -53,17 +53,17 @@ class Channel:
         self._deadline = time.monotonic() + ANSWER_DEADLINE
         self.socket, theirs = make_socket()
         is_short = len(request) + 2 <= p.LARGEST_MESSAGE
-        self.socket.settimeout(0.0 if is_short and not waits else ANSWER_DEADLINE)
         message = operation + (p.HERE + request if is_short else p.ON_CHANNEL)
         try:
             try:
+                self._wait_for(0.0 if is_short and not waits else ANSWER_DEADLINE)
                 send_bytes(control, message, [theirs.fileno(), *fds])
             finally:
                 theirs.close()
             if not is_short:
                 self.send_all(p.LENGTH.pack(len(request)) + request)
                 if not waits:
-                    self.socket.settimeout(0.0)
+                    self.never_wait()
         except OSError:
             self.socket.close()
             raise
@@ -116,7 +116,17 @@ class Channel:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        self.socket.settimeout(left)
+        self._wait_for(left)
+
+    def never_wait(self) -> None:
+        """Have `feed` read what is there, and nothing wait for more."""
+        self._wait_for(0.0)
+
+    def _wait_for(self, seconds: float) -> None:
+        try:
+            self.socket.settimeout(seconds)
+        except OSError as error:
+            raise SyscallError("ioctl", error.errno or 0) from error
 
     def feed(self) -> Reply | None:
         """Read what has come of the next answer; None: not all of it. Raises as `receive_answer`.
@@ -199,7 +209,11 @@ def make_pipe(*, to_guest: bool) -> tuple[int, int]:
     ours, theirs = (write, read) if to_guest else (read, write)
     # So that the command, which has another uid, may open it again as /dev/stdout. Nobody else
     # gets at it: a pipe has no name but in the /proc/PID/fd of who holds it (proc(5)).
-    os.fchmod(theirs, 0o666)
+    try:
+        os.fchmod(theirs, 0o666)
+    except OSError as error:
+        close_all([read, write])
+        raise SyscallError("fchmod", error.errno or 0) from error
     return ours, theirs
 
 

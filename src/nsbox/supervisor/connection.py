@@ -24,11 +24,12 @@ from nsbox.guest import protocol as p
 from nsbox.isolation import cgroups, readback
 from nsbox.launcher import messages, protocol
 from nsbox.launcher.messages import Gone, Spec
+from nsbox.linux.binding import is_unknown
 from nsbox.linux.descriptors import as_file
 from nsbox.supervisor import reports
 from nsbox.supervisor.channel import BrokenAnswer, Channel, WorkerEndpoints
 from nsbox.supervisor.launcher import Launcher
-from nsbox.supervisor.requests import END_DEADLINE, Answer, Supervision, receive
+from nsbox.supervisor.requests import END_DEADLINE, Answer, Supervision, is_gone, receive
 from nsbox.values.result import EnvironmentDied, Outcome
 
 BIRTH_DEADLINE: Final = 30.0
@@ -62,7 +63,9 @@ Counters = dict[str, int | None]
 
 
 def _setup_error(step: str, number: int, message: str) -> SetupError:
-    return SetupError(step, message, errno=number, hint=_STEP_HINTS.get(step, ""))
+    # What fails in passing is no host's that does not allow it.
+    hint = "" if is_unknown(OSError(number, "")) else _STEP_HINTS.get(step, "")
+    return SetupError(step, message, errno=number, hint=hint)
 
 
 def _check_ready(word: bytes) -> str:
@@ -201,9 +204,7 @@ class EnvironmentConnection:
                     # One that does not answer stops this thread, not all; the launcher tells.
                     os.path.exists(source)
                 self._is_lent = lends_control
-                control = self._control.fileno() if lends_control else -1
-                # When it is gone, that is seen next.
-                protocol.answer(self._birth.fileno(), messages.Attach(mounts=attachments), control)
+                self._ask_to_attach(attachments, self._control.fileno() if lends_control else -1)
                 if lends_control:
                     self._control.close()
             born = self._hear_of_birth()
@@ -219,6 +220,14 @@ class EnvironmentConnection:
         self.reader = cgroups.UsageReader(born.cgroup, absent) if born.cgroup else None
 
     # -- birth ---------------------------------------------------------------------------------
+
+    def _ask_to_attach(self, attachments: Attachments, control: int) -> None:
+        try:
+            message = messages.Attach(mounts=attachments)
+            protocol.send(self._birth, message, [control] if control >= 0 else ())
+        except OSError as error:
+            if not is_gone(error):  # else that is seen next
+                raise SetupError("attach", f"sendmsg: {error}", errno=error.errno or 0) from error
 
     def tell_of_taker(self, message: messages.Claim | messages.Keep) -> bool:
         """Tell the launcher that this standby environment has a taker, or that it is to wait on.
@@ -254,6 +263,8 @@ class EnvironmentConnection:
             return self._control.recv(p.LARGEST_MESSAGE)
         except ConnectionError:
             return b""
+        except OSError as error:
+            raise SetupError("birth", f"recvfrom: {error}", errno=error.errno or 0) from error
 
     def _hear_of_birth(self) -> messages.Born:
         """Return the launcher's report on the clone; it comes at about the same time."""
@@ -399,16 +410,21 @@ class EnvironmentConnection:
             pidfd = self.open_pidfd()
         except ProcessLookupError:
             return
-        except OSError:  # no room for a descriptor here; the launcher has one
-            with suppress(OSError):
-                self.supervision.tell(messages.Kill(id=self.env_id))
+        except OSError:  # no room for a descriptor here; the launcher needs none
+            self._have_killed()
             return
         try:
             signal.pidfd_send_signal(pidfd.fileno(), signal.SIGKILL)
         except ProcessLookupError:
             pass  # it has ended just now
+        except OSError:
+            self._have_killed()
         finally:
             pidfd.close()
+
+    def _have_killed(self) -> None:
+        with suppress(OSError):  # the launcher is gone, and the environment with it
+            self.supervision.tell(messages.Kill(id=self.env_id))
 
     def begin_end(self) -> None:
         """Have the environment end; `await_end` waits for it."""

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import select
+import signal
 import socket
 import sys
 import threading
@@ -28,6 +29,7 @@ from nsbox.errors import (
     LauncherError,
     PoolClosed,
     SetupError,
+    SyscallError,
     UnsupportedHostError,
 )
 from nsbox.launcher import messages, protocol, spawn
@@ -159,6 +161,7 @@ class Launcher:
                 self._id_range = given_range()
                 fds = theirs.fileno(), their_requests.fileno(), done_write
                 self.pid = _spawn(*fds, self._id_range)
+                kept.callback(_end_child, self.pid)
                 self._pidfd = os.pidfd_open(self.pid)
                 kept.pop_all()
         except OSError as error:
@@ -178,8 +181,10 @@ class Launcher:
                 raise LauncherError(
                     f"the launcher said nothing for {START_DEADLINE:g} seconds"
                 ) from None
+            except OSError as error:
+                raise LauncherError(f"the launcher's start was not heard: {error}") from error
             if received is None:
-                raise LauncherError("the launcher ended before it said hello")
+                raise LauncherError(f"the launcher ended before it said hello: {self._how_ended()}")
             message = received[0]
             if isinstance(message, messages.UserNamespace):
                 self._write_maps(message.pid)
@@ -188,6 +193,17 @@ class Launcher:
                 return message
             else:
                 raise _start_failure(message)
+
+    def _how_ended(self) -> str:
+        """Say how it ended, for people; it is reaped by `close`."""
+        if protocol.is_readable(self._pidfd, _REAP):
+            with suppress(ChildProcessError):  # a SIGCHLD handler of the host program has taken it
+                how = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                if how is not None and how.si_code == os.CLD_EXITED:
+                    return f"exit status {how.si_status}"
+                if how is not None:
+                    return f"signal {how.si_status} ended it"
+        return "it closed its socket"
 
     def _write_maps(self, pid: int) -> None:
         try:
@@ -212,7 +228,10 @@ class Launcher:
             poll = select.poll()
             poll.register(self._pidfd, select.POLLIN)
             poll.register(self._channel, 0)  # POLLHUP is always told
-            return not poll.poll(0)
+            try:
+                return not poll.poll(0)
+            except OSError as error:
+                raise SyscallError("poll", error.errno or 0) from error
 
     def request_birth(
         self,
@@ -319,6 +338,13 @@ class Launcher:
         self._requests.close()
         for fd in (self._done, self._pidfd):
             os.close(fd)
+
+
+def _end_child(pid: int) -> None:
+    """End and reap a launcher that has no pidfd."""
+    with suppress(ProcessLookupError, ChildProcessError):  # a SIGCHLD handler has taken it
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 _unreaped: Final[list[int]] = []

@@ -121,17 +121,18 @@ class Process:
             self._relays.start()
             if request.is_announced:
                 self._await_start(request, self._channel)
+            if request.extra is None:
+                self._channel.never_wait()
+            else:  # it is a worker
+                self._close_channel()
+                self._channel = None
         except BaseException:
             self._connection.running.discard(id(self))
+            self._close_channel()  # which ends a command that has begun
             self._close_streams()
             raise
         finally:
             close_all(inside)
-        if request.extra is None:
-            self._channel.socket.settimeout(0.0)
-        else:  # it is a worker
-            self._close_channel()
-            self._channel = None
 
     def _close_channel(self) -> None:
         if self._channel is not None:
@@ -200,8 +201,9 @@ class Process:
             raise ConfigError(f"signal: must be a number such as signal.SIGTERM, got {number!r}")
         try:
             self._send(p.SIGNAL_GROUP if group else p.SIGNAL_MAIN, number)
-        except BlockingIOError as error:
-            note = "PID 1 has not read the signals before: is it frozen?"
+        except OSError as error:
+            is_full = isinstance(error, BlockingIOError)
+            note = "PID 1 has not read the signals before: is it frozen?" if is_full else ""
             raise SyscallError("sendto", error.errno or 0, note=note) from error
 
     def close(self) -> None:
@@ -252,12 +254,12 @@ class Process:
         captured = {name: buffer for name, buffer, _ in outputs.values()}
         poller = select.poll()
         for fd in outputs:
-            os.set_blocking(fd, False)
+            _unblock(fd)
             poller.register(fd, select.POLLIN)
         view = memoryview(data)
         if self.stdin is not None:
             if view:
-                os.set_blocking(self.stdin.fileno(), False)
+                _unblock(self.stdin.fileno())
                 poller.register(self.stdin.fileno(), select.POLLOUT)
             else:
                 self.stdin.close()
@@ -265,7 +267,7 @@ class Process:
         result = None
         while result is None:
             wait = self.poll_milliseconds(deadline)
-            ready = poller.poll(_LONGEST_WAIT if wait is None else wait)
+            ready = _poll(poller, _LONGEST_WAIT if wait is None else wait)
             # Only output, and no clock that runs: then there is no end to look for yet.
             is_due = wait is not None or not ready
             for fd, _ in ready:
@@ -325,6 +327,8 @@ class Process:
             data = os.read(fd, _CHUNK)
         except BlockingIOError:
             return True
+        except OSError as error:
+            raise SyscallError("read", error.errno or 0, name) from error
         if not data:
             return False
         room = limit - buffer.tell()
@@ -372,7 +376,7 @@ class Process:
         wait = _LONGEST_WAIT if wait is None else wait
         if timeout is not None:
             wait = min(wait, max(0, int(timeout * 1000) + (timeout > 0)))
-        ready = {fd for fd, _ in poller.poll(wait)}
+        ready = {fd for fd, _ in _poll(poller, wait)}
         with self._lock:
             if heard != self._heard:
                 return self._advance(0.0)
@@ -398,7 +402,7 @@ class Process:
         """Ask PID 1 how a worker ends; None when PID 1 is gone, too."""
         with suppress(EnvironmentDied):
             self._channel = self._connection.ask(p.END, b"", [])
-            self._channel.socket.settimeout(0.0)
+            self._channel.never_wait()
         return self._channel
 
     def _end_relays(self) -> None:
@@ -445,18 +449,14 @@ class Process:
                 return
             self._verdict = Verdict(outcome, evidence)
             self._killed_at = time.monotonic()
-            with suppress(BlockingIOError):  # PID 1 does not read, and is killed for that
+            with suppress(OSError):  # PID 1 does not hear of it, and is killed for that
                 self._send(p.SIGNAL_ALL, signal.SIGKILL)
 
     def _send(self, kind: bytes, number: int) -> None:
         with self._lock:
             if self._result is None and self._channel is not None:
-                try:
+                with suppress(ConnectionError):  # it has just ended; the answer is there to be read
                     self._channel.socket.send(p.SIGNAL.pack(kind, number))
-                except BlockingIOError:
-                    raise
-                except OSError:
-                    pass  # it has just ended; the answer is there to be read
 
     # -- the verdict ---------------------------------------------------------------------------
 
@@ -472,7 +472,7 @@ class Process:
                 self._host_pid = pidfd_number(fds[0])
             close_all(fds)
             if is_shown:
-                with suppress(BlockingIOError):
+                with suppress(OSError):
                     self._send(p.SEEN, 0)
                 return
             unstarted = self._request if kind == p.FAILED and not self.pid else None
@@ -565,3 +565,17 @@ class Process:
         if self.tty >= 0:
             os.close(self.tty)
             self.tty = -1
+
+
+def _poll(poller: select.poll, milliseconds: int) -> list[tuple[int, int]]:
+    try:
+        return poller.poll(milliseconds)
+    except OSError as error:
+        raise SyscallError("poll", error.errno or 0) from error
+
+
+def _unblock(fd: int) -> None:
+    try:
+        os.set_blocking(fd, False)
+    except OSError as error:
+        raise SyscallError("ioctl", error.errno or 0) from error

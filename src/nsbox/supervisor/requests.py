@@ -70,11 +70,9 @@ class Supervision:
                 with closing(theirs):
                     try:
                         self._launcher.ask(request, theirs.fileno())
-                    except (ConnectionError, ProcessLookupError):
-                        return None
                     except OSError as error:
-                        if error.errno == errno.EBADF:
-                            return None  # closed by another thread
+                        if is_gone(error):
+                            return None
                         raise SyscallError("sendmsg", error.errno or 0) from error
                 try:
                     answer = receive(ours, END_DEADLINE)
@@ -107,8 +105,12 @@ class Supervision:
             return
         try:
             self._launcher.ask(messages.Close(id=self._env_id, is_reported=is_reported), theirs)
-        except OSError:
-            self._end_with_launcher()
+        except OSError as error:
+            if is_gone(error):
+                self._end_with_launcher()
+            else:  # it is asked again by who waits
+                os.close(self._report)
+                self._report = -1
         finally:
             os.close(theirs)
 
@@ -131,8 +133,10 @@ class Supervision:
             with self._lock:
                 self._begin_end(is_reported=True)
                 report = self._report
-                if self.end is not None or report < 0:
+                if self.end is not None or self._is_let_go or not self._is_asked:
                     return
+            if report < 0:
+                continue  # it could not be asked
             if not protocol.is_readable(report, END_DEADLINE):
                 return
             with self._lock:  # another thread may have read it meanwhile
@@ -166,6 +170,11 @@ class Supervision:
             self._is_let_go = True
             with suppress(OSError):  # it is gone, and the environment with it
                 self.tell(messages.Close(id=self._env_id, is_reported=False))
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether a message was not sent because its receiver is gone, or this end of the socket."""
+    return isinstance(error, ConnectionError | ProcessLookupError) or error.errno == errno.EBADF
 
 
 def _open(make: Callable[[], tuple[_End, _End]], call: str) -> tuple[_End, _End]:

@@ -131,8 +131,9 @@ def take(
             break
         if time.monotonic() - connection.asked_at < _TAKEN_UNTIL:
             try:
-                if not attachments:
-                    connection.tell_of_taker(messages.Claim())
+                if not attachments and not connection.tell_of_taker(messages.Claim()):
+                    connection.close()  # the launcher would end it in the midst of its use
+                    continue
                 connection.await_birth(attachments, lends_control=lends_control)
             except NsboxError:
                 continue  # whatever became of it: a birth now tells the caller what is wrong
