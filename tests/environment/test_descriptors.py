@@ -63,21 +63,29 @@ def test_an_environment_of_a_function_takes_few_descriptors(tmp_path: Path) -> N
     (tmp_path / "app.py").write_text(HANDLER)
     options: dict[str, Any] = {
         "keep": {}, "kill": {"left_running": "kill"}, "tenant": {"tenant": "a"},
-        "reset": {"reuse": "reset"}, "exec": {"start": "exec"},
+        "reset": {"reuse": "reset"}, "exec": {"start": "exec"}, "never": {"reuse": "never"},
     }  # fmt: skip
     versions = {
         name: nsbox.Function(handler="app.handler", code=tmp_path, **more).publish()
         for name, more in options.items()
     }
+    versions["program"] = nsbox.Function(command=["/bin/cat"], code=tmp_path).publish()
     with ExitStack() as made:
         # The worker's socket and its two outputs; the count of its threads. PID 1's socket is in
         # the launcher, or here, with that of the answer to a reset, and no outputs.
-        counts = {"keep": (3, 2), "kill": (4, 2), "tenant": (4, 2), "reset": (3, 1), "exec": (4, 1)}
+        counts = {
+            "keep": (3, 2), "never": (3, 2), "kill": (4, 2), "tenant": (4, 2),
+            "reset": (3, 1), "exec": (4, 1), "program": (1, 1),
+        }  # fmt: skip
         for name, (in_host, in_launcher) in counts.items():
-            made.enter_context(nsbox.ExecutionEnvironment(versions[name])).invoke(1)
-            before = both()
-            for _ in range(MANY):
-                made.enter_context(nsbox.ExecutionEnvironment(versions[name])).invoke(1)
+            before = (0, 0)
+            for number in range(MANY + 1):
+                env = made.enter_context(nsbox.ExecutionEnvironment(versions[name]))
+                env.init()
+                if name != "never":  # that closes it
+                    env.invoke(1)
+                if not number:
+                    before = both()
             check(before, in_host, in_launcher)
         before = both()
         made.enter_context(
@@ -85,6 +93,7 @@ def test_an_environment_of_a_function_takes_few_descriptors(tmp_path: Path) -> N
         )
         check(before, 3, 2)  # a pool needs none besides
     versions.clear()
+    del env
     gc.collect()  # a version holds a lock in the store
 
 

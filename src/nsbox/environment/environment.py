@@ -234,7 +234,10 @@ class ExecutionEnvironment:
             return plan, standby.take(launcher, plan.spec, is_brief=self._is_brief)
         plan = make_plan(self.config, launcher.hello, deployment.runtime)
         lends = deployment.lends_control(launcher.hello)
-        return plan, standby.take(launcher, plan.spec, deployment.attachments, lends_control=lends)
+        connection = standby.take(launcher, plan.spec, deployment.attachments, lends_control=lends)
+        if deployment.is_program:
+            connection.drop_endpoints()  # nobody needs its worker, which ends then
+        return plan, connection
 
     # -- what users do -------------------------------------------------------------------------
 

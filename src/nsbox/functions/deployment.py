@@ -30,6 +30,7 @@ class Deployment:
         attachments: Directories of the host, and where they are attached after the birth.
         runtime: The kind of template whose clones can serve it (`nsbox.launcher.template.main`).
         source: The version's own config.
+        is_program: Whether a program answers, and no worker, not even at a reset.
     """
 
     def __init__(self, version: FunctionVersion) -> None:
@@ -40,6 +41,7 @@ class Deployment:
         # Of one that is executed the worker's socket is made later than its death is watched.
         self._has_worker = function.handler is not None and function.start == "clone"
         self._resets = function.reuse == "reset"
+        self.is_program = function.handler is None and not self._resets
         self._kills_left = version.kills_left_running
         places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
         for path, place in places:
