@@ -26,14 +26,31 @@ def call(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_root_of_a_user_namespace() -> None:
+@pytest.mark.parametrize("namespaces", [["-Ur"], ["-Urn"], ["-Urnpf", "--mount-proc"]])
+def test_root_of_a_user_namespace(namespaces: list[str]) -> None:
     """It is the user outside; where that is root, root must not mean root."""
-    done = call("unshare", "-Ur", *RUN, "id", "-u")
+    done = call("unshare", *namespaces, *RUN, "id", "-u")
     if IS_ROOT:
         assert done.returncode == 125
         assert "root outside as well" in done.stderr
     else:
         assert (done.returncode, done.stdout) == (0, "1000\n"), done.stderr
+
+
+NO_PROC = 'mount -t tmpfs none /proc; exec "$@"'
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["unshare", "-U"], "The user namespace of this process has no id for it"),
+        (["unshare", "-Urpf"], "/proc is that of another pid namespace. Mount that of this one"),
+        (["unshare", "-Urm", "sh", "-c", NO_PROC, "sh"], "on this host: no /proc. Mount that of"),
+    ],
+)
+def test_what_hinders_is_named(words: list[str], reason: str) -> None:
+    done = call(*words, *RUN, "true")
+    assert (done.returncode, reason in done.stderr) == (125, True), done
 
 
 @pytest.mark.needs("root")

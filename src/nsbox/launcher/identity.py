@@ -39,10 +39,11 @@ class Identity:
 
 
 def is_privileged() -> bool:
-    """Whether this process is root with the capabilities a birth needs."""
+    """Whether this process is root with what a birth needs: capabilities, and ids to give."""
     effective = calls.capget()[0]
     needed = 1 << _CAP_SYS_ADMIN | 1 << _CAP_SETUID
-    return os.geteuid() == 0 and effective & needed == needed and _can_come_back()
+    is_root = os.geteuid() == 0 and effective & needed == needed
+    return is_root and _widest()[2] > 1 and _can_come_back()
 
 
 def _can_come_back() -> bool:
@@ -110,9 +111,7 @@ def choose(*, own_namespace: bool, id_range: tuple[int, int] | None) -> Identity
             place = lock_directory(*_LOCK_DIRECTORIES)
             return Identity(IdPool(first, count, directory=place), "range")
     # Root of a container: take the upper half of what was given to it.
-    inside, outside, length = max(extents, key=lambda extent: extent[2])
-    if length < 2:
-        return Identity(None, "own")
+    inside, outside, length = _widest()
     half = length // 2
     first = inside + length - half
     place = lock_directory(*_LOCK_DIRECTORIES)
@@ -162,6 +161,10 @@ def _extents() -> list[tuple[int, int, int]]:
         if other[0] == inside
     ]
     return both or [(0, 0, 1)]
+
+
+def _widest() -> tuple[int, int, int]:
+    return max(_extents(), key=lambda extent: extent[2])
 
 
 def _setgroups_allowed() -> bool:

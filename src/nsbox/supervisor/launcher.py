@@ -158,6 +158,7 @@ class Launcher:
                 self._done, done_write = os.pipe()
                 kept.callback(os.close, self._done)
                 given.callback(os.close, done_write)
+                _expect_own_proc()
                 self._id_range = given_range()
                 fds = theirs.fileno(), their_requests.fileno(), done_write
                 self.pid = _spawn(*fds, self._id_range)
@@ -407,12 +408,41 @@ def _start_failure(message: messages.Message) -> Exception:
     if message.step == "chroot" or (is_refused and proc.is_in_chroot()):
         return UnsupportedHostError("namespace.user", proc.CHROOT, LEAVE_CHROOT)
     if is_refused:
-        return UnsupportedHostError(
-            "namespace.user",
-            message.message,
-            "Unprivileged user namespaces are switched off here; 'nsbox doctor' names the remedy.",
-        )
+        return UnsupportedHostError("namespace.user", message.message, _why_no_namespace())
     return LauncherError(f"the launcher failed to start: {message.message}\n{message.text}")
+
+
+def _expect_own_proc() -> None:
+    """Check that /proc tells of this process, and so of the launcher.
+
+    Raises:
+        UnsupportedHostError: It does not.
+    """
+    try:
+        number = os.readlink("/proc/self")
+    except FileNotFoundError:
+        number = ""
+    if number != str(os.getpid()):
+        is_there = os.path.lexists("/proc/self")
+        raise UnsupportedHostError(
+            "namespace.pid",
+            "/proc is that of another pid namespace" if is_there else "no /proc",
+            "Mount that of this one (unshare --mount-proc, or mount -t proc proc /proc).",
+        )
+
+
+def _why_no_namespace() -> str:
+    """Return why the kernel makes no user namespace for this process, and what to do."""
+    with open("/proc/self/uid_map") as file:
+        extents = [tuple(map(int, line.split())) for line in file]
+    if not any(first <= os.geteuid() < first + count for first, _, count in extents):
+        return "The user namespace of this process has no id for it: map one (unshare -r)."
+    if proc.read_status()["Seccomp"] != "0":
+        return (
+            "Either unprivileged user namespaces are switched off here, or the seccomp filter "
+            "around this process refuses them; 'nsbox doctor' names the remedies."
+        )
+    return "Unprivileged user namespaces are switched off here; 'nsbox doctor' names the remedy."
 
 
 LEAVE_CHROOT: Final = (
