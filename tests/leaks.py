@@ -128,7 +128,7 @@ def _descriptors(launcher: Launcher | None) -> frozenset[str]:
     own: set[int] = set()
     if launcher is not None:
         sockets = {launcher._channel.fileno(), launcher._requests.fileno()}
-        own = {*sockets, launcher._done, launcher._pidfd}
+        own = {*sockets, launcher._done.fileno(), launcher._pidfd.fileno()}
     found = set()
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in own:

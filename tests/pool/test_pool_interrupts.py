@@ -26,10 +26,10 @@ STRIDE = 7
 
 
 def close(pool: nsbox.WarmPool, *, drain: bool = True) -> None:
-    """Close it, in 2 s at most."""
+    """Close it; a place that is lost is waited for for 10 s, or for ever."""
     closing = threading.Thread(target=pool.close, kwargs={"drain": drain}, daemon=True)
     closing.start()
-    closing.join(2.0 * PATIENCE)
+    closing.join(5.0 * PATIENCE)
     assert not closing.is_alive(), "the pool does not close"
 
 

@@ -392,8 +392,14 @@ class ExecutionEnvironment:
 
         By the cgroup freezer where there is one, else by SIGSTOP to every process.
         """
-        self._ready_connection().request(messages.Freeze(id=self.id))
-        self._frozen = True
+        connection = self._ready_connection()
+        try:
+            # Before: one that an interrupt finds half frozen is thawed.
+            self._frozen = True
+            connection.request(messages.Freeze(id=self.id))
+        except NsboxError:
+            self._frozen = False
+            raise
 
     def thaw(self) -> None:
         """Let a frozen environment run again; does nothing to one that is not frozen."""

@@ -67,16 +67,20 @@ def raw_pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[Socket, Socket]:
     return ours, theirs
 
 
-def pair() -> tuple[socket.socket, Socket]:
+def pair() -> tuple[Socket, Socket]:
     """Return a `raw_pair`, its first of this process's kind of sockets (gevent): it may wait."""
-    kind = socket.SOCK_SEQPACKET
-    ours, theirs = raw_pair(kind)
-    return adopt(ours.detach()), theirs
+    ours, theirs = raw_pair()
+    return ours if _kind() is Socket else adopt(ours.detach()), theirs
 
 
-def adopt(fd: int) -> socket.socket:
+def _kind() -> type[Socket]:
+    # Python's own only wraps what is in C, which can be had in one call.
+    return Socket if issubclass(socket.socket, Socket) else socket.socket
+
+
+def adopt(fd: int) -> Socket:
     """Return the socket of a descriptor that is a `pair`'s first."""
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
+    end = _kind()(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
     if end.gettimeout() is not None:
         end.settimeout(None)
     return end

@@ -7,6 +7,11 @@ import fcntl
 import os
 import signal
 import sys
+from _io import FileIO
+from functools import partial
+from itertools import starmap
+
+from nsbox.linux.descriptors import as_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,8 +24,11 @@ BIND_NOW = "LD_BIND_NOW"
 _FIRST_FREE = 16  # copies are made above this number
 
 
-def start(role: str, words: Sequence[str], descriptors: Sequence[int]) -> int:
+def start(role: str, words: Sequence[str], descriptors: Sequence[int], started: list[int]) -> int:
     """Start ``python -I -S main.py ROLE WORDS...`` and return its pid.
+
+    `started` gets that as well, and as soon as there is such a process: an interrupt may come
+    before it is returned.
 
     It gets the descriptors, in order, from `FIRST_DESCRIPTOR` on, /dev/null as 0 to 2, an empty
     environment (but for `BIND_NOW` in a template), a session of its own (Ctrl-C is not for it) and
@@ -29,14 +37,15 @@ def start(role: str, words: Sequence[str], descriptors: Sequence[int]) -> int:
     # Every function of the C library that a clone calls first would be looked up in each clone.
     environment = {BIND_NOW: "1"} if role == "template" else {}
     program = os.path.join(os.path.dirname(__file__), "main.py")
-    opened: list[int] = []
+    opened: list[FileIO] = []
     try:
-        opened.append(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+        opened.append(FileIO("/dev/null", "r+"))
         # Copies above the numbers they go to, or one dup2 could overwrite another's source.
         for fd in descriptors:
-            opened.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE))
-        null, *sources = opened
-        return os.posix_spawn(
+            opened.append(as_file(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE))
+        null, *sources = [file.fileno() for file in opened]
+        spawn = partial(
+            os.posix_spawn,
             sys.executable,
             [sys.executable, "-I", "-S", program, role, *words],
             environment,
@@ -51,6 +60,8 @@ def start(role: str, words: Sequence[str], descriptors: Sequence[int]) -> int:
             setsigmask=(),
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
         )
+        started += starmap(spawn, [()])  # within one call of the interpreter's own
+        return started[-1]
     finally:
-        for fd in opened:
-            os.close(fd)
+        for file in opened:
+            file.close()

@@ -57,7 +57,7 @@ class TemplateProcess:
         self._known: dict[str, None] = {}
         self._channel, theirs = protocol.pair()
         try:
-            self.pid = spawn.start("template", words, [lifeline, theirs.fileno()])
+            self.pid = spawn.start("template", words, [lifeline, theirs.fileno()], [])
         except BaseException:
             self._channel.close()
             raise

@@ -18,6 +18,7 @@ from _socket import (
     SOL_SOCKET,
 )
 from _thread import allocate_lock
+from itertools import chain, starmap
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from struct import calcsize, pack, unpack
 
@@ -124,6 +125,12 @@ def as_file(make: Callable[..., int], *arguments: object) -> FileIO:
     """
     (file,) = map(FileIO, map(make, *([argument] for argument in arguments)), ["r+"])
     return file
+
+
+def pipe_files() -> tuple[FileIO, FileIO]:
+    """Return the two ends of a pipe, to read from and to write to, as `as_file` does."""
+    read, write = map(FileIO, chain.from_iterable(starmap(os.pipe, [()])), ["rb", "wb"])
+    return read, write
 
 
 def close_all(fds: Sequence[int]) -> None:

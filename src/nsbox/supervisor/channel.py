@@ -37,7 +37,7 @@ class Channel:
 
     def __init__(
         self,
-        control: socket.socket,
+        control: Socket,
         operation: bytes,
         request: bytes,
         fds: Sequence[int] = (),
@@ -242,7 +242,7 @@ class WorkerEndpoints:
     stdout: IO[bytes]
     stderr: IO[bytes]
 
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: Socket) -> None:
         """Send the other ends to the PID 1 that has, or will have, the other end of `control`.
 
         Raises:

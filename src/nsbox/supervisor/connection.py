@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
 import threading
 import time
 from _socket import socket as Socket
@@ -344,7 +343,7 @@ class EnvironmentConnection:
         """Whether PID 1's socket is here, and not in the launcher."""
         return self._control.fileno() >= 0
 
-    def _take_control(self) -> socket.socket:
+    def _take_control(self) -> Socket:
         """Return PID 1's socket, which the launcher may have had until now; raises as `request`."""
         if self._is_lent and not self.closing and not self.has_control:
             with self._control_lock:

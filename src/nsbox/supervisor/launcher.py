@@ -17,9 +17,12 @@ import signal
 import socket
 import sys
 import threading
+import traceback
+from _socket import socket as Socket
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from io import FileIO
 from typing import Any, Final
 
 import nsbox
@@ -35,6 +38,7 @@ from nsbox.errors import (
 from nsbox.launcher import messages, protocol, spawn
 from nsbox.launcher.messages import Hello, Spec
 from nsbox.linux import proc
+from nsbox.linux.descriptors import as_file, pipe_files
 from nsbox.supervisor.idmaps import given_range, write_launcher_maps
 from nsbox.values.result import EnvironmentDied
 
@@ -146,31 +150,29 @@ class Launcher:
         self.absent_files: set[object] = set()
         self._lock = threading.Lock()
         self._lock_of_requests = threading.Lock()
+        self._started: list[int] = []  # its process, as soon as there is one
+        given: list[Socket | FileIO] = []  # its ends
         try:
-            with ExitStack() as given, ExitStack() as kept:
-                self._channel, theirs = protocol.pair()
-                kept.callback(self._channel.close)
-                given.callback(theirs.close)
-                # Births may have to wait for their turn, all else that is asked does not.
-                self._requests, their_requests = protocol.pair()
-                kept.callback(self._requests.close)
-                given.callback(their_requests.close)
-                self._done, done_write = os.pipe()
-                kept.callback(os.close, self._done)
-                given.callback(os.close, done_write)
-                _expect_own_proc()
-                self._id_range = given_range()
-                fds = theirs.fileno(), their_requests.fileno(), done_write
-                self.pid = _spawn(*fds, self._id_range)
-                kept.callback(_end_child, self.pid)
-                self._pidfd = os.pidfd_open(self.pid)
-                kept.pop_all()
-        except OSError as error:
-            raise LauncherError(f"the launcher could not be started: {error}") from error
-        try:
+            self._channel, theirs = protocol.pair()
+            given.append(theirs)
+            # Births may have to wait for their turn, all else that is asked does not.
+            self._requests, theirs = protocol.pair()
+            given.append(theirs)
+            self._done, done_write = pipe_files()
+            given.append(done_write)
+            _expect_own_proc()
+            self._id_range = given_range()
+            fds = [end.fileno() for end in given]
+            self.pid = _spawn(fds, self._id_range, self._started)
+            self._pidfd = as_file(os.pidfd_open, self.pid)
+            _close_ends(given)
             self.hello = self._await_hello()
-        except BaseException:
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they may have copies of the ends
+            _close_ends(given)
             self.close()
+            if isinstance(error, OSError):
+                raise LauncherError(f"the launcher could not be started: {error}") from error
             raise
 
     def _await_hello(self) -> Hello:
@@ -197,9 +199,11 @@ class Launcher:
 
     def _how_ended(self) -> str:
         """Say how it ended, for people; it is reaped by `close`."""
-        if protocol.is_readable(self._pidfd, _REAP):
+        if protocol.is_readable(self._pidfd.fileno(), _REAP):
             with suppress(ChildProcessError):  # a SIGCHLD handler of the host program has taken it
-                how = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                how = os.waitid(
+                    os.P_PIDFD, self._pidfd.fileno(), os.WEXITED | os.WNOHANG | os.WNOWAIT
+                )
                 if how is not None and how.si_code == os.CLD_EXITED:
                     return f"exit status {how.si_status}"
                 if how is not None:
@@ -312,33 +316,43 @@ class Launcher:
         return "" if received is None else getattr(received[0], "text", "")
 
     def close(self) -> None:
-        """End the launcher and wait until nothing of it or its environments is left."""
+        """End the launcher and wait until nothing of it or its environments is left.
+
+        May be called again, where it was interrupted, and of one that has not come to its hello.
+        """
         self.companions.close()
-        for channel, lock in (
-            (self._channel, self._lock),
-            (self._requests, self._lock_of_requests),
-        ):
-            with suppress(OSError):  # it is gone already
-                # Ends a send that waits for room; only then is nobody else at the descriptor.
-                channel.shutdown(socket.SHUT_RDWR)
-            with lock:
-                channel.close()
+        made = vars(self)
+        for name, lock in (("_channel", self._lock), ("_requests", self._lock_of_requests)):
+            if (channel := made.get(name)) is not None:
+                with suppress(OSError):  # it is gone already
+                    # Ends a send that waits for room; only then is nobody else at the descriptor.
+                    channel.shutdown(socket.SHUT_RDWR)
+                with lock:
+                    channel.close()
+        done = made.get("_done")
         # EOF comes when the launcher and its janitor are both gone.
-        if not protocol.is_readable(self._done, _EXIT_SECONDS):
-            _log.warning("the launcher %d had not cleaned up after %g s", self.pid, _EXIT_SECONDS)
-        os.close(self._done)
-        # Its descriptors are closed a moment before it can be reaped.
-        protocol.is_readable(self._pidfd, _REAP)
-        _unreaped.append(self._pidfd)
+        if done is not None and not done.closed:
+            if self._started and not protocol.is_readable(done.fileno(), _EXIT_SECONDS):
+                what = "the launcher %d had not cleaned up after %g s"
+                _log.warning(what, self._started[0], _EXIT_SECONDS)
+            done.close()
+        for pid in self._started:
+            try:
+                pidfd = made.get("_pidfd") or as_file(os.pidfd_open, pid)
+            except OSError:
+                _end_child(pid)
+            else:
+                # Its descriptors are closed a moment before it can be reaped.
+                protocol.is_readable(pidfd.fileno(), _REAP)
+                _unreaped.append(pidfd)
+            self._started = []
         _reap()
 
     def abandon(self) -> None:
         """Close the descriptors only: in a forked child of the host, whose launcher it is not."""
         self.companions.close()
-        self._channel.close()
-        self._requests.close()
-        for fd in (self._done, self._pidfd):
-            os.close(fd)
+        for end in (self._channel, self._requests, self._done, self._pidfd):
+            end.close()
 
 
 def _end_child(pid: int) -> None:
@@ -348,7 +362,7 @@ def _end_child(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
-_unreaped: Final[list[int]] = []
+_unreaped: Final[list[FileIO]] = []
 """Pidfds of launchers that were closed. One that a debugger holds, or the kernel is late with, is
 reaped when the next is started or closed."""
 
@@ -356,12 +370,12 @@ reaped when the next is started or closed."""
 def _reap() -> None:
     for pidfd in tuple(_unreaped):
         # A SIGCHLD handler of the host program may have taken it, or another thread.
-        with suppress(ChildProcessError):
-            if os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG) is None:
+        with suppress(ChildProcessError, ValueError):
+            if os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG) is None:
                 continue
         with suppress(ValueError):
             _unreaped.remove(pidfd)
-            os.close(pidfd)
+        pidfd.close()
 
 
 def _look_at(sources: Sequence[str]) -> str:
@@ -392,11 +406,16 @@ def import_paths() -> list[str]:
     return list(dict.fromkeys(paths))
 
 
-def _spawn(channel: int, requests: int, done: int, id_range: tuple[int, int] | None) -> int:
+def _close_ends(ends: list[Socket | FileIO]) -> None:
+    for end in ends:
+        end.close()
+
+
+def _spawn(fds: list[int], id_range: tuple[int, int] | None, started: list[int]) -> int:
     if not sys.executable:
         raise LauncherError("sys.executable is not set: nsbox needs the interpreter's path")
     words = [str(os.getpid()), ":".join(map(str, id_range or ())), *import_paths()]
-    return spawn.start("launcher", words, [channel, requests, done])
+    return spawn.start("launcher", words, fds, started)
 
 
 def _start_failure(message: messages.Message) -> Exception:
@@ -482,9 +501,9 @@ class _Holder:
             self._close()
 
     def _close(self) -> None:
-        launcher, self._launcher = self._launcher, None
-        if launcher is not None:
-            launcher.close()
+        if self._launcher is not None:
+            self._launcher.close()
+            self._launcher = None  # afterwards: whoever is interrupted closes it again
 
     def forget(self) -> None:
         """In a forked child: the launcher is the parent's, and another thread had the lock."""
