@@ -36,6 +36,7 @@ from nsbox import (
     StoreError,
     run,
 )
+from nsbox.functions.deployment import deployment_of
 from nsbox.functions.function import ENV_MAX
 from nsbox.store.tree import UNPACKED_MAX
 
@@ -334,6 +335,12 @@ def test_tenant_is_in_the_key_and_not_in_the_digest(code: Path, store: Store) ->
     assert one.digest == two.digest
     assert one.key != two.key
     assert one != two
+
+
+def test_tenants_of_a_function_have_one_config(code: Path, store: Store) -> None:
+    version = Function("app.handler", code=code).publish()
+    for other in (version, *map(version.for_tenant, "ab")):
+        assert deployment_of(other).config is version.birth_config, "so that one plan is made"
 
 
 def test_digest_does_not_depend_on_places_or_the_hash_seed(code: Path, tmp_path: Path) -> None:

@@ -44,16 +44,16 @@ class Deployment:
         self.is_program = function.handler is None and not self._resets
         self._kills_left = version.kills_left_running
         places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
-        for path, place in places:
+        self.attachments = [(os.fspath(path), place) for path, place in places if path is not None]
+        for _, place in self.attachments:
             for prefix in interpreter_prefixes():
-                if path is not None and f"{prefix}/".startswith(f"{place}/"):
+                if f"{prefix}/".startswith(f"{place}/"):
                     what = "layers" if place == LAYER_ROOT else "code"
                     raise ConfigError(
                         f"{what}: their place is {place}, where the Python in use is ({prefix}); "
                         "use one that is elsewhere"
                     )
-        self.attachments = [(os.fspath(path), place) for path, place in places if path is not None]
-        self.config = version.config.replace(mounts=version.function.mounts)
+        self.config = version.birth_config
         self._start: tuple[Mapping[str, str], str] | None = None
 
     def lends_control(self, hello: Hello) -> bool:

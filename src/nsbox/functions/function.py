@@ -280,11 +280,13 @@ class Function:
         description = self._describe(
             code.digest if code else None, [layer.digest for layer in layers]
         )
+        config = self._config(code, opt)
         return FunctionVersion(
             digest=hashlib.sha256(description.encode()).hexdigest(),
             tenant=self.tenant,
             function=self,
-            config=self._config(code, opt),
+            config=config,
+            birth_config=config.replace(mounts=self.mounts),
             code=code,
             opt=opt,
         )
@@ -349,6 +351,8 @@ class FunctionVersion:
         tenant: On whose behalf, or None.
         function: What was published.
         config: What its environments are: all but `env`, which the launcher is not to see.
+        birth_config: The same without code and layers, which are attached after the birth; all
+            tenants have one, and so one plan.
         code: The store's entry that becomes /var/task, or None.
         opt: That of the layers, which becomes /opt, or None.
     """
@@ -357,6 +361,7 @@ class FunctionVersion:
     tenant: str | None
     function: Function = field(compare=False)
     config: Config = field(compare=False, repr=False)
+    birth_config: Config = field(compare=False, repr=False)
     code: Entry | None = field(compare=False, repr=False)
     opt: Entry | None = field(compare=False, repr=False)
 
