@@ -783,6 +783,14 @@ def test_how_a_plain_program_fails(script: str, kind: str, message: str) -> None
         assert env.invoke(2) == 2
 
 
+def test_an_answer_of_a_plain_program_beyond_output_max_names_that_limit() -> None:
+    limits = nsbox.Limits(output_max=100_000)
+    with command_env("head", "-c", "100001", "/dev/zero", limits=limits) as env:
+        with pytest.raises(nsbox.FunctionError, match="stdout is over 100000 bytes") as caught:
+            env.invoke(1)
+        assert caught.value.error_type == "Function.ResponseSizeTooLarge"
+
+
 def test_the_log_of_a_plain_program_comes_while_it_runs_and_has_no_limit() -> None:
     heard: list[bytes] = []
     script = """

@@ -94,7 +94,9 @@ def _judge(result: Result, request_id: str, limit: float) -> tuple[str, str]:
     prefix = f"RequestId: {request_id} Error: "
     if result.outcome is Outcome.OOM_KILLED:
         return "Runtime.OutOfMemory", f"{prefix}{_SIGNALED}: killed ({result.evidence})"
-    if result.outcome is Outcome.OUTPUT_LIMIT or len(result.stdout) > runtime.ANSWER_MAX:
+    if result.outcome is Outcome.OUTPUT_LIMIT:
+        return "Function.ResponseSizeTooLarge", f"The answer is too large: {result.evidence}"
+    if len(result.stdout) > runtime.ANSWER_MAX:
         return "Function.ResponseSizeTooLarge", runtime.TOO_LARGE
     if result.returncode < 0:
         return "Runtime.ExitError", f"{prefix}{_SIGNALED} {-result.returncode}"
