@@ -359,6 +359,14 @@ def functions_in(module: str) -> frozenset[str]:
     return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
 
+def assert_tests_exist(named: list[str]) -> None:
+    module = ""
+    for word in named:
+        path, _, function = word.rpartition("::")
+        module = path or module  # `::name` is in the module named before it
+        assert function in functions_in(module), f"{module}.py has no {function}"
+
+
 THREATS = rows(read("docs/threat-model.md"), "## Threats, controls, tests")
 
 
@@ -369,11 +377,7 @@ def test_threat_has_a_control_and_tests_that_exist(row: list[str]) -> None:
     assert control
     named = words(tests)
     assert named, "a control without a test that attacks it"
-    module = ""
-    for word in named:
-        path, _, function = word.rpartition("::")
-        module = path or module  # `::name` is in the module named before it
-        assert function in functions_in(module), f"{module}.py has no {function}"
+    assert_tests_exist(named)
 
 
 def test_every_attack_is_in_the_threat_table() -> None:
@@ -381,6 +385,31 @@ def test_every_attack_is_in_the_threat_table() -> None:
     for path in sorted((REPOSITORY / "tests/escape").glob("test_*.py")):
         written = {name for name in functions_in(f"escape/{path.stem}") if name.startswith("test_")}
         assert written <= told, f"{path.name}: attacks that docs/threat-model.md does not list"
+
+
+def promises() -> list[list[str]]:
+    text = read("docs/promises.md")
+    heads = [m[1] for m in re.finditer(r"\n(#+ [^\n]+)\n(?:\n[^|#][^\n]*\n)*\n\|", text)]
+    found = [row for head in heads for row in rows(text, head)]
+    assert len(found) == text.count("\n| ") - len(heads), "a table that is not read"
+    return found
+
+
+@pytest.mark.static
+@pytest.mark.parametrize("row", [pytest.param(row, id=row[0]) for row in promises()])
+def test_promise_has_a_proof_that_exists_or_says_that_it_has_none(row: list[str]) -> None:
+    promise, number, proof = row
+    assert promise
+    named = words(proof)
+    assert_tests_exist([word for word in named if "::" in word])
+    if proof.startswith("measured, not tested"):
+        assert (REPOSITORY / named[0]).is_file()
+        assert named[0].startswith("benchmarks/")
+        told = f"{read('README.md')} {read('docs/pool.md')} {read('benchmarks/README.md')}"
+        for ratio in re.findall(r"\b\d+\.\d+\b", number):
+            assert re.search(rf"(?<![\d.]){re.escape(ratio)}(?![\d.])", told), ratio
+    else:
+        assert "**unproven**" in proof or any("::" in word for word in named)
 
 
 def anchors(path: Path) -> set[str]:
