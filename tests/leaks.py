@@ -7,6 +7,7 @@ by descent from this process, by nsbox's names together with a dead owner, or by
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -88,15 +89,21 @@ def await_clean(
     `grace` is the time in seconds that the asynchronous teardown may take (`run()` answers first
     and removes after).
 
-    What other programs do meanwhile comes and goes: only what was there at every look counts.
+    What other programs do meanwhile comes and goes: only what was there at every look counts. What
+    only Python's collector of cycles frees, an exception with its frames, is collected after half
+    of that time.
     """
     launcher = current_launcher()
     if launcher is not None and not launcher.alive:
         sys.modules["nsbox.supervisor.launcher"].shutdown()
-    deadline = time.monotonic() + grace
+    begin = time.monotonic()
+    is_collected = False
     leaked = difference(before, look())
     delay = 0.002
-    while leaked and time.monotonic() < deadline:
+    while leaked and (passed := time.monotonic() - begin) < grace:
+        if passed > grace / 2 and not is_collected:
+            is_collected = True
+            gc.collect()
         time.sleep(delay)
         delay = min(delay * 2, 0.1)
         again = difference(before, look())

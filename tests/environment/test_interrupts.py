@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.interrupts import interrupt_at_each_place
-from tests.support import PATIENCE, SLOW_MACHINE, SOURCE
+from tests.support import PATIENCE, SLOW_MACHINE, SOURCE, wait_until
 
 import nsbox
+from nsbox.store import integrity
 from nsbox.supervisor.launcher import get_launcher
 
 # What an interrupt lets go of is closed as the last reference to it goes, which Python tells.
@@ -89,21 +92,71 @@ def test_an_interrupted_freeze_or_thaw_tells_the_state(name: str, stride: int) -
         interrupt_at_each_place(prepare, check, stride)
 
 
-@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_interrupted_birth_or_close_leaves_nothing(stride: int) -> None:
-    """What is left is looked for after the test."""
+def environments() -> list[str]:
+    found = []
+    for child in psutil.Process(get_launcher().pid).children():
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            found.append(child.name())
+    return [name for name in found if name not in ("nsbox-template", "nsbox-janitor")]
+
+
+@pytest.mark.parametrize("stride", [13, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("is_function", [False, True], ids=["commands", "function"])
+@pytest.mark.parametrize("operation", ["birth", "first", "second", "close"])
+def test_an_interrupt_in_a_life_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, stride: int, is_function: bool
+) -> None:
+    what = None
+    if is_function:
+        # Its code is not read again, as that of a function published a while ago.
+        monkeypatch.setattr(integrity, "_SETTLED", 0)
+        (tmp_path / "app.py").write_text("def handler(event, context): return event")
+        what = nsbox.Function("app.handler", code=tmp_path).publish()
     envs: list[nsbox.ExecutionEnvironment] = []
 
-    def prepare() -> Callable[[], None]:
-        envs.append(nsbox.ExecutionEnvironment())
-        return envs[0].close
+    def birth() -> None:
+        envs.append(nsbox.ExecutionEnvironment(what))
+
+    def use() -> None:
+        if is_function:
+            envs[0].invoke({"a": 1})
+        else:
+            envs[0].run(["cat"], input=b"in", timeout=5 * PATIENCE)
+
+    def prepare() -> Callable[[], object]:
+        if operation == "birth":
+            return birth
+        birth()
+        if operation == "first":
+            return use
+        use()
+        return use if operation == "second" else envs[0].close
 
     def check() -> None:
         begin = time.monotonic()
-        envs.pop().close()
+        while envs:
+            envs.pop().close()
         assert time.monotonic() - begin < SOON
+        wait_until(lambda: not environments(), "the environment has ended")
+        assert own_descriptors() == descriptors
 
+    prepare()()
+    while envs:
+        envs.pop().close()
+    descriptors = own_descriptors()
     interrupt_at_each_place(prepare, check, stride)
+
+
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupted_run_leaves_nothing(stride: int) -> None:
+    nsbox.run(["true"])
+    descriptors = own_descriptors()
+
+    def check() -> None:
+        wait_until(lambda: not environments(), "the environment has ended")
+        assert own_descriptors() == descriptors
+
+    interrupt_at_each_place(lambda: lambda: nsbox.run(["true"], timeout=9.0), check, stride)
 
 
 PROGRAM = """

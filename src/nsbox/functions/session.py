@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
-from nsbox.errors import EnvironmentStateError, InvokeError, NsboxError, SyscallError
+from nsbox.errors import EnvironmentStateError, InvokeError, NsboxError
 from nsbox.functions.deployment import deployment_of
 from nsbox.functions.exchange import (
     Frame,
@@ -46,11 +46,10 @@ from nsbox.guest import runtime
 from nsbox.guest.executed import executed_worker
 from nsbox.launcher.messages import Spec
 from nsbox.linux.descriptors import close_all
-from nsbox.supervisor import standby
+from nsbox.supervisor import files, standby
 from nsbox.supervisor.channel import ANSWER_DEADLINE, Channel, RunRequest, make_socket
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.evidence import describe_exit
-from nsbox.supervisor.files import check_left, check_reset, place_files, reset_request
 from nsbox.supervisor.launcher import Launcher
 from nsbox.supervisor.plan import interpreter
 from nsbox.supervisor.process import PIPE, Process
@@ -71,6 +70,7 @@ if TYPE_CHECKING:
 
     from nsbox.functions.loop import LoopDriver
 
+_T = TypeVar("_T")
 _LOG_SHOWN: Final = 2000  # bytes of the log that an error of the start quotes
 _START: Final = 1  # number of the call that starts the worker
 _FIRST: Final = 2  # number of the first event
@@ -78,7 +78,7 @@ _QUIET: Final = 0.02  # seconds in which the log of a start is not read
 _NUMBERS: Final = struct.Struct("!16Q")
 _SENT_ALONG: Final = 1 << 15  # bytes that a socket surely takes before anybody reads (unix(7))
 _LAST_WORDS: Final = 10.0  # seconds in which a call sees that its environment is killed
-_OWN: Final = 2  # processes that are nsbox's: PID 1 and the worker
+_AT_ONCE: Final = (False,)  # what `map` gives acquire(): no interrupt comes before it is kept
 _PID_1_AND_WORKER: Final = b"2\n"  # pids.current when there is no other thread
 
 
@@ -221,13 +221,12 @@ class Session:
 
     def init(self, *, provisioned: bool) -> Steps[None]:
         """Import the module, unless that was done; see `ExecutionEnvironment.init`."""
-        self._take()
-        try:
-            if self._function.handler is not None and self.init_seconds is None:
-                self.is_provisioned = provisioned
-                yield from self._init()
-        finally:
-            self._busy.release()
+        return self._alone(self._init_once(provisioned=provisioned))
+
+    def _init_once(self, *, provisioned: bool) -> Steps[None]:
+        if self._function.handler is not None and self.init_seconds is None:
+            self.is_provisioned = provisioned
+            yield from self._init()
 
     def _init(self, on_log: OnLog | None = None) -> Steps[None]:
         """Let the worker import the handler's module; raises as `ExecutionEnvironment.init`."""
@@ -316,12 +315,13 @@ class Session:
 
     def serve(self, request: InvocationRequest) -> Steps[Invocation | InvocationResponse]:
         """Serve one event; see `ExecutionEnvironment.invoke_bytes`."""
-        if not self._busy.acquire(blocking=False):
-            raise self._refusal()
-        self._holder = threading.get_ident()
-        call = None
+        is_taken, call = False, None
         answer: Invocation | InvocationResponse
         try:
+            (is_taken,) = map(self._busy.acquire, _AT_ONCE)
+            if not is_taken:
+                raise self._refusal()
+            self._holder = threading.get_ident()
             if self._function.handler is None:
                 yield from self._place(request)
                 start = self._start_command
@@ -372,23 +372,30 @@ class Session:
                     raise (yield from self._failure(call, frame))
             return answer
         except BaseException as error:
-            self._note_failure(error, call)
+            if is_taken:
+                self._note_failure(error, call)
             raise
         finally:
-            self.is_used = True
-            self._busy.release()
+            if is_taken:
+                self.is_used = True
+                self._busy.release()
 
-    def _take(self) -> None:
-        """Begin a call: there is at most one at a time, by construction."""
-        if not self._busy.acquire(blocking=False):
-            raise self._refusal()
-        self._holder = threading.get_ident()
+    def _alone(self, steps: Steps[_T]) -> Steps[_T]:
+        """Take `steps` as a call: there is at most one at a time, by construction."""
+        is_taken = False
+        try:
+            (is_taken,) = map(self._busy.acquire, _AT_ONCE)
+            if not is_taken:
+                raise self._refusal()
+            self._holder = threading.get_ident()
+            return (yield from steps)
+        finally:
+            if is_taken:
+                self._busy.release()
 
     def _refusal(self) -> EnvironmentStateError:
-        return EnvironmentStateError(
-            f"environment {self._connection.env_id} is busy with another invocation; "
-            "an environment serves one at a time"
-        )
+        what = f"environment {self._connection.env_id} is busy with another invocation"
+        return EnvironmentStateError(f"{what}; an environment serves one at a time")
 
     def _prepare_spare(self) -> None:
         """Do the part of a refill of standby environments that needs no answer."""
@@ -403,9 +410,9 @@ class Session:
             self.worker.make_event()  # while PID 1 is busy
         if self._cleanup is not None:
             channel, self._cleanup = self._cleanup, None
-            check_reset(self._connection, *(yield from self._answer(channel)))
+            files.check_reset(self._connection, *(yield from self._answer(channel)))
         if request.files:
-            yield partial(place_files, self._connection, request.files)
+            yield partial(files.place_files, self._connection, request.files)
 
     def _send_first(
         self, request: InvocationRequest, timeout: float, request_id: str
@@ -716,7 +723,7 @@ class Session:
         self._unwatch_event()
         worker.close_event()
         try:
-            request = reset_request(self._version.config, worker.process.pid)
+            request = files.reset_request(self._version.config, worker.process.pid)
             self._cleanup = yield from self._ask(p.RESET, request)
         except OSError as error:
             # The answer has come; the next call raises.
@@ -759,13 +766,13 @@ class Session:
 
     def count_left(self) -> Steps[LeftRunning]:
         """Count what runs besides the worker; see `ExecutionEnvironment.left_running`."""
-        self._take()
+        return self._alone(self._count_left())
+
+    def _count_left(self) -> Steps[LeftRunning]:
         try:
             return (yield from self._ask_for_left(kill=False)) or NOTHING
         except OSError as error:
             raise self._connection.failed(error) from error
-        finally:
-            self._busy.release()
 
     def _ask_for_left(self, *, kill: bool) -> Steps[LeftRunning | None]:
         """Ask PID 1 what runs besides the worker, and kill it.
@@ -774,7 +781,7 @@ class Session:
         """
         number = 0 if self.worker is None else self.worker.process.pid
         channel = yield from self._ask(p.LEFT, p.left_request(number, kill=kill))
-        return check_left(self._connection, *(yield from self._answer(channel)))
+        return files.check_left(self._connection, *(yield from self._answer(channel)))
 
     def left_running(self, call: PendingCall) -> LeftRunning | None:
         """Return what `call` has left running, as far as no process need be asked for that."""
@@ -782,15 +789,7 @@ class Session:
             return call.left_running
         goes_on = self._function.reuse == "keep" and not self._kills_left
         is_counted = goes_on and self._function.start == "clone" and not self._connection.is_killed
-        reader = self._connection.reader
-        try:
-            tasks = reader.tasks() if is_counted and reader is not None else None
-        except SyscallError:
-            return None  # the cgroup has just been removed
-        if tasks is None:
-            return None
-        processes, threads = tasks
-        return LeftRunning(max(0, processes - _OWN), max(0, threads - processes))
+        return files.look_at_left(self._connection) if is_counted else None
 
     def left_running_of_last(self) -> LeftRunning | None:
         """Return what the last call has left running, as far as that is known."""

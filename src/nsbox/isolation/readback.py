@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import os
+from io import FileIO
 
 # Lines of /proc/PID/status (proc(5)).
 _UNPRIVILEGED = (
@@ -19,11 +19,8 @@ def missing_lock(pid: int, *, filtered: bool) -> str:
     Raises:
         OSError: The process is gone, or hidden from the caller (proc(5), hidepid=).
     """
-    fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        status = os.read(fd, 1 << 14)
-    finally:
-        os.close(fd)
+    with FileIO(f"/proc/{pid}/status") as file:
+        status = file.read(1 << 14) or b""
     for line in _FILTERED if filtered else _UNPRIVILEGED:
         if line not in status:
             return line.decode().strip()

@@ -18,7 +18,7 @@ from typing import IO, Final, Self
 from nsbox.errors import SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.launcher import protocol
-from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
+from nsbox.linux.descriptors import close_all, pipe_files, receive_bytes, send_bytes
 
 ANSWER_DEADLINE: Final = 30.0
 """Seconds PID 1 may take to start a command, or for a file operation: all of it."""
@@ -196,23 +196,26 @@ class RunRequest:
         return given if self.extra is None else [*given, self.extra]
 
 
-def make_pipe(*, to_guest: bool) -> tuple[int, int]:
+def make_pipe(*, to_guest: bool) -> tuple[FileIO, FileIO]:
     """Return this process's end of a pipe and the other one, which a guest may have.
+
+    Each is closed when it is dropped: an interrupt in between leaves none.
 
     Raises:
         SyscallError: There is no room for it.
     """
     try:
-        read, write = os.pipe()
+        read, write = pipe_files()
     except OSError as error:
         raise SyscallError("pipe2", error.errno or 0) from error
     ours, theirs = (write, read) if to_guest else (read, write)
     # So that the command, which has another uid, may open it again as /dev/stdout. Nobody else
     # gets at it: a pipe has no name but in the /proc/PID/fd of who holds it (proc(5)).
     try:
-        os.fchmod(theirs, 0o666)
+        os.fchmod(theirs.fileno(), 0o666)
     except OSError as error:
-        close_all([read, write])
+        read.close()
+        write.close()
         raise SyscallError("fchmod", error.errno or 0) from error
     return ours, theirs
 
@@ -249,18 +252,18 @@ class WorkerEndpoints:
             ConnectionError: Nobody has it any more.
             SetupError: This process has no room for it.
         """
-        kept: list[Socket | IO[bytes]] = []
-        sent: list[int] = []
+        kept: list[Socket | FileIO] = []
+        sent: list[Socket | FileIO] = []
         try:
             self.socket, theirs = make_socket()
             kept.append(self.socket)
-            sent.append(theirs.detach())
+            sent.append(theirs)
             for name in ("stdout", "stderr"):
                 ours, other = make_pipe(to_guest=False)
                 sent.append(other)
-                kept.append(FileIO(ours))
-                setattr(self, name, kept[-1])
-            send_bytes(control, p.WORK, sent)
+                kept.append(ours)
+                setattr(self, name, ours)
+            send_bytes(control, p.WORK, [end.fileno() for end in sent])
         except BaseException as error:
             for end in kept:
                 end.close()
@@ -269,7 +272,8 @@ class WorkerEndpoints:
             what = f"the worker's sockets: {error}"
             raise SetupError("birth", what, errno=error.errno or 0) from error
         finally:
-            close_all(sent)
+            for end in sent:
+                end.close()
 
     def close(self) -> None:
         """Close all of it; may be called again."""
@@ -288,7 +292,7 @@ class InvocationEndpoints:
         is_unread: Whether it was closed before the event was read whole.
     """
 
-    __slots__ = ("_theirs", "is_unread", "logs", "socket")
+    __slots__ = ("_ours", "_theirs", "is_unread", "logs", "socket")
 
     def __init__(self) -> None:
         """Make it; `send` is next.
@@ -299,14 +303,16 @@ class InvocationEndpoints:
         self.logs: dict[int, str] = {}
         self.is_unread = False
         self.socket, theirs = make_socket()
-        self._theirs = [theirs.detach()]
+        self._ours: list[FileIO] = []
+        self._theirs: list[Socket | FileIO] = [theirs]
         try:
             self.socket.setblocking(False)
             for name in ("stdout", "stderr"):
                 ours, other = make_pipe(to_guest=False)
-                self.logs[ours] = name
+                self._ours.append(ours)
                 self._theirs.append(other)
-                os.set_blocking(ours, False)
+                self.logs[ours.fileno()] = name
+                os.set_blocking(ours.fileno(), False)
         except BaseException:
             self.close()
             raise
@@ -323,17 +329,19 @@ class InvocationEndpoints:
             OSError: As `send_bytes`.
         """
         try:
-            send_bytes(to, frame, self._theirs)
+            send_bytes(to, frame, [end.fileno() for end in self._theirs])
         finally:
             self._close_theirs()
 
     def _close_theirs(self) -> None:
         theirs, self._theirs = self._theirs, []
-        close_all(theirs)
+        for end in theirs:
+            end.close()
 
     def close(self) -> None:
         """Close all of it."""
         self._close_theirs()
         self.socket.close()
-        close_all(list(self.logs))
+        for end in self._ours:
+            end.close()
         self.logs = {}

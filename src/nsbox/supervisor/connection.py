@@ -129,6 +129,7 @@ class EnvironmentConnection:
         self.endpoints: WorkerEndpoints | None = None
         self._awaits_attachments = False
         self._is_lent = False  # the control socket, to the launcher
+        self._is_let_go = False
         self._control_lock = threading.Lock()
         self.pid = self._pid_inode = 0
         self._pidfd = -1  # only where pidfds have no inode of their own
@@ -209,14 +210,14 @@ class EnvironmentConnection:
             born = self._hear_of_birth()
             self.proc = _check_ready(word)
             self._verify(filtered=bool(self._spec.seccomp))
+            if not self._awaits_attachments:
+                self._birth.close()
+            self.host_id = born.host_id
+            absent = self._launcher.absent_files
+            self.reader = cgroups.UsageReader(born.cgroup, absent) if born.cgroup else None
         except BaseException:
             self._abandon()
             raise
-        if not self._awaits_attachments:
-            self._birth.close()
-        self.host_id = born.host_id
-        absent = self._launcher.absent_files
-        self.reader = cgroups.UsageReader(born.cgroup, absent) if born.cgroup else None
 
     # -- birth ---------------------------------------------------------------------------------
 
@@ -547,12 +548,19 @@ class EnvironmentConnection:
     def close(self) -> None:
         """Close the descriptors; the launcher then kills and removes what is left."""
         self.supervision.close()
+        self._is_let_go = True
         _close_both(self._control, self._birth)
         _close_both(*self._others)
         self.drop_endpoints()
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
+
+    def __del__(self) -> None:
+        # An interrupt came before anybody had it. With PID 1's socket in the launcher nothing is
+        # closed here that would end it.
+        if getattr(self, "_is_lent", False) and not self._is_let_go:
+            self.send_kill()
 
     def drop_endpoints(self) -> None:
         """Close what a clone of a worker has been given."""

@@ -26,6 +26,7 @@ _CALLS = {
 _PROGRAM_MAX = 1 << 24  # bytes of a program that is looked at
 _PT_INTERP, _PATH_MAX = 3, 4096  # elf.h; linux/limits.h
 _INTERPRETER_MAX = 256  # BINPRM_BUF_SIZE, linux/binfmts.h
+_OWN = 2  # processes that are nsbox's: PID 1 and the worker
 
 
 def write_file(
@@ -188,6 +189,18 @@ def check_left(
         connection.kill(f"what is left running in it is not known ({why})")
         raise connection.death()
     return LeftRunning(first, second) if first or second else NOTHING
+
+
+def look_at_left(connection: EnvironmentConnection) -> LeftRunning | None:
+    """Return what runs besides PID 1 and the worker, as its cgroup counts; None: it does not."""
+    try:
+        tasks = None if connection.reader is None else connection.reader.tasks()
+    except SyscallError:
+        return None  # the cgroup has just been removed
+    if tasks is None:
+        return None
+    processes, threads = tasks
+    return LeftRunning(max(0, processes - _OWN), max(0, threads - processes))
 
 
 def expect_ok(

@@ -99,7 +99,7 @@ class Process:
             self._next_cpu_check = self._started_at + self._cpu_wait(cpu_time)
 
     def _start(self, request: RunRequest, streams: Streams) -> None:
-        inside: list[int] = []
+        inside: list[io.FileIO] = []
         given: list[int] = []
         try:
             stdio = []
@@ -107,8 +107,8 @@ class Process:
                 if stream == PIPE:
                     ours, theirs = make_pipe(to_guest=number == 0)
                     inside.append(theirs)
-                    given.append(theirs)
-                    setattr(self, NAMES[number], io.FileIO(ours, "w" if number == 0 else "r"))
+                    given.append(theirs.fileno())
+                    setattr(self, NAMES[number], ours)
                 elif stream is not None and stream != DEVNULL:
                     fd = descriptor_of(stream, NAMES[number])
                     if gives_more(fd, NAMES[number], is_own=self._connection.has_callers_id):
@@ -132,7 +132,8 @@ class Process:
             self._close_streams()
             raise
         finally:
-            close_all(inside)
+            for end in inside:
+                end.close()
 
     def _close_channel(self) -> None:
         if self._channel is not None:

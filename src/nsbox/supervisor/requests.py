@@ -7,17 +7,18 @@ No connection is kept: each request carries the socket for its answer.
 from __future__ import annotations
 
 import errno
-import os
 import threading
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from nsbox.errors import SyscallError
 from nsbox.launcher import messages, protocol
+from nsbox.linux.descriptors import pipe_files
 
 if TYPE_CHECKING:
     from _socket import socket as Socket
     from collections.abc import Callable
+    from io import FileIO
 
     from nsbox.launcher.messages import Spec
     from nsbox.supervisor.launcher import Launcher
@@ -43,7 +44,7 @@ class Supervision:
         self._launcher = launcher
         self._env_id = env_id
         self._lock = threading.Lock()
-        self._report = -1  # a pipe, where the end will be told
+        self._report: FileIO | None = None  # a pipe, where the end will be told
         self._is_asked = self._is_let_go = False
         self.end: messages.Gone | None = None
         self.unsaid = ""
@@ -93,26 +94,27 @@ class Supervision:
             self._begin_end(is_reported=is_reported)
 
     def _begin_end(self, *, is_reported: bool) -> None:
-        if self.end is not None or self._report >= 0:
+        if self.end is not None or self._report is not None:
             return
         if not self._is_asked or self._is_let_go:
             return
         try:
             # To make and close a pair of sockets takes twice as long.
-            self._report, theirs = _open(os.pipe, "pipe2")
+            self._report, theirs = _open(pipe_files, "pipe2")
         except SyscallError:
             self._let_go()  # there is no report then: the control socket's end tells
             return
         try:
-            self._launcher.ask(messages.Close(id=self._env_id, is_reported=is_reported), theirs)
+            request = messages.Close(id=self._env_id, is_reported=is_reported)
+            self._launcher.ask(request, theirs.fileno())
         except OSError as error:
             if is_gone(error):
                 self._end_with_launcher()
             else:  # it is asked again by who waits
-                os.close(self._report)
-                self._report = -1
+                self._report.close()
+                self._report = None
         finally:
-            os.close(theirs)
+            theirs.close()
 
     def _end_with_launcher(self) -> None:
         self.unsaid = "the launcher died, and the environment with it"
@@ -135,33 +137,34 @@ class Supervision:
                 report = self._report
                 if self.end is not None or self._is_let_go or not self._is_asked:
                     return
-            if report < 0:
-                continue  # it could not be asked
-            if not protocol.is_readable(report, END_DEADLINE):
+                if report is None:
+                    continue  # it could not be asked
+                fd = report.fileno()
+            if not protocol.is_readable(fd, END_DEADLINE):
                 return
             with self._lock:  # another thread may have read it meanwhile
-                if self.end is None and self._report == report:
+                if self.end is None and self._report is report:
                     self._read_end(report)
 
-    def _read_end(self, report: int) -> None:
+    def _read_end(self, report: FileIO) -> None:
         try:
-            said = protocol.read(report)
+            said = protocol.read(report.fileno())
         except OSError:
             return  # no memory: it is there to be read again
         if isinstance(said, messages.Gone):
             self.end = said
         elif self._launcher.alive:  # the pipe was lost on its way: ask once more
-            os.close(report)
-            self._report = -1
+            report.close()
+            self._report = None
         else:
             self._end_with_launcher()
 
     def close(self) -> None:
         """Let go of the environment: the launcher ends what is left of it, and forgets it."""
         with self._lock:
-            report, self._report = self._report, -1
-            if report >= 0:
-                os.close(report)
+            if self._report is not None:
+                self._report.close()
+                self._report = None
             if (self.end is None or self.unsaid) and self._is_asked:
                 self._let_go()
 

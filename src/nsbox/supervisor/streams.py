@@ -16,10 +16,11 @@ import stat
 import struct
 import termios
 import threading
+from io import FileIO
 from typing import Final
 
 from nsbox.errors import ConfigError, SyscallError
-from nsbox.linux.descriptors import close_all
+from nsbox.linux.descriptors import as_file
 from nsbox.supervisor.channel import make_pipe
 
 NAMES: Final = ("stdin", "stdout", "stderr")
@@ -99,15 +100,16 @@ class Relay:
         self._unsent = self._sent = 0
         self._drains = False
         self._pipe, self.theirs = make_pipe(to_guest=what == NAMES[0])
-        made = [self._pipe, self.theirs]
+        self._made = [self._pipe, self.theirs]
         try:
-            self._file = os.dup(fd)
-            made.append(self._file)
-            self._end = os.eventfd(0)
+            self._file = as_file(os.dup, fd)
+            self._made.append(self._file)
+            self._end = as_file(os.eventfd, 0)
+            self._made.append(self._end)
         except OSError as error:
-            close_all(made)
+            self._close()
             raise SyscallError("dup", error.errno or 0) from error
-        os.set_blocking(self._pipe, False)
+        os.set_blocking(self._pipe.fileno(), False)
         self._is_seekable = stat.S_ISREG(os.fstat(fd).st_mode)
 
     def start(self) -> None:
@@ -126,35 +128,38 @@ class Relay:
             call = "read" if self._what == NAMES[0] else "write"
             self.error = SyscallError(call, error.errno or errno.EIO, self._what)
         if self._what != NAMES[0]:
-            os.close(self._pipe)  # a command that still writes is to notice
-            self._pipe = -1
+            self._pipe.close()  # a command that still writes is to notice
 
     def finish(self, *, drains: bool = True) -> None:
         """End; what its command has written is written before, if it `drains`."""
-        if self._end < 0:
+        if self._end.closed:
             return
         self._drains = drains
         if self._thread.is_alive():
-            os.eventfd_write(self._end, 1)
+            os.eventfd_write(self._end.fileno(), 1)
             self._thread.join()
         self._go_back()
-        close_all([fd for fd in (self._pipe, self._file, self._end) if fd >= 0])
-        self._end = -1
+        self._close()
 
-    def _await(self, fd: int, event: int) -> bool:
-        """Wait until `fd` is ready; False when this is to end."""
+    def _close(self) -> None:
+        for end in self._made:
+            end.close()
+
+    def _await(self, file: FileIO, event: int) -> bool:
+        """Wait until `file` is ready; False when this is to end."""
         poller = select.poll()
-        poller.register(fd, event)
+        poller.register(file, event)
         poller.register(self._end, select.POLLIN)
-        return self._end not in (ready for ready, _ in poller.poll())
+        return self._end.fileno() not in (ready for ready, _ in poller.poll())
 
     def _feed(self) -> None:
         while self._await(self._file, select.POLLIN):
-            data = memoryview(os.read(self._file, _CHUNK))
+            data = memoryview(os.read(self._file.fileno(), _CHUNK))
             if not data:
                 # Opened for reading it keeps what the command has not read, for `_go_back`.
-                reader = os.open(f"/proc/self/fd/{self._pipe}", os.O_RDONLY | os.O_NONBLOCK)
-                os.close(self._pipe)
+                reader = FileIO(f"/proc/self/fd/{self._pipe.fileno()}", opener=_open_at_once)
+                self._made.append(reader)
+                self._pipe.close()
                 self._pipe = reader
                 return
             self._unsent = len(data)
@@ -162,7 +167,7 @@ class Relay:
                 if not self._await(self._pipe, select.POLLOUT):
                     return
                 try:
-                    count = os.write(self._pipe, data[-self._unsent :])
+                    count = os.write(self._pipe.fileno(), data[-self._unsent :])
                 except BlockingIOError:
                     continue
                 self._unsent -= count
@@ -173,18 +178,18 @@ class Relay:
         if self._what == NAMES[0] and self._is_seekable and self._sent + self._unsent:
             (waiting,) = struct.unpack("i", fcntl.ioctl(self._pipe, termios.FIONREAD, bytes(4)))
             # The command can have written to the pipe as well.
-            os.lseek(self._file, -min(waiting, self._sent) - self._unsent, os.SEEK_CUR)
+            os.lseek(self._file.fileno(), -min(waiting, self._sent) - self._unsent, os.SEEK_CUR)
 
     def _collect(self) -> None:
         while self._await(self._pipe, select.POLLIN):
-            data = os.read(self._pipe, _CHUNK)
+            data = os.read(self._pipe.fileno(), _CHUNK)
             if not data:
                 return
             self._write(data)
         while self._drains:
             # All that could write is gone; but for descriptors sent to a command that still runs.
             try:
-                data = os.read(self._pipe, _CHUNK)
+                data = os.read(self._pipe.fileno(), _CHUNK)
             except BlockingIOError:
                 return
             if not data:
@@ -195,9 +200,9 @@ class Relay:
         view = memoryview(data)
         while view:
             if self._is_seekable:
-                view = view[os.write(self._file, view) :]
+                view = view[os.write(self._file.fileno(), view) :]
             elif self._await(self._file, select.POLLOUT) or self._has_room():
-                view = view[os.write(self._file, view[:_PIPE_BUF]) :]
+                view = view[os.write(self._file.fileno(), view[:_PIPE_BUF]) :]
             else:
                 raise BrokenPipeError
 
@@ -205,6 +210,10 @@ class Relay:
         poller = select.poll()
         poller.register(self._file, select.POLLOUT)
         return bool(poller.poll(_PATIENCE))
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class Relays:
@@ -225,13 +234,12 @@ class Relays:
             self._relays.append(relay)
             if what != NAMES[0]:
                 self._outputs[key] = relay
-        return relay.theirs
+        return relay.theirs.fileno()
 
     def start(self) -> None:
         """Begin to copy, once the command has its ends."""
         for relay in self._relays:
-            os.close(relay.theirs)
-            relay.theirs = -1
+            relay.theirs.close()
             relay.start()
 
     def finish(self, *, drains: bool = True) -> None:
@@ -243,8 +251,6 @@ class Relays:
         relays, self._relays = self._relays, []
         for relay in relays:
             relay.finish(drains=drains)
-            if relay.theirs >= 0:
-                os.close(relay.theirs)
         for relay in relays:
             if relay.error is not None and drains:
                 raise relay.error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from io import FileIO
 
 from nsbox.errors import SyscallError
 
@@ -19,19 +20,18 @@ _CHUNK = 4096
 def read_bytes(path: str) -> bytes:
     """Return the whole of a control file; `SyscallError` when it cannot be read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = FileIO(path)
     except OSError as error:
         raise SyscallError("open", error.errno or 0, path) from None
     try:
-        data = os.read(descriptor, _CHUNK)
-        # Only cgroup.procs, memory.stat and io.stat get this long; a kernfs read ends at a record.
-        if len(data) > _CHUNK // 2:
-            while more := os.read(descriptor, _CHUNK):
-                data += more
+        with file:
+            data = file.read(_CHUNK) or b""
+            # Only cgroup.procs, memory.stat, io.stat get so long; a kernfs read ends at a record.
+            if len(data) > _CHUNK // 2:
+                while more := file.read(_CHUNK):
+                    data += more
     except OSError as error:
         raise SyscallError("read", error.errno or 0, path) from None
-    finally:
-        os.close(descriptor)
     return data
 
 
