@@ -51,9 +51,16 @@ def alone() -> None:
 def test_an_interrupted_start_of_the_launcher_leaves_nothing(alone: None, stride: int) -> None:
     before = own_descriptors(), children()
 
+    def is_clean() -> bool:
+        if (own_descriptors(), children()) == before:
+            return True
+        # newuidmap, if `subprocess` itself was interrupted: it reaps that when it is used next.
+        subprocess.run(["true"], check=True)
+        return False
+
     def check() -> None:
         nsbox.shutdown()
-        assert (own_descriptors(), children()) == before
+        wait_until(is_clean, "nothing is left")
 
     assert interrupt_at_each_place(lambda: get_launcher, check, stride) > 100
 
@@ -174,7 +181,7 @@ call()
 """
 
 
-@pytest.mark.parametrize("count", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [10, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_program_that_ctrl_c_ends_ends_soon_and_with_one_traceback(count: int) -> None:
     """What it leaves is looked for after the test."""
     moments = random.Random(11)

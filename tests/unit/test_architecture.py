@@ -445,7 +445,7 @@ def test_template_is_small() -> None:
     )
     # Every page of them is one more to copy for each environment.
     assert not loaded & (NOT_IN_LAUNCHER | {"json", "socket", "signal", "enum", "re", "selectors"})
-    assert len(loaded) < 80, sorted(loaded)
+    assert len(loaded) < 84, sorted(loaded)  # Python 3.13 has 80
 
 
 @pytest.mark.parametrize("is_same", [True, False], ids=["same Python", "another Python"])
