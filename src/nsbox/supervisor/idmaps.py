@@ -12,7 +12,8 @@ import contextlib
 import os
 import pwd
 import shutil
-import subprocess
+from functools import partial
+from itertools import starmap
 from typing import NoReturn
 
 from nsbox.errors import ConfigError, UnsupportedHostError
@@ -56,12 +57,7 @@ def write_launcher_maps(pid: int, wanted: tuple[int, int] | None = None) -> None
         first_user, first_group = (wanted, wanted) if wanted else (users[0], groups[0])
         count = min(first_user[1], first_group[1])
         done = [
-            subprocess.run(
-                [str(tool), str(pid), "0", str(own), "1", "1", str(first), str(count)],
-                check=False,
-                capture_output=True,
-                env={},
-            ).returncode
+            _run([str(tool), str(pid), "0", str(own), "1", "1", str(first), str(count)])
             for tool, own, (first, _) in zip(
                 tools, (uid, gid), (first_user, first_group), strict=True
             )
@@ -77,6 +73,23 @@ def write_launcher_maps(pid: int, wanted: tuple[int, int] | None = None) -> None
         with open(f"/proc/{pid}/setgroups", "w") as file:
             file.write("deny")
         _write_if_empty(pid, "gid_map", f"0 {gid} 1")
+
+
+def _run(words: list[str]) -> int:
+    """Run a program and return its exit status. An interrupt leaves no process behind."""
+    quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in range(3)]
+    started: list[int] = []
+    try:
+        # Its number is kept within one step of the interpreter.
+        started += starmap(partial(os.posix_spawn, file_actions=quiet), [(words[0], words, {})])
+        return os.waitstatus_to_exitcode(os.waitpid(started[0], 0)[1])
+    except ChildProcessError:
+        return 0  # the host program reaps all its children: the map itself tells
+    except BaseException:
+        for pid in started:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+        raise
 
 
 Ranges = list[tuple[int, int]]
