@@ -64,9 +64,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--leak-grace",
         type=float,
-        default=3.0,
+        default=5.0,
         metavar="SECONDS",
-        help="how long the teardown of what has been let go may take; default 3",
+        help="how long the teardown of what has been let go may take; default 5",
     )
 
 
