@@ -116,7 +116,7 @@ def decode_answer(data: Data) -> Any:  # noqa: ANN401 - any JSON value
                 return value
         except (ValueError, StopIteration):
             pass
-        return decode(text)
+        return _read_by_library(text)
     check_depth(data)
     if len(data) < LARGE:
         return _decode_answer(data)
@@ -131,6 +131,11 @@ def decode(text: str) -> Any:  # noqa: ANN401 - any JSON value
             return value
     except (ValueError, StopIteration):
         pass
+    return _read_by_library(text)
+
+
+def _read_by_library(text: str) -> Any:  # noqa: ANN401 - any JSON value
+    """Read what the C half alone did not: with space around it, or wrong, which the error tells."""
     import json
 
     return json.loads(text, parse_constant=_refuse)
