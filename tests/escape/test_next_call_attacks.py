@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.support import PATIENCE
+from tests.support import PATIENCE, publish_app
 
 import nsbox
 import nsbox.functions.session
@@ -31,15 +31,7 @@ Publish = Callable[..., nsbox.FunctionVersion]
 @pytest.fixture
 def publish(tmp_path: Path) -> Iterator[Publish]:
     def make(code: str, **options: str) -> nsbox.FunctionVersion:
-        (tmp_path / "app.py").write_text(code)
-        limit = 30 * PATIENCE
-        return nsbox.Function(
-            "app.handler",
-            code=tmp_path,
-            timeout=limit,
-            init_timeout=limit,
-            **options,  # type: ignore[arg-type]
-        ).publish()
+        return publish_app(tmp_path, code, **options)
 
     yield make
     gc.collect()  # a version holds a lock in the store

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.support import PATIENCE, wait_until
+from tests.support import PATIENCE, publish_app, wait_until
 
 import nsbox
 
@@ -63,15 +63,7 @@ def handler(event, context):
 @pytest.fixture
 def publish(tmp_path: Path) -> Iterator[Publish]:
     def make(**options: object) -> nsbox.FunctionVersion:
-        (tmp_path / "app.py").write_text(CODE)
-        limit = 30 * PATIENCE
-        return nsbox.Function(
-            "app.handler",
-            code=tmp_path,
-            timeout=limit,
-            init_timeout=limit,
-            **options,  # type: ignore[arg-type]
-        ).publish()
+        return publish_app(tmp_path, CODE, **options)
 
     yield make
     gc.collect()  # a version holds a lock in the store
