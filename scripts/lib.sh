@@ -158,7 +158,9 @@ install_into_venv() {
 
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         say "making $VENV with $BASE_PYTHON"
-        "$BASE_PYTHON" -m venv --clear "$VENV" || die "$BASE_PYTHON -m venv $VENV failed"
+        # Not by "venv --clear": it removes the lock as well, and the next run makes and takes another.
+        find "$VENV" -mindepth 1 -maxdepth 1 ! -name .lock -exec rm -rf {} +
+        "$BASE_PYTHON" -m venv "$VENV" || die "$BASE_PYTHON -m venv $VENV failed"
     fi
     mkdir -p "$VENV/.nsbox"
 
