@@ -26,6 +26,7 @@ import nsbox
 from nsbox.pool import function as pool_function
 from nsbox.pool.accounts import Phase
 from nsbox.pool.manager import PoolLease
+from nsbox.store import integrity
 from nsbox.supervisor.launcher import get_launcher
 
 pytestmark = pytest.mark.needs("userns")
@@ -77,27 +78,45 @@ def commands() -> Iterator[nsbox.WarmPool]:
 # -- leases -----------------------------------------------------------------------------------
 
 
-@pytest.mark.needs("json")
-def test_a_warm_call_passes_few_functions(make: Make) -> None:
+def invoke_noting(pool: nsbox.WarmPool) -> list[CodeType]:
+    """Make a call, and return the functions of Python that it has passed in this thread."""
     passed: list[CodeType] = []
 
     def note(frame: FrameType, event: str, _: object) -> None:
         if event == "call":
             passed.append(frame.f_code)
 
+    profiler = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        answer = pool.invoke({"echo": 1})
+    finally:
+        sys.setprofile(profiler)
+    assert answer["echo"] == 1
+    return passed
+
+
+@pytest.mark.needs("json")
+def test_a_warm_call_passes_few_functions(make: Make) -> None:
     with nsbox.WarmPool(make(), max_environments=1) as pool:
         for _ in range(3):
             pool.invoke({"echo": 1})
-        profiler = sys.getprofile()
-        sys.setprofile(note)
-        try:
-            answer = pool.invoke({"echo": 1})
-        finally:
-            sys.setprofile(profiler)
-    assert answer["echo"] == 1
+        passed = invoke_noting(pool)
     names = [code.co_qualname for code in passed]
     assert len(names) <= 20, names
     assert len({code.co_filename for code in passed}) <= 8, names
+
+
+@pytest.mark.needs("json")
+def test_a_cold_call_passes_few_functions_from_the_birth_to_the_end(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integrity, "_SETTLED", 0)  # two seconds in which files are read again
+    with nsbox.WarmPool(make(reuse="never"), max_environments=1) as pool:
+        pool.invoke({"echo": 1})  # what all environments of a version have in common is made
+        names = [code.co_qualname for code in invoke_noting(pool)]
+        check_sums(pool, 2)
+    assert len(names) <= 250, names
 
 
 def test_one_environment_serves_one_call_after_another(make: Make) -> None:

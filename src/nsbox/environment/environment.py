@@ -190,7 +190,7 @@ class ExecutionEnvironment:
             born_layers, self.config, self._launcher.hello, connection, plan.layers
         )
         self._connection = connection
-        if version is not None:
+        if version is not None and deployment is not None:
             # In no cycle: a closed environment would hold on to its code until a collection.
             own = weakref.proxy(self)
 
@@ -201,6 +201,7 @@ class ExecutionEnvironment:
             session = self._session = Session(
                 connection,
                 version,
+                deployment,
                 self._environment,
                 protections=lambda: own.protections,
                 start_command=start,
@@ -726,9 +727,9 @@ class ExecutionEnvironment:
         after it has hung up. What else is to be read on it is not this descriptor's.
 
         Raises:
-            EnvironmentDied: It has ended.
+            EnvironmentStateError: It is closed, or known to have ended; else it hangs up.
         """
-        return self._live_connection().death_descriptor()
+        return self._known_connection().death_descriptor()
 
     def send_kill(self) -> None:
         """SIGKILL PID 1, unless it is closed; who waits for an answer sees that."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import site
 import sys
@@ -19,6 +18,7 @@ from nsbox.functions.function import LAYER_ROOT, TASK_ROOT, Function, FunctionVe
 from nsbox.launcher.messages import Hello, Spec
 from nsbox.supervisor.launcher import Launcher, get_launcher
 from nsbox.supervisor.plan import interpreter_prefixes, make_plan
+from nsbox.values import json_text
 from nsbox.values.config import Config
 
 
@@ -31,6 +31,7 @@ class Deployment:
         runtime: The kind of template whose clones can serve it (`nsbox.launcher.template.main`).
         source: The version's own config.
         is_program: Whether a program answers, and no worker, not even at a reset.
+        kills_left: Whether what an invocation leaves running is killed before the next one.
     """
 
     def __init__(self, version: FunctionVersion) -> None:
@@ -42,7 +43,7 @@ class Deployment:
         self._has_worker = function.handler is not None and function.start == "clone"
         self._resets = function.reuse == "reset"
         self.is_program = function.handler is None and not self._resets
-        self._kills_left = version.kills_left_running
+        self.kills_left = version.kills_left_running
         places = ((version.code_path, TASK_ROOT), (version.opt_path, LAYER_ROOT))
         self.attachments = [(os.fspath(path), place) for path, place in places if path is not None]
         for _, place in self.attachments:
@@ -54,11 +55,11 @@ class Deployment:
                         "use one that is elsewhere"
                     )
         self.config = version.birth_config
-        self._start: tuple[Mapping[str, str], str] | None = None
+        self._start: tuple[Mapping[str, str], bytes] | None = None
 
     def lends_control(self, hello: Hello) -> bool:
         """Whether PID 1's socket is left to the launcher: no invocation as such asks anything."""
-        is_asked = self._resets or (self._kills_left and "missing" in hello.cgroups["cgroup.pids"])
+        is_asked = self._resets or (self.kills_left and "missing" in hello.cgroups["cgroup.pids"])
         return self._has_worker and not is_asked
 
     def start_text(
@@ -67,21 +68,21 @@ class Deployment:
         environment: Mapping[str, str],
         env_id: str,
         initialization_type: str,
-    ) -> str:
+    ) -> bytes:
         """Return the JSON of START for the worker of an environment.
 
         `environment` has the variables besides the function's own.
         """
         known = self._start
         if known is None or known[0] != environment:
-            known = self._start = (environment, json.dumps(_details(version, environment)))
+            known = self._start = (environment, json_text.encode(_details(version, environment)))
         # What is this environment's alone goes behind what is the same for all of the version.
         day = time.strftime("%Y/%m/%d", time.gmtime())
         own = {
             "AWS_LAMBDA_LOG_STREAM_NAME": f"{day}/[{version.id}]{env_id}",
             "AWS_LAMBDA_INITIALIZATION_TYPE": initialization_type,
         }
-        return f'{known[1][:-1]}, "own": {json.dumps(own)}}}'
+        return known[1][:-1] + b', "own": ' + json_text.encode(own) + b"}"
 
 
 _deployed: Final[weakref.WeakKeyDictionary[FunctionVersion, Deployment]] = (

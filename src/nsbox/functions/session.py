@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from nsbox.errors import EnvironmentStateError, InvokeError, NsboxError
-from nsbox.functions.deployment import deployment_of
+from nsbox.functions.deployment import Deployment
 from nsbox.functions.exchange import (
     Frame,
     InvocationResponse,
@@ -101,6 +101,7 @@ class Session:
         self,
         connection: EnvironmentConnection,
         version: FunctionVersion,
+        deployment: Deployment,
         environment: Mapping[str, str],
         *,
         protections: Callable[[], Protections],
@@ -111,12 +112,14 @@ class Session:
         Args:
             connection: Its connection.
             version: Whose it is.
+            deployment: The version's.
             environment: Variables besides the function's own.
             protections: Tells what is in force.
             start_command: Starts a command in it, for `run_program`.
         """
         self._connection = connection
         self._version = version
+        self._deployment = deployment
         self._function = version.function
         self._environment = environment
         self._protections = protections
@@ -142,7 +145,7 @@ class Session:
         self._spare: EnvironmentConnection | None = None
         # Opened once: that costs ten times a look. Beside a worker that was executed there is
         # one that waits since the birth, or has ended.
-        self._kills_left = version.kills_left_running
+        self._kills_left = deployment.kills_left
         is_counted = self._kills_left and self._function.start == "clone"
         self._counter = connection.reader.open_counter() if is_counted and connection.reader else -1
         self.worker: WorkerConnection | None = None
@@ -221,15 +224,13 @@ class Session:
 
     def init(self, *, provisioned: bool) -> Steps[None]:
         """Import the module, unless that was done; see `ExecutionEnvironment.init`."""
-        return self._alone(self._init_once(provisioned=provisioned))
+        return self._alone(self._init(provisioned=provisioned))
 
-    def _init_once(self, *, provisioned: bool) -> Steps[None]:
-        if self._function.handler is not None and self.init_seconds is None:
-            self.is_provisioned = provisioned
-            yield from self._init()
-
-    def _init(self, on_log: OnLog | None = None) -> Steps[None]:
+    def _init(self, on_log: OnLog | None = None, *, provisioned: bool = False) -> Steps[None]:
         """Let the worker import the handler's module; raises as `ExecutionEnvironment.init`."""
+        if self._function.handler is None or self.init_seconds is not None:
+            return
+        self.is_provisioned = provisioned
         if self.worker is None:
             yield from self._tell(*(yield self._execute))
         elif self.is_provisioned and not self._is_begun:
@@ -244,11 +245,10 @@ class Session:
         yield from self._tell_again()
 
     def _tell_again(self) -> Steps[None]:
-        deployment = deployment_of(self._version)
-        text = deployment.start_text(
+        data = self._deployment.start_text(
             self._version, self._environment, self._connection.env_id, self._initialization_type
         )
-        yield from self._send_start(self._start_call(), runtime.START, text.encode())
+        yield from self._send_start(self._start_call(), runtime.START, data)
 
     def _begin_once(self) -> None:
         """A start that has failed is not tried again: its environment was killed."""
@@ -264,7 +264,7 @@ class Session:
         self, call: PendingCall, kind: bytes, data: bytes, more: bytes = b""
     ) -> Steps[None]:
         header = runtime.HEADER.pack(kind, len(data) + len(more), call.number)
-        self._known_worker.send(call, header + data, more)
+        (self.worker or self._known_worker).send(call, header + data, more)
         if call.rest is not None:
             yield from self._send_rest(call)
 
@@ -526,7 +526,7 @@ class Session:
 
     def _exchange(self, call: PendingCall) -> Steps[Frame]:
         """Wait for the answer to a start."""
-        worker = self._known_worker
+        worker = self.worker or self._known_worker
         worker.wait.deadline = call.deadline
         frame = None
         try:

@@ -71,13 +71,12 @@ class WorkerConnection:
         self._is_ended = False
         channel.setblocking(False)
         self._base_fd = self._fd = channel.fileno()
-        self.wait = Wait([self._fd, *process.descriptors()], 0.0, is_lasting=True)
         self._logs: dict[int, str] = {}
         for name, stream in (("stdout", process.stdout), ("stderr", process.stderr)):
             if stream is not None:
                 os.set_blocking(stream.fileno(), False)
                 self._logs[stream.fileno()] = name
-                self.wait.add(stream.fileno())
+        self.wait = Wait([self._fd, *process.descriptors(), *self._logs], 0.0, is_lasting=True)
 
     def close(self) -> None:
         """Close sockets and streams without waiting: the environment is being closed."""

@@ -123,7 +123,7 @@ def as_file(make: Callable[..., int], *arguments: object) -> FileIO:
     A number that a call returns is lost when an interrupt comes before it is kept. None comes
     within one call of the interpreter's own.
     """
-    (file,) = map(FileIO, map(make, *([argument] for argument in arguments)), ["r+"])
+    (file,) = map(FileIO, map(make, *zip(arguments, strict=False)), ["r+"])
     return file
 
 

@@ -142,11 +142,11 @@ class Ledger(Generic[E, W]):
         queue: FunctionQueue[E, W],
         key: Hashable,
         what: W,
+        memory: int,
         victims: list[Slot[E, W]],
         reason: Retirement,
     ) -> Lease[E, W]:
-        memory = self._weigh(what)
-        slot = Slot[E, W](queue, key, what, memory, self._clock())
+        slot: Slot[E, W] = Slot(queue, key, what, memory, self._clock())
         slot.victims = tuple(victims)  # whoever has it has them, too
         slot.serves = reason is Retirement.DEMAND
         self._hold(lease, slot)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
@@ -380,9 +379,10 @@ class Maintenance:
         with self._lock:
             if self._handlers.get(fd, (None, None))[0] is owner:
                 del self._handlers[fd]
-                if not self._epoll.closed:
-                    with contextlib.suppress(OSError):  # it has been closed
-                        self._epoll.unregister(fd)
+                try:
+                    self._epoll.unregister(fd)
+                except (OSError, ValueError):
+                    return  # the descriptor, or all of this, has been closed
 
     def wake(self) -> None:
         """Have the thread look now at which tasks are due; under any lock of the pool's."""

@@ -160,8 +160,9 @@ class PoolManager:
         """Have the environment of a birth's lease born and initialised; else end the lease."""
         slot = lease.slot
         try:
-            self._end_all(slot.victims)
-            slot.victims = ()
+            if slot.victims:
+                self._end_all(slot.victims)
+                slot.victims = ()
             env = ExecutionEnvironment(slot.what)
             try:
                 self._adopt(lease, env)

@@ -392,11 +392,12 @@ class Scheduler(Ledger[E, W]):
         present = sum(slot.key == key for slot in self._kept_ready(queue))
         if present >= queue.provisioned or queue.breaker.pause() > 0:
             return None
-        victims = self._find_room(queue, self._weigh(what), Retirement.PROVISIONED)
+        memory = self._weigh(what)
+        victims = self._find_room(queue, memory, Retirement.PROVISIONED)
         if victims is None:
             return None
         lease: Lease[E, W] = Lease()
-        self._reserve(lease, queue, key, what, victims, Retirement.PROVISIONED)
+        self._reserve(lease, queue, key, what, memory, victims, Retirement.PROVISIONED)
         lease.slot.is_provisioned = True
         return lease
 
@@ -430,13 +431,16 @@ class Scheduler(Ledger[E, W]):
             lease.is_birth = False
             lease.is_cold, slot.is_cold = slot.is_cold, False
             return lease
-        victims = self._find_room(queue, self._weigh(what), Retirement.DEMAND) if bears else None
+        if not bears:
+            return None
+        memory = self._weigh(what)
+        victims = self._find_room(queue, memory, Retirement.DEMAND)
         if victims is None or (victims and not ousts):
             return None
         if queue.breaker.pause() > 0:
             queue.counters.throttles += 1
             raise queue.breaker.refusal()
-        return self._reserve(lease, queue, key, what, victims, Retirement.DEMAND)
+        return self._reserve(lease, queue, key, what, memory, victims, Retirement.DEMAND)
 
     def _hand_out(self, places: Places[E, W]) -> None:
         """Give those who wait, in their turn, what there is."""
@@ -717,13 +721,10 @@ class Scheduler(Ledger[E, W]):
 
     def _may_have_one(self, queue: FunctionQueue[E, W], what: W) -> bool:
         """Whether there can be an environment of it at all: `_check_room` has not seen to that."""
+        if not queue.is_optional or self._memory_budget is None:
+            return queue.places.most > 0
         aside = sum(part.aside for part in self._parts if part is not queue.places)
-        is_light = (
-            not queue.is_optional
-            or self._memory_budget is None
-            or self._weigh(what) <= self._memory_budget - aside
-        )
-        return queue.places.most > 0 and is_light
+        return queue.places.most > 0 and self._weigh(what) <= self._memory_budget - aside
 
     def _kept_ready(self, queue: FunctionQueue[E, W]) -> list[Slot[E, W]]:
         """Return the provisioned ones of a function, births counted."""

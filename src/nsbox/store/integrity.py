@@ -15,13 +15,15 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Final, NamedTuple
 
 from nsbox.errors import ConfigError, StoreError
 from nsbox.store.sources import read_directory
-from nsbox.store.tree import DIRECTORY, LINK, Manifest, TreeWriter, mode_of
+from nsbox.store.tree import DIRECTORY, MODES, Manifest, Node, TreeWriter
 
 _MANIFEST_MAX: Final = 128 << 20
+_ROOT: Final = Node(DIRECTORY)
 _SETTLED: Final = 2_000_000_000
 """Nanoseconds. Times of change advance by timer ticks of up to 10 ms, on some file systems by a
 second: two changes within one look like one. What is younger is hashed again the next time."""
@@ -136,10 +138,9 @@ def _take_seal(place: str, tree: int | None, manifest: Manifest) -> Seal:
     uid = os.geteuid()
     seal = hashlib.sha256()
     newest = 0
-    for path, kind in (("", DIRECTORY), *((p, node.kind) for p, node in manifest.nodes.items())):
+    for path, node in chain([("", _ROOT)], manifest.nodes.items()):
         status = os.stat(f"{place}/{path}" if path else place, dir_fd=tree, follow_symlinks=False)
-        expected = stat.S_IFDIR if kind == DIRECTORY else stat.S_IFREG
-        mode = stat.S_IFLNK | 0o777 if kind == LINK else expected | mode_of(kind)
+        mode = MODES[node.kind]
         if status.st_mode != mode or status.st_uid != uid:
             raise Corrupt(
                 f"{path or '.'!r} has mode {status.st_mode:o} and owner {status.st_uid}, "

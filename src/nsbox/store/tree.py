@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,13 @@ TREE_TIME: Final = 315_532_800
 """Modification time of everything in a tree: 1980-01-01, the first that a zip file can hold."""
 
 DIRECTORY, FILE, PROGRAM, LINK = "dir", "file", "program", "link"
+MODES: Final = {
+    DIRECTORY: stat.S_IFDIR | 0o555,
+    FILE: stat.S_IFREG | 0o444,
+    PROGRAM: stat.S_IFREG | 0o555,
+    LINK: stat.S_IFLNK | 0o777,
+}
+"""Types and permissions of what is in a tree (inode(7)): for all, and read only."""
 
 _HEAD: Final = b"nsbox-tree-1\n"
 _CHUNK: Final = 1 << 16  # malloc maps larger ones anew for each file
@@ -259,7 +267,7 @@ class TreeWriter:
                 chunk = read(_CHUNK)
             if fd >= 0:
                 with _writing(path):
-                    os.fchmod(fd, mode_of(PROGRAM if executable else FILE))
+                    os.fchmod(fd, stat.S_IMODE(MODES[PROGRAM if executable else FILE]))
                     os.utime(fd, (TREE_TIME, TREE_TIME))
         finally:
             if fd >= 0:
@@ -337,11 +345,6 @@ class TreeWriter:
 _OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def mode_of(kind: str) -> int:
-    """Return the permissions of a directory, file or program in a tree: for all, and read only."""
-    return 0o444 if kind == FILE else 0o555
-
-
 @contextmanager
 def _writing(path: str) -> Iterator[None]:
     try:
@@ -351,7 +354,7 @@ def _writing(path: str) -> Iterator[None]:
 
 
 def _seal_directory(fd: int) -> None:
-    os.fchmod(fd, mode_of(DIRECTORY))
+    os.fchmod(fd, stat.S_IMODE(MODES[DIRECTORY]))
     os.utime(fd, (TREE_TIME, TREE_TIME))
 
 

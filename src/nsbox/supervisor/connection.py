@@ -13,8 +13,8 @@ import signal
 import threading
 import time
 from _socket import socket as Socket
-from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from io import FileIO
 from typing import Final
 
@@ -67,14 +67,12 @@ def _setup_error(step: str, number: int, message: str) -> SetupError:
     return SetupError(step, message, errno=number, hint=hint)
 
 
-def _check_ready(word: bytes) -> str:
-    """Return how much of a /proc it has, as the first word of an environment says."""
+def _failure(word: bytes) -> SetupError:
+    """Return what to raise for the first word of an environment that is not ready."""
     failed = p.parse_failure(word)
     if failed is not None:
-        raise _setup_error(*failed)
-    if not word:
-        raise SetupError("birth", "the environment was killed before it was ready")
-    return word.decode()
+        return _setup_error(*failed)
+    return SetupError("birth", "the environment was killed before it was ready")
 
 
 class EnvironmentConnection:
@@ -92,7 +90,6 @@ class EnvironmentConnection:
         is_killed: Whether this end has killed it.
         cause: Why it has, for people; empty: it was gone already, or closed.
         endpoints: Those of the worker; None in environments that have none.
-        reader: Of what its cgroups count; None where there are none.
         supervision: What the launcher is asked of it, and has said of its end.
     """
 
@@ -127,6 +124,8 @@ class EnvironmentConnection:
         self.running: set[int] = set()
         self.has_callers_id = launcher.hello.ids == "own" or spec.as_caller
         self.endpoints: WorkerEndpoints | None = None
+        self._cgroup: Mapping[str, str] = {}
+        self._reader: cgroups.UsageReader | None = None
         self._awaits_attachments = False
         self._is_lent = False  # the control socket, to the launcher
         self._is_let_go = False
@@ -198,7 +197,8 @@ class EnvironmentConnection:
         """
         try:
             word = self._await_ready()
-            if attachments and word and p.parse_failure(word) is None:
+            is_ready = bool(word) and p.parse_failure(word) is None
+            if attachments and is_ready:
                 self._awaits_attachments = True
                 for source, _ in attachments:
                     # One that does not answer stops this thread, not all; the launcher tells.
@@ -208,13 +208,14 @@ class EnvironmentConnection:
                 if lends_control:
                     self._control.close()
             born = self._hear_of_birth()
-            self.proc = _check_ready(word)
+            if not is_ready:
+                raise _failure(word)
+            self.proc = word.decode()
             self._verify(filtered=bool(self._spec.seccomp))
             if not self._awaits_attachments:
                 self._birth.close()
             self.host_id = born.host_id
-            absent = self._launcher.absent_files
-            self.reader = cgroups.UsageReader(born.cgroup, absent) if born.cgroup else None
+            self._cgroup = born.cgroup
         except BaseException:
             self._abandon()
             raise
@@ -249,8 +250,10 @@ class EnvironmentConnection:
         """
         if self._awaits_attachments:
             self._awaits_attachments = False
-            with closing(self._birth):
+            try:
                 self._check_answer("attach", lambda: receive(self._birth, END_DEADLINE))
+            finally:
+                self._birth.close()
 
     def _await_ready(self) -> bytes:
         """Return the environment's own first word, b"" when it ended without one.
@@ -549,8 +552,8 @@ class EnvironmentConnection:
         """Close the descriptors; the launcher then kills and removes what is left."""
         self.supervision.close()
         self._is_let_go = True
-        _close_both(self._control, self._birth)
-        _close_both(*self._others)
+        for end in (self._control, self._birth, *self._others):
+            end.close()
         self.drop_endpoints()
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
@@ -569,12 +572,19 @@ class EnvironmentConnection:
 
     # -- accounting ----------------------------------------------------------------------------
 
+    @property
+    def reader(self) -> cgroups.UsageReader | None:
+        """Of what its cgroups count, made for the first who asks; None where there are none."""
+        if self._reader is None and self._cgroup:
+            self._reader = cgroups.UsageReader(self._cgroup, self._launcher.absent_files)
+        return self._reader
+
     def usage(self) -> Counters:
         """Return everything that can be read of its cgroups now; at its end, what was read then."""
         if self.supervision.end is not None:
             return self.supervision.end.usage
         try:
-            return {} if self.reader is None else self.reader.read()
+            return {} if (reader := self.reader) is None else reader.read()
         except OSError:
             return {}  # they have just been removed
 
@@ -583,21 +593,21 @@ class EnvironmentConnection:
         if self.supervision.end is not None:
             return self.usage().get("memory_peak")
         try:
-            return None if self.reader is None else self.reader.memory_peak()
+            return None if (reader := self.reader) is None else reader.memory_peak()
         except OSError:
             return None
 
     def counters(self) -> Counters:
         """Return what only grows, and what it costs less to read."""
         try:
-            return {} if self.reader is None else self.reader.counters()
+            return {} if (reader := self.reader) is None else reader.counters()
         except OSError:
             return {}
 
     def cpu_usec(self) -> int | None:
         """Return the CPU time used so far, in microseconds."""
         try:
-            return None if self.reader is None else self.reader.cpu_usec()
+            return None if (reader := self.reader) is None else reader.cpu_usec()
         except OSError:
             return None
 
@@ -609,8 +619,3 @@ def await_exit_notice(notice: Socket | None, seconds: float) -> None:
             protocol.is_readable(notice.fileno(), seconds)
         finally:
             notice.close()
-
-
-def _close_both(first: Socket, second: Socket) -> None:
-    first.close()
-    second.close()

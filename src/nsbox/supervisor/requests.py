@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import threading
-from contextlib import closing, suppress
+from contextlib import closing
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from nsbox.errors import SyscallError
@@ -171,8 +171,10 @@ class Supervision:
     def _let_go(self) -> None:
         if not self._is_let_go:
             self._is_let_go = True
-            with suppress(OSError):  # it is gone, and the environment with it
-                self.tell(messages.Close(id=self._env_id, is_reported=False))
+            try:
+                self._launcher.ask(messages.Close(id=self._env_id, is_reported=False))
+            except OSError:
+                return  # it is gone, and the environment with it
 
 
 def is_gone(error: OSError) -> bool:
