@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What json.dumps says of plain values in a fraction of the time: the same bytes, or None. nsbox/values/json_text.py asks
- * json then, which tells what is wrong, too. And a first look at how deep a text is nested.
+ * What json.dumps says of plain values, and json.loads of plain texts, in a fraction of the time: the same, or nothing.
+ * nsbox/values/json_text.py asks json then, which tells what is wrong, too. And a first look at how deep a text is nested.
  *
  * Plain are None, bool, int of 64 bits, finite float, str, and list, tuple and dict of these with keys that
  * are str: no subclass of any. So no code of theirs runs here, and nothing changes while it is read.
@@ -22,12 +22,19 @@ enum {
     DEEPEST = 200,          /* lists and objects in one another; json recurses deeper, and finds circles */
     FIRST = 1 << 10,        /* bytes */
     LARGEST_ESCAPE = 12,    /* of a character: two surrogates */
+    KNOWN = 16,             /* keys that are found where they were put before */
+};
+
+struct known {
+    PyObject *key;
+    size_t begin, size;     /* in the text, with what is behind it */
 };
 
 struct text {
     char *begin, *at, *end;
     int is_ascii;           /* as json's ensure_ascii */
     int is_out;             /* of memory */
+    struct known known[KNOWN];
 };
 
 /* Return whether there is room for `size` more bytes. */
@@ -67,14 +74,12 @@ static inline int put(struct text *text, const char *words, size_t size)
 
 static char *put_digits(char *at, uint64_t number)
 {
-    char digits[20];
-    int size = 0;
-    do
-        digits[size++] = '0' + number % 10;
-    while (number /= 10);
-    while (size)
-        *at++ = digits[--size];
-    return at;
+    int size = 1;
+    for (uint64_t ten = 10; number >= ten && size < 20; size++)
+        ten *= 10;
+    for (int i = size; i--; number /= 10)
+        at[i] = '0' + number % 10;
+    return at + size;
 }
 
 static int put_int(struct text *text, PyObject *value)
@@ -168,13 +173,13 @@ static const unsigned char *escape(struct text *text, const unsigned char *p)
     return p;
 }
 
-/* Of eight characters at once: is one perhaps no plain one? */
-static inline int has_odd(uint64_t eight, int is_ascii)
+/* Of eight bytes at once: a bit in each that is no plain character's, but above the lowest perhaps in others, too. */
+static inline uint64_t odd_of(uint64_t eight, int is_ascii)
 {
     const uint64_t ones = 0x0101010101010101, high = ones << 7;
     uint64_t quotes = eight ^ ones * '"', slashes = eight ^ ones * '\\';
     uint64_t found = ((eight - ones * ' ') & ~eight) | ((quotes - ones) & ~quotes) | ((slashes - ones) & ~slashes);
-    return ((is_ascii ? found | eight | (eight + ones) : found) & high) != 0;
+    return (is_ascii ? found | eight | (eight + ones) : found) & high;
 }
 
 static int put_string(struct text *text, PyObject *value)
@@ -193,11 +198,13 @@ static int put_string(struct text *text, PyObject *value)
     char *at = text->at; /* kept out of memory, which is what is written to */
     *at++ = '"';
     for (;;) {
-        for (uint64_t eight; end - p >= 8; p += 8, at += 8) {
+        for (uint64_t eight, odd = 0; end - p >= 8 && !odd;) {
             memcpy(&eight, p, 8);
-            if (has_odd(eight, is_ascii))
-                break;
             memcpy(at, &eight, 8);
+            odd = odd_of(eight, is_ascii);
+            int plain = odd ? __builtin_ctzll(odd) / 8 : 8;
+            p += plain;
+            at += plain;
         }
         while (p < end && *p >= ' ' && *p <= last && *p != '"' && *p != '\\')
             *at++ = *p++;
@@ -238,8 +245,19 @@ static int put_dict(struct text *text, PyObject *value, int depth)
         if (!is_first && !put(text, ", ", 2))
             return 0;
         is_first = 0;
-        if (!PyUnicode_CheckExact(key) || !put_string(text, key) || !put(text, ": ", 2) ||
-            !put_value(text, item, depth))
+        struct known *known = &text->known[(uintptr_t)key / 64 % KNOWN];
+        if (known->key == key) {
+            if (!has_room(text, known->size))
+                return 0;
+            memcpy(text->at, text->begin + known->begin, known->size);
+            text->at += known->size;
+        } else {
+            size_t begin = text->at - text->begin;
+            if (!PyUnicode_CheckExact(key) || !put_string(text, key) || !put(text, ": ", 2))
+                return 0;
+            *known = (struct known){key, begin, text->at - text->begin - begin};
+        }
+        if (!put_value(text, item, depth))
             return 0;
     }
     return put(text, "}", 1);
@@ -291,6 +309,252 @@ static PyObject *py_encode(PyObject *module, PyObject *value)
 static PyObject *py_encode_ascii(PyObject *module, PyObject *value)
 {
     return encode(module, value, 1);
+}
+
+/* Reading. What it gives up for is read again by json: what is wrong, and what is seldom. */
+
+enum {
+    KEYS = 256,             /* of objects that are made once: most have the same ones */
+    LONGEST_KEY = 32,       /* bytes; so of numbers */
+};
+
+struct key {
+    const char *begin;      /* in the text */
+    Py_ssize_t size;
+    PyObject *value;
+};
+
+struct reader {
+    const char *at, *end;
+    struct text plain;      /* a string without its escapes */
+    struct key keys[KEYS];
+};
+
+static PyObject *read_value(struct reader *r, int depth);
+
+static int next_of(struct reader *r)
+{
+    while (r->at < r->end && (*r->at == ' ' || *r->at == '\n' || *r->at == '\t' || *r->at == '\r'))
+        r->at++;
+    return r->at < r->end ? (unsigned char)*r->at : -1;
+}
+
+/* Go to the next character that is no plain one of a string, and return it. */
+static int next_odd(struct reader *r)
+{
+    for (uint64_t eight, odd; r->end - r->at >= 8; r->at += 8) {
+        memcpy(&eight, r->at, 8);
+        if ((odd = odd_of(eight, 0))) {
+            r->at += __builtin_ctzll(odd) / 8;
+            return (unsigned char)*r->at;
+        }
+    }
+    while (r->at < r->end && (unsigned char)*r->at >= ' ' && *r->at != '"' && *r->at != '\\')
+        r->at++;
+    return r->at < r->end ? (unsigned char)*r->at : -1;
+}
+
+/* Read four digits of an escape; -1 where there are none. */
+static int read_unit(struct reader *r)
+{
+    int unit = 0;
+    for (int i = 0; i < 4; i++) {
+        int c = r->at < r->end ? *r->at++ | 0x20 : 0;
+        int digit = c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= ('0' | 0x20) && c <= ('9' | 0x20) ? c - '0' : -1;
+        if (digit < 0)
+            return -1;
+        unit = unit << 4 | digit;
+    }
+    return unit;
+}
+
+/* Put the character of the escape behind a backslash. */
+static int read_escape(struct reader *r)
+{
+    static const char named[] = "\"\"\\\\//b\bf\fn\nr\rt\t";
+    int name = r->at < r->end ? *r->at++ : 0;
+    for (const char *pair = named; *pair; pair += 2)
+        if (*pair == name)
+            return put(&r->plain, pair + 1, 1);
+    int c = name == 'u' ? read_unit(r) : -1;
+    if (c >= 0xd800 && c < 0xdc00 && r->end - r->at >= 6 && r->at[0] == '\\' && r->at[1] == 'u') {
+        r->at += 2;
+        int low = read_unit(r);
+        c = low >= 0xdc00 && low < 0xe000 ? 0x10000 + ((c & 0x3ff) << 10 | (low & 0x3ff)) : -1;
+    }
+    if (c < 0 || (c >= 0xd800 && c < 0xe000)) /* half a pair: json makes a character of it */
+        return 0;
+    char words[4];
+    int more = c >= 0x10000 ? 3 : c >= 0x800 ? 2 : c >= 0x80 ? 1 : 0;
+    static const int first[] = {0, 0xc0, 0xe0, 0xf0};
+    words[0] = first[more] | c >> 6 * more;
+    for (int i = 1; i <= more; i++)
+        words[i] = 0x80 | (c >> 6 * (more - i) & 0x3f);
+    return put(&r->plain, words, more + 1);
+}
+
+/* Read from behind the quote that begins a string. */
+static PyObject *read_string(struct reader *r, int is_key)
+{
+    const char *begin = r->at;
+    int odd = next_odd(r);
+    if (odd != '"') {
+        r->plain.at = r->plain.begin;
+        for (;;) {
+            if ((r->at != begin && !put(&r->plain, begin, r->at - begin)) || (odd != '"' && odd != '\\'))
+                return NULL;
+            r->at++;
+            if (odd == '"')
+                return PyUnicode_DecodeUTF8(r->plain.begin, r->plain.at - r->plain.begin, NULL);
+            if (!read_escape(r))
+                return NULL;
+            begin = r->at;
+            odd = next_odd(r);
+        }
+    }
+    Py_ssize_t size = r->at++ - begin;
+    if (!is_key || size > LONGEST_KEY || !size)
+        return PyUnicode_DecodeUTF8(begin, size, NULL);
+    unsigned sum = size * 31 + begin[0] * 7 + begin[size / 2] * 5 + begin[size - 1];
+    struct key *key = &r->keys[sum % KEYS];
+    if (key->value == NULL || key->size != size || memcmp(key->begin, begin, size)) {
+        PyObject *value = PyUnicode_DecodeUTF8(begin, size, NULL);
+        if (value == NULL)
+            return NULL;
+        Py_XDECREF(key->value);
+        *key = (struct key){begin, size, value};
+    }
+    return Py_NewRef(key->value);
+}
+
+static int read_digits(struct reader *r, uint64_t *number)
+{
+    const char *begin = r->at;
+    for (; r->at < r->end && *r->at >= '0' && *r->at <= '9'; r->at++)
+        *number = *number * 10 + (*r->at - '0');
+    return r->at - begin;
+}
+
+static PyObject *read_number(struct reader *r)
+{
+    static const double powers[] = {1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15};
+    const char *begin = r->at;
+    int is_negative = *r->at == '-';
+    uint64_t number = 0;
+    r->at += is_negative;
+    const char *first = r->at;
+    int digits = read_digits(r, &number), decimals = 0;
+    if (!digits || (digits > 1 && *first == '0'))
+        return NULL;
+    int c = r->at < r->end ? *r->at : 0;
+    if (c != '.' && (c | 0x20) != 'e')
+        return digits > 18 ? NULL : PyLong_FromLongLong(is_negative ? -(long long)number : (long long)number);
+    if (c == '.') {
+        r->at++;
+        if (!(decimals = read_digits(r, &number)))
+            return NULL;
+        c = r->at < r->end ? *r->at : 0;
+    }
+    if ((c | 0x20) != 'e' && digits + decimals <= 15) { /* both are exact, and so rounded once */
+        double value = (double)number / powers[decimals];
+        return PyFloat_FromDouble(is_negative ? -value : value);
+    }
+    if ((c | 0x20) == 'e') {
+        r->at++;
+        r->at += r->at < r->end && (*r->at == '+' || *r->at == '-');
+        if (!read_digits(r, &number))
+            return NULL;
+    }
+    char words[LONGEST_KEY + 1] = "";
+    if (r->at - begin > LONGEST_KEY)
+        return NULL;
+    memcpy(words, begin, r->at - begin);
+    double value = PyOS_string_to_double(words, NULL, NULL);
+    return PyErr_Occurred() ? NULL : PyFloat_FromDouble(value);
+}
+
+/* Read from behind the bracket that begins a list or an object. */
+static PyObject *read_inside(struct reader *r, int is_list, int depth)
+{
+    const int last = is_list ? ']' : '}';
+    PyObject *whole = depth > DEEPEST ? NULL : is_list ? PyList_New(0) : PyDict_New();
+    if (whole == NULL)
+        return NULL;
+    if (next_of(r) == last) {
+        r->at++;
+        return whole;
+    }
+    for (;;) {
+        PyObject *key = NULL;
+        if (!is_list && next_of(r) == '"') {
+            r->at++;
+            key = read_string(r, 1);
+            if (key != NULL && next_of(r) != ':')
+                Py_CLEAR(key);
+            r->at++;
+        }
+        PyObject *item = is_list || key != NULL ? read_value(r, depth) : NULL;
+        int failed = item == NULL || (is_list ? PyList_Append(whole, item) : PyDict_SetItem(whole, key, item));
+        Py_XDECREF(key);
+        Py_XDECREF(item);
+        int c = failed ? -1 : next_of(r);
+        r->at++;
+        if (c == last)
+            return whole;
+        if (c != ',') {
+            Py_DECREF(whole);
+            return NULL;
+        }
+    }
+}
+
+static PyObject *read_word(struct reader *r, const char *word, PyObject *value)
+{
+    size_t size = strlen(word);
+    if ((size_t)(r->end - r->at) < size || memcmp(r->at, word, size))
+        return NULL;
+    r->at += size;
+    return Py_NewRef(value);
+}
+
+static PyObject *read_value(struct reader *r, int depth)
+{
+    int c = next_of(r);
+    switch (c) {
+    case '"':
+        r->at++;
+        return read_string(r, 0);
+    case '[':
+    case '{':
+        r->at++;
+        return read_inside(r, c == '[', depth + 1);
+    case 'n':
+        return read_word(r, "null", Py_None);
+    case 't':
+        return read_word(r, "true", Py_True);
+    case 'f':
+        return read_word(r, "false", Py_False);
+    default:
+        return c == '-' || (c >= '0' && c <= '9') ? read_number(r) : NULL;
+    }
+}
+
+static PyObject *py_decode(PyObject *module, PyObject *bytes)
+{
+    Py_buffer data;
+    if (PyObject_GetBuffer(bytes, &data, PyBUF_SIMPLE))
+        return NULL;
+    struct reader reader = {.at = data.buf, .end = (char *)data.buf + data.len};
+    PyObject *result = read_value(&reader, 0);
+    if (result == NULL || next_of(&reader) != -1) {
+        Py_CLEAR(result);
+        PyErr_SetString(PyExc_ValueError, "no plain text");
+    }
+    for (int i = 0; i < KEYS; i++)
+        Py_XDECREF(reader.keys[i].value);
+    free(reader.plain.begin);
+    PyBuffer_Release(&data);
+    return result;
 }
 
 /* Of each byte of eight that is `byte` a bit, the first byte's the lowest. */
@@ -353,6 +617,7 @@ static PyObject *py_is_shallow(PyObject *module, PyObject *args)
 
 static PyMethodDef methods[] = {
     {"is_shallow", py_is_shallow, METH_VARARGS, "is_shallow(data, most): nested at most so deep, as far as is seen at once?"},
+    {"decode", py_decode, METH_O, "decode(data): the value of JSON in UTF-8, or ValueError"},
     {"encode", py_encode, METH_O, "encode(value): JSON in UTF-8, or None"},
     {"encode_ascii", py_encode_ascii, METH_O, "encode_ascii(value): JSON in ASCII, or None"},
     {NULL, NULL, 0, NULL},
