@@ -31,6 +31,7 @@ SIZES = {"100B": 100, "64KiB": 64 << 10, "1MiB": 1 << 20, "6MiB": 6 << 20, "rows
 # Calls of one sample: a first one that is not counted, where that is cheap, and the counted ones.
 CALLS = {"100B": (2, 20), "64KiB": (1, 10), "1MiB": (0, 2), "6MiB": (0, 1), "rows": (0, 2)}
 HEAVY = "numpy"
+LIBRARY = "msgspec"  # decodes large events where it is preloaded, and answers where it is there
 HANDLER = "def handler(event, context):\n    return event\n"
 HEAVY_HANDLER = f"import {HEAVY}\n" + HANDLER
 FLOOR_STEP = "floor-step-"
@@ -69,6 +70,7 @@ PEERS = {
     "cold-standby": ["cold-standby"],
     "cold-exec": ["cold-exec"],
     "warm": _sizes("warm"),
+    f"warm-rows-{LIBRARY}": [f"warm-rows-{LIBRARY}"],
     "async": _sizes("async"),
     "reset": ["reset"],
     "never": ["never"],
@@ -106,6 +108,7 @@ class FunctionSuite(Suite):
             "cold-standby": self._add_cold_standby,
             "cold-exec": lambda: self._add_cold("cold-exec", start="exec"),
             "warm": lambda: self._add_echo("warm", self._warm_environment().invoke),
+            f"warm-rows-{LIBRARY}": self._add_library,
             "async": self._add_async,
             "reset": self._add_reset,
             "never": self._add_never,
@@ -164,6 +167,13 @@ class FunctionSuite(Suite):
     def _add_echo(self, peer: str, call: Callable[[Any], Any]) -> None:
         for size in SIZES:
             self._add(f"{peer}-{size}", partial(timed_calls, call, event_of(size), *CALLS[size]))
+
+    def _add_library(self) -> None:
+        if importlib.util.find_spec(LIBRARY) is None:
+            raise UnavailableError(f"{LIBRARY} is not installed for this interpreter")
+        call = self._warm_environment(preload=[LIBRARY]).invoke
+        measure = partial(timed_calls, call, event_of("rows"), *CALLS["rows"])
+        self._add(f"warm-rows-{LIBRARY}", measure)
 
     # -- nsbox ------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from benchmarks import pooled
-from benchmarks.functions import COLD_STEP, FLOOR_STEP, HEAVY
+from benchmarks.functions import COLD_STEP, FLOOR_STEP, HEAVY, LIBRARY
 from benchmarks.harness import (
     COUNT,
     MEGABYTES,
@@ -50,6 +50,7 @@ RATIOS = (
     Target("crun-answer", FLOOR),
     Target("warm-64KiB", "echo-64KiB"),
     Target("warm-rows", "echo-rows"),
+    Target(f"warm-rows-{LIBRARY}", "echo-rows"),
     *(Target(f"async-{size}", f"echo-{size}") for size in ("64KiB", "1MiB", "6MiB", "rows")),
     Target(f"{HEAVY}-preload", f"{HEAVY}-cold"),
     Target("nsbox-rate-2", "floor-rate-2", unit=PER_SECOND),

@@ -258,7 +258,7 @@ def test_an_event_that_is_no_json_value(make_function: MakeFunction, event: obje
     assert env.invoke(1) == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"start": "exec"}])
+@pytest.mark.parametrize("options", [{}, {"preload": ["msgspec"]}, {"start": "exec"}])
 def test_events_and_answers_are_those_of_the_standard_library(
     make_function: MakeFunction, options: dict[str, Any]
 ) -> None:

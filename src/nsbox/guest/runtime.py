@@ -64,7 +64,7 @@ from nsbox.guest.standard import (
     renew_stdin,
 )
 from nsbox.linux.visibility import hide, show
-from nsbox.values.json_text import decode, decode_event, encode_answer
+from nsbox.values.json_text import decode, decode_event, encode_answer, quick_decoder
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ class Worker:
         sys.dont_write_bytecode = True  # its code is read-only
         gc.enable()  # the template has switched it off
         sys.argv = [""]
+        quick_decoder(may_import=False)  # not a module of the function's, which is not there yet
         self._function = request["function"]
         self._function["log_stream"] = request["own"]["AWS_LAMBDA_LOG_STREAM_NAME"]
         self._forks = request["forks"]

@@ -2,15 +2,15 @@
 """JSON of events and answers, on both sides; a part of the worker: imports nothing of nsbox.
 
 What is said and read is what the standard library says and reads, its errors included. Quicker ways
-are taken where they are there and say the same: `_json.c` encodes plain values and decodes large
-events, msgspec decodes large answers, since they are hostile and it is read and tried by many, and
-the C half of `json`, which is there without the Python half, does the rest. That half, which takes
-10 ms to import, tells what is wrong.
+are taken where they are there and say the same: `_json.c` encodes plain values, msgspec decodes
+large texts, and the C half of `json`, which is there without the Python half, does the rest. That
+half, which takes 10 ms to import, tells what is wrong.
 """
 
 from __future__ import annotations
 
 import gc
+import sys
 from functools import cache
 from itertools import accumulate
 
@@ -44,7 +44,7 @@ CPython's decoder recurses in C, as deep as the text is and sys.setrecursionlimi
 that may be more than the stack has.
 """
 LARGE = 1 << 16
-"""Bytes from which on quicker ways are looked for, and the garbage collector is kept still."""
+"""Bytes from which on it is worth to look for msgspec, and to keep the garbage collector still."""
 _BEGIN = 4096
 _PASSES = 8  # more than most texts are deep
 _BRACKETS = bytes.maketrans(b"{}", b"[]")
@@ -97,7 +97,7 @@ def decode_event(data: Data) -> Any:  # noqa: ANN401 - any JSON value
     """
     if len(data) < LARGE:
         return decode(str(data, "utf-8"))
-    return _decode_large(data, _compiled.decode if _compiled else None, _decode_event)
+    return _decode_large(data, quick_decoder(may_import=False), _decode_event)
 
 
 def decode_answer(data: Data) -> Any:  # noqa: ANN401 - any JSON value
@@ -120,7 +120,7 @@ def decode_answer(data: Data) -> Any:  # noqa: ANN401 - any JSON value
     check_depth(data)
     if len(data) < LARGE:
         return _decode_answer(data)
-    return _decode_large(data, quick_decoder(), _decode_answer)
+    return _decode_large(data, quick_decoder(may_import=True), _decode_answer)
 
 
 def decode(text: str) -> Any:  # noqa: ANN401 - any JSON value
@@ -142,12 +142,14 @@ def _read_by_library(text: str) -> Any:  # noqa: ANN401 - any JSON value
 
 
 @cache
-def quick_decoder() -> Decode | None:
-    """Return how msgspec decodes, if it is there and does as json."""
+def quick_decoder(*, may_import: bool) -> Decode | None:
+    """Return how msgspec decodes, if it is there, or was imported, and does as json."""
     try:
+        if may_import:
+            import msgspec
+        else:
+            msgspec = sys.modules["msgspec"]
         import json
-
-        import msgspec
 
         library: Decode = msgspec.json.decode
         return library if repr(library(_TRIAL)) == repr(json.loads(_TRIAL)) else None
