@@ -103,8 +103,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"--elsewhere: there is no {', '.join(missing)}")
 
     def is_left_out(item: pytest.Item) -> bool:
-        if item.get_closest_marker("frameworks") and "frameworks" not in config.option.markexpr:
-            return True  # what they start may not be installed
+        if any(
+            item.get_closest_marker(mark) and mark not in config.option.markexpr
+            for mark in ("frameworks", "faults")
+        ):
+            return True  # what the first start may not be installed; the others take many minutes
         return any(map(item.path.is_relative_to, elsewhere)) and not _needs_a_cgroup(item)
 
     left_out = set(filter(is_left_out, items))

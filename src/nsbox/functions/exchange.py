@@ -17,6 +17,7 @@ from _socket import socket as Socket
 from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
+from nsbox.errors import SyscallError
 from nsbox.values.invocation import FunctionError, Invocation, LeftRunning
 from nsbox.values.json_text import decode_answer
 from nsbox.values.result import Result
@@ -70,6 +71,11 @@ class Wait:
             self.poll.unregister(fd)
 
 
+def poll_failure(error: BaseException) -> BaseException:
+    """Return what to raise when poll(2) fails."""
+    return SyscallError("poll", error.errno or 0) if isinstance(error, OSError) else error
+
+
 Step = Wait | Callable[[], Any]
 Steps = Generator[Step, Any, _T]
 
@@ -86,7 +92,7 @@ def drive(steps: Steps[_T]) -> _T:
                 else:
                     value = step()  # type: ignore[operator]
             except BaseException as error:  # noqa: BLE001 - handed to the steps
-                step = steps.throw(error)
+                step = steps.throw(poll_failure(error) if type(step) is Wait else error)
             else:
                 step = steps.send(value)
     except StopIteration as end:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from nsbox.functions.exchange import Step, Steps, Wait
+from nsbox.functions.exchange import Step, Steps, Wait, poll_failure
 
 _T = TypeVar("_T")
 
@@ -186,8 +186,14 @@ class LoopDriver:
             self.unwatch((fd,))  # no call is under way: the next one reads it
         elif fd not in wait.fds and fd != wait.write:
             self.unwatch((fd,))
-        elif ready := wait.poll.poll(0):  # all there is, as a thread sees it
-            self._go_on(steps.send, ready)
+        else:
+            try:
+                ready = wait.poll.poll(0)  # all there is, as a thread sees it
+            except OSError as error:
+                self._go_on(steps.throw, poll_failure(error))
+            else:
+                if ready:
+                    self._go_on(steps.send, ready)
 
     # -- the deadline --------------------------------------------------------------------------
 

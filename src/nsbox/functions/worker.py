@@ -24,10 +24,11 @@ from nsbox.functions.exchange import (
     WorkerEnded,
     WorkerOver,
     WorkerSilent,
+    poll_failure,
 )
 from nsbox.guest import runtime
 from nsbox.linux.sending import AT_ONCE, send
-from nsbox.supervisor.channel import InvocationEndpoints
+from nsbox.supervisor.channel import InvocationEndpoints, unblock
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.process import Process
 from nsbox.values.result import EnvironmentDied
@@ -69,12 +70,12 @@ class WorkerConnection:
         self._body: memoryview | None = None  # of an answer that has begun to come
         self._kind, self._filled = b"", 0
         self._is_ended = False
-        channel.setblocking(False)
+        unblock(channel)
         self._base_fd = self._fd = channel.fileno()
         self._logs: dict[int, str] = {}
         for name, stream in (("stdout", process.stdout), ("stderr", process.stderr)):
             if stream is not None:
-                os.set_blocking(stream.fileno(), False)
+                unblock(stream.fileno())
                 self._logs[stream.fileno()] = name
         self.wait = Wait([self._fd, *process.descriptors(), *self._logs], 0.0, is_lasting=True)
 
@@ -281,7 +282,11 @@ class WorkerConnection:
 
     def drain_logs(self, call: PendingCall) -> None:
         """Take what has been written to the log by now."""
-        for fd, _ in self.wait.poll.poll(0):
+        try:
+            ready = self.wait.poll.poll(0)
+        except OSError as error:
+            raise poll_failure(error) from error
+        for fd, _ in ready:
             if fd in self._logs:
                 self._read_log(call, fd)
 
@@ -442,3 +447,5 @@ def _read(fd: int) -> bytes | None:
         return os.read(fd, _CHUNK)
     except BlockingIOError:
         return None
+    except OSError as error:
+        raise SyscallError("read", error.errno or 0, "the log") from error

@@ -249,8 +249,11 @@ class Init:
         if flags & (p.TTY | p.ANNOUNCE):
             try:
                 send_bytes(channel, p.ANSWER.pack(p.STARTED, pid, 0, 0), terminal[:1])
-            except OSError:
-                pass  # the channel reads EOF at once, and the command is killed then
+            except OSError as error:  # there is no memory for it, or the host does not want it
+                self._commands[pid] = _Command(pid, None)
+                processes.send_signal(pid, c.SIGKILL)
+                close_all(terminal)
+                raise Failure(error.errno or errno.EIO, "request") from error
         close_all(terminal)
         if stdio[p.WORKER]:
             if self._worker is not None:

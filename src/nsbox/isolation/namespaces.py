@@ -165,7 +165,7 @@ def come_home(fd: int, kind: int) -> None:
             calls.setns(fd, kind)
             return
         except OSError as error:
-            if error.errno != errno.ENOMEM or not attempts_left:
+            if not attempts_left:
                 raise RuntimeError("this process cannot return to its own namespace") from error
 
 

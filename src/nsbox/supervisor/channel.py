@@ -232,6 +232,21 @@ def make_socket() -> tuple[Socket, Socket]:
         raise SyscallError("socketpair", error.errno or 0) from error
 
 
+def unblock(end: Socket | int) -> None:
+    """Have nothing wait on this end of a socket, or of a pipe by its descriptor.
+
+    Raises:
+        SyscallError: The kernel has no memory for it.
+    """
+    try:
+        if isinstance(end, Socket):
+            end.setblocking(False)
+        else:
+            os.set_blocking(end, False)
+    except OSError as error:
+        raise SyscallError("ioctl", error.errno or 0) from error
+
+
 class WorkerEndpoints:
     """The host's ends of a worker's socket and log.
 
@@ -306,13 +321,13 @@ class InvocationEndpoints:
         self._ours: list[FileIO] = []
         self._theirs: list[Socket | FileIO] = [theirs]
         try:
-            self.socket.setblocking(False)
+            unblock(self.socket)
             for name in ("stdout", "stderr"):
                 ours, other = make_pipe(to_guest=False)
                 self._ours.append(ours)
                 self._theirs.append(other)
                 self.logs[ours.fileno()] = name
-                os.set_blocking(ours.fileno(), False)
+                unblock(ours.fileno())
         except BaseException:
             self.close()
             raise

@@ -16,9 +16,17 @@ from typing import IO, Any, Final, NoReturn, Self
 
 from nsbox.errors import ConfigError, SyscallError, refuse_pickling
 from nsbox.guest import protocol as p
+from nsbox.launcher import protocol
 from nsbox.linux.descriptors import close_all
 from nsbox.linux.proc import pidfd_number
-from nsbox.supervisor.channel import BrokenAnswer, Channel, RunRequest, WorkerEndpoints, make_pipe
+from nsbox.supervisor.channel import (
+    BrokenAnswer,
+    Channel,
+    RunRequest,
+    WorkerEndpoints,
+    make_pipe,
+    unblock,
+)
 from nsbox.supervisor.connection import Counters, EnvironmentConnection
 from nsbox.supervisor.evidence import Verdict, judge_signal, start_error
 from nsbox.supervisor.reports import exit_code
@@ -256,12 +264,12 @@ class Process:
         captured = {name: buffer for name, buffer, _ in outputs.values()}
         poller = select.poll()
         for fd in outputs:
-            _unblock(fd)
+            unblock(fd)
             poller.register(fd, select.POLLIN)
         view = memoryview(data)
         if self.stdin is not None:
             if view:
-                _unblock(self.stdin.fileno())
+                unblock(self.stdin.fileno())
                 poller.register(self.stdin.fileno(), select.POLLOUT)
             else:
                 self.stdin.close()
@@ -293,7 +301,7 @@ class Process:
         # Not "read until EOF": a descriptor may have been sent to a command that still runs.
         for fd, output in outputs.items():
             while self._read_some(fd, output_max, *output):
-                if not select.select([fd], [], [], 0)[0]:
+                if not protocol.is_readable(fd, 0):
                     break
         if self._verdict is not None and self._verdict.outcome is Outcome.OUTPUT_LIMIT:
             result = self._with_verdict(result)
@@ -348,6 +356,8 @@ class Process:
             return view
         except BrokenPipeError:
             return view[:0]  # it does not read its input, which is its right
+        except OSError as error:
+            raise SyscallError("write", error.errno or 0, "stdin") from error
 
     def poll_milliseconds(self, deadline: float | None) -> int | None:
         """Return how long to wait before `poll` is due: CPU time to check, a kill to follow up."""
@@ -451,8 +461,12 @@ class Process:
                 return
             self._verdict = Verdict(outcome, evidence)
             self._killed_at = time.monotonic()
-            with suppress(OSError):  # PID 1 does not hear of it, and is killed for that
+            try:
                 self._send(p.SIGNAL_ALL, signal.SIGKILL)
+            except BlockingIOError:
+                pass  # PID 1 is frozen, or stopped, and has its time to read it
+            except OSError as error:
+                self._connection.kill(f"PID 1 could not be told to kill a command ({error})")
 
     def _send(self, kind: bytes, number: int) -> None:
         with self._lock:
@@ -574,10 +588,3 @@ def _poll(poller: select.poll, milliseconds: int) -> list[tuple[int, int]]:
         return poller.poll(milliseconds)
     except OSError as error:
         raise SyscallError("poll", error.errno or 0) from error
-
-
-def _unblock(fd: int) -> None:
-    try:
-        os.set_blocking(fd, False)
-    except OSError as error:
-        raise SyscallError("ioctl", error.errno or 0) from error

@@ -21,7 +21,7 @@ from typing import Final
 
 from nsbox.errors import ConfigError, SyscallError
 from nsbox.linux.descriptors import as_file
-from nsbox.supervisor.channel import make_pipe
+from nsbox.supervisor.channel import make_pipe, unblock
 
 NAMES: Final = ("stdin", "stdout", "stderr")
 _CHUNK: Final = 1 << 16
@@ -106,11 +106,13 @@ class Relay:
             self._made.append(self._file)
             self._end = as_file(os.eventfd, 0)
             self._made.append(self._end)
+            self._is_seekable = stat.S_ISREG(os.fstat(fd).st_mode)
+            unblock(self._pipe.fileno())
         except OSError as error:
             self._close()
-            raise SyscallError("dup", error.errno or 0) from error
-        os.set_blocking(self._pipe.fileno(), False)
-        self._is_seekable = stat.S_ISREG(os.fstat(fd).st_mode)
+            raise (
+                error if isinstance(error, SyscallError) else SyscallError("dup", error.errno or 0)
+            ) from error
 
     def start(self) -> None:
         """Copy until the end of the file, or until all that a command wrote is written."""

@@ -100,13 +100,13 @@ class EnvironmentCgroup:
         """Stop every process; returns when all stand still.
 
         Raises:
-            TimeoutError: Not all did within `timeout` seconds (one sleeps uninterruptibly); they
-                are thawed again.
-            SyscallError: The kernel refused, or there is no freezer (ENOENT).
+            TimeoutError: Not all did within `timeout` seconds (one sleeps uninterruptibly).
+            OSError: The kernel refused, or there is no freezer (ENOENT). Some may stand still by
+                then: whatever the error, they are thawed again.
         """
         try:
             self._set_frozen(True, timeout)
-        except TimeoutError:
+        except OSError:
             self._set_frozen(False, timeout)
             raise
 
