@@ -14,10 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests import leaks
 
 import nsbox
+from nsbox.environment.environment import LeasedEnvironment
+from nsbox.environment.managed import ManagedEnvironment
 
 SOURCE = str(Path(nsbox.__file__).resolve().parent.parent)
 """Where other programs find the package under test: as installed, and so compiled already."""
@@ -29,6 +32,15 @@ SLOW_MACHINE = "User Mode Linux" in Path("/proc/cpuinfo").read_text()
 
 PATIENCE = 6.0 if SLOW_MACHINE else 1.0
 """What to multiply deadlines with."""
+
+
+class OpenEnvironment(LeasedEnvironment):
+    """An environment with what is below its public face: `managed`."""
+
+    def __init__(self, config: nsbox.Config | nsbox.FunctionVersion | None = None) -> None:
+        self.managed = ManagedEnvironment(config)
+        super().__init__(self.managed)
+
 
 x86_64_only = pytest.mark.skipif(
     platform.machine() != "x86_64", reason="written in this machine's call numbers and code"
@@ -95,6 +107,14 @@ def attack(env: nsbox.ExecutionEnvironment, code: str, **arguments: object) -> A
     result = env.run(["python3", "-I", "-S", "-c", "\n".join(lines)], timeout=60 * PATIENCE)
     assert result.ok, (result.outcome, result.evidence, result.stderr_text())
     return json.loads(result.text().rpartition("\n@")[2])
+
+
+def is_over(pid: int) -> bool:
+    """Whether a process is gone, or a zombie that waits for its parent."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return True
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 5.0) -> None:

@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nsbox.environment.environment import ExecutionEnvironment as ExecutionEnvironment
-    from nsbox.environment.environment import State as State
+    from nsbox.environment.managed import State as State
     from nsbox.environment.run import run as run
     from nsbox.errors import CleanupError as CleanupError
     from nsbox.errors import CommandStartError as CommandStartError
@@ -82,7 +82,8 @@ _HOMES = {
     "nsbox.supervisor.process": ("DEVNULL", "PIPE", "Process"),
     "nsbox.values.config": ("Config", "IoMax", "Limits", "Mount"),
     "nsbox.functions.credentials": ("CredentialCache", "Credentials"),
-    "nsbox.environment.environment": ("ExecutionEnvironment", "State"),
+    "nsbox.environment.environment": ("ExecutionEnvironment",),
+    "nsbox.environment.managed": ("State",),
     "nsbox.environment.run": ("run",),
     "nsbox.errors": (
         "CleanupError", "CommandStartError", "ConfigError", "CredentialsError",

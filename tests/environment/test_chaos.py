@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 from tests import leaks
 from tests.support import (
@@ -24,6 +23,7 @@ from tests.support import (
     dead_cgroups,
     family_of,
     host_program,
+    is_over,
     name_of,
     processes_with,
     wait_until,
@@ -95,14 +95,6 @@ def launcher_of(host: int) -> int:
 
     wait_until(look, "the host has a launcher", 10)
     return found[0]
-
-
-def is_over(pid: int) -> bool:
-    """Whether a process is gone, or a zombie that waits for its parent."""
-    try:
-        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.Error:
-        return True
 
 
 def children_of(launcher: int) -> list[int]:

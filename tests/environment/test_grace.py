@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -78,7 +80,7 @@ def test_nothing_is_waited_for_where_nothing_runs_or_is_left() -> None:
         lambda env: None,
         lambda env: env.run(["true"]),
         lambda env: env.close(),
-        lambda env: env._connection.kill(),
+        lambda env: os.kill(env.pid, signal.SIGKILL),
     ):
         env = nsbox.ExecutionEnvironment()
         prepare(env)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from tests.support import PATIENCE, wait_until
+from tests.support import PATIENCE, OpenEnvironment, wait_until
 
 import nsbox
 import nsbox.functions.session
@@ -43,8 +43,8 @@ class Impostor:
     Then it is silent until the PID 1 there is, which is idle, has been killed; or `dies` with it.
     """
 
-    def __init__(self, env: nsbox.ExecutionEnvironment, data: bytes, fds: int, *, dies: bool):
-        control = env.death_descriptor()
+    def __init__(self, env: OpenEnvironment, data: bytes, fds: int, *, dies: bool):
+        control = env.managed.death_descriptor()
         self._data, self._fds, self._dies = data, fds, dies
         self._pidfd = os.pidfd_open(env.pid)
         self._original = socket.socket(fileno=os.dup(control))  # while it is there, PID 1 lives
@@ -133,11 +133,11 @@ def attacked(
     monkeypatch.setattr(nsbox.functions.session, "ANSWER_DEADLINE", LIMIT)
     (tmp_path / "app.py").write_text("def handler(event, context): return event")
 
-    def make() -> nsbox.ExecutionEnvironment:
+    def make() -> OpenEnvironment:
         if not name.startswith("invoke"):
-            return nsbox.ExecutionEnvironment()
+            return OpenEnvironment()
         function = nsbox.Function("app.handler", code=tmp_path, reuse="reset")
-        env = nsbox.ExecutionEnvironment(function.publish())
+        env = OpenEnvironment(function.publish())
         env.init()
         return env
 
@@ -179,7 +179,7 @@ def test_a_command_whose_end_is_told_in_part_ends_at_its_timeout(
 ) -> None:
     monkeypatch.setattr(process, "KILL_DEADLINE", LIMIT)
     for data in (b"", OK[:10]):
-        with nsbox.ExecutionEnvironment() as env, Impostor(env, data, 0, dies=False):
+        with OpenEnvironment() as env, Impostor(env, data, 0, dies=False):
             result = env.run(["true"], timeout=LIMIT)
         assert result.outcome is nsbox.Outcome.TIMED_OUT
         assert "with its whole environment" in result.evidence
@@ -191,15 +191,15 @@ def test_a_part_of_a_file_is_no_file(monkeypatch: pytest.MonkeyPatch, dies: bool
     monkeypatch.setattr(channel, "ANSWER_DEADLINE", LIMIT)
     last, more = (p.ANSWER.pack(p.OK, 100, is_more, 0) for is_more in (0, 1))
     for data in (last, last + b"x" * 99, more + b"x" * 100, more + b"x" * 100 + OK[:10]):
-        with nsbox.ExecutionEnvironment() as env, Impostor(env, data, 0, dies=dies):
+        with OpenEnvironment() as env, Impostor(env, data, 0, dies=dies):
             with pytest.raises(nsbox.EnvironmentDied):
                 env.read_file("/etc/passwd")
             assert env.state is nsbox.State.DEAD
     with (
-        nsbox.ExecutionEnvironment() as env,
+        OpenEnvironment() as env,
         Impostor(env, last + b"x" * 100, 0, dies=dies),
         pytest.raises(nsbox.EnvironmentDied, match="malformed"),
     ):
         env.read_file("/etc/passwd", max_bytes=99)
-    with nsbox.ExecutionEnvironment() as env, Impostor(env, last + b"x" * 100, 0, dies=dies):
+    with OpenEnvironment() as env, Impostor(env, last + b"x" * 100, 0, dies=dies):
         assert env.read_file("/etc/passwd") == b"x" * 100

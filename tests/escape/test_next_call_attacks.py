@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.support import PATIENCE, publish_app
+from tests.support import PATIENCE, OpenEnvironment, publish_app
 
 import nsbox
 import nsbox.functions.session
@@ -390,7 +390,7 @@ def test_a_small_event_that_nobody_reads_holds_up_no_loop(publish: Publish) -> N
 def test_a_silent_pid_1_holds_up_no_loop(publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
     """After its time it is killed, and the call is told so; a pool would make it elsewhere."""
     monkeypatch.setattr(nsbox.functions.session, "ANSWER_DEADLINE", 0.2 * PATIENCE)
-    with nsbox.ExecutionEnvironment(publish(HINDERER, reuse="reset")) as env:
+    with OpenEnvironment(publish(HINDERER, reuse="reset")) as env:
         pid, send = env.pid, EnvironmentConnection.begin
 
         def ask_and_stop(*arguments: Any) -> object:
@@ -404,5 +404,4 @@ def test_a_silent_pid_1_holds_up_no_loop(publish: Publish, monkeypatch: pytest.M
         with pytest.raises(nsbox.EnvironmentDied, match="PID 1 did not answer"):
             asyncio.run(env.invoke_async("victim"))
         assert time.monotonic() - begin < ANSWER_DEADLINE / 2, "it waited on the loop"
-        assert env._session is not None
-        assert env._session.is_unsent
+        assert env.managed.heard_nothing

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.functions.conftest import MakeFunction
-from tests.support import PATIENCE, wait_until
+from tests.support import PATIENCE, is_over, wait_until
 
 import nsbox
 from nsbox import State
@@ -580,32 +580,34 @@ def test_a_worker_that_ends_between_two_calls_is_no_failure_of_the_second(
             threading.Timer(0.05, os._exit, (3,)).start()
             return os.getpid()
     """)
+    (worker,) = psutil.Process(env.pid).children()
     env.invoke(1)
-    assert env._session is not None
-    worker = env._session.worker
-    assert worker is not None
-    wait_until(lambda: bool(select.select([worker._fd], [], [], 0)[0]), "it has ended")
+    wait_until(lambda: is_over(worker.pid), "it has ended")
     with pytest.raises(nsbox.EnvironmentDied, match=r"its worker had ended .exit status 3."):
         env.invoke(2)
     assert env.state is State.DEAD
 
 
 def test_a_call_of_an_environment_that_is_closed_meanwhile(make_function: MakeFunction) -> None:
-    env = make_function("import time\ndef handler(event, context): time.sleep(1000)")
+    env = make_function("""
+        import time
+        def handler(event, context):
+            print(1, flush=True)
+            time.sleep(1000)
+    """)
     failures: list[BaseException] = []
+    is_called = threading.Event()
 
     def call() -> None:
         try:
-            env.invoke(1, timeout=900)
+            env.invoke(1, timeout=900, on_log=lambda *_: is_called.set())
         except BaseException as error:  # noqa: BLE001 - looked at below
             failures.append(error)
 
     env.init()
     thread = threading.Thread(target=call)
     thread.start()
-    session = env._session
-    assert session is not None
-    wait_until(session._busy.locked, "it is called")
+    assert is_called.wait(60 * PATIENCE)
     env.close()
     thread.join()
     assert isinstance(failures[0], nsbox.EnvironmentDied)

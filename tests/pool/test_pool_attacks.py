@@ -10,10 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.pool.conftest import managed_of
 from tests.support import PATIENCE, wait_until
 
 import nsbox
+from nsbox.environment.environment import LeasedEnvironment
 from nsbox.functions.function import ReuseChoice
+from nsbox.pool.manager import PoolSlot
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -145,7 +148,9 @@ def handler(event, context):
 """
 
 
-def test_a_flood_of_calls_is_refused_at_once_and_the_others_are_served(publish: Publish) -> None:
+def test_a_flood_of_calls_is_refused_at_once_and_the_others_are_served(
+    publish: Publish, slots: list[PoolSlot]
+) -> None:
     """More calls of one tenant than may wait: the next is told so, who waits is served."""
     most = 4
     version = publish(FLOOD, "keep")
@@ -153,9 +158,7 @@ def test_a_flood_of_calls_is_refused_at_once_and_the_others_are_served(publish: 
         version, max_environments=1, max_waiting=most, acquire_timeout=None
     ) as pool:
         pool.invoke(0, tenant="flood")
-        (slot,) = pool._scheduler._slots
-        env = slot.env
-        assert env is not None
+        env = LeasedEnvironment(managed_of(slots[0]))
 
         def is_inside() -> bool:
             try:

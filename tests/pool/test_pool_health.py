@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.pool.conftest import managed_of
 from tests.support import PATIENCE, wait_until
 
 import nsbox
+from nsbox.pool.manager import PoolSlot
 from nsbox.pool.scheduler import Scheduler
 
 pytestmark = pytest.mark.needs("userns")
@@ -23,16 +25,16 @@ Make = Callable[..., nsbox.FunctionVersion]
 
 
 @pytest.mark.parametrize("when", ["created", "initialised"])
-def test_an_end_before_the_event_is_sent_is_a_death(make: Make, when: str) -> None:
+def test_an_end_before_the_event_is_sent_is_a_death(
+    make: Make, slots: list[PoolSlot], when: str
+) -> None:
     """The environment was alive when it was born for the call, and is dead when that begins."""
     killed: list[str] = []
 
     def kill(event: nsbox.PoolEvent) -> None:
         if event.kind == when and not killed:
             killed.append(event.environment)
-            (slot,) = pool._scheduler._slots
-            env = slot.env
-            assert env is not None
+            env = managed_of(slots[0])
             os.kill(env.pid, signal.SIGKILL)
             wait_until(lambda: env.state is nsbox.State.DEAD, "it is seen")
 
@@ -44,12 +46,13 @@ def test_an_end_before_the_event_is_sent_is_a_death(make: Make, when: str) -> No
         assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (2, 2, 1)
 
 
-def test_caller_and_watch_may_look_at_an_end_at_once() -> None:
+def test_caller_and_watch_may_look_at_an_end_at_once(
+    slots: list[PoolSlot], dispatch: Callable[[int], None]
+) -> None:
     """A poll object of Python's refuses a second thread, which neither of the two expects."""
     with nsbox.WarmPool(max_environments=1) as pool:
         with pytest.raises(ZeroDivisionError), pool.acquire() as env:  # noqa: PT012 - destroys it
-            (slot,) = pool._scheduler._slots
-            death = slot.death
+            death = slots[0].death
             assert death is not None
             looks = threading.Thread(target=death.poll, args=(30_000 * PATIENCE,))
             looks.start()
@@ -62,7 +65,7 @@ def test_caller_and_watch_may_look_at_an_end_at_once() -> None:
                 return False
 
             wait_until(is_looking, "the thread is in poll")
-            pool._manager._get_maintenance().dispatch(slot.fd)
+            dispatch(slots[0].fd)
             os.kill(env.pid, signal.SIGKILL)
             looks.join()
             raise ZeroDivisionError

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.pool.conftest import managed_of
 from tests.support import PATIENCE, wait_until
 
 import nsbox
@@ -71,32 +72,17 @@ def publish(tmp_path: Path) -> Publish:
     return make
 
 
-def socket_of(slot: PoolSlot) -> int:
-    """The host's end of the worker's socket."""
-    env = slot.env
-    assert env is not None
-    assert env._session is not None
-    assert env._session.worker is not None
-    return env._session.worker._base_fd
-
-
 def hears(slot: PoolSlot, events: int) -> bool:
-    """Whether the worker's socket has one of `events`."""
+    """Whether the worker's socket has one of `events`; a program's environment has PID 1's."""
     poll = select.poll()
-    poll.register(socket_of(slot), events)
+    poll.register(slot.fd, events)
     return any(event & events for _, event in poll.poll(0))
-
-
-def is_readable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def is_sent(slot: PoolSlot) -> bool:
     """Whether there is something that the worker has not read."""
     unread = bytearray(4)
-    fcntl.ioctl(socket_of(slot), termios.TIOCOUTQ, unread)
+    fcntl.ioctl(slot.fd, termios.TIOCOUTQ, unread)
     return any(unread)
 
 
@@ -114,15 +100,10 @@ def kill_at_lease(
         if is_taken and not killed:
             slot = lease.slot
             killed.append(slot)
-            env = slot.env
-            assert env is not None
-            init = psutil.Process(env.pid)
+            init = psutil.Process(managed_of(slot).pid)
             (init if victim == "init" else init.children()[0]).kill()
             # Not by asking the environment, which would note its end.
-            if victim == "init":
-                wait_until(lambda: is_readable(slot.fd), "it is gone")
-            if env._session is not None and env._session.worker is not None:
-                wait_until(lambda: hears(slot, select.POLLHUP), "its worker's socket is closed")
+            wait_until(lambda: hears(slot, select.POLLHUP), "its socket is closed")
         return is_taken
 
     # On the class: put back on the object, its own method would keep it alive.
@@ -172,7 +153,7 @@ def test_a_death_before_a_program_is_started_is_nobodys_error(
         assert pool.stats()["Errors"] == 0
 
 
-def test_what_a_worker_has_got_is_not_sent_again(publish: Publish) -> None:
+def test_what_a_worker_has_got_is_not_sent_again(publish: Publish, slots: list[PoolSlot]) -> None:
     """It leaves in the middle: whether it has run is not known, and its caller is told so."""
     with nsbox.WarmPool(
         publish("keep"), provisioned=2, max_environments=2, freeze_after=None
@@ -182,10 +163,9 @@ def test_what_a_worker_has_got_is_not_sent_again(publish: Publish) -> None:
             worker.suspend()  # the socket takes the event, and nobody reads it
         future = pool.submit({"echo": 1})
         wait_until(lambda: pool.stats()["ConcurrentExecutions"] == 1, "it is leased")
-        (slot,) = (slot for slot in pool._scheduler._slots if slot.token)
+        (slot,) = (slot for slot in slots if slot.token)
         wait_until(lambda: is_sent(slot), "it is sent")
-        assert slot.env is not None
-        os.kill(slot.env.pid, signal.SIGKILL)
+        os.kill(managed_of(slot).pid, signal.SIGKILL)
         with pytest.raises(nsbox.InvokeError):
             future.result()
         stats = pool.stats()
@@ -217,13 +197,12 @@ def test_workers_that_leave_after_each_answer_cost_no_call(publish: Publish) -> 
     ],
 )
 def test_what_is_said_between_two_calls_is_no_answer_to_the_second(
-    publish: Publish, what: str
+    publish: Publish, slots: list[PoolSlot], what: str
 ) -> None:
     """No worker knows the number of an event that it has not got."""
     with nsbox.WarmPool(publish("keep"), max_environments=1, freeze_after=None) as pool:
         assert pool.invoke({"attack": "say", "what": what}) == "own"
-        (slot,) = pool._scheduler._slots
-        wait_until(lambda: hears(slot, select.POLLIN), "it is said")
+        wait_until(lambda: hears(slots[0], select.POLLIN), "it is said")
         with pytest.raises(nsbox.EnvironmentDied, match="broke the rules"):
             pool.invoke({"echo": 2}, timeout=10 * PATIENCE)
         assert pool.invoke({"echo": 3})[2] == 3
@@ -231,12 +210,11 @@ def test_what_is_said_between_two_calls_is_no_answer_to_the_second(
 
 
 @pytest.mark.parametrize("what", ["b'A'", "frame(b'A', number, b'')[:-1]"])
-def test_a_part_of_an_answer_is_none(publish: Publish, what: str) -> None:
+def test_a_part_of_an_answer_is_none(publish: Publish, slots: list[PoolSlot], what: str) -> None:
     """The rest of it never comes: that is silence, and after it the environment is killed."""
     with nsbox.WarmPool(publish("keep"), max_environments=1, freeze_after=None) as pool:
         assert pool.invoke({"attack": "say", "what": what}) == "own"
-        (slot,) = pool._scheduler._slots
-        wait_until(lambda: hears(slot, select.POLLIN), "it is said")
+        wait_until(lambda: hears(slots[0], select.POLLIN), "it is said")
         with pytest.raises(nsbox.InvokeTimeout):
             pool.invoke({"echo": 2}, timeout=0.2 * PATIENCE)
         assert pool.invoke({"echo": 3})[2] == 3

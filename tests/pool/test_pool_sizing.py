@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.pool.conftest import managed_of
 from tests.support import PATIENCE, SLOW_MACHINE, wait_until
 
 import nsbox
 from nsbox.pool import pressure
+from nsbox.pool.manager import PoolSlot
 from nsbox.pool.pressure import Pressure
 from nsbox.supervisor import standby
 from nsbox.supervisor.launcher import get_launcher
@@ -276,13 +278,13 @@ def test_nothing_is_frozen_where_it_is_not_to_be(make: Make, events: Events) -> 
     assert not events.of("frozen")
 
 
-def test_a_frozen_one_that_dies_is_seen_at_once(make: Make, events: Events) -> None:
+def test_a_frozen_one_that_dies_is_seen_at_once(
+    make: Make, events: Events, slots: list[PoolSlot]
+) -> None:
     with nsbox.WarmPool(make(), freeze_after=0.01, on_event=events.append) as pool:
         pool.invoke({})
         wait_until(lambda: events.of("frozen"), "it is frozen", 20)
-        (slot,) = pool._scheduler._slots
-        assert slot.env is not None
-        slot.env._live_connection().kill()
+        managed_of(slots[0]).send_kill()
         pool.invoke({})
         assert pool.stats()["Births"] == 2
 

@@ -56,7 +56,7 @@ def test_async_pool_has_what_the_pool_has() -> None:
 
 @pytest.mark.parametrize("kind", [nsbox.PoolFunction, nsbox.ExecutionEnvironment])
 def test_twins_take_the_same(kind: type) -> None:
-    twins = {name for name in public(kind) if name.endswith("_async") and name != "call_async"}
+    twins = {name for name in public(kind) if name.endswith("_async")}
     assert {"invoke_async", "invoke_bytes_async"} <= twins
     for name in twins:
         plain = name.removesuffix("_async")

@@ -125,7 +125,7 @@ def test_values_load_no_third_party_package_and_no_kernel_binding(name: str) -> 
     loaded = loaded_by(f"import nsbox; nsbox.{name}")
     roots = {module.partition(".")[0] for module in loaded}
     assert not roots & {"click", "psutil", "pyseccomp", "cgroupspy", "prctl", "_prctl", "ctypes"}
-    assert "nsbox.environment.environment" not in loaded
+    assert "nsbox.environment.managed" not in loaded
 
 
 def test_modules_of_the_package_are_no_public_names() -> None:

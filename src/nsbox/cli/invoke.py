@@ -19,7 +19,8 @@ import click
 
 from nsbox.cli.app import echo, say_missing
 from nsbox.cli.options import function_options, make_fields
-from nsbox.environment.environment import ExecutionEnvironment, State
+from nsbox.environment.environment import ExecutionEnvironment
+from nsbox.environment.managed import State
 from nsbox.errors import ConfigError, EnvironmentStateError
 from nsbox.functions.function import Function, FunctionVersion
 from nsbox.functions.request import check_payload

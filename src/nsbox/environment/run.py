@@ -6,20 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Unpack
 
-from nsbox.environment.environment import Command, ExecutionEnvironment
+from nsbox.environment.command import Command
+from nsbox.environment.managed import ManagedEnvironment
 from nsbox.supervisor.process import Stream
 from nsbox.values.config import Config, RunFields, Word
 from nsbox.values.result import Result
-
-
-class _BriefEnvironment(ExecutionEnvironment):
-    """Lives for one command, and has room where no other is born any more (`protocol.scarcity`)."""
-
-    _is_brief = True
-
-    def run_once(self, command: Command, *, check: bool) -> Result:
-        """Run its one command; see `ExecutionEnvironment.run`."""
-        return self._run(command, check=check)
 
 
 def run(
@@ -48,8 +39,9 @@ def run(
     """
     streams = (stdin, stdout, stderr)
     command = Command.captured(argv, input, timeout, env, cwd, streams, cpu_time)
-    environment = _BriefEnvironment(config, **fields)
+    environment = ManagedEnvironment(config, fields, is_brief=True)
     try:
-        return environment.run_once(command, check=check)
+        result = environment.run(command)
     finally:
         environment.close(wait=False)
+    return result.check() if check else result

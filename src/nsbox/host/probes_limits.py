@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Final, Unpack
 
-from nsbox.environment.environment import ExecutionEnvironment, State
+from nsbox.environment.environment import ExecutionEnvironment
+from nsbox.environment.managed import State
 from nsbox.errors import NsboxError, UnsupportedHostError
 from nsbox.isolation.cgroups import Hierarchies
 from nsbox.supervisor.launcher import get_launcher

@@ -21,7 +21,7 @@ PAUSE_MAX: Final = 30.0
 
 
 class Closable(Protocol):
-    """What a pool keeps: an `ExecutionEnvironment`."""
+    """What a pool keeps: a `ManagedEnvironment`."""
 
     def close(self, *, wait: bool = True) -> None:
         """End it."""

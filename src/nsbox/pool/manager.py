@@ -14,7 +14,7 @@ from _socket import socket as Socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from nsbox.environment.environment import ExecutionEnvironment, State
+from nsbox.environment.managed import ManagedEnvironment, State
 from nsbox.errors import (
     ConfigError,
     EnvironmentStateError,
@@ -53,11 +53,11 @@ from nsbox.values.config import Config
 from nsbox.values.invocation import FunctionError
 from nsbox.values.result import EnvironmentDied
 
-PoolLease = Lease[ExecutionEnvironment, Source]
-PoolSlot = Slot[ExecutionEnvironment, Source]
-PoolScheduler = Scheduler[ExecutionEnvironment, Source]
-PoolQueue = FunctionQueue[ExecutionEnvironment, Source]
-PoolWaiter = Waiter[ExecutionEnvironment, Source]
+PoolLease = Lease[ManagedEnvironment, Source]
+PoolSlot = Slot[ManagedEnvironment, Source]
+PoolScheduler = Scheduler[ManagedEnvironment, Source]
+PoolQueue = FunctionQueue[ManagedEnvironment, Source]
+PoolWaiter = Waiter[ManagedEnvironment, Source]
 
 _log: Final = logging.getLogger("nsbox.pool")
 RETURN_DEADLINE: Final = 10.0
@@ -163,7 +163,7 @@ class PoolManager:
             if slot.victims:
                 self._end_all(slot.victims)
                 slot.victims = ()
-            env = ExecutionEnvironment(slot.what)
+            env = ManagedEnvironment(slot.what)
             try:
                 self._adopt(lease, env)
             except BaseException:
@@ -190,7 +190,7 @@ class PoolManager:
         self.start(lease, is_call=False)
         self._give_back(lease, None)
 
-    def _adopt(self, lease: PoolLease, env: ExecutionEnvironment) -> None:
+    def _adopt(self, lease: PoolLease, env: ManagedEnvironment) -> None:
         slot = lease.slot
         queue = slot.queue
         fd = env.death_descriptor()
@@ -566,7 +566,7 @@ def _poll_of(fd: int) -> select.poll:
     return poll
 
 
-def env_of(lease: PoolLease) -> ExecutionEnvironment:
+def env_of(lease: PoolLease) -> ManagedEnvironment:
     """Return the environment of a lease."""
     if lease.slot.env is None:
         raise EnvironmentStateError("this lease has no environment yet")
