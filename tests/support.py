@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ import pytest
 from tests import leaks
 
 import nsbox
-from nsbox.environment.environment import LeasedEnvironment
+from nsbox.environment.command import Command
+from nsbox.environment.environment import EnvironmentFace
 from nsbox.environment.managed import ManagedEnvironment
+from nsbox.supervisor.process import PIPE, RunningCommand
 
 SOURCE = str(Path(nsbox.__file__).resolve().parent.parent)
 """Where other programs find the package under test: as installed, and so compiled already."""
@@ -34,12 +36,16 @@ PATIENCE = 6.0 if SLOW_MACHINE else 1.0
 """What to multiply deadlines with."""
 
 
-class OpenEnvironment(LeasedEnvironment):
+class OpenEnvironment(EnvironmentFace):
     """An environment with what is below its public face: `managed`."""
 
     def __init__(self, config: nsbox.Config | nsbox.FunctionVersion | None = None) -> None:
         self.managed = ManagedEnvironment(config)
         super().__init__(self.managed)
+
+    def start(self, argv: Sequence[str]) -> RunningCommand:
+        """Start a command with pipes, as `popen` does, and return what is below its `Process`."""
+        return self.managed.start(Command(argv, None, None, (PIPE, PIPE, PIPE), None))
 
 
 x86_64_only = pytest.mark.skipif(

@@ -25,6 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nsbox.environment.environment import ExecutionEnvironment as ExecutionEnvironment
     from nsbox.environment.managed import State as State
+    from nsbox.environment.process import Process as Process
     from nsbox.environment.run import run as run
     from nsbox.errors import CleanupError as CleanupError
     from nsbox.errors import CommandStartError as CommandStartError
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
     from nsbox.supervisor.launcher import shutdown as shutdown
     from nsbox.supervisor.process import DEVNULL as DEVNULL
     from nsbox.supervisor.process import PIPE as PIPE
-    from nsbox.supervisor.process import Process as Process
     from nsbox.supervisor.standby import set_standby as set_standby
     from nsbox.values.config import Config as Config
     from nsbox.values.config import IoMax as IoMax
@@ -79,11 +79,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "nsbox.supervisor.standby": ("set_standby",),
-    "nsbox.supervisor.process": ("DEVNULL", "PIPE", "Process"),
+    "nsbox.supervisor.process": ("DEVNULL", "PIPE"),
     "nsbox.values.config": ("Config", "IoMax", "Limits", "Mount"),
     "nsbox.functions.credentials": ("CredentialCache", "Credentials"),
     "nsbox.environment.environment": ("ExecutionEnvironment",),
     "nsbox.environment.managed": ("State",),
+    "nsbox.environment.process": ("Process",),
     "nsbox.environment.run": ("run",),
     "nsbox.errors": (
         "CleanupError", "CommandStartError", "ConfigError", "CredentialsError",

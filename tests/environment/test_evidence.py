@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from tests.support import PATIENCE, wait_until
+from tests.support import PATIENCE, OpenEnvironment, wait_until
 
 import nsbox
 from nsbox import Limits, Outcome
@@ -45,10 +45,9 @@ def test_a_notice_of_oom_is_no_kill_that_was_counted() -> None:
 
 def test_cpu_time_of_a_command_whose_cgroup_has_gone_since_is_known() -> None:
     command = ["python3", "-I", "-S", "-c", BURN]
-    with nsbox.ExecutionEnvironment() as env, env.popen(command) as process:
+    with OpenEnvironment() as env, env.start(command) as process:
         # PID 1 has told its end, and nobody has heard it yet.
-        assert process._channel is not None
-        assert select.select([process._channel.socket], [], [], 60 * PATIENCE)[0]
+        assert select.select(process.descriptors(), [], [], 60 * PATIENCE)[0]
         os.kill(env.pid, signal.SIGKILL)
         wait_until(lambda: not os.path.exists(f"/proc/{env.pid}"), "the end of PID 1")
         result = process.wait(timeout=60 * PATIENCE)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.functions.conftest import MakeFunction
-from tests.support import cgroup_feature
+from tests.support import PATIENCE, cgroup_feature
 
 import nsbox
 from nsbox import LeftRunning
@@ -103,8 +103,12 @@ def test_it_is_killed_and_known(make_function: MakeFunction, options: dict[str, 
     with env.popen(["sh", "-c", "sleep 1000 & cat; kill $!"]) as process:
         assert env.invoke("process") == "process"
         assert told(env) == LeftRunning(1, 1)
-        result = process.communicate(b"goes on", 20, 1 << 20)
-        assert (result.ok, result.stdout) == (True, b"goes on")
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(b"goes on")
+        process.stdin.close()
+        assert process.stdout.read() == b"goes on"
+        assert process.wait(20 * PATIENCE).ok
     assert env.state is nsbox.State.READY
 
 

@@ -9,14 +9,14 @@ import signal
 import sys
 
 import pytest
-from tests.support import wait_until, x86_64_only
+from tests.support import OpenEnvironment, wait_until, x86_64_only
 
 import nsbox
 from nsbox import ExecutionEnvironment, Limits, Outcome, Result
 
 
-def test_a_kill_that_comes_too_late_is_no_verdict(env: ExecutionEnvironment) -> None:
-    with env.popen(["sh", "-c", "exit 5"]) as process:
+def test_a_kill_that_comes_too_late_is_no_verdict() -> None:
+    with OpenEnvironment() as env, env.start(["sh", "-c", "exit 5"]) as process:
         poller = select.poll()
         process.register(poller)
         assert poller.poll(10_000), "PID 1 has said that it is over"

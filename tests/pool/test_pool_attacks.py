@@ -14,7 +14,7 @@ from tests.pool.conftest import managed_of
 from tests.support import PATIENCE, wait_until
 
 import nsbox
-from nsbox.environment.environment import LeasedEnvironment
+from nsbox.environment.environment import EnvironmentFace
 from nsbox.functions.function import ReuseChoice
 from nsbox.pool.manager import PoolSlot
 
@@ -158,7 +158,7 @@ def test_a_flood_of_calls_is_refused_at_once_and_the_others_are_served(
         version, max_environments=1, max_waiting=most, acquire_timeout=None
     ) as pool:
         pool.invoke(0, tenant="flood")
-        env = LeasedEnvironment(managed_of(slots[0]))
+        env = EnvironmentFace(managed_of(slots[0]))
 
         def is_inside() -> bool:
             try:

@@ -15,7 +15,8 @@ from nsbox.cli import OWN_FAILURE
 from nsbox.cli.app import explain, say, say_missing
 from nsbox.cli.options import environment_options, make_config
 from nsbox.cli.session import Session
-from nsbox.environment.environment import ExecutionEnvironment
+from nsbox.environment.environment import EnvironmentFace, ExecutionEnvironment
+from nsbox.environment.managed import ManagedEnvironment
 from nsbox.errors import CommandStartError, ConfigError, NsboxError
 from nsbox.supervisor.standby import set_standby
 from nsbox.values.config import Config, check_argv, parse_seconds
@@ -103,12 +104,12 @@ def _execute(
     argv: tuple[str, ...], config: Config, timeout: float | None, *, quiet: bool, interactive: bool
 ) -> Result:
     set_standby(0)  # there is no next one
-    environment = ExecutionEnvironment(config)
+    environment = ManagedEnvironment(config)
     try:
         if not quiet:
             say_missing(environment.protections)
         if interactive:
-            argv = (_find_shell(environment),)
+            argv = (_find_shell(EnvironmentFace(environment)),)
         named = "output_max" in config.limits.named
         session = Session(
             environment,

@@ -26,9 +26,10 @@ from nsbox.cli.terminal import (
     suspend_byte,
     window_size,
 )
-from nsbox.environment.environment import ExecutionEnvironment
+from nsbox.environment.command import Command
+from nsbox.environment.managed import ManagedEnvironment
 from nsbox.errors import NsboxError
-from nsbox.supervisor.process import PIPE, Process
+from nsbox.supervisor.process import PIPE, RunningCommand
 from nsbox.values.result import Outcome, Result
 
 _FORWARDED: Final = (
@@ -50,7 +51,7 @@ class Session:
 
     def __init__(
         self,
-        environment: ExecutionEnvironment,
+        environment: ManagedEnvironment,
         *,
         timeout: float | None = None,
         output_max: int | None = None,
@@ -102,11 +103,10 @@ class Session:
 
     def _start_with_terminal(
         self, argv: tuple[str, ...], cwd: str | None, stack: ExitStack
-    ) -> Process:
-        stderr = PIPE if os.isatty(2) else 2
-        process = self._environment.popen(
-            argv, cwd=cwd, env=_terminal_variables(), tty=window_size(0), stderr=stderr
-        )
+    ) -> RunningCommand:
+        streams = (None, None, None if os.isatty(2) else 2)
+        command = Command(argv, _terminal_variables(), cwd, streams, None)
+        process = self._environment.start(command, window_size(0), announced=True)
         stack.enter_context(process)
         master = process.tty
         os.set_blocking(master, False)
@@ -130,15 +130,13 @@ class Session:
 
     def _start_with_streams(
         self, argv: tuple[str, ...], cwd: str | None, stack: ExitStack
-    ) -> Process:
-        streams = []
-        for number in range(3):
-            if os.isatty(number) or (number and self._output_max is not None):
-                streams.append(PIPE)
-            else:
-                streams.append(number)
-        stdin, stdout, stderr = streams
-        process = self._environment.popen(argv, cwd=cwd, stdin=stdin, stdout=stdout, stderr=stderr)
+    ) -> RunningCommand:
+        is_limited = self._output_max is not None
+        stdin, stdout, stderr = (
+            PIPE if os.isatty(number) or (number and is_limited) else number for number in range(3)
+        )
+        command = Command(argv, None, cwd, (stdin, stdout, stderr), None)
+        process = self._environment.start(command, announced=True)
         stack.enter_context(process)
         for name, number, stream in (("stdout", 1, process.stdout), ("stderr", 2, process.stderr)):
             if stream is not None:
@@ -157,7 +155,7 @@ class Session:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def _relay(self, process: Process, wake: int) -> Result:
+    def _relay(self, process: RunningCommand, wake: int) -> Result:
         while True:
             result = process.poll()
             if result is not None:
@@ -179,7 +177,7 @@ class Session:
                 for number in os.read(wake, 64):
                     self._on_signal(process, signal.Signals(number))
 
-    def _enforce(self, process: Process) -> None:
+    def _enforce(self, process: RunningCommand) -> None:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._deadline = None
             process.kill_with_verdict(Outcome.TIMED_OUT, f"not over after {self._timeout:g} s")
@@ -191,7 +189,7 @@ class Session:
                         f"{name} is over {self._output_max} bytes",
                     )
 
-    def _drain(self, process: Process, result: Result, wake: int) -> Result:
+    def _drain(self, process: RunningCommand, result: Result, wake: int) -> Result:
         """Write what the command has written: all of it is in the kernel's buffers by now."""
         for pump in self._inputs:
             pump.close()
@@ -239,7 +237,7 @@ class Session:
                 stack.callback(signal.signal, number, signal.signal(number, _note))
         return wake
 
-    def _on_signal(self, process: Process, number: signal.Signals) -> None:
+    def _on_signal(self, process: RunningCommand, number: signal.Signals) -> None:
         if number is signal.SIGWINCH:
             if self._resize is not None:
                 self._resize()
@@ -257,7 +255,7 @@ class Session:
 
     # -- suspension ----------------------------------------------------------------------------
 
-    def _watch_for_suspend(self, process: Process, data: bytes) -> bytes:
+    def _watch_for_suspend(self, process: RunningCommand, data: bytes) -> bytes:
         character = suspend_byte(process.tty, process.pid)
         if not character or character not in data:
             return data

@@ -8,13 +8,14 @@ from typing import Any, NoReturn, Self, Unpack
 
 from nsbox.environment.command import Command
 from nsbox.environment.managed import ManagedEnvironment, State
+from nsbox.environment.process import Process
 from nsbox.errors import refuse_pickling
 from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.functions.exchange import InvocationResponse, OnLog
 from nsbox.functions.function import FunctionVersion
 from nsbox.functions.request import InvocationRequest, Options, check_payload, encode_event
 from nsbox.supervisor.files import read_file, write_file
-from nsbox.supervisor.process import PIPE, Process, Stream
+from nsbox.supervisor.process import PIPE, Stream
 from nsbox.values.config import Config, ConfigFields, Word, check_window_size
 from nsbox.values.invocation import Invocation, LeftRunning
 from nsbox.values.result import Protections, Result, Usage
@@ -131,7 +132,7 @@ class ExecutionEnvironment:
             stdin = None
             stdout, stderr = (None if item == PIPE else item for item in (stdout, stderr))
         command = Command(argv, env, cwd, (stdin, stdout, stderr), cpu_time)
-        return self._managed.start(command, tty, announced=True)
+        return Process(self._managed.start(command, tty, announced=True))
 
     def base_environment(self) -> dict[str, str]:
         """Return the environment variables that every command begins with."""
@@ -349,8 +350,8 @@ class ExecutionEnvironment:
         return repr(self._managed)
 
 
-class LeasedEnvironment(ExecutionEnvironment):
-    """The face of an environment that a pool lends to the body of a with statement."""
+class EnvironmentFace(ExecutionEnvironment):
+    """The face of an environment that a pool has made, or the command line, and that it closes."""
 
     def __init__(self, managed: ManagedEnvironment) -> None:
         self._show(managed)

@@ -33,7 +33,7 @@ from nsbox.supervisor.connection import EnvironmentConnection, await_exit_notice
 from nsbox.supervisor.files import reset
 from nsbox.supervisor.launcher import get_launcher
 from nsbox.supervisor.plan import Plan, born_layers, interpreter, make_plan
-from nsbox.supervisor.process import Process, Streams
+from nsbox.supervisor.process import RunningCommand, Streams
 from nsbox.values.config import Config, Word, make_config, parse_seconds
 from nsbox.values.counters import usage_between
 from nsbox.values.invocation import Invocation, LeftRunning
@@ -98,7 +98,9 @@ class ManagedEnvironment:
             # In no cycle: a closed environment would hold on to its code until a collection.
             own = weakref.proxy(self)
 
-            def start(argv: Sequence[Word], env: Mapping[str, str], streams: Streams) -> Process:
+            def start(
+                argv: Sequence[Word], env: Mapping[str, str], streams: Streams
+            ) -> RunningCommand:
                 command = Command(argv, env, None, streams, None)
                 return own.start(command)  # type: ignore[no-any-return]
 
@@ -109,9 +111,8 @@ class ManagedEnvironment:
                 self.variables,
                 protections=lambda: own.protections,
                 start_command=start,
+                next_kind=None if self._kind is None else (self._launcher, self._kind),
             )
-            if self._kind is not None:
-                session.next_kind = (self._launcher, self._kind)
             try:
                 session.prepare()
                 # While the launcher binds it to its place; nothing of it is run before.
@@ -224,7 +225,7 @@ class ManagedEnvironment:
 
     def start(
         self, command: Command, tty: tuple[int, int] | None = None, *, announced: bool = False
-    ) -> Process:
+    ) -> RunningCommand:
         """Start a command; `announced`: return only when its program runs."""
         argv, limit = command.argv, self.config.limits.cpu_time
         if argv[0] == sys.executable and self.config.rootfs is None:
@@ -236,7 +237,7 @@ class ManagedEnvironment:
                 raise UnsupportedHostError("cpu_time", layer, "See 'nsbox doctor'.")
         variables = {**self.variables, **command.env} if command.env else self.variables
         request = RunRequest(variables, command.cwd or self.config.cwd, tty, announced=announced)
-        return Process(
+        return RunningCommand(
             self.ready_connection(),
             argv,
             request,

@@ -15,13 +15,13 @@ from nsbox.functions.request import InvocationRequest
 from nsbox.guest import runtime
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.files import reset
-from nsbox.supervisor.process import DEVNULL, PIPE, Process, Streams
+from nsbox.supervisor.process import DEVNULL, PIPE, RunningCommand, Streams
 from nsbox.values.config import Word
 from nsbox.values.invocation import FunctionError, Invocation, InvokeTimeout
 from nsbox.values.json_text import decode_answer
 from nsbox.values.result import Outcome, Result
 
-StartCommand = Callable[[Sequence[Word], Mapping[str, str], Streams], Process]
+StartCommand = Callable[[Sequence[Word], Mapping[str, str], Streams], RunningCommand]
 """Starts a command line with variables over the environment's; waits for no answer."""
 _SIGNALED: Final = "Runtime exited with error: signal"
 

@@ -52,7 +52,7 @@ from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.evidence import describe_exit
 from nsbox.supervisor.launcher import Launcher
 from nsbox.supervisor.plan import interpreter
-from nsbox.supervisor.process import PIPE, Process
+from nsbox.supervisor.process import PIPE, RunningCommand
 from nsbox.supervisor.reports import exit_code
 from nsbox.values.counters import oom_evidence
 from nsbox.values.invocation import (
@@ -92,7 +92,6 @@ class Session:
         is_provisioned: Whether that is done with nobody waiting for it.
         is_used: Whether a call is over.
         is_unsent: Whether the last one, which failed, has not reached the worker.
-        next_kind: Whom to ask for a standby environment, and for which kind.
         has_end: Whether there is something to do when a call is over.
         on_kill: Called when a call has left processes running, which were killed.
     """
@@ -106,6 +105,7 @@ class Session:
         *,
         protections: Callable[[], Protections],
         start_command: StartCommand,
+        next_kind: tuple[Launcher, Spec] | None,
     ) -> None:
         """Take what belongs to the environment.
 
@@ -116,6 +116,7 @@ class Session:
             environment: Variables besides the function's own.
             protections: Tells what is in force.
             start_command: Starts a command in it, for `run_program`.
+            next_kind: Whom to ask for the next standby environment, and for which kind.
         """
         self._connection = connection
         self._version = version
@@ -151,7 +152,7 @@ class Session:
         self.worker: WorkerConnection | None = None
         self.init_seconds: float | None = None
         self.is_provisioned = self.is_used = self.is_unsent = False
-        self.next_kind: tuple[Launcher, Spec] | None = None
+        self._next_kind = next_kind
         self.has_end = self._function.reuse == "never"
         self.on_kill: Callable[[], object] | None = None
 
@@ -240,7 +241,7 @@ class Session:
         yield from self._send_start(call, runtime.LOAD, b"")
         self._finish_start(call, (yield from self._exchange(call)))
 
-    def _tell(self, process: Process, channel: Socket) -> Steps[None]:
+    def _tell(self, process: RunningCommand, channel: Socket) -> Steps[None]:
         self.worker = WorkerConnection(self._connection, process, channel)
         yield from self._tell_again()
 
@@ -268,16 +269,16 @@ class Session:
         if call.rest is not None:
             yield from self._send_rest(call)
 
-    def _take_worker(self) -> tuple[Process, Socket]:
+    def _take_worker(self) -> tuple[RunningCommand, Socket]:
         """Return the worker that PID 1 has forked, and this end of its socket."""
         endpoints = self._connection.endpoints
         if endpoints is None:
             raise EnvironmentStateError(f"environment {self._connection.env_id} has no worker")
         argv = (f"the worker of {self._function.name}",)
-        process = Process(self._connection, argv, endpoints, protections=self._protections)
+        process = RunningCommand(self._connection, argv, endpoints, protections=self._protections)
         return process, endpoints.socket
 
-    def _execute(self) -> tuple[Process, Socket]:
+    def _execute(self) -> tuple[RunningCommand, Socket]:
         """Return a worker in an interpreter of its own, and this end of its socket."""
         python = interpreter() if self._function.rootfs is None else "python3"
         self._connection.drop_endpoints()
@@ -286,7 +287,7 @@ class Session:
             argv = (python, "-I", "-S", "-c", *executed_worker(3))
             request = RunRequest(self._environment, "/", announced=True, extra=theirs.fileno())
             streams = (None, PIPE, PIPE)
-            return Process(
+            return RunningCommand(
                 self._connection, argv, request, streams, protections=self._protections
             ), ours
         except BaseException:
@@ -346,7 +347,7 @@ class Session:
                     if self._cleanup is not None or request.files:
                         yield from self._place(request)
                     call = self._send(request, timeout, request_id)
-                if self.next_kind is not None:
+                if self._next_kind is not None:
                     self._prepare_spare()
                 worker = self.worker or self._known_worker
                 worker.wait.deadline = call.deadline
@@ -399,8 +400,8 @@ class Session:
 
     def _prepare_spare(self) -> None:
         """Do the part of a refill of standby environments that needs no answer."""
-        if self.next_kind is not None:
-            self._spare, self.next_kind = standby.prepare(*self.next_kind), None
+        if self._next_kind is not None:
+            self._spare, self._next_kind = standby.prepare(*self._next_kind), None
             self.has_end = True
 
     def _place(self, request: InvocationRequest) -> Steps[None]:

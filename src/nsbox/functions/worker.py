@@ -30,7 +30,7 @@ from nsbox.guest import runtime
 from nsbox.linux.sending import AT_ONCE, send
 from nsbox.supervisor.channel import InvocationEndpoints, unblock
 from nsbox.supervisor.connection import EnvironmentConnection
-from nsbox.supervisor.process import Process
+from nsbox.supervisor.process import RunningCommand
 from nsbox.values.result import EnvironmentDied
 
 _HEADER_SIZE: Final = runtime.HEADER.size
@@ -58,7 +58,7 @@ class WorkerConnection:
     """
 
     def __init__(
-        self, connection: EnvironmentConnection, process: Process, channel: Socket
+        self, connection: EnvironmentConnection, process: RunningCommand, channel: Socket
     ) -> None:
         """`channel` is this end of its socket; both are closed by `close`."""
         self._connection = connection

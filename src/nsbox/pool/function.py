@@ -25,7 +25,7 @@ from collections.abc import (
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeVar, Unpack
 
-from nsbox.environment.environment import ExecutionEnvironment, LeasedEnvironment
+from nsbox.environment.environment import EnvironmentFace, ExecutionEnvironment
 from nsbox.errors import ConfigError, PoolError, PoolTimeout, refuse_pickling
 from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.functions.exchange import InvocationResponse
@@ -335,7 +335,7 @@ class PoolFunction(Generic[Served]):
         lease: PoolLease = Lease()
         await self._take_on_loop(lease, None, self._patience(timeout), time.monotonic())
         try:
-            yield LeasedEnvironment(env_of(lease))
+            yield EnvironmentFace(env_of(lease))
         except BaseException as error:
             await aside(self._manager.finish, lease, error)
             raise
@@ -345,7 +345,7 @@ class PoolFunction(Generic[Served]):
         self._check_usable(is_function=False)
         try:
             self._take(lease, None, seconds)
-            return LeasedEnvironment(env_of(lease))
+            return EnvironmentFace(env_of(lease))
         except BaseException:
             self._manager.abandon(lease)
             raise

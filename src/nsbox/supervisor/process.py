@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import IO, Any, Final, NoReturn, Self
+from typing import IO, Any, Final, Self
 
-from nsbox.errors import ConfigError, SyscallError, refuse_pickling
+from nsbox.errors import ConfigError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.launcher import protocol
 from nsbox.linux.descriptors import close_all
@@ -53,15 +53,11 @@ Streams = tuple[Stream, Stream, Stream]
 """stdin, stdout and stderr."""
 
 
-class Process:
-    """A command that runs in an environment; made by `ExecutionEnvironment.popen`.
+class RunningCommand:
+    """A command in an environment, or the worker of its function, until its `Result`.
 
     Attributes:
-        argv: Its command line.
-        pid: Its process id inside the environment.
-        stdin, stdout, stderr: Unbuffered binary files where a pipe was asked for, else None.
-        tty: Descriptor of the terminal's master end when one was asked for, else -1. Owned by
-            this object until `close`.
+        argv, pid, stdin, stdout, stderr, tty: As of `nsbox.Process`, which users have of it.
     """
 
     def __init__(
@@ -166,20 +162,14 @@ class Process:
             self.tty = fds[0]
             close_all(fds[1:])
 
-    # -- the caller's face ---------------------------------------------------------------------
+    # -- what a caller does ---------------------------------------------------------------------
 
     def poll(self) -> Result | None:
         """Return the result when the command is over, else None. Does not wait."""
         return self._advance(0.0)
 
     def wait(self, timeout: float | None = None) -> Result:
-        """Wait for the end; output of pipes is the caller's to read meanwhile.
-
-        Raises:
-            TimeoutError: It is not over after `timeout` seconds; it goes on running.
-            EnvironmentDied: The environment ended under it.
-            ConfigError: `timeout` is no number.
-        """
+        """See `Process.wait`."""
         if timeout is not None:
             timeout = parse_patience(timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -196,17 +186,7 @@ class Process:
         self.kill_with_verdict(Outcome.KILLED, "the caller asked for it")
 
     def send_signal(self, number: int, *, group: bool = False) -> None:
-        """Send a signal to the command's own process.
-
-        Args:
-            number: Which.
-            group: To all of its process group, as a terminal sends Ctrl-C: what it has started
-                gets it, too, but for what has made itself a group of its own.
-
-        Raises:
-            ConfigError: `number` is no signal.
-            SyscallError: PID 1, which sends it, has not read those before.
-        """
+        """See `Process.send_signal`."""
         if not isinstance(number, int) or number not in signal.valid_signals():
             raise ConfigError(f"signal: must be a number such as signal.SIGTERM, got {number!r}")
         try:
@@ -217,7 +197,7 @@ class Process:
             raise SyscallError("sendto", error.errno or 0, note=note) from error
 
     def close(self) -> None:
-        """Kill the command if it still runs, and close the pipes and the terminal."""
+        """See `Process.close`."""
         if self._result is None and self._death is None:
             self.kill()
             with suppress(EnvironmentDied):  # then it is gone too
@@ -228,9 +208,6 @@ class Process:
         """Close pipes and channel, and wait for nothing: its environment is being closed."""
         self._close_channel()
         self._close_streams()
-
-    def __reduce__(self) -> NoReturn:
-        refuse_pickling("a process", "send its Result")
 
     def __enter__(self) -> Self:
         return self
