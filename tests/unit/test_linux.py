@@ -299,10 +299,9 @@ def test_mounts_by_descriptor() -> None:
         context = calls.fsopen("tmpfs", 0)
         calls.fsconfig_set_string(context, "source", "named")
         calls.fsconfig_set_string(context, "size", "64k")
-        error = expect(errno.EINVAL, calls.fsconfig_set_flag, context, "no-such-key")
+        error = expect(errno.EINVAL, calls.fsconfig_set_string, context, "no-such-key", "")
         assert (error.syscall, error.filename) == ("fsconfig", "no-such-key")
         expect(errno.ENODEV, calls.fsopen, "no-such-type", 0)
-        calls.fsconfig_set_flag(context, "rw")
         calls.fsconfig_create(context)
         fd = calls.fsmount(context, 0, c.MOUNT_ATTR_NODEV)
         assert not os.get_inheritable(context)
@@ -679,7 +678,7 @@ def test_readers_on_this_process() -> None:
     stat = proc.read_stat()
     assert (stat.pid, stat.ppid) == (os.getpid(), os.getppid())
     assert (stat.pgrp, stat.session) == (os.getpgrp(), os.getsid(0))
-    assert proc.read_starttime(os.getpid()) == stat.starttime > 0
+    assert stat.starttime > 0
     assert stat.rss > 100
     assert proc.read_status()["Pid"] == str(os.getpid())
     assert "/" in [mount.mount_point for mount in proc.read_mountinfo()]
@@ -709,4 +708,4 @@ def test_children_and_descendants() -> None:
         parent.communicate(timeout=10 * PATIENCE)
     assert proc.children(parent.pid) == proc.descendants(parent.pid) == []
     with pytest.raises((FileNotFoundError, ProcessLookupError)):
-        proc.read_starttime(parent.pid)
+        proc.read_stat(parent.pid)

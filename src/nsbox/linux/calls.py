@@ -386,12 +386,6 @@ def fsconfig_set_string(fd: int, key: str, value: str | bytes) -> None:
         raise failure("fsconfig", key)
 
 
-def fsconfig_set_flag(fd: int, key: str) -> None:
-    """fsconfig(2) FSCONFIG_SET_FLAG, 5.2. A failure names the key."""
-    if _fsconfig(_SYS_FSCONFIG, fd, c.FSCONFIG_SET_FLAG, encode(key), None, 0) < 0:
-        raise failure("fsconfig", key)
-
-
 def fsconfig_create(fd: int) -> None:
     """fsconfig(2) FSCONFIG_CMD_CREATE, 5.2."""
     if _fsconfig(_SYS_FSCONFIG, fd, c.FSCONFIG_CMD_CREATE, None, None, 0) < 0:

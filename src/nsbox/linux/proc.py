@@ -217,14 +217,6 @@ def read_stat(pid: int | str = "self") -> Stat:
     return Stat(_read(f"/proc/{pid}/stat"))
 
 
-def read_starttime(pid: int) -> int:
-    """Return when a process was started, in ticks since boot.
-
-    With its pid and `boot_id` it names a process for good: a pid alone is used again.
-    """
-    return read_stat(pid).starttime
-
-
 def pidfd_number(fd: int) -> int:
     """Return the number of the process of a pidfd here; 0 where it has none or `fd` is none."""
     try:

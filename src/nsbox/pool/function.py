@@ -116,24 +116,7 @@ class PoolFunction(Generic[Served]):
         if self._has_provider or credentials is not None:
             found = self._credentials(credentials, role)
         request = InvocationRequest(payload, found, timeout=timeout, env=env, files=files)
-        lease: PoolLease = Lease()
-        begin = time.monotonic()
-        try:
-            self._take_warm(lease, tenant, begin)
-            while True:
-                try:
-                    answer = (lease.slot.env or env_of(lease)).call(request).json()
-                except BaseException as error:
-                    if not self._manager.fail(lease, error):
-                        raise
-                else:
-                    if not self._scheduler.keep_idle(lease):
-                        self._manager.finish(lease, None)
-                    return answer
-                self._take(lease, tenant, self._acquire_timeout, begin, again=True)
-        except BaseException:
-            self._manager.abandon(lease)
-            raise
+        return self._call(request, tenant, _JSON)
 
     def invoke_bytes(
         self: PoolFunction[Function],
@@ -145,26 +128,42 @@ class PoolFunction(Generic[Served]):
         **options: Unpack[PoolOptions],
     ) -> Invocation:
         """Call the function with an event in JSON and return the `Invocation`; see `invoke`."""
-        data = check_payload(payload)
-        request = InvocationRequest(data, self._credentials(credentials, role), **options)
+        data, found = check_payload(payload), None
+        if self._has_provider or credentials is not None:
+            found = self._credentials(credentials, role)
+        return self._call(InvocationRequest(data, found, **options), tenant, _invocation_of)
+
+    def _call(
+        self,
+        request: InvocationRequest,
+        tenant: str | None,
+        read: Callable[[InvocationResponse | Invocation], T],
+    ) -> T:
+        """Have an environment serve a request, and return what `read` makes of the answer.
+
+        What has died is seen when it is used; what has surely got nothing of it is another one's.
+        """
+        if not self._is_function or self._manager.owner != os.getpid():
+            self._check_usable(is_function=True)
         lease: PoolLease = Lease()
         begin = time.monotonic()
         try:
-            self._take_warm(lease, tenant, begin)
+            is_again = has_one = self._scheduler.take_idle(lease, self._queue, tenant)
+            if has_one and (lease.is_cold or lease.slot.is_silent):
+                has_one = not self._manager.is_dead(lease)
             while True:
+                if not has_one:
+                    self._take(lease, tenant, self._acquire_timeout, begin, again=is_again)
                 try:
-                    answer = (lease.slot.env or env_of(lease)).call(request)
-                    invocation = (
-                        answer.invocation() if isinstance(answer, InvocationResponse) else answer
-                    )
+                    answer = read((lease.slot.env or env_of(lease)).call(request))
                 except BaseException as error:
                     if not self._manager.fail(lease, error):
                         raise
                 else:
                     if not self._scheduler.keep_idle(lease):
                         self._manager.finish(lease, None)
-                    return invocation
-                self._take(lease, tenant, self._acquire_timeout, begin, again=True)
+                    return answer
+                has_one, is_again = False, True
         except BaseException:
             self._manager.abandon(lease)
             raise
@@ -351,15 +350,6 @@ class PoolFunction(Generic[Served]):
             raise
 
     # -- leases -----------------------------------------------------------------------------------
-
-    def _take_warm(self, lease: PoolLease, tenant: str | None, begin: float) -> None:
-        """Take an environment for a call; what has died is seen when it is used."""
-        if not self._is_function or self._manager.owner != os.getpid():
-            self._check_usable(is_function=True)
-        if not self._scheduler.take_idle(lease, self._queue, tenant):
-            self._take(lease, tenant, self._acquire_timeout, begin)
-        elif (lease.is_cold or lease.slot.is_silent) and self._manager.is_dead(lease):
-            self._take(lease, tenant, self._acquire_timeout, begin, again=True)
 
     def _take(
         self,
