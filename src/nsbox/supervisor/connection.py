@@ -128,7 +128,6 @@ class EnvironmentConnection:
         self._reader: cgroups.UsageReader | None = None
         self._awaits_attachments = False
         self._is_lent = False  # the control socket, to the launcher
-        self._is_let_go = False
         self._control_lock = threading.Lock()
         self.pid = self._pid_inode = 0
         self._pidfd = -1  # only where pidfds have no inode of their own
@@ -490,7 +489,7 @@ class EnvironmentConnection:
             fd = self._control.fileno()
             # It says nothing but its first word.
             is_over = fd >= 0 and protocol.is_readable(fd, 0)
-            if is_over or (fd < 0 and self._is_lent and self._has_ended(0)):
+            if is_over or (fd < 0 and self._is_lent and self.has_ended(0)):
                 self.await_end()
         return supervision.end is not None
 
@@ -500,12 +499,12 @@ class EnvironmentConnection:
         if self.supervision.end is not None and not self.supervision.unsaid:
             return True
         # Nobody else can say it; of a silent launcher it was waited for already.
-        if not self._has_ended(0 if self.end is None else END_DEADLINE):
+        if not self.has_ended(0 if self.end is None else END_DEADLINE):
             return False
         self.supervision.end_unsaid()
         return True
 
-    def _has_ended(self, seconds: float) -> bool:
+    def has_ended(self, seconds: float) -> bool:
         """Whether PID 1 has ended within this time, by the kernel's word."""
         try:
             pidfd = self.open_pidfd()
@@ -551,7 +550,6 @@ class EnvironmentConnection:
     def close(self) -> None:
         """Close the descriptors; the launcher then kills and removes what is left."""
         self.supervision.close()
-        self._is_let_go = True
         for end in (self._control, self._birth, *self._others):
             end.close()
         self.drop_endpoints()
@@ -562,7 +560,7 @@ class EnvironmentConnection:
     def __del__(self) -> None:
         # An interrupt came before anybody had it. With PID 1's socket in the launcher nothing is
         # closed here that would end it.
-        if getattr(self, "_is_lent", False) and not self._is_let_go:
+        if getattr(self, "_is_lent", False) and self.end is None and not self.supervision.is_let_go:
             self.send_kill()
 
     def drop_endpoints(self) -> None:

@@ -45,7 +45,7 @@ KILL_DEADLINE: Final = 5.0
 _CHUNK: Final = 1 << 16
 _LEAST_CPU_WAIT: Final = 0.01
 _LONGEST_WAIT: Final = int(KILL_DEADLINE * 1000)  # ms: a kill by another thread is followed up
-_DYING: Final = 10  # milliseconds between looks whether a killed PID 1 has ended
+_DYING: Final = 10  # ms between looks at a killed PID 1 where there is no room for a pidfd
 _CLOSED: Final = "its environment was closed"
 
 Stream = int | IO[Any] | None
@@ -358,13 +358,13 @@ class RunningCommand:
             channel = self._channel or self._ask_for_end()
             self.register(poller)
             wait = self.poll_milliseconds(None)
-            if channel is None:  # PID 1 is gone or killed, and there may be nothing to wait on
-                wait = 0 if self._connection.note_end() else _DYING
             heard = self._heard
         # Outside the lock: another thread may kill it meanwhile, or hear the answer.
         wait = _LONGEST_WAIT if wait is None else wait
         if timeout is not None:
             wait = min(wait, max(0, int(timeout * 1000) + (timeout > 0)))
+        if channel is None:  # PID 1 is gone or killed, and there may be nothing here to poll
+            wait = 0 if self._connection.has_ended(wait / 1000) else min(wait, _DYING)
         ready = {fd for fd, _ in _poll(poller, wait)}
         with self._lock:
             if heard != self._heard:

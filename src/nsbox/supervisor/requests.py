@@ -37,6 +37,7 @@ class Supervision:
 
     Attributes:
         end: The launcher's report on its end; None while it lives.
+        is_let_go: Whether the launcher was told that nobody awaits its end.
         unsaid: Why `end` has no wait status, for people, or "".
     """
 
@@ -45,7 +46,7 @@ class Supervision:
         self._env_id = env_id
         self._lock = threading.Lock()
         self._report: FileIO | None = None  # a pipe, where the end will be told
-        self._is_asked = self._is_let_go = False
+        self._is_asked = self.is_let_go = False
         self.end: messages.Gone | None = None
         self.unsaid = ""
 
@@ -96,7 +97,7 @@ class Supervision:
     def _begin_end(self, *, is_reported: bool) -> None:
         if self.end is not None or self._report is not None:
             return
-        if not self._is_asked or self._is_let_go:
+        if not self._is_asked or self.is_let_go:
             return
         try:
             # To make and close a pair of sockets takes twice as long.
@@ -135,7 +136,7 @@ class Supervision:
             with self._lock:
                 self._begin_end(is_reported=True)
                 report = self._report
-                if self.end is not None or self._is_let_go or not self._is_asked:
+                if self.end is not None or self.is_let_go or not self._is_asked:
                     return
                 if report is None:
                     continue  # it could not be asked
@@ -169,8 +170,8 @@ class Supervision:
                 self._let_go()
 
     def _let_go(self) -> None:
-        if not self._is_let_go:
-            self._is_let_go = True
+        if not self.is_let_go:
+            self.is_let_go = True
             try:
                 self._launcher.ask(messages.Close(id=self._env_id, is_reported=False))
             except OSError:
