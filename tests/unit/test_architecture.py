@@ -333,6 +333,21 @@ def test_system_call_errors_name_a_system_call(module: Module) -> Iterator[str]:
                 yield f"line {node.lineno}: {name.value!r}"
 
 
+@rule
+def test_nobody_reaches_into_the_privates_of_another_module(module: Module) -> Iterator[str]:
+    own = set()
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+            own.add(node.attr)  # perhaps a base's
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            is_known = node.attr in own or ast.unparse(node.value) in ("os", "sys")
+            if not is_known:
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
 # -- form --------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,25 @@ def test_method_and_property_is_documented(name: str) -> None:
     assert inspect.getdoc(dict(public_members())[name]), f"{name} has no docstring"
 
 
+NAMED = " ".join(
+    code
+    for path in [*(Path(__file__).parents[2] / "docs").glob("*.md")]
+    for code in re.findall("`+[^`]+`+", path.read_text())
+)
+
+
+def test_what_classes_show_is_what_the_documents_name() -> None:
+    """What is no user's is underscored, or a method of a class below the public one."""
+    silent = []
+    for name in PUBLIC:
+        value = getattr(nsbox, name)
+        if isinstance(value, type) and not issubclass(value, Exception):
+            inherited = {*dir(dict), *dir(enum.Enum)}
+            names = [item for item in dir(value) if item[0] != "_" and item not in inherited]
+            silent += [f"{name}.{item}" for item in names if not re.search(rf"\b{item}\b", NAMED)]
+    assert not silent
+
+
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'nsbox' has no attribute 'Sandbox'"):
         nsbox.Sandbox  # noqa: B018 - the access is the test

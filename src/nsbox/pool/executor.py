@@ -26,7 +26,7 @@ class CallExecutor:
     """A queue of calls, and up to `most` threads that make them in their order."""
 
     def __init__(self, most: int) -> None:
-        self._most = most
+        self.most = most
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._queue: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -59,7 +59,7 @@ class CallExecutor:
     def _have_it_made(self) -> None:
         if self._idle >= len(self._queue):
             self._changed.notify()
-        elif len(self._threads) < self._most:
+        elif len(self._threads) < self.most:
             thread = threading.Thread(target=self._run, name="nsbox-pool-call", daemon=True)
             try:
                 self._threads.add(thread)

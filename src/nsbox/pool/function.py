@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import operator
 import os
 import threading
@@ -66,13 +67,12 @@ class PoolFunction(Generic[Served]):
     The methods ending in ``_async`` do on an asyncio loop what the others do in a thread.
     """
 
-    def __init__(self, manager: PoolManager, queue: PoolQueue, most: int) -> None:
-        """`most`: as many of its submitted calls run at a time."""
+    def __init__(self, manager: PoolManager, queue: PoolQueue, executor: CallExecutor) -> None:
+        """`executor` makes its submitted calls."""
         self._manager = manager
         self._queue = queue
         self._scheduler = manager.scheduler
-        self._executor = CallExecutor(most)
-        self._most = most
+        self._executor = executor
         self._acquire_timeout = manager.settings.acquire_timeout
         self._is_function = isinstance(queue.resolve(None)[1], FunctionVersion)
         self._has_provider = manager.settings.credentials is not None
@@ -297,7 +297,7 @@ class PoolFunction(Generic[Served]):
         try:
             async for event in _each(events):
                 calls.append(asyncio.ensure_future(self.invoke_async(event, **options)))
-                if len(calls) >= self._most:
+                if len(calls) >= self._executor.most:
                     yield await calls.popleft()
             while calls:
                 yield await calls.popleft()
@@ -318,7 +318,8 @@ class PoolFunction(Generic[Served]):
         Raises:
             As `invoke`; but for a bad `timeout`, when the statement is entered.
         """
-        return Acquisition(self, self._patience(timeout))
+        enter = functools.partial(self._enter, seconds=self._patience(timeout))
+        return Acquisition(self._manager, enter)
 
     @contextlib.asynccontextmanager
     async def acquire_async(
@@ -539,20 +540,22 @@ class Acquisition:
     Not of contextlib: between its generator and its caller there is room for an interrupt.
     """
 
-    def __init__(self, function: PoolFunction[Any], seconds: float | None) -> None:
-        self._function = function
-        self._seconds = seconds
+    def __init__(
+        self, manager: PoolManager, enter: Callable[[PoolLease], ExecutionEnvironment]
+    ) -> None:
+        """`enter` has its lease be that of the environment that it returns."""
+        self._manager = manager
+        self._enter = enter
         self._lease: PoolLease = Lease()
 
     def __enter__(self) -> ExecutionEnvironment:
-        return self._function._enter(self._lease, self._seconds)
+        return self._enter(self._lease)
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        manager = self._function._manager
         try:
-            manager.finish(self._lease, error)
+            self._manager.finish(self._lease, error)
         except BaseException:
-            manager.abandon(self._lease)
+            self._manager.abandon(self._lease)
             raise
 
 

@@ -22,6 +22,7 @@ from nsbox.functions.credentials import Provider
 from nsbox.functions.function import Function, FunctionVersion, ReuseChoice
 from nsbox.pool.accounts import Resolve
 from nsbox.pool.events import PoolEvent, PoolSnapshot, PoolStats
+from nsbox.pool.executor import CallExecutor
 from nsbox.pool.function import (
     PoolFunction,
     PoolServed,
@@ -168,9 +169,10 @@ class WarmPool(PoolFunction[PoolServed]):
         queue = manager.add(
             resolve, reserved=None, provisioned=provisioned, optional=source is None
         )
-        super().__init__(manager, queue, max_environments)
+        executor = CallExecutor(max_environments)
+        super().__init__(manager, queue, executor)
         self.max_environments = max_environments
-        self._functions: list[PoolFunction[Any]] = [self]
+        self._executors = [executor]  # one for each function
         self._close_lock = threading.Lock()
         self._is_closed = False
         try:
@@ -212,15 +214,15 @@ class WarmPool(PoolFunction[PoolServed]):
             version_resolver(version), reserved=reserved, provisioned=provisioned
         )
         most = self._manager.settings.max_environments if reserved is None else max(1, reserved)
-        function: PoolFunction[Function] = PoolFunction(self._manager, queue, most)
         try:
             self._manager.open(queue)
         except BaseException:
             self._manager.withdraw(queue)
             raise
+        executor = CallExecutor(most)
         with self._close_lock:
-            self._functions.append(function)
-        return function
+            self._executors.append(executor)
+        return PoolFunction(self._manager, queue, executor)
 
     def stats(self) -> PoolStats:
         """Return the numbers of all functions of the pool; see `PoolFunction.stats`."""
@@ -257,8 +259,8 @@ class WarmPool(PoolFunction[PoolServed]):
                     if drain:
                         failure = self._refuse(drain=True)
                     self._scheduler.await_empty(patience)
-                    for function in self._functions:
-                        function._executor.join()
+                    for executor in self._executors:
+                        executor.join()
                     self._manager.stop()
                     _pools.discard(self)
                     self._is_closed = True
@@ -280,8 +282,8 @@ class WarmPool(PoolFunction[PoolServed]):
 
         Returns what could not be removed of idle environments, if anything.
         """
-        for function in list(self._functions):
-            function._executor.close(drain=drain)
+        for executor in list(self._executors):
+            executor.close(drain=drain)
         return self._manager.begin_close(drain=drain)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -295,12 +297,20 @@ class WarmPool(PoolFunction[PoolServed]):
         Raises:
             CleanupError: As `close`; not with ``wait=False``.
         """
-        for function in self._functions:
-            function._executor.refuse(cancel=cancel_futures)
+        for executor in self._executors:
+            executor.refuse(cancel=cancel_futures)
         if wait:
             self.close()
         else:
             self._close_aside(drain=True)
+
+    @staticmethod
+    @atexit.register
+    def _close_all() -> None:
+        begin_exit()
+        for pool in list(_pools):
+            with contextlib.suppress(NsboxError):
+                pool._close(EXIT_DEADLINE, drain=False)
 
     def __enter__(self) -> Self:
         return self
@@ -325,11 +335,3 @@ def _let_go_of_leases() -> None:
                 with contextlib.suppress(RuntimeError):  # it is still at work
                     frame.clear()
         error = error.__context__
-
-
-@atexit.register
-def _close_pools() -> None:
-    begin_exit()
-    for pool in list(_pools):
-        with contextlib.suppress(NsboxError):
-            pool._close(EXIT_DEADLINE, drain=False)
