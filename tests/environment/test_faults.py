@@ -36,7 +36,8 @@ def descriptors():
 
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 nsbox.set_standby(0)  # whose descriptors are kept on purpose
-nsbox.run(["true"]).check()  # every module is imported, the filter is compiled
+with nsbox.ExecutionEnvironment() as env:
+    env.run(["true"]).check()  # every module is imported, the filter is compiled
 warm = sys.argv[1] == "warm"
 answers = []
 for more in range(41):

@@ -23,7 +23,7 @@ import pytest
 from tests.support import PATIENCE, OpenEnvironment, wait_until
 
 import nsbox
-import nsbox.functions.session
+import nsbox.functions.leftovers
 from nsbox.guest import protocol as p
 from nsbox.linux.descriptors import close_all, receive_bytes, send_bytes
 from nsbox.supervisor import channel, process
@@ -130,7 +130,7 @@ def attacked(
     """An operation with an impostor for PID 1: it ends the environment, and is told why."""
     name = request.param
     monkeypatch.setattr(channel, "ANSWER_DEADLINE", LIMIT)
-    monkeypatch.setattr(nsbox.functions.session, "ANSWER_DEADLINE", LIMIT)
+    monkeypatch.setattr(nsbox.functions.leftovers, "ANSWER_DEADLINE", LIMIT)
     (tmp_path / "app.py").write_text("def handler(event, context): return event")
 
     def make() -> OpenEnvironment:

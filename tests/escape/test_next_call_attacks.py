@@ -18,7 +18,7 @@ import pytest
 from tests.support import PATIENCE, OpenEnvironment, publish_app
 
 import nsbox
-import nsbox.functions.session
+import nsbox.functions.leftovers
 from nsbox.functions.session import Session
 from nsbox.supervisor.channel import ANSWER_DEADLINE
 from nsbox.supervisor.connection import EnvironmentConnection
@@ -389,7 +389,7 @@ def test_a_small_event_that_nobody_reads_holds_up_no_loop(publish: Publish) -> N
 
 def test_a_silent_pid_1_holds_up_no_loop(publish: Publish, monkeypatch: pytest.MonkeyPatch) -> None:
     """After its time it is killed, and the call is told so; a pool would make it elsewhere."""
-    monkeypatch.setattr(nsbox.functions.session, "ANSWER_DEADLINE", 0.2 * PATIENCE)
+    monkeypatch.setattr(nsbox.functions.leftovers, "ANSWER_DEADLINE", 0.2 * PATIENCE)
     with OpenEnvironment(publish(HINDERER, reuse="reset")) as env:
         pid, send = env.pid, EnvironmentConnection.begin
 

@@ -303,7 +303,8 @@ class ExecutionEnvironment:
         return answer.invocation() if isinstance(answer, InvocationResponse) else answer
 
     def _role(self, role: str | None) -> str:
-        return self._managed.name if role is None else role
+        version = self._managed.version
+        return version.name if role is None and version is not None else role or ""
 
     @property
     def last(self) -> Invocation | None:

@@ -56,7 +56,7 @@ class ManagedEnvironment:
     Attributes:
         id, config, pid: As of `ExecutionEnvironment`.
         variables: Those of the environment that every command begins with.
-        name: That of its function; "" where it has none.
+        version: Whose environment it is, or None.
     """
 
     def __init__(
@@ -77,8 +77,7 @@ class ManagedEnvironment:
         self._protections: Protections | None = None
         self._close_lock = threading.Lock()
         self._session: Session | None = None
-        version = config if isinstance(config, FunctionVersion) else None
-        self.name = "" if version is None else version.name
+        self.version = version = config if isinstance(config, FunctionVersion) else None
         deployment = None
         if isinstance(config, FunctionVersion):
             deployment = deployment_of(config)
@@ -320,7 +319,7 @@ class ManagedEnvironment:
     def on_kill_of_left_running(self, tell: Callable[[], object]) -> None:
         """Have `tell` called when an invocation has left processes running that were killed."""
         if self._session is not None:
-            self._session.on_kill = tell
+            self._session.leftovers.on_kill = tell
 
     @property
     def heard_nothing(self) -> bool:

@@ -17,12 +17,11 @@ import time
 import uuid
 from _socket import socket as Socket
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from nsbox.errors import EnvironmentStateError, InvokeError, NsboxError
+from nsbox.errors import EnvironmentStateError, InvokeError
 from nsbox.functions.deployment import Deployment
 from nsbox.functions.exchange import (
     Frame,
@@ -30,7 +29,6 @@ from nsbox.functions.exchange import (
     OnLog,
     PendingCall,
     Steps,
-    Wait,
     WorkerEnded,
     WorkerOver,
     WorkerSilent,
@@ -38,16 +36,15 @@ from nsbox.functions.exchange import (
     error_payload,
 )
 from nsbox.functions.function import FunctionVersion
+from nsbox.functions.leftovers import Leftovers
 from nsbox.functions.program import StartCommand, run_program
 from nsbox.functions.request import InvocationRequest
 from nsbox.functions.worker import WorkerConnection
-from nsbox.guest import protocol as p
 from nsbox.guest import runtime
 from nsbox.guest.executed import executed_worker
 from nsbox.launcher.messages import Spec
-from nsbox.linux.descriptors import close_all
 from nsbox.supervisor import files, standby
-from nsbox.supervisor.channel import ANSWER_DEADLINE, Channel, RunRequest, make_socket
+from nsbox.supervisor.channel import RunRequest, make_socket
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.supervisor.evidence import describe_exit
 from nsbox.supervisor.launcher import Launcher
@@ -56,7 +53,6 @@ from nsbox.supervisor.process import PIPE, RunningCommand
 from nsbox.supervisor.reports import exit_code
 from nsbox.values.counters import oom_evidence
 from nsbox.values.invocation import (
-    NOTHING,
     FunctionError,
     Invocation,
     InvokeTimeout,
@@ -79,7 +75,6 @@ _NUMBERS: Final = struct.Struct("!16Q")
 _SENT_ALONG: Final = 1 << 15  # bytes that a socket surely takes before anybody reads (unix(7))
 _LAST_WORDS: Final = 10.0  # seconds in which a call sees that its environment is killed
 _AT_ONCE: Final = (False,)  # what `map` gives acquire(): no interrupt comes before it is kept
-_PID_1_AND_WORKER: Final = b"2\n"  # pids.current when there is no other thread
 
 
 class Session:
@@ -93,7 +88,7 @@ class Session:
         is_used: Whether a call is over.
         is_unsent: Whether the last one, which failed, has not reached the worker.
         has_end: Whether there is something to do when a call is over.
-        on_kill: Called when a call has left processes running, which were killed.
+        leftovers: What events leave behind.
     """
 
     def __init__(
@@ -140,32 +135,22 @@ class Session:
         self._quiet_until = 0.0
         self._is_begun = False
         self._start: PendingCall | None = None  # until the first event has it
-        self._cleanup: Channel | None = None  # PID 1's, after the last call
         # Of the last call: its record, or what that is made of. An answer would make a cycle.
         self._last: Invocation | tuple[PendingCall, bytes | memoryview] | None = None
         self._spare: EnvironmentConnection | None = None
-        # Opened once: that costs ten times a look. Beside a worker that was executed there is
-        # one that waits since the birth, or has ended.
-        self._kills_left = deployment.kills_left
-        is_counted = self._kills_left and self._function.start == "clone"
-        self._counter = connection.reader.open_counter() if is_counted and connection.reader else -1
+        self.leftovers = Leftovers(connection, version, deployment)
         self.worker: WorkerConnection | None = None
         self.init_seconds: float | None = None
         self.is_provisioned = self.is_used = self.is_unsent = False
         self._next_kind = next_kind
         self.has_end = self._function.reuse == "never"
-        self.on_kill: Callable[[], object] | None = None
 
     def close(self) -> None:
         """Close worker and sockets."""
         driver, self._loop = self._loop, None
         if driver is not None and not driver.loop.is_closed():
             driver.close()
-        if self._cleanup is not None:
-            self._cleanup.close()
-        counter, self._counter = self._counter, -1
-        if counter >= 0:
-            os.close(counter)
+        self.leftovers.close()
         if self.worker is not None:
             self.worker.close()
 
@@ -330,7 +315,7 @@ class Session:
                 record: Invocation = yield program
                 self._last = answer = record
                 if request.files and self._function.reuse == "keep":
-                    yield from self._remove(request)
+                    yield from self.leftovers.remove(request.files)
             else:
                 frame = None
                 count = self._count = self._count + 1
@@ -344,7 +329,7 @@ class Session:
                     else:
                         yield from self._init(request.on_log)
                 if call is None:
-                    if self._cleanup is not None or request.files:
+                    if self.leftovers.cleanup is not None or request.files:
                         yield from self._place(request)
                     call = self._send(request, timeout, request_id)
                 if self._next_kind is not None:
@@ -358,10 +343,10 @@ class Session:
                         frame = worker.feed(call, (yield worker.wait))
                 except (WorkerSilent, WorkerOver) as error:
                     raise (yield from self._judge(call, error)) from None
-                if self._kills_left:
-                    yield from self._kill_left(call)
+                if self.leftovers.are_killed:
+                    yield from self.leftovers.kill(call, worker.process.pid)
                 if request.files and self._function.reuse == "keep":
-                    yield from self._remove(request)
+                    yield from self.leftovers.remove(request.files)
                 if not call.answered:
                     call.answered = time.monotonic()
                 if frame[0] == runtime.ANSWER:
@@ -409,9 +394,7 @@ class Session:
         if self._resets and self.worker is not None:
             self._unwatch_event()
             self.worker.make_event()  # while PID 1 is busy
-        if self._cleanup is not None:
-            channel, self._cleanup = self._cleanup, None
-            files.check_reset(self._connection, *(yield from self._answer(channel)))
+        yield from self.leftovers.await_cleanup()
         if request.files:
             yield partial(files.place_files, self._connection, request.files)
 
@@ -578,7 +561,7 @@ class Session:
             memory_peak_mb=None if peak is None else -(-peak >> 20),
             status=status,
             error_type=error_type,
-            left_running=self.left_running(call),
+            left_running=self.leftovers.of_call(call),
         )
 
     @property
@@ -691,110 +674,26 @@ class Session:
 
     # -- what is left --------------------------------------------------------------------------
 
-    def _ask(self, operation: bytes, request: bytes) -> Steps[Channel]:
-        """Ask PID 1; raises OSError when it is gone."""
-        if len(request) + 2 <= p.LARGEST_MESSAGE and self._connection.has_control:
-            return self._connection.begin(operation, request)
-        return (yield partial(self._connection.begin, operation, request))  # type: ignore[no-any-return]
-
-    def _answer(self, channel: Channel) -> Steps[tuple[bytes, int, int]]:
-        """Wait for PID 1's answer and return its kind and two numbers.
-
-        Raises:
-            EnvironmentDied: It is gone, has broken the rules, or does not answer in its time.
-        """
-        try:
-            wait = Wait((channel.socket.fileno(),), time.monotonic() + ANSWER_DEADLINE)
-            answer = None
-            while answer is None:
-                if not (yield wait):
-                    raise TimeoutError
-                answer = channel.feed()
-        except OSError as error:
-            raise (yield partial(self._connection.died, error)) from error
-        finally:
-            channel.close()
-        kind, first, second, _, fds = answer
-        close_all(fds)
-        return kind, first, second
-
     def _begin_reset(self) -> Steps[None]:
-        """Send RESET to PID 1; its answer is awaited before the next event is sent."""
+        """Have all taken away that an event has left; the next one waits for that."""
         worker = self._known_worker
         self._unwatch_event()
         worker.close_event()
-        try:
-            request = files.reset_request(self._version.config, worker.process.pid)
-            self._cleanup = yield from self._ask(p.RESET, request)
-        except OSError as error:
-            # The answer has come; the next call raises.
-            self._connection.kill(f"its reset could not be asked for ({error})")
-
-    def _remove(self, request: InvocationRequest) -> Steps[None]:
-        # Whatever PID 1 is asked next comes after it; the next event waits for its answer.
-        names = p.names_request([name.encode() for name in request.files])
-        try:
-            self._cleanup = yield from self._ask(p.REMOVE, names)
-        except (OSError, NsboxError):
-            # The next event is not to find them.
-            self._connection.kill("an invocation's files could not be removed")
+        yield from self.leftovers.begin_reset(worker.process.pid)
 
     def _unwatch_event(self) -> None:
         """Remove an event's socket and pipes from the loop's readers, before they are closed."""
         if self._loop is not None and self.worker is not None:
             self._loop.unwatch(self.worker.event_descriptors())
 
-    def _kill_left(self, call: PendingCall) -> Steps[None]:
-        """Kill what `call`, which has been answered, has left running; return when it is gone.
-
-        If PID 1 does not say that all is gone the environment is killed: `call` is over and has all
-        it wanted, and there is no other.
-        """
-        with suppress(OSError):
-            if self._counter >= 0 and os.pread(self._counter, 8, 0) == _PID_1_AND_WORKER:
-                call.left_running = NOTHING
-                return
-        call.answered = time.monotonic()
-        try:
-            left = call.left_running = yield from self._ask_for_left(kill=True)
-        except EnvironmentDied:
-            pass
-        except (OSError, NsboxError):
-            self._connection.kill("what an invocation has left running could not be killed")
-        else:
-            if left is not None and left.processes and self.on_kill is not None:
-                self.on_kill()
-
     def count_left(self) -> Steps[LeftRunning]:
         """Count what runs besides the worker; see `ExecutionEnvironment.left_running`."""
-        return self._alone(self._count_left())
-
-    def _count_left(self) -> Steps[LeftRunning]:
-        try:
-            return (yield from self._ask_for_left(kill=False)) or NOTHING
-        except OSError as error:
-            raise self._connection.failed(error) from error
-
-    def _ask_for_left(self, *, kill: bool) -> Steps[LeftRunning | None]:
-        """Ask PID 1 what runs besides the worker, and kill it.
-
-        What other commands of the environment have started is not meant.
-        """
-        number = 0 if self.worker is None else self.worker.process.pid
-        channel = yield from self._ask(p.LEFT, p.left_request(number, kill=kill))
-        return files.check_left(self._connection, *(yield from self._answer(channel)))
-
-    def left_running(self, call: PendingCall) -> LeftRunning | None:
-        """Return what `call` has left running, as far as no process need be asked for that."""
-        if call.left_running is not None:
-            return call.left_running
-        goes_on = self._function.reuse == "keep" and not self._kills_left
-        is_counted = goes_on and self._function.start == "clone" and not self._connection.is_killed
-        return files.look_at_left(self._connection) if is_counted else None
+        worker = 0 if self.worker is None else self.worker.process.pid
+        return self._alone(self.leftovers.count(worker))
 
     def left_running_of_last(self) -> LeftRunning | None:
         """Return what the last call has left running, as far as that is known."""
         last = self._last
         if isinstance(last, tuple):
-            return self.left_running(last[0])
+            return self.leftovers.of_call(last[0])
         return None if last is None else last.left_running

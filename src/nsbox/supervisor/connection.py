@@ -560,8 +560,10 @@ class EnvironmentConnection:
     def __del__(self) -> None:
         # An interrupt came before anybody had it. With PID 1's socket in the launcher nothing is
         # closed here that would end it.
-        if getattr(self, "_is_lent", False) and self.end is None and not self.supervision.is_let_go:
-            self.send_kill()
+        if getattr(self, "_is_lent", False):
+            supervision = self.supervision
+            if supervision.end is None and not supervision.is_let_go:
+                self.send_kill()
 
     def drop_endpoints(self) -> None:
         """Close what a clone of a worker has been given."""
