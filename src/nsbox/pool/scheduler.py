@@ -40,7 +40,6 @@ from nsbox.pool.accounts import (
     V,
     W,
     Waiter,
-    check_promises,
     coldness,
 )
 from nsbox.pool.events import Counters, PoolStats, Retirement
@@ -85,13 +84,12 @@ class Scheduler(Ledger[E, W]):
             clock: Returns seconds.
             on_lost: Called, from wherever, when there is something for `sweep` to find.
         """
-        super().__init__(most, weigh, clock, on_lost)
+        super().__init__(most, memory_budget, weigh, clock, on_lost)
         self._max_waiting = max_waiting
         self._max_lifetime = max_lifetime
         self._max_invocations = max_invocations
         self._idle_timeout = idle_timeout
         self._freeze_after = freeze_after
-        self._memory_budget = memory_budget
         self._turns = 0
         self._is_closed = False
         self._rests = False  # nothing is due until an environment comes back (`wants_sweep`)
@@ -219,19 +217,6 @@ class Scheduler(Ledger[E, W]):
         else:
             self._shared.queues.remove(queue)
         return self._retire_idle(list(queue.idle_ones()), Retirement.CLOSE)
-
-    def _check_room(
-        self, queues: list[FunctionQueue[E, W]], change: Resolve[W] | None = None
-    ) -> None:
-        """Raise ConfigError unless each function gets what it is promised, and a place at least.
-
-        `change` is what the last of `queues` is to be.
-        """
-        weighed = []
-        for queue in queues:
-            resolve = change if change is not None and queue is queues[-1] else queue.resolve
-            weighed.append((queue, self._weigh(resolve(None)[1])))
-        check_promises(weighed, self._shared, self._most, self._memory_budget)
 
     @locked
     def publish(self, queue: FunctionQueue[E, W], resolve: Resolve[W]) -> list[Slot[E, W]]:
@@ -716,47 +701,3 @@ class Scheduler(Ledger[E, W]):
         super()._mend()
         for places in self._parts:
             self._hand_out(places)
-
-    # -- places --------------------------------------------------------------------------------
-
-    def _may_have_one(self, queue: FunctionQueue[E, W], what: W) -> bool:
-        """Whether there can be an environment of it at all: `_check_room` has not seen to that."""
-        if not queue.is_optional or self._memory_budget is None:
-            return queue.places.most > 0
-        aside = sum(part.aside for part in self._parts if part is not queue.places)
-        return queue.places.most > 0 and self._weigh(what) <= self._memory_budget - aside
-
-    def _kept_ready(self, queue: FunctionQueue[E, W]) -> list[Slot[E, W]]:
-        """Return the provisioned ones of a function, births counted."""
-        return [
-            slot
-            for slot in self._slots
-            if slot.queue is queue and slot.is_provisioned and slot.phase is not Phase.RETIRED
-        ]
-
-    def _find_room(
-        self, queue: FunctionQueue[E, W], memory: int, reason: Retirement
-    ) -> list[Slot[E, W]] | None:
-        """Return which idle ones have to go for a birth, or None if there is no room anyhow."""
-        places = queue.places
-        over = 1 + max(places.taken - places.most, len(self._slots) - self._most)
-        lacking = memory - self._memory_left(places)
-        victims: list[Slot[E, W]] = []
-        if over <= 0 and lacking <= 0:
-            return victims
-        idle = places.on_demand()
-        if reason is Retirement.DEMAND:
-            # For a call even those that are kept ready for its own function.
-            idle += sorted((e for e in queue.idle_ones() if e.is_provisioned), key=coldness)
-        for slot in idle:
-            victims.append(slot)
-            over, lacking = over - 1, lacking - slot.memory
-            if over <= 0 and lacking <= 0:
-                return victims
-        return None
-
-    def _memory_left(self, places: Places[E, W]) -> float:
-        if self._memory_budget is None:
-            return math.inf
-        others = sum(max(part.memory, part.aside) for part in self._parts if part is not places)
-        return self._memory_budget - others - places.memory
