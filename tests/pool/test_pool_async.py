@@ -8,10 +8,9 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from tests.support import SLOW_MACHINE, wait_until
+from tests.support import PATIENCE, SLOW_MACHINE, wait_until
 
 import nsbox
-from nsbox.pool.manager import PoolLease
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -231,14 +230,14 @@ def test_threads_and_several_loops_at_once(make: Make) -> None:
 def test_a_loop_that_ends_without_its_calls_keeps_nothing(make: Make) -> None:
     """It closes with a call in the queue, which is not even cancelled: the lease goes on."""
     with nsbox.WarmPool(make(), max_environments=1, acquire_timeout=None) as pool:
-        lease = PoolLease()
-        pool._take(lease, None, 1)
+        busy = pool.submit({"sleep": 0.3 * PATIENCE})
+        wait_until(lambda: pool.snapshot().count("busy") == 1, "it runs")
         loop = asyncio.new_event_loop()
         task = loop.create_task(pool.invoke_async({}))
         loop.run_until_complete(asyncio.sleep(0))
         assert pool.stats()["Waiting"] == 1
         loop.close()
-        pool._manager.finish(lease, None)
+        busy.result()
         assert pool.invoke({"echo": 1})["echo"] == 1
         stats = pool.stats()
         assert (stats["Calls"], stats["Invocations"], stats["Errors"]) == (3, 3, 1)
