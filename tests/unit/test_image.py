@@ -162,6 +162,25 @@ def test_all_that_a_process_does_with_its_memory_is_still_right() -> None:
         """)
 
 
+def test_pages_of_zeros_are_in_no_page_table_until_they_are_needed() -> None:
+    run("""
+        used, spare = bytearray(b"x") * (1 << 20), bytearray(1 << 20)
+        image = Image()
+
+        def present(block):
+            first = ctypes.addressof(ctypes.c_char.from_buffer(block)) // 4096 + 1
+            with open("/proc/self/pagemap", "rb") as file:
+                file.seek(first * 8)
+                return sum(byte >> 7 for byte in file.read(255 * 8)[7::8])
+
+        assert present(spare) < 16 <= present(used)
+        assert not any(spare)
+        spare[5000] = 1
+        image.drop()
+        assert sum(spare) == spare[5000] == 1 and set(used) == {120}
+        """)
+
+
 def test_an_image_is_taken_of_plain_memory_alone() -> None:
     run("""
         import mmap
