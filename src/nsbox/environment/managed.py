@@ -190,7 +190,7 @@ class ManagedEnvironment:
     def _known_connection(self) -> EnvironmentConnection:
         """Return the connection, unless the environment is known to be of no use."""
         connection = self._own_connection()
-        if connection.end is not None or connection.is_killed:
+        if connection.supervision.end is not None or connection.is_killed:
             raise EnvironmentStateError(
                 f"environment {self.id} is dead: {connection.describe_end()}; make a new one"
             )

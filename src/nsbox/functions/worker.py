@@ -70,13 +70,12 @@ class WorkerConnection:
         self._body: memoryview | None = None  # of an answer that has begun to come
         self._kind, self._filled = b"", 0
         self._is_ended = False
-        unblock(channel)
         self._base_fd = self._fd = channel.fileno()
         self._logs: dict[int, str] = {}
         for name, stream in (("stdout", process.stdout), ("stderr", process.stderr)):
             if stream is not None:
-                unblock(stream.fileno())
                 self._logs[stream.fileno()] = name
+        unblock(channel, *self._logs)
         self.wait = Wait([self._fd, *process.descriptors(), *self._logs], 0.0, is_lasting=True)
 
     def close(self) -> None:

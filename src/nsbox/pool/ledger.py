@@ -226,7 +226,10 @@ class Ledger(Generic[E, W]):
         """Return which idle ones have to go for a birth, or None if there is no room anyhow."""
         places = queue.places
         over = 1 + max(places.taken - places.most, len(self._slots) - self._most)
-        lacking = memory - self._memory_left(places)
+        lacking = 0
+        if self._memory_budget is not None:
+            others = sum(max(part.memory, part.aside) for part in self._parts if part is not places)
+            lacking = memory + others + places.memory - self._memory_budget
         victims: list[Slot[E, W]] = []
         if over <= 0 and lacking <= 0:
             return victims
@@ -240,12 +243,6 @@ class Ledger(Generic[E, W]):
             if over <= 0 and lacking <= 0:
                 return victims
         return None
-
-    def _memory_left(self, places: Places[E, W]) -> float:
-        if self._memory_budget is None:
-            return math.inf
-        others = sum(max(part.memory, part.aside) for part in self._parts if part is not places)
-        return self._memory_budget - others - places.memory
 
     # -- what an interrupt leaves --------------------------------------------------------------
 

@@ -690,7 +690,7 @@ class Scheduler(Ledger[E, W]):
     @property
     def is_wanting(self) -> bool:
         """Whether there may be something to do when a place is free."""
-        return bool(self._orphans) or any(queue.provisioned for queue in self._queues)
+        return bool(self._orphans) or any([queue.provisioned for queue in self._queues])
 
     @property
     def is_killed(self) -> bool:

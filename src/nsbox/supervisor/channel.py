@@ -232,17 +232,18 @@ def make_socket() -> tuple[Socket, Socket]:
         raise SyscallError("socketpair", error.errno or 0) from error
 
 
-def unblock(end: Socket | int) -> None:
-    """Have nothing wait on this end of a socket, or of a pipe by its descriptor.
+def unblock(*ends: Socket | int) -> None:
+    """Have nothing wait on these ends of sockets, or of pipes by their descriptors.
 
     Raises:
         SyscallError: The kernel has no memory for it.
     """
     try:
-        if isinstance(end, Socket):
-            end.setblocking(False)
-        else:
-            os.set_blocking(end, False)
+        for end in ends:
+            if isinstance(end, Socket):
+                end.setblocking(False)
+            else:
+                os.set_blocking(end, False)
     except OSError as error:
         raise SyscallError("ioctl", error.errno or 0) from error
 
