@@ -83,7 +83,8 @@ def test_what_classes_show_is_what_the_documents_name() -> None:
         value = getattr(nsbox, name)
         if isinstance(value, type) and not issubclass(value, Exception):
             inherited = {*dir(dict), *dir(enum.Enum)}
-            names = [item for item in dir(value) if item[0] != "_" and item not in inherited]
+            fields = getattr(value, "__dataclass_fields__", {})
+            names = [n for n in {*dir(value), *fields} if n[0] != "_" and n not in inherited]
             silent += [f"{name}.{item}" for item in names if not re.search(rf"\b{item}\b", NAMED)]
     assert not silent
 
