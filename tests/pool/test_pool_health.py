@@ -183,14 +183,14 @@ def test_a_birth_that_gets_no_thread_gives_its_place_back(
 
 
 def test_a_start_that_fails_again_and_again_is_told_once(
-    out: Path, caplog: pytest.LogCaptureFixture
+    out: Path, slots: list[PoolSlot], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = nsbox.Config(mounts=(nsbox.Mount.bind(out, "/data"),))
     with nsbox.WarmPool(config, provisioned=1, max_environments=1) as pool:
         with pool.acquire() as env:
             out.rmdir()  # no other can be born
             os.kill(env.pid, signal.SIGKILL)
-        wait_until(lambda: pool._queue.breaker.pause() > 0, "three starts have failed")
+        wait_until(lambda: slots[0].queue.breaker.pause() > 0, "three starts have failed")
         told = [r for r in caplog.records if "does not start" in r.getMessage()]
         assert len(told) == 1
         out.mkdir()
