@@ -71,7 +71,7 @@ def test_method_and_property_is_documented(name: str) -> None:
 
 NAMED = " ".join(
     code
-    for path in [*(Path(__file__).parents[2] / "docs").glob("*.md")]
+    for path in (Path(__file__).parents[2] / "docs").glob("*.md")
     for code in re.findall("`+[^`]+`+", path.read_text())
 )
 
