@@ -15,8 +15,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+from tests import leaks
 from tests.support import (
     IS_ROOT,
     SLOW_MACHINE,
@@ -24,6 +27,7 @@ from tests.support import (
     host_program,
     name_of,
     processes_with,
+    publish_app,
     wait_until,
 )
 
@@ -267,6 +271,61 @@ def test_more_specs_and_layouts_than_are_kept(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(launcher_module, "_SPECS_NOTED", 2)
     for number in (0, 1, 2, 0):
         check(number)
+
+
+def test_the_end_of_one_template_costs_no_birth_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its clones are ended with it; another's, which has not told of them yet, is no such one."""
+    function = publish_app(tmp_path, "def handler(event, context): return event")
+    nsbox.shutdown()  # and the templates of other tests
+    launcher = get_launcher()
+
+    def children(name: str) -> set[int]:
+        return {child.pid for child in leaks.children(launcher.pid) if child.name == name}
+
+    def inits() -> set[int]:
+        helpers = ("nsbox-template", "nsbox-janitor")
+        return {each.pid for each in leaks.children(launcher.pid) if each.name not in helpers}
+
+    with nsbox.ExecutionEnvironment():
+        (of_commands,) = children("nsbox-template")
+    with nsbox.ExecutionEnvironment(function) as env:
+        assert env.invoke(1) == 1
+    (of_functions,) = children("nsbox-template") - {of_commands}
+    wait_until(lambda: not inits(), "only helpers are left")
+    answers: list[object] = []
+    is_asked = threading.Event()
+    request_birth = Launcher.request_birth
+
+    def note(self: Launcher, *arguments: Any, **options: Any) -> None:
+        request_birth(self, *arguments, **options)
+        is_asked.set()
+
+    def call() -> None:
+        with nsbox.ExecutionEnvironment(function) as env:
+            answers.append(env.invoke(2))
+
+    thread = threading.Thread(target=call)
+    monkeypatch.setattr(Launcher, "request_birth", note)
+    try:
+        os.kill(of_functions, signal.SIGSTOP)
+        thread.start()
+        assert is_asked.wait(30)
+        nsbox.run(["true"])  # asked for later, and there: the template has been sent the first
+        wait_until(lambda: not inits(), "only helpers are left")
+        os.kill(launcher.pid, signal.SIGSTOP)
+        os.kill(of_commands, signal.SIGKILL)  # what the launcher hears of first
+        wait_until(lambda: psutil.Process(of_commands).status() == "zombie", "it has ended")
+        os.kill(of_functions, signal.SIGCONT)
+        wait_until(inits, "the other has made its clone")
+    finally:
+        os.kill(of_functions, signal.SIGCONT)
+        os.kill(launcher.pid, signal.SIGCONT)
+    thread.join()
+    assert answers == [2]
+    with nsbox.ExecutionEnvironment() as env:
+        assert env.run(["true"]).ok
 
 
 def test_a_killed_janitor_is_replaced(env: nsbox.ExecutionEnvironment) -> None:

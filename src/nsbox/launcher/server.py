@@ -463,8 +463,8 @@ class Server:
         failed: dict[str, Any] | None = None
         try:
             for pid in proc.children(os.getpid()):
-                # A clone that it could not tell of any more.
-                if pid not in self._children:
+                # A clone that it could not tell of any more; another's may be told of next.
+                if pid not in self._children and template.has_made(pid):
                     _end_child(pid)
         except OSError as error:  # it ends when the host closes its socket
             failed = failure("clone", error)

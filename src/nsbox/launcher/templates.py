@@ -53,6 +53,7 @@ class TemplateProcess:
             lifeline: Descriptor that reads as ended when the launcher is gone.
         """
         self.kind = kind
+        self._words = os.fsencode("\0".join(("", *words, "")))
         self.pending: collections.deque[Birth] = collections.deque()
         self._known: dict[str, None] = {}
         self._channel, theirs = protocol.pair()
@@ -120,6 +121,14 @@ class TemplateProcess:
             return None
         pid, failed = marshal.loads(data)  # noqa: S302 - from a process of ours, not from inside
         return pid, fds[0] if fds else -1, failed
+
+    def has_made(self, pid: int) -> bool:
+        """Whether a child that no template has told of may be a clone of this one."""
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                return self._words in file.read()  # a clone has that of its template
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Close the descriptors; a template that still runs ends then."""
