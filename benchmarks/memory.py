@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 
 from benchmarks.peers import UnavailableError
-from benchmarks.subject import launcher_process
 
 _M_MMAP_THRESHOLD = -3  # malloc.h; once set it is not adapted any more
 _PSS = re.compile(r"^Pss:\s+(\d+) kB$", re.M)
@@ -63,33 +62,29 @@ class Memory:
 
     def __init__(self) -> None:
         """No samples yet."""
-        self._samples: list[dict[str, float]] = []
+        self.samples: list[dict[str, float]] = []
+        """Megabytes, of each who was there."""
 
-    def sample(self) -> None:
-        """Looks; to be called when nothing is under way."""
+    def sample(self, launcher: int | None) -> None:
+        """Looks; to be called when nothing is under way. `launcher` is its pid."""
         # What the allocator keeps for later, in an arena for each thread, is free.
         gc.collect()
-        _trim()
-        found = {"host": _resident(os.getpid())}
-        launcher = launcher_process()
+        trim()
+        found = {"host": resident(os.getpid())}
         if launcher is not None:
-            found["launcher"] = _resident(launcher.pid)
-        self._samples.append(found)
+            found[f"launcher {launcher}"] = resident(launcher)
+        self.samples.append(found)
 
     def growth(self) -> list[str]:
-        """Tells who has grown by more than the tolerance from the first sample to the last."""
-        first, last = self._samples[0], self._samples[-1]
+        """Tells who has grown by more than the tolerance from its first sample to the last."""
+        first: dict[str, float] = {}
+        for sample in self.samples:
+            first = {**sample, **first}
         return [
-            f"the {name} grew from {size:.1f} to {last.get(name, 0.0):.1f} MB"
-            for name, size in first.items()
-            if last.get(name, 0.0) > size * MARGIN + ROOM
+            f"the {name} grew from {first[name]:.1f} to {size:.1f} MB"
+            for name, size in self.samples[-1].items()
+            if size > first[name] * MARGIN + ROOM
         ]
-
-    def rows(self) -> list[list[str]]:
-        """Rows of a table: the samples."""
-        names = ("host", "launcher")
-        sizes = {name: [f"{found.get(name, 0.0):.1f}" for found in self._samples] for name in names}
-        return [[f"MB of the {name}", ", ".join(sizes[name])] for name in names]
 
 
 def map_large_blocks() -> None:
@@ -98,14 +93,16 @@ def map_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
 
 
-def _trim() -> None:
+def trim() -> None:
+    """Gives what the allocator keeps for later back to the kernel."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _resident(pid: int) -> float:
+def resident(pid: int) -> float:
+    """Megabytes of a process in memory; 0: it has just ended."""
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1])
     except (FileNotFoundError, ProcessLookupError):
-        return 0.0  # it has just ended
+        return 0.0
     return pages * os.sysconf("SC_PAGESIZE") / 1e6

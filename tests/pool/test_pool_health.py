@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deaths and failures in a pool at awkward moments, most of them found by the soak."""
+"""Deaths and failures in a pool at awkward moments, most of them found by the storm."""
 
 from __future__ import annotations
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -70,6 +72,30 @@ def test_a_warm_call_that_is_interrupted_gives_its_place_back(
         count = interrupt_at_each_place(lambda: partial(use, pool), lambda: check(pool, use))
         assert count > 5
         close(pool)
+
+
+def test_a_birth_that_makes_room_loses_nothing_when_it_is_interrupted(make: Make) -> None:
+    """What had to go for it goes, and its end is told as its birth was; the call is counted."""
+    events: deque[nsbox.PoolEvent] = deque()
+    tenants = itertools.cycle(["red", "blue"])
+    with nsbox.WarmPool(make(), on_event=events.append, **SETTINGS) as pool:
+
+        def prepare() -> Callable[[], object]:
+            return partial(pool.invoke, {"echo": 1}, tenant=next(tenants))
+
+        def look() -> None:
+            stats = pool.stats()
+            assert stats["Calls"] == stats["Invocations"] + stats["Throttles"]
+            assert stats["Environments"] <= 1
+            counts = Counter(event.kind for event in events)
+            assert counts["created"] - counts["retired"] == stats["Environments"]
+
+        prepare()()
+        # The one that has to go is closed in its first third.
+        interrupt_at_each_place(prepare, look, STRIDE)
+        close(pool)
+    kinds = Counter(event.kind for event in events)
+    assert kinds["created"] == kinds["retired"]
 
 
 @pytest.mark.parametrize("drain", [True, False])

@@ -50,15 +50,14 @@ class Leftovers:
         self._is_counted = is_plain and version.function.reuse == "keep" and not self.are_killed
         # Opened once: that costs ten times a look.
         reader = connection.reader if is_plain and self.are_killed else None
-        self._counter = -1 if reader is None else reader.open_counter()
+        self._counter = None if reader is None else reader.open_counter()
 
     def close(self) -> None:
         """Close what is open."""
         if self.cleanup is not None:
             self.cleanup.close()
-        counter, self._counter = self._counter, -1
-        if counter >= 0:
-            os.close(counter)
+        if self._counter is not None:
+            self._counter.close()
 
     # -- what is taken away --------------------------------------------------------------------
 
@@ -94,8 +93,9 @@ class Leftovers:
         If PID 1 does not say that all is gone the environment is killed: `call` is over and has all
         it wanted, and there is no other.
         """
-        with suppress(OSError):
-            if self._counter >= 0 and os.pread(self._counter, 8, 0) == _PID_1_AND_WORKER:
+        with suppress(OSError, ValueError):  # it is closed meanwhile
+            counter = self._counter
+            if counter is not None and os.pread(counter.fileno(), 8, 0) == _PID_1_AND_WORKER:
                 call.left_running = NOTHING
                 return
         call.answered = time.monotonic()

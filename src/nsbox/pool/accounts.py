@@ -71,14 +71,15 @@ class Slot(Generic[E, W]):
         is_provisioned: It is one of those that are kept ready.
         is_silent: * Its death is found only by looking, not by sending an event.
         is_plain: * An answer leaves nothing to do and nobody to tell.
+        is_told: * Its birth has been told, and its end not yet.
         serves: Its lease is that of a call, not of a birth ahead of need.
         reason: Why it was retired.
     """
 
     __slots__ = (
         "begun", "born", "death", "env", "fd", "generation", "holder", "idle_since", "invocations",
-        "is_cold", "is_dead", "is_plain", "is_provisioned", "is_silent", "key", "memory", "phase",
-        "queue", "reason", "serves", "token", "victims", "what",
+        "is_cold", "is_dead", "is_plain", "is_provisioned", "is_silent", "is_told", "key", "memory",
+        "phase", "queue", "reason", "serves", "token", "victims", "what",
     )  # fmt: skip
 
     def __init__(
@@ -105,7 +106,7 @@ class Slot(Generic[E, W]):
         self.invocations = 0
         self.is_cold = self.is_dead = self.is_provisioned = False
         self.is_silent = True
-        self.is_plain = False
+        self.is_plain = self.is_told = False
         self.serves = False
         self.reason: Retirement | None = None
 

@@ -263,6 +263,7 @@ class Ledger(Generic[E, W]):
         if slot.phase is not Phase.RETIRED:
             if slot.serves:
                 slot.queue.counters.errors += 1
+                slot.serves = False
             slot.phase, slot.reason, slot.token = Phase.RETIRED, Retirement.FAILURE, 0
             slot.queue.breaker.end(slot)
         if slot.env is None:

@@ -208,6 +208,8 @@ class PoolManager:
 
     def is_dead(self, lease: PoolLease) -> bool:
         """Look whether it has died a moment ago; then it is closed. A frozen one is thawed."""
+        if lease.is_cold:
+            self._await_freezing()
         death, env = lease.slot.death, lease.slot.env
         if env is not None and env.is_closed:
             death = None  # and its descriptor's number may be another's
@@ -218,12 +220,8 @@ class PoolManager:
 
     def drop(self, lease: PoolLease | None, *, answered: bool | None = False) -> None:
         """End a lease that nobody uses any more; its call, if any, is an error. Does not wait."""
-        if lease is None:
-            return
-        for victim in lease.slot.victims:
-            self._close(victim)
-        lease.slot.victims = ()
-        self._give_back(lease, None, answered=answered, has_run=False)
+        if lease is not None:
+            self._give_back(lease, None, answered=answered, has_run=False)
 
     def abandon(self, lease: PoolLease) -> None:
         """End what a call has by this lease that was interrupted, wherever that was.
@@ -335,17 +333,20 @@ class PoolManager:
         return failure
 
     def _close(self, slot: PoolSlot, *, wait: bool = False) -> None:
-        """Close a retired environment and free its slot."""
+        """Close a retired environment, and those that were to make room for it; free its slot."""
+        for victim in slot.victims:
+            self._close(victim)
+        slot.victims = ()
         try:
             if slot.env is not None:
                 if slot.is_cold:
                     self._await_freezing()
                 self._unwatch(slot.fd, slot)
                 slot.env.close(wait=wait)
-                self._tell("retired", slot, reason=slot.reason)
         finally:
             # One that an interrupt has kept open is closed by whoever finds that nobody has it.
             if slot.env is None or slot.env.is_closed or slot.holder is None:
+                self._tell("retired", slot, reason=slot.reason)
                 self.scheduler.removed(slot)
             if self.scheduler.is_wanting:
                 self._wake()
@@ -412,7 +413,6 @@ class PoolManager:
     def _thaw(self, lease: PoolLease) -> bool:
         """Thaw what was frozen while nobody used it; False when it is dead."""
         env = env_of(lease)
-        self._await_freezing()
         if has_pending(env.pid, signal.SIGKILL):
             return False  # v1's freezer holds up even that
         try:
@@ -434,7 +434,7 @@ class PoolManager:
         self, kind: EventKind, slot: PoolSlot, *, reason: Retirement | None = None, error: str = ""
     ) -> None:
         on_event = self.settings.on_event
-        if on_event is None or slot.env is None:
+        if on_event is None or slot.env is None or not (slot.is_told or kind == "created"):
             return
         version = slot.what if isinstance(slot.what, FunctionVersion) else None
         event = PoolEvent(
@@ -449,6 +449,8 @@ class PoolManager:
             left_running=slot.env.left_running_of_last() if kind == "invoked" else None,
         )
         try:
+            # An interrupt finds the birth told and noted, or neither; and so the end.
+            slot.is_told = kind != "retired"
             on_event(event)
         except Exception:  # noqa: BLE001 - the caller's; the pool's own work goes on
             _log.exception("on_event raised for %s", event)

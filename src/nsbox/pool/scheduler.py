@@ -309,6 +309,8 @@ class Scheduler(Ledger[E, W]):
         key, what = queue.resolve(waiter.tenant)
         if not again:
             queue.counters.calls += 1
+        elif waiter.record.token:
+            waiter.record.slot.serves = False  # from here on this counts it
         places = queue.places
         if not self._may_have_one(queue, what):
             queue.counters.throttles += 1
@@ -356,6 +358,10 @@ class Scheduler(Ledger[E, W]):
                 self._hand_out(queue.places)
         if lease.token and lease.slot.holder is not None and lease.slot.holder() is lease:
             self._lose(lease.slot)
+        if lease.token and lease.slot.serves and lease.slot.phase is Phase.RETIRED:
+            # Its environment was dead, and it was to have another.
+            lease.slot.queue.counters.throttles += 1
+            lease.slot.serves = False
         return self._take_lost()
 
     @locked

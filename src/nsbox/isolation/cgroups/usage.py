@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+from _io import FileIO
 
 from nsbox.errors import SyscallError
 from nsbox.isolation.cgroups.files import ControlFiles, read_bytes
@@ -96,13 +97,13 @@ class UsageReader:
             return self._get(self._memory, "max_usage_in_bytes")  # type: ignore[no-any-return]
         return self._get(self._unified, "memory_peak")  # type: ignore[no-any-return]
 
-    def open_counter(self) -> int:
-        """Return a descriptor of the file that counts its threads, -1 where there is none."""
-        files, name = self._pids or self._unified, "pids.current"
+    def open_counter(self) -> FileIO | None:
+        """Return the file that counts its threads, None where there is none."""
+        files = self._pids or self._unified
         try:
-            return os.open(f"{files.directory}/{name}", os.O_RDONLY | os.O_CLOEXEC) if files else -1
+            return FileIO(f"{files.directory}/pids.current") if files else None
         except OSError:
-            return -1
+            return None
 
     def tasks(self) -> tuple[int, int] | None:
         """Return how many processes and threads there are; None where they are not counted.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The callers of a soak: threads that call, submit, or run an asyncio loop with some tasks."""
+"""The callers of a storm: threads that call, lease or submit, loops with tasks, the main thread."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import concurrent.futures
 import contextlib
 import json
 import random
+import signal
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.soaked import HOUSE, SECOND, TENANTS, Call, Plan, Subject
+from tests.storm.interrupts import Window
+from tests.storm.ledger import Call, Plan
+from tests.storm.pools import NAMES, TENANTS, WEIGHTS, AskedError, Subject
+
+import nsbox
 
 TASKS = 3
 """Of each thread that runs a loop."""
@@ -24,9 +29,12 @@ CANCELLED = 0.03
 """Part of awaited calls."""
 THINK = 0.02
 """Mean seconds between two calls of a caller: other programs want to run, too."""
+LONGEST = 60.0
+"""Seconds, times the plan's patience, in which every call ends that a pause or the end waits for:
+more than any deadline, so that one that is missed is told of by its call."""
 
 
-class Users:
+class Callers:
     """The callers, each with random choices of its own."""
 
     def __init__(self, plan: Plan, subject: Subject) -> None:
@@ -37,24 +45,32 @@ class Users:
         self._changed = threading.Condition()
         self._is_paused = False
         self._under_way = 0
+        self.windows: list[Window] = []
+        """Of those that may be interrupted: the main thread's is the first."""
         self._threads = [
-            threading.Thread(target=self._run, args=(number,), name=f"soak-{number}")
+            threading.Thread(target=self._run, args=(number,), name=f"storm-{number}")
             for number in range(plan.threads)
         ]
-        kinds = {kind: weight for kind, weight in KINDS.items() if kind != "hog" or subject.can_hog}
-        self._kinds, self._weights = list(kinds), list(kinds.values())
+        self._kinds, self._weights = list(KINDS), list(KINDS.values())
 
-    def start(self) -> None:
-        """Lets them begin."""
+    def run_main(self) -> None:
+        """Let them begin, and call with the main thread, too, until `stop`."""
+        window = Window()
+        self.windows.append(window)
         for thread in self._threads:
             thread.start()
+        before = signal.signal(signal.SIGINT, window.handle)
+        try:
+            self._calls("main", random.Random(f"{self._plan.seed}/main"), window)
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """No call is under way in the body."""
         with self._changed:
             self._is_paused = True
-            longest = 60.0 * self._plan.patience + self._plan.slack
+            longest = LONGEST * self._plan.patience
             if not self._changed.wait_for(lambda: not self._under_way, longest):
                 text = f"{self._under_way} calls did not end within {longest:.0f} seconds"
                 self._subject.ledger.wrong("deadline", text)
@@ -78,10 +94,12 @@ class Users:
                 self._changed.notify_all()
 
     def stop(self) -> None:
-        """Waits until every call is over; one that is not within its deadline is told."""
+        """Have every caller end with its call."""
         self._over.set()
-        longest = 60.0 * self._plan.patience + self._plan.slack
-        end = time.monotonic() + longest
+
+    def join(self) -> None:
+        """Wait until every call is over; one that is not within its deadline is told."""
+        end = time.monotonic() + LONGEST * self._plan.patience
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
         late = [thread.name for thread in self._threads if thread.is_alive()]
@@ -94,17 +112,25 @@ class Users:
             if number % 4 == 3:
                 asyncio.run(self._tasks(number, choices))
             elif number % 8 == 2:
-                self._calls(number, choices, self._submit)
+                # A future that is interrupted within `threading` may keep its lock.
+                self._calls(f"submitter {number}", choices, None)
             else:
-                self._calls(number, choices, self._invoke)
+                window = Window()
+                self.windows.append(window)
+                self._calls(f"thread {number}", choices, window)
         except BaseException as error:
-            self._subject.ledger.wrong("soak", f"caller {number} failed itself: {error!r}")
+            self._subject.ledger.wrong("storm", f"caller {number} failed itself: {error!r}")
             raise
 
-    def _call(self, caller: str, number: int, choices: random.Random) -> Call:
+    def _call(self, caller: str, number: int, choices: random.Random, way: str) -> Call:
         do = choices.choices(self._kinds, self._weights)[0]
-        pool = choices.choices([*HOUSE, SECOND], (4, 1, 2, 1))[0]
-        timeout = 30.0
+        pool = choices.choices(NAMES, WEIGHTS)[0]
+        if pool == "commands":
+            way = "lease"
+            do = do if do in ("echo", "hang", "raise") else "echo"
+        if do == "hog" and not self._subject.can_hog:
+            do = "echo"
+        timeout = 5.0
         if do == "hang":
             timeout = choices.uniform(0.05, 0.3)
         event: dict[str, Any] = {
@@ -123,40 +149,58 @@ class Users:
         if do == "wrong":
             event["pad"] = "." * (6 << 20)  # larger than an event may be
         tenant = choices.choice(TENANTS) if pool == "keep" else None
-        call = Call(pool, do, event, timeout * self._plan.patience, tenant)
+        call = Call(pool, way, do, event, timeout * self._plan.patience, tenant)
         call.version = self._subject.completed
         call.begin = time.monotonic()
+        self._subject.ledger.begin(call)
         return call
 
     # -- threads ----------------------------------------------------------------------------------
 
-    def _calls(self, number: int, choices: random.Random, make: Any) -> None:  # noqa: ANN401
+    def _calls(self, caller: str, choices: random.Random, window: Window | None) -> None:
         count = 0
         while not self._over.is_set():
             if not self._enter():
                 self._over.wait(THINK)
                 continue
-            call = self._call(f"thread {number}", count, choices)
-            answer, error = None, None
-            try:
-                answer = make(call, choices)
-            except Exception as found:  # noqa: BLE001 - judged
-                error = found
-            self._subject.judge(call, answer, error, cancelled=False)
+            way = "invoke" if choices.random() < 0.8 else "invoke_bytes"
+            call = self._call(caller, count, choices, "submit" if window is None else way)
+            answer: Any = None
+            error: BaseException | None = None
+            if window is None:
+                try:
+                    answer = self._make(call)
+                except Exception as found:  # noqa: BLE001 - judged
+                    error = found
+            else:
+                # Not a default of the lambda: what it refers to is this turn's.
+                answer, error = window.call(lambda: self._make(call))  # noqa: B023
+            self._subject.judge(call, answer, error)
             del call, answer, error
             self._leave()
             count += 1
             self._over.wait(choices.expovariate(1 / THINK))
 
-    def _invoke(self, call: Call, choices: random.Random) -> Any:  # noqa: ANN401 - any JSON value
+    def _make(self, call: Call) -> Any:
         pool = self._subject.pools[call.pool]
-        if choices.random() < 0.8:
+        if call.way == "lease":
+            return self._lease(pool, call)
+        if call.way == "submit":
+            return self._submit(pool, call)
+        if call.way == "invoke":
             return pool.invoke(call.event, timeout=call.timeout, tenant=call.tenant)
         payload = json.dumps(call.event).encode()
         return pool.invoke_bytes(payload, timeout=call.timeout, tenant=call.tenant).json()
 
-    def _submit(self, call: Call, _choices: random.Random) -> Any:  # noqa: ANN401 - any JSON value
-        pool = self._subject.pools[call.pool]
+    def _lease(self, pool: nsbox.WarmPool[nsbox.Config], call: Call) -> nsbox.Result:
+        with pool.acquire() as env:
+            if call.do == "raise":
+                raise AskedError(call.event["nonce"])
+            seconds = 600 if call.do == "hang" else 0
+            words = ["sh", "-c", 'printf %s "$1"; exec sleep "$2"', "sh"]
+            return env.run([*words, call.event["nonce"], str(seconds)], timeout=call.timeout)
+
+    def _submit(self, pool: Any, call: Call) -> Any:
         future = pool.submit(call.event, timeout=call.timeout, tenant=call.tenant)
         concurrent.futures.wait([future], self._subject.deadline(call) + self._plan.slack)
         if not future.done():
@@ -177,14 +221,11 @@ class Users:
             if not self._enter():
                 await asyncio.sleep(THINK)
                 continue
-            call = self._call(caller, count, choices)
+            call = self._call(caller, count, choices, "invoke_async")
             patience = None
             if choices.random() < CANCELLED:
                 patience = choices.uniform(0.0, 0.05)
-            pool = self._subject.pools[call.pool]
-            task = asyncio.ensure_future(
-                pool.invoke_async(call.event, timeout=call.timeout, tenant=call.tenant)
-            )
+            task = asyncio.ensure_future(self._await(call))
             await asyncio.wait([task], timeout=patience)
             is_cancelled = task.cancel()
             answer, error = None, None
@@ -197,3 +238,15 @@ class Users:
             self._leave()
             count += 1
             await asyncio.sleep(choices.expovariate(1 / THINK))
+
+    async def _await(self, call: Call) -> Any:
+        pool = self._subject.pools[call.pool]
+        if call.way == "lease":
+            async with pool.acquire_async() as env:
+                if call.do == "raise":
+                    raise AskedError(call.event["nonce"])
+                seconds = "600" if call.do == "hang" else "0"
+                words = ["sh", "-c", 'printf %s "$1"; exec sleep "$2"', "sh"]
+                argv = [*words, call.event["nonce"], seconds]
+                return await asyncio.to_thread(env.run, argv, timeout=call.timeout)
+        return await pool.invoke_async(call.event, timeout=call.timeout, tenant=call.tenant)
