@@ -148,7 +148,8 @@ def test_an_exception_is_status_1_with_type_message_and_trace(code: str) -> None
 def test_other_failures_of_the_function_are_status_1(
     code: str, handler: str, kind: str, mode: str
 ) -> None:
-    done = nsbox_run(*words(handler, code, "--start", mode))
+    limits = ["--memory", "64M"] if handler == "app.fill" else []  # soon full
+    done = nsbox_run(*words(handler, code, "--start", mode, *limits))
     assert (done.returncode, json.loads(done.stdout)["errorType"]) == (1, kind), done.stderr
 
 

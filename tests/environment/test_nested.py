@@ -227,10 +227,13 @@ def test_where_a_part_of_proc_is_covered_that_is_told() -> None:
     covered = 'mount -t tmpfs none /proc/tty && exec "$@"'
     words = [word for word in RUN if word != "-q"]
     done = call("unshare", flags, "sh", "-c", covered, "sh", *words, "ls", "/proc")
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    # The newest kernels (7.2) mount one of processes only all the same.
+    inside = done.stdout
+    kind = "its own, processes only" if inside else "none"
+    assert (done.returncode, inside) in [(0, ""), (0, "1\n2\nself\nthread-self\n")], done.stderr
     told = [line for line in done.stderr.splitlines() if line.startswith("nsbox: /proc inside: ")]
     assert len(told) == 1
-    for word in ("none: something is mounted over", "findmnt -R /proc", "Remedy: ", "--quiet"):
+    for word in (f"{kind}: something is mounted over", "findmnt -R /proc", "Remedy: ", "--quiet"):
         assert word in told[0]
     done = call("unshare", flags, "sh", "-c", covered, "sh", *RUN, "ls", "/proc")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, inside, "")
