@@ -32,7 +32,7 @@ from nsbox.isolation.etc import HostFiles, host_names
 from nsbox.isolation.filesystem import CGROUPS, EMPTY, NEW_ROOT, attach
 from nsbox.linux import calls, questions
 from nsbox.linux import constants as c
-from nsbox.linux.binding import is_unknown
+from nsbox.linux.binding import is_unknown, named
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def hold(layout: Layout, view: View | None, host_files: HostFiles | None) -> int
     ours, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
     try:
         try:
-            pid = os.fork()
+            pid = named(os.fork)
             if pid == 0:
                 _hold(layout, view, host_files, ours, theirs)
         finally:

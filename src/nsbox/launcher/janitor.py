@@ -11,7 +11,8 @@ import os
 import select
 
 from nsbox.isolation import cgroups, privileges
-from nsbox.linux.descriptors import close_all_but
+from nsbox.linux.binding import named
+from nsbox.linux.descriptors import as_file, close_all_but
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,16 +28,13 @@ def start(directories: list[str], done: int) -> int:
     `done` is a pipe end that the janitor keeps open until all is removed: who reads EOF from it
     knows that nothing is left.
     """
-    launcher = os.pidfd_open(os.getpid())
-    try:
-        pid = os.fork()
+    with as_file(os.pidfd_open, os.getpid()) as launcher:
+        pid = named(os.fork)
         if pid == 0:
             try:
-                _run(launcher, directories, done)
+                _run(launcher.fileno(), directories, done)
             finally:
                 os._exit(1)
-    finally:
-        os.close(launcher)
     return pid
 
 

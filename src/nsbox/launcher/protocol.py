@@ -58,9 +58,15 @@ def raw_pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[Socket, Socket]:
 
     Both wait. O_NONBLOCK, which a default timeout of the host program (`socket.setdefaulttimeout`)
     or sockets in place of Python's (gevent) set, would be set for the other process, too.
+
+    Raises:
+        SyscallError: This process has no room for them.
     """
     # The C half's: Python's own would ask the kernel what they are.
-    ours, theirs = socketpair(socket.AF_UNIX, kind)
+    try:
+        ours, theirs = socketpair(socket.AF_UNIX, kind)
+    except OSError as error:
+        raise SyscallError("socketpair", error.errno or 0) from error
     if getdefaulttimeout() is not None:
         ours.setblocking(True)
         theirs.setblocking(True)

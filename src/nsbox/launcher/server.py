@@ -125,7 +125,7 @@ class Server:
         if self._own_namespace:
             protocol.send(self._channel, messages.UserNamespace(pid=os.getpid()))
             if protocol.receive(self._channel) is None:
-                os._exit(0)
+                self._leave()
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
 
@@ -175,15 +175,17 @@ class Server:
         )
         protocol.send(self._channel, hello)
 
-    # -- the loop ------------------------------------------------------------------------------
-
-    def run(self) -> NoReturn:
-        """Serve until the host is gone."""
+    def _watch_all(self) -> None:
         self._watch(self._channel.fileno(), self._on_request)
         self._watch(self._requests.fileno(), self._on_ask)
         self._watch(self._host, self._leave)
         self._signals = calls.signalfd([c.SIGCHLD])
         self._watch(self._signals, self._on_child)
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def run(self) -> NoReturn:
+        """Serve until the host is gone."""
         self._see_ends()  # of those that have ended before
         try:
             self._resources.layouts.look_ahead()  # the host decides meanwhile what to ask for
@@ -252,8 +254,14 @@ class Server:
             except OSError:
                 pass  # as a rule it is closed next, which does the same
 
+    def end_templates(self) -> None:
+        """End and reap all: their next parent might not (a host that is PID 1 of a container)."""
+        for template in self._templates.values():
+            _end_child(template.pid)
+
     def _leave(self) -> NoReturn:
         """End: the host is gone. Environments are killed and reaped; the janitor does the rest."""
+        self.end_templates()
         for environment in self._environments.values():
             environment.kill()
         deadline = time.monotonic() + 2.0
@@ -615,6 +623,7 @@ STEPS = (
     # Before the first directory is made: whoever kills this process at any later moment finds
     # somebody who removes it.
     ("janitor", Server._start_janitor),
+    ("events", Server._watch_all),
     ("hello", Server._say_hello),
 )
 """The launcher's start, in order; `messages.Fatal` has the name of one that fails."""
@@ -635,17 +644,17 @@ def main(
 ) -> NoReturn:
     """Run the launcher on inherited descriptors. Called by `nsbox.launcher.main`."""
     channel = socket.socket(fileno=channel_fd)
-    requests = socket.socket(fileno=requests_fd)
-    for fd in (channel_fd, requests_fd, done):
-        os.set_inheritable(fd, False)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # The soft limit is the host's, and an environment takes several descriptors here; what
-    # environments may open is set at their birth.
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    privileges.set_name("nsbox-launcher")
     server: Server | None = None
     try:
+        requests = socket.socket(fileno=requests_fd)
+        for fd in (channel_fd, requests_fd, done):
+            os.set_inheritable(fd, False)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        # The soft limit is the host's, and an environment takes several descriptors here; what
+        # environments may open is set at their birth.
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        privileges.set_name("nsbox-launcher")
         host = os.pidfd_open(host_pid)
         if os.getppid() != host_pid:
             os._exit(0)  # the host died meanwhile, and its number may be another's
@@ -662,4 +671,6 @@ def main(
             protocol.send(channel, fatal)
         except OSError:
             sys.stderr.write(text)
+        if server is not None:
+            server.end_templates()
     os._exit(1)

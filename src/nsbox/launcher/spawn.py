@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -11,6 +12,7 @@ from _io import FileIO
 from functools import partial
 from itertools import starmap
 
+from nsbox.errors import SyscallError
 from nsbox.linux.descriptors import as_file
 
 TYPE_CHECKING = False
@@ -21,7 +23,9 @@ FIRST_DESCRIPTOR = 3
 """Number under which the process finds the first of the descriptors given to it."""
 BIND_NOW = "LD_BIND_NOW"
 """Variable that has the dynamic linker look up all functions at the start (ld.so(8))."""
-_FIRST_FREE = 16  # copies are made above this number
+FIRST_FREE = 16
+"""From this number on copies are made of the descriptors given."""
+_TOO_MANY = "this user has as many processes as it may (RLIMIT_NPROC), or the cgroup (pids.max)"
 
 
 def start(role: str, words: Sequence[str], descriptors: Sequence[int], started: list[int]) -> int:
@@ -42,7 +46,7 @@ def start(role: str, words: Sequence[str], descriptors: Sequence[int], started: 
         opened.append(FileIO("/dev/null", "r+"))
         # Copies above the numbers they go to, or one dup2 could overwrite another's source.
         for fd in descriptors:
-            opened.append(as_file(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_FREE))
+            opened.append(as_file(fcntl.fcntl, fd, fcntl.F_DUPFD_CLOEXEC, FIRST_FREE))
         null, *sources = [file.fileno() for file in opened]
         spawn = partial(
             os.posix_spawn,
@@ -60,7 +64,11 @@ def start(role: str, words: Sequence[str], descriptors: Sequence[int], started: 
             setsigmask=(),
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
         )
-        started += starmap(spawn, [()])  # within one call of the interpreter's own
+        try:
+            started += starmap(spawn, [()])  # within one call of the interpreter's own
+        except OSError as error:
+            note = _TOO_MANY if error.errno == errno.EAGAIN else ""
+            raise SyscallError("posix_spawn", error.errno or 0, sys.executable, note) from error
         return started[-1]
     finally:
         for file in opened:

@@ -71,7 +71,7 @@ class Template:
 
         `has_image` says that clones are to share an image of its memory (`nsbox.linux.image`).
         """
-        self._channel = _Socket(fileno=fcntl(channel, F_DUPFD_CLOEXEC, inside.FIRST_OTHER))
+        self._channel = _Socket(fileno=channel)
         # The numbers below are taken in turn, so that no descriptor lies on another's.
         os.dup2(0, inside.SYNC, inheritable=False)
         _renumber(_Socket(AF_UNIX, SOCK_SEQPACKET).detach(), inside.CONTROL)
@@ -253,10 +253,10 @@ def _renumber(fd: int, number: int) -> None:
         os.close(fd)
 
 
-def _refuse_all(channel: int, error: Exception) -> NoReturn:
-    """Answer every birth with why a module could not be preloaded."""
+def _refuse(channel: int, step: str, error: Exception, *, only_one: bool) -> NoReturn:
+    """Answer every birth, or `only_one` and end then, with what failed before it."""
     connection = _Socket(fileno=channel)
-    answer = marshal.dumps((0, failure("preload", error)))
+    answer = marshal.dumps((0, failure(step, error)))
     while True:
         data, fds = receive_message(connection)
         if not data:
@@ -264,6 +264,8 @@ def _refuse_all(channel: int, error: Exception) -> NoReturn:
         close_all(fds)
         if marshal.loads(data)[0] == "birth":  # noqa: S302 - from the launcher
             send_bytes(connection, answer)
+            if only_one:
+                os._exit(1)
 
 
 def _load_runtime(preload: list[str]) -> Runtime:
@@ -296,6 +298,8 @@ def main(lifeline: int, channel: int, kind: str) -> NoReturn:
             modules to preload, with commas between them.
     """
     os.set_inheritable(lifeline, False)
+    # The numbers of `inside` are taken by what clones inherit.
+    channel = fcntl(channel, F_DUPFD_CLOEXEC, inside.FIRST_OTHER)
     os.environ.clear()  # what the dynamic linker was told is for no other program
     # A signal from inside reaches PID 1 only if it has a handler (pid_namespaces(7)).
     signal(SIGINT, SIG_DFL)
@@ -306,13 +310,15 @@ def main(lifeline: int, channel: int, kind: str) -> NoReturn:
         try:
             runtime = _load_runtime(kind.split(",")[1:])
         except Exception as error:  # noqa: BLE001 - modules may raise anything
-            _refuse_all(channel, error)
-    # A preloaded module may have an allocator that expects zeros after MADV_DONTNEED.
-    template = Template(channel, runtime, has_image=kind == "python")
-    gc.disable()
-    gc.collect()
-    gc.freeze()
+            _refuse(channel, "preload", error, only_one=False)
     try:
+        # A preloaded module may have an allocator that expects zeros after MADV_DONTNEED.
+        template = Template(channel, runtime, has_image=kind == "python")
+        gc.disable()
+        gc.collect()
+        gc.freeze()
         template.run()
+    except OSError as error:
+        _refuse(channel, "template", error, only_one=True)
     finally:
         os._exit(1)

@@ -73,6 +73,8 @@ def syscall_numbers(machine: str, is_64_bit: bool = True) -> dict[str, int]:
     Raises:
         UnsupportedHostError: The architecture is not known. A wrong number would be another call.
     """
+    if is_64_bit:  # and has the personality of a 32-bit one (setarch(8))
+        machine = {"i686": "x86_64", "armv8l": "aarch64"}.get(machine, machine)
     numbers = _NUMBERS.get(machine)
     if numbers is None or not is_64_bit:
         raise UnsupportedHostError(
@@ -137,6 +139,14 @@ def encode_optional(path: str | bytes | None) -> bytes | None:
 def failure(syscall: str, path: str | bytes | None = None) -> SyscallError:
     """Return the exception for the call that just failed on this thread."""
     return SyscallError(syscall, get_errno(), None if path is None else os.fsdecode(path))
+
+
+def named(call: Callable[[], int]) -> int:
+    """Return what a call of `os` does; its exception gets the name of the call."""
+    try:
+        return call()
+    except OSError as error:
+        raise SyscallError(call.__name__, error.errno or 0) from error
 
 
 def is_unknown(error: OSError) -> bool:

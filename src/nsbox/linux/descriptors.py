@@ -22,6 +22,7 @@ from itertools import chain, starmap
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from struct import calcsize, pack, unpack
 
+from nsbox.errors import SyscallError
 from nsbox.linux import calls
 
 TYPE_CHECKING = False
@@ -94,9 +95,11 @@ def receive_bytes(
         ConnectionError: There were more bytes or descriptors than there may be.
         OSError: EMFILE, this process has no room for the descriptors, which are lost.
     """
-    data, ancillary, flags, _ = channel.recvmsg(
-        size, CMSG_SPACE(most_fds * _ITEM_SIZE), MSG_CMSG_CLOEXEC
-    )
+    space = CMSG_SPACE(most_fds * _ITEM_SIZE)
+    try:
+        data, ancillary, flags, _ = channel.recvmsg(size, space, MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:  # the peer left something unread: told once, before its last word
+        data, ancillary, flags, _ = channel.recvmsg(size, space, MSG_CMSG_CLOEXEC)
     received: list[int] = []
     for level, kind, content in ancillary:
         if level == SOL_SOCKET and kind == SCM_RIGHTS:
@@ -113,7 +116,10 @@ def receive_bytes(
 def receive_message(channel: Socket) -> tuple[bytes, list[int]]:
     """Return the next datagram, whatever its size, and its descriptors. For trusted peers."""
     # A buffer for the largest would be mapped and unmapped each time (malloc(3), M_MMAP_THRESHOLD).
-    size = channel.recv_into(bytearray(1), 1, MSG_PEEK | MSG_TRUNC)
+    try:
+        size = channel.recv_into(bytearray(1), 1, MSG_PEEK | MSG_TRUNC)
+    except ConnectionResetError:  # as above
+        size = channel.recv_into(bytearray(1), 1, MSG_PEEK | MSG_TRUNC)
     return receive_bytes(channel, max(size, 1), MOST_FDS)
 
 
@@ -122,14 +128,23 @@ def as_file(make: Callable[..., int], *arguments: object) -> FileIO:
 
     A number that a call returns is lost when an interrupt comes before it is kept. None comes
     within one call of the interpreter's own.
+
+    Raises:
+        SyscallError: With the name of `make`.
     """
-    (file,) = map(FileIO, map(make, *zip(arguments, strict=False)), ["r+"])
+    try:
+        (file,) = map(FileIO, map(make, *zip(arguments, strict=False)), ["r+"])
+    except OSError as error:
+        raise SyscallError(make.__name__, error.errno or 0) from error
     return file
 
 
 def pipe_files() -> tuple[FileIO, FileIO]:
     """Return the two ends of a pipe, to read from and to write to, as `as_file` does."""
-    read, write = map(FileIO, chain.from_iterable(starmap(os.pipe, [()])), ["rb", "wb"])
+    try:
+        read, write = map(FileIO, chain.from_iterable(starmap(os.pipe, [()])), ["rb", "wb"])
+    except OSError as error:
+        raise SyscallError("pipe2", error.errno or 0) from error
     return read, write
 
 

@@ -62,7 +62,7 @@ def read_manifest(fd: int, digest: str) -> Manifest:
     if not stat.S_ISREG(status.st_mode) or status.st_size > _MANIFEST_MAX:
         raise Corrupt("its manifest is no file of a sensible size")
     with open(os.dup(fd), "rb") as file:
-        data = file.read(_MANIFEST_MAX)
+        data = file.read(status.st_size)  # of the largest there may be a buffer would be made
     if hashlib.sha256(data).hexdigest() != digest:
         raise Corrupt("its manifest has another hash")
     try:

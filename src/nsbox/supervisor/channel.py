@@ -204,10 +204,7 @@ def make_pipe(*, to_guest: bool) -> tuple[FileIO, FileIO]:
     Raises:
         SyscallError: There is no room for it.
     """
-    try:
-        read, write = pipe_files()
-    except OSError as error:
-        raise SyscallError("pipe2", error.errno or 0) from error
+    read, write = pipe_files()
     ours, theirs = (write, read) if to_guest else (read, write)
     # So that the command, which has another uid, may open it again as /dev/stdout. Nobody else
     # gets at it: a pipe has no name but in the /proc/PID/fd of who holds it (proc(5)).
@@ -221,15 +218,8 @@ def make_pipe(*, to_guest: bool) -> tuple[FileIO, FileIO]:
 
 
 def make_socket() -> tuple[Socket, Socket]:
-    """Return this process's end of a stream and the other one, which is to be given away.
-
-    Raises:
-        SyscallError: There is no room for it.
-    """
-    try:
-        return protocol.raw_pair(socket.SOCK_STREAM)
-    except OSError as error:
-        raise SyscallError("socketpair", error.errno or 0) from error
+    """Return this process's end of a stream and the other one, as `protocol.raw_pair` does."""
+    return protocol.raw_pair(socket.SOCK_STREAM)
 
 
 def unblock(*ends: Socket | int) -> None:

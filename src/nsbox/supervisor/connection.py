@@ -27,7 +27,7 @@ from nsbox.linux.binding import is_unknown
 from nsbox.linux.descriptors import as_file
 from nsbox.supervisor import reports
 from nsbox.supervisor.channel import BrokenAnswer, Channel, WorkerEndpoints
-from nsbox.supervisor.launcher import Launcher
+from nsbox.supervisor.launcher import NAMESPACES_USED_UP, Launcher
 from nsbox.supervisor.requests import END_DEADLINE, Answer, Supervision, is_gone, receive
 from nsbox.values.result import EnvironmentDied, Outcome
 
@@ -64,6 +64,10 @@ Counters = dict[str, int | None]
 def _setup_error(step: str, number: int, message: str) -> SetupError:
     # What fails in passing is no host's that does not allow it.
     hint = "" if is_unknown(OSError(number, "")) else _STEP_HINTS.get(step, "")
+    if step == "clone" and number == errno.ENOSPC:
+        hint = NAMESPACES_USED_UP
+    elif number == errno.EFBIG:
+        hint = "RLIMIT_FSIZE of this process holds for those that nsbox starts, too: raise it"
     return SetupError(step, message, errno=number, hint=hint)
 
 
@@ -151,8 +155,7 @@ class EnvironmentConnection:
                 end.close()
             self.drop_endpoints()
             if isinstance(error, OSError):
-                what = f"socketpair: {error}"
-                raise SetupError("birth", what, errno=error.errno or 0) from error
+                raise SetupError("birth", str(error), errno=error.errno or 0) from error
             raise
         self._others = (control, birth)
 
@@ -261,12 +264,14 @@ class EnvironmentConnection:
         """
         if not protocol.is_readable(self._control.fileno(), BIRTH_DEADLINE):
             raise SetupError("birth", f"not over after {BIRTH_DEADLINE:g} seconds")
-        try:
-            return self._control.recv(p.LARGEST_MESSAGE)
-        except ConnectionError:
-            return b""
-        except OSError as error:
-            raise SetupError("birth", f"recvfrom: {error}", errno=error.errno or 0) from error
+        for _ in range(2):
+            try:
+                return self._control.recv(p.LARGEST_MESSAGE)
+            except ConnectionError:
+                continue  # it has left something unread, which is told once, before its word
+            except OSError as error:
+                raise SetupError("birth", f"recvfrom: {error}", errno=error.errno or 0) from error
+        return b""
 
     def _hear_of_birth(self) -> messages.Born:
         """Return the launcher's report on the clone; it comes at about the same time."""
@@ -541,11 +546,16 @@ class EnvironmentConnection:
             return as_file(os.dup, self._pidfd)
         if not self.pid:
             raise ProcessLookupError(errno.ESRCH, "it was not born")
-        pidfd = as_file(os.pidfd_open, self.pid)
-        if os.fstat(pidfd.fileno()).st_ino != self._pid_inode:
+        try:
+            pidfd = as_file(os.pidfd_open, self.pid)
+        except SyscallError as error:
+            if error.errno != errno.ESRCH:
+                raise
+        else:
+            if os.fstat(pidfd.fileno()).st_ino == self._pid_inode:
+                return pidfd
             pidfd.close()
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
-        return pidfd
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
     def close(self) -> None:
         """Close the descriptors; the launcher then kills and removes what is left."""

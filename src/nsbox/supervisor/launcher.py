@@ -12,6 +12,8 @@ import errno
 import importlib.util
 import logging
 import os
+import re
+import resource
 import select
 import signal
 import socket
@@ -48,6 +50,7 @@ START_DEADLINE: Final = 30.0
 """Seconds the launcher may take to say hello."""
 _EXIT_SECONDS: Final = 5.0  # seconds the interpreter waits at its exit until all is removed
 _SPECS_NOTED: Final = 1024
+_FEWEST_DESCRIPTORS: Final = spawn.FIRST_FREE + 16
 _REAP: Final = 1.0  # seconds from the launcher's last word to its exit status
 
 
@@ -162,6 +165,7 @@ class Launcher:
             given.append(done_write)
             _expect_own_proc()
             self._id_range = given_range()
+            _expect_room()
             fds = [end.fileno() for end in given]
             self.pid = _spawn(fds, self._id_range, self._started)
             self._pidfd = as_file(os.pidfd_open, self.pid)
@@ -346,6 +350,7 @@ class Launcher:
                 protocol.is_readable(pidfd.fileno(), _REAP)
                 _unreaped.append(pidfd)
             self._started = []
+            _reap_orphans()
         _reap()
 
     def abandon(self) -> None:
@@ -362,6 +367,21 @@ def _end_child(pid: int) -> None:
         os.waitpid(pid, 0)
 
 
+def _reap_orphans() -> None:
+    """Reap what a launcher has left, where orphans are this process's.
+
+    It is PID 1 of a container, or a subreaper (PR_SET_CHILD_SUBREAPER(2const)): nobody else would.
+    """
+    with suppress(OSError):  # the kernel lists no children
+        for pid in proc.children(os.getpid()):
+            with suppress(OSError):  # it is gone
+                if _ORPHAN.fullmatch(proc.read_stat(pid).comm):
+                    with as_file(os.pidfd_open, pid) as pidfd:
+                        if protocol.is_readable(pidfd.fileno(), _REAP):
+                            os.waitid(os.P_PIDFD, pidfd.fileno(), os.WEXITED | os.WNOHANG)
+
+
+_ORPHAN: Final = re.compile(r"nsbox-(janitor|template|[0-9a-f]{8})")
 _unreaped: Final[list[FileIO]] = []
 """Pidfds of launchers that were closed. One that a debugger holds, or the kernel is late with, is
 reaped when the next is started or closed."""
@@ -423,12 +443,25 @@ def _start_failure(message: messages.Message) -> Exception:
         return LauncherError(f"the launcher said {message!r} before its hello")
     if message.step == "id-range":
         return ConfigError(f"NSBOX_ID_RANGE: {message.message}; name a part of that, or unset it")
-    is_refused = message.step in ("user-namespace", "mount-namespace")
-    if message.step == "chroot" or (is_refused and proc.is_in_chroot()):
+    kind = {"user-namespace": "user", "mount-namespace": "mount"}.get(message.step)
+    if message.message == proc.CHROOT or (kind and proc.is_in_chroot()):
         return UnsupportedHostError("namespace.user", proc.CHROOT, LEAVE_CHROOT)
-    if is_refused:
-        return UnsupportedHostError("namespace.user", message.message, _why_no_namespace())
-    return LauncherError(f"the launcher failed to start: {message.message}\n{message.text}")
+    if kind:
+        why = NAMESPACES_USED_UP if message.errno == errno.ENOSPC else _why_no_namespace()
+        return UnsupportedHostError(f"namespace.{kind}", message.message, why)
+    what = f"the launcher failed to start, at the step {message.step!r}: {message.message}"
+    # Where no call has failed it is a fault of nsbox's own, which a traceback tells.
+    return LauncherError(what if message.errno else f"{what}\n{message.text}")
+
+
+def _expect_room() -> None:
+    """Raise LauncherError when the descriptors of a start can have no numbers here."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit < _FEWEST_DESCRIPTORS:
+        raise LauncherError(
+            f"the limit of open files is {limit} (RLIMIT_NOFILE, ulimit -n), and a launcher's "
+            f"start needs {_FEWEST_DESCRIPTORS}: raise it"
+        )
 
 
 def _expect_own_proc() -> None:
@@ -464,6 +497,10 @@ def _why_no_namespace() -> str:
     return "Unprivileged user namespaces are switched off here; 'nsbox doctor' names the remedy."
 
 
+NAMESPACES_USED_UP: Final = (
+    "No more namespaces may be made: raise /proc/sys/user/max_*_namespaces, of this user namespace "
+    "and of each around it (namespaces(7)); 0 switches a kind off."
+)
 LEAVE_CHROOT: Final = (
     "Start it outside, or make that directory a root with bwrap or systemd-nspawn."
 )

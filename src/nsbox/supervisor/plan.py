@@ -36,6 +36,7 @@ _LIMIT_FEATURES: Final = (
 )
 # A time namespace hides no resource of the host; it is there so that offsets stay inside. Where the
 # kernel has none (CONFIG_TIME_NS) environments do without it and say so.
+_FEWEST_PROCESSES: Final = 4  # PID 1, a worker, its fork, and one that either starts
 _BEST_EFFORT_NAMESPACES: Final = frozenset({"time"})
 _BLOCK_DEVICES: Final = "/sys/dev/block"
 _STANDARD_PATH: Final = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
@@ -331,8 +332,11 @@ class Plan:
                 continue
             found = self._cgroups[feature]
             if "missing" not in found:
+                text = f"{field}={value}"
+                if field == "pids_max":
+                    value, text = self._bounded(field, "nproc", value)
                 chosen[field] = value
-                detail = f"{field}={value}, cgroup v{found['version']}"
+                detail = f"{text}, cgroup v{found['version']}"
                 if field == "memory_max":
                     swap = self._cgroups["cgroup.memory.swap"]
                     detail += f"; swap: {swap['missing']}" if "missing" in swap else ", no swap"
@@ -378,19 +382,22 @@ class Plan:
                 self._add(f"rlimit.{name}", True, self._put_rlimit(field, name, value))
 
     def _put_rlimit(self, field: str, name: str, value: int) -> str:
-        """Choose `value`, or for a default what this process may set at most; return the words."""
+        self._rlimits[name], text = self._bounded(field, name, value)
+        return text
+
+    def _bounded(self, field: str, name: str, value: int) -> tuple[int, str]:
+        """Return `value`, or for a default what this process may set at most, and the words."""
         hard = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]
         text = f"{field}={value}"
         if hard != resource.RLIM_INFINITY and value > hard:
-            least = LEAST_OPEN_FILES if name == "nofile" else 0
+            least = {"nofile": LEAST_OPEN_FILES, "nproc": _FEWEST_PROCESSES}.get(name, 0)
             if field in self._config.limits.named or hard < least:
                 raise ConfigError(
                     f"{field}: {value} is over this process's hard limit of {hard}; "
                     "raise that first (ulimit -H, LimitNOFILE= and the like)"
                 )
-            value, text = hard, f"{field}={hard}, this process's hard limit; by default {value}"
-        self._rlimits[name] = value
-        return text
+            return hard, f"{field}={hard}, this process's hard limit; by default {value}"
+        return value, text
 
     def _choose_cpu_time(self, limits: Limits) -> bool:
         found = self._cgroups["cgroup.cpu_accounting"]

@@ -198,11 +198,13 @@ class RunningCommand:
 
     def close(self) -> None:
         """See `Process.close`."""
-        if self._result is None and self._death is None:
-            self.kill()
-            with suppress(EnvironmentDied):  # then it is gone too
-                self.wait(KILL_DEADLINE * 2)
-        self._close_streams()
+        try:
+            if self._result is None and self._death is None:
+                self.kill()
+                with suppress(EnvironmentDied):  # then it is gone too
+                    self.wait(KILL_DEADLINE * 2)
+        finally:
+            self.abandon()
 
     def abandon(self) -> None:
         """Close pipes and channel, and wait for nothing: its environment is being closed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import threading
 from contextlib import closing
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 from nsbox.errors import SyscallError
 from nsbox.launcher import messages, protocol
@@ -17,13 +17,11 @@ from nsbox.linux.descriptors import pipe_files
 
 if TYPE_CHECKING:
     from _socket import socket as Socket
-    from collections.abc import Callable
     from io import FileIO
 
     from nsbox.launcher.messages import Spec
     from nsbox.supervisor.launcher import Launcher
 
-_End = TypeVar("_End")
 Answer = tuple[messages.Message, list[int]]
 """What the launcher says, and the descriptors that come with it."""
 END_DEADLINE: Final = 10.0
@@ -67,7 +65,7 @@ class Supervision:
             TimeoutError: No answer within `END_DEADLINE`; it may act on the request later.
         """
         for _ in range(_ATTEMPTS):
-            ours, theirs = _open(protocol.raw_pair, "socketpair")
+            ours, theirs = protocol.raw_pair()
             with closing(ours):
                 with closing(theirs):
                     try:
@@ -101,7 +99,7 @@ class Supervision:
             return
         try:
             # To make and close a pair of sockets takes twice as long.
-            self._report, theirs = _open(pipe_files, "pipe2")
+            self._report, theirs = pipe_files()
         except SyscallError:
             self._let_go()  # there is no report then: the control socket's end tells
             return
@@ -181,13 +179,6 @@ class Supervision:
 def is_gone(error: OSError) -> bool:
     """Whether a message was not sent because its receiver is gone, or this end of the socket."""
     return isinstance(error, ConnectionError | ProcessLookupError) or error.errno == errno.EBADF
-
-
-def _open(make: Callable[[], tuple[_End, _End]], call: str) -> tuple[_End, _End]:
-    try:
-        return make()
-    except OSError as error:
-        raise SyscallError(call, error.errno or 0) from error
 
 
 def receive(channel: Socket, timeout: float) -> Answer | None:

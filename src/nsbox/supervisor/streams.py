@@ -108,11 +108,11 @@ class Relay:
             self._made.append(self._end)
             self._is_seekable = stat.S_ISREG(os.fstat(fd).st_mode)
             unblock(self._pipe.fileno())
-        except OSError as error:
+        except BaseException as error:
             self._close()
-            raise (
-                error if isinstance(error, SyscallError) else SyscallError("dup", error.errno or 0)
-            ) from error
+            if not isinstance(error, OSError) or isinstance(error, SyscallError):
+                raise
+            raise SyscallError("fstat", error.errno or 0) from error
 
     def start(self) -> None:
         """Copy until the end of the file, or until all that a command wrote is written."""

@@ -167,7 +167,10 @@ class EnvironmentCgroup:
         directory = self.paths.get("memory")
         if directory is None:
             return None
-        event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise SyscallError("eventfd", error.errno or 0) from error
         try:
             control = os.open(f"{directory}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
             try:
