@@ -25,7 +25,7 @@ def environment_pss(pid: int) -> float:
     Pages shared with others count in part: PSS of all processes adds up to what is used.
     """
     init = psutil.Process(pid)
-    return sum(_pss(process.pid) for process in (init, *init.children(recursive=True)))
+    return sum(pss(process.pid) for process in (init, *init.children(recursive=True)))
 
 
 def kernel_memory() -> float:
@@ -39,7 +39,8 @@ def kernel_memory() -> float:
     return sum(int(size) for size in _KERNELS_OWN.findall(text)) * 1024 / 1e6
 
 
-def _pss(pid: int) -> float:
+def pss(pid: int) -> float:
+    """Megabytes of a process, shared pages in part."""
     path = Path(f"/proc/{pid}/smaps_rollup")
     try:
         match = _PSS.search(path.read_text(encoding="ascii"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,7 @@ _WARM = (
 
 def draw(report: Report, directory: Path) -> list[Path]:
     """Draws what there is data for; returns the files."""
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError:
-        raise UnavailableError("matplotlib is not installed (pip install 'nsbox[bench]')") from None
-    matplotlib.use("Agg")  # files only: no display is needed
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    matplotlib.rcParams["svg.hashsalt"] = "nsbox"  # the same data make the same file
+    pyplot = _pyplot()
     files = []
     for name, plot in (
         ("starts", _draw_starts),
@@ -55,22 +50,62 @@ def draw(report: Report, directory: Path) -> list[Path]:
         figure = plot(pyplot, report)
         if figure is None:
             continue
-        # A fixed way below the axes, whatever the height of the figure.
-        figure.axes[-1].annotate(
-            _caption(report), (1, 0), (0, -42), xycoords="axes fraction",
-            textcoords="offset points", ha="right", va="top", fontsize=6, color="0.4",
-        )  # fmt: skip
-        for kind in ("png", "svg"):
-            path = directory / f"{name}.{kind}"
-            figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
-            files.append(path)
-        pyplot.close(figure)
+        files += _save(pyplot, figure, report.host, directory, name)
     return files
 
 
-def _caption(report: Report) -> str:
-    host = report.host
-    return f"Linux {host['kernel']}, {host['cpu']}, {host['user']}, commit {host['commit']}"
+def _pyplot() -> Any:  # noqa: ANN401 - matplotlib, not typed
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+    except ImportError:
+        raise UnavailableError("matplotlib is not installed (pip install 'nsbox[bench]')") from None
+    matplotlib.use("Agg")  # files only: no display is needed
+    matplotlib.rcParams["svg.hashsalt"] = "nsbox"  # the same data make the same file
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def _save(
+    pyplot: Any,  # noqa: ANN401 - matplotlib, not typed
+    figure: Any,  # noqa: ANN401
+    host: Mapping[str, str],
+    directory: Path,
+    name: str,
+) -> list[Path]:
+    # A fixed way below the axes, whatever the height of the figure.
+    figure.axes[-1].annotate(
+        f"Linux {host['kernel']}, {host['cpu']}, {host['user']}, commit {host['commit']}",
+        (1, 0), (0, -42), xycoords="axes fraction",
+        textcoords="offset points", ha="right", va="top", fontsize=6, color="0.4",
+    )  # fmt: skip
+    files = [directory / f"{name}.{kind}" for kind in ("png", "svg")]
+    for path in files:
+        figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.15)
+    pyplot.close(figure)
+    return files
+
+
+def draw_soak(
+    samples: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]],
+    host: Mapping[str, str],
+    directory: Path,
+) -> list[Path]:
+    """Draws a soak's looks (soak.py), memory above and numbers below; returns the files."""
+    pyplot = _pyplot()
+    figure, grid = pyplot.subplots(2, len(samples), figsize=(11, 6), squeeze=False)
+    for column, (kind, looks) in enumerate(samples.items()):
+        for name in looks[0][1]:
+            axes = grid[0 if name.startswith(("RSS", "PSS")) else 1][column]
+            calls = [number for number, sample in looks if name in sample]
+            values = [sample[name] for _, sample in looks if name in sample]
+            axes.plot(calls, values, label=name, linewidth=1)
+        grid[0][column].set_title(f"{kind} invocations, one after another", fontsize=10)
+        grid[1][column].set_xlabel("invocations")
+        for axes in (grid[0][column], grid[1][column]):
+            axes.set_ylim(bottom=0)
+            axes.legend(fontsize=5)
+    grid[0][0].set_ylabel("MB")
+    grid[1][0].set_ylabel("number")
+    return _save(pyplot, figure, host, directory, "soak")
 
 
 def _short(microseconds: float) -> str:

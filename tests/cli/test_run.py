@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.terminals import ENVIRONMENT, NSBOX, Terminal, nsbox_run, start
-from tests.support import PATIENCE
+from tests.support import PATIENCE, x86_64_only
 
 import nsbox
 from nsbox.cli.app import explain
@@ -132,6 +132,13 @@ def test_out_of_memory_is_137() -> None:
     done = nsbox_run("run", "--memory", "48M", command=[PYTHON, "-I", "-S", "-c", code])
     assert done.returncode == 137
     assert "out of memory" in last_line(done)
+
+
+@x86_64_only
+def test_a_kill_by_the_filter_is_159() -> None:
+    code = "import ctypes; ctypes.CDLL(None).syscall(0x40000000 + 39)"  # getpid of x32
+    done = nsbox_run("run", command=[PYTHON, "-I", "-S", "-c", code])
+    assert done.returncode == 128 + signal.SIGSYS == 159, done.stderr
 
 
 @pytest.mark.parametrize(("command", "status"), [("nosuchprogram", 127), ("/etc/passwd", 126)])

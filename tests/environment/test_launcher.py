@@ -328,6 +328,30 @@ def test_the_end_of_one_template_costs_no_birth_of_another(
         assert env.run(["true"]).ok
 
 
+@pytest.mark.parametrize("name", ["nsbox-template", "nsbox-janitor"])
+def test_a_stopped_helper_holds_up_no_environment(
+    env: nsbox.ExecutionEnvironment, name: str
+) -> None:
+    """Births wait for a template; for the janitor nobody waits."""
+    helpers = [each.pid for each in leaks.children(get_launcher().pid) if each.name == name]
+    outcomes: list[bool] = []
+    birth = threading.Thread(target=lambda: outcomes.append(nsbox.run(["true"]).ok))
+    try:
+        for pid in helpers:
+            os.kill(pid, signal.SIGSTOP)
+        birth.start()
+        if name == "nsbox-janitor":
+            birth.join()
+        assert env.run(["echo", "on"], timeout=30).text() == "on\n"
+        env.write_file("/tmp/x", b"x")
+        assert env.read_file("/tmp/x") == b"x"
+    finally:
+        for pid in helpers:
+            os.kill(pid, signal.SIGCONT)
+    birth.join()
+    assert outcomes == [True]
+
+
 def test_a_killed_janitor_is_replaced(env: nsbox.ExecutionEnvironment) -> None:
     launcher = get_launcher()
     if not launcher.hello.trees:

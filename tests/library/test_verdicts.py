@@ -7,9 +7,17 @@ import os
 import select
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tests.support import OpenEnvironment, wait_until, x86_64_only
+from tests.storm.chaos import Clock
+from tests.support import (
+    PATIENCE,
+    OpenEnvironment,
+    processes_with,
+    wait_until,
+    x86_64_only,
+)
 
 import nsbox
 from nsbox import ExecutionEnvironment, Limits, Outcome, Result
@@ -94,3 +102,37 @@ def test_a_verdict_does_not_depend_on_what_is_printed() -> None:
     result = nsbox.run([sys.executable, "-I", "-S", "-c", code])
     assert (result.outcome, result.returncode) == (Outcome.EXITED, 137)
     assert result.text().strip() == report
+
+
+def test_a_file_is_no_larger_than_file_size() -> None:
+    code = """
+import os, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+fd = os.open("/tmp/x", os.O_CREAT | os.O_WRONLY)
+print(os.write(fd, b"x" * 8192), flush=True)
+try:
+    os.write(fd, b"x")
+except OSError as error:
+    print(error.errno == 27, flush=True)
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+os.write(fd, b"x")
+"""
+    limits = nsbox.Limits(file_size=4096)
+    result = nsbox.run(["python3", "-I", "-S", "-c", code], limits=limits)
+    assert (result.outcome, result.signal) == (Outcome.SIGNALED, signal.SIGXFSZ)
+    assert result.text() == "4096\nTrue\n"
+
+
+@pytest.mark.parametrize("seconds", [-315_360_000, 315_360_000])
+def test_a_time_limit_holds_while_the_clock_is_set(env: ExecutionEnvironment, seconds: int) -> None:
+    clock = Clock()
+    with ThreadPoolExecutor(2) as threads:
+        endless = threads.submit(env.run, ["sleep", "600.25"], timeout=0.5 * PATIENCE)
+        brief = threads.submit(env.run, ["sleep", "0.7"], timeout=60.0 * PATIENCE)
+        try:
+            wait_until(lambda: processes_with("600.25"), "it runs")
+            clock.jump(seconds)
+            assert endless.result(30).outcome is Outcome.TIMED_OUT
+            assert brief.result(30).ok
+        finally:
+            clock.restore()
