@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support import publish_app
 
 import nsbox
+from nsbox.pool.settings import PoolSettings
 
 ODD = [
     1e300, float("nan"), float("inf"), -1, -1.5, 2**31, 2**63, 2**64, 10**400, True, 0, -0.0, 1j,
@@ -89,6 +92,33 @@ def test_profiles() -> None:
         found += untyped(key, read, [profile(where, key, v) for v in values])
     for name in ("allow_dangerous", "machine"):
         found += untyped(name, with_one(partial(read, profile("profile", "flags", [])), name))
+    assert found == []
+
+
+@pytest.mark.needs("userns")
+def test_pools(tmp_path: Path) -> None:
+    version = publish_app(tmp_path, "def handler(event, context): return event")
+
+    def make(**settings: Any) -> None:
+        nsbox.WarmPool(version, **settings).close()
+
+    found = []
+    for name in PoolSettings.__annotations__:
+        if name != "blank":  # the old name of `standby`
+            found += untyped(name, with_one(make, name))
+    with nsbox.ExecutionEnvironment(version) as env:
+        call: Callable[..., Any] = partial(env.invoke, 1)
+        for name in set(inspect.signature(env.invoke).parameters) - {"event"}:
+            found += untyped(f"invoke {name}", with_one(call, name))
+    with nsbox.WarmPool(version, max_environments=1) as pool:
+        call = partial(pool.invoke, 1)
+        for name in ("timeout", "tenant", "env", "files", "credentials", "role"):
+            found += untyped(f"pool's invoke {name}", with_one(call, name))
+        found += untyped("event", pool.invoke) + untyped("payload", pool.invoke_bytes)
+        found += untyped("events", lambda events: list(pool.map(events)))
+        found += untyped("map timeout", lambda seconds: list(pool.map([1], timeout=seconds)))
+        found += untyped("submit", lambda event: pool.submit(event).result(30))
+        found += untyped("provision", pool.provision)
     assert found == []
 
 

@@ -202,13 +202,14 @@ class PoolFunction(Generic[Served]):
 
         Raises:
             TimeoutError: By the iterator: it was not.
+            ConfigError: `events` cannot be iterated over.
             As `submit`; by the iterator, as `invoke`.
         """
         seconds = None if timeout is None else parse_seconds(timeout, "timeout")
         end = None if seconds is None else time.monotonic() + seconds
         futures: deque[Future[Any]] = deque()
         try:
-            for event in events:
+            for event in _iterable(events):
                 futures.append(self.submit(event, **options))
         except BaseException:
             _cancel(futures)
@@ -667,8 +668,15 @@ async def _each(events: Iterable[object] | AsyncIterable[object]) -> AsyncIterat
         async for event in events:
             yield event
     else:
-        for event in events:
+        for event in _iterable(events):
             yield event
+
+
+def _iterable(events: Iterable[object]) -> Iterator[object]:
+    try:
+        return iter(events)
+    except TypeError as error:
+        raise ConfigError(f"events: must be an iterable of events, got {events!r}") from error
 
 
 _JSON: Final[Callable[[InvocationResponse | Invocation], Any]] = operator.methodcaller("json")
