@@ -11,6 +11,8 @@
 
 typedef struct object Object;
 extern int PyErr_SetInterruptEx(int);
+extern int PyThreadState_SetAsyncExc(unsigned long, Object *);
+extern unsigned long PyThread_get_thread_ident(void);
 extern void *PyFrame_GetCode(Object *);
 extern int PyFrame_GetLasti(Object *);
 extern Object *PyCode_GetCode(void *);
@@ -24,6 +26,7 @@ extern void Py_DecRef(void *);
 enum { CALL = 0, OPCODE = 7, SIGINT_NUMBER = 2, WATCHED = 64 };
 
 long seen, target;          /* places passed, and the one at which to interrupt */
+Object *raised;             /* in whatever thread this is, as another one would; or NULL: SIGINT */
 char stops[256];            /* opcodes at which the interpreter looks */
 const char *below[WATCHED]; /* files and directories whose code counts */
 
@@ -51,8 +54,12 @@ int trace(Object *self, Object *frame, int what, Object *argument) {
     } else {
         int at = PyFrame_GetLasti(frame);
         Object *bytes = PyCode_GetCode(code);
-        if (at >= 0 && stops[(unsigned char)PyBytes_AsString(bytes)[at]] && ++seen == target)
-            PyErr_SetInterruptEx(SIGINT_NUMBER);
+        if (at >= 0 && stops[(unsigned char)PyBytes_AsString(bytes)[at]] && ++seen == target) {
+            if (raised != NULL)
+                PyThreadState_SetAsyncExc(PyThread_get_thread_ident(), raised);
+            else
+                PyErr_SetInterruptEx(SIGINT_NUMBER);
+        }
         Py_DecRef(bytes);
     }
     Py_DecRef(code);

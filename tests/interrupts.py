@@ -44,9 +44,15 @@ def _tracer() -> ctypes.CDLL:
     return tracer
 
 
-def interrupt(operation: Callable[[], object], place: int) -> bool:
-    """Interrupt `operation` at its `place`-th place, from 1; False: it has not so many."""
+def interrupt(
+    operation: Callable[[], object], place: int, raised: type[BaseException] | None = None
+) -> bool:
+    """Interrupt `operation` at its `place`-th place, from 1; False: it has not so many.
+
+    By SIGINT, or with `raised` as another thread interrupts this one (PyThreadState_SetAsyncExc).
+    """
     tracer = _tracer()
+    ctypes.c_void_p.in_dll(tracer, "raised").value = None if raised is None else id(raised)
     seen = ctypes.c_long.in_dll(tracer, "seen")
     ctypes.c_long.in_dll(tracer, "target").value = place
     set_trace = ctypes.pythonapi.PyEval_SetTrace
@@ -60,9 +66,16 @@ def interrupt(operation: Callable[[], object], place: int) -> bool:
             operation()
         finally:
             set_trace(None, None)
-    except KeyboardInterrupt:
-        pass
+    except BaseException as error:
+        if not isinstance(error, raised or KeyboardInterrupt):
+            raise
     return seen.value >= place
+
+
+def count_places(operation: Callable[[], object]) -> int:
+    """Return how many places there are in `operation`, which is not interrupted."""
+    interrupt(operation, 1 << 60)
+    return ctypes.c_long.in_dll(_tracer(), "seen").value
 
 
 def interrupt_at_each_place(

@@ -16,26 +16,26 @@ import nsbox
 from nsbox.guest import protocol as p
 from nsbox.linux.descriptors import receive_bytes, send_bytes
 from nsbox.supervisor import process
-from nsbox.supervisor.channel import Channel, Reply
+from nsbox.supervisor.channel import Channel
 from nsbox.supervisor.connection import EnvironmentConnection
 
 pytestmark = pytest.mark.needs("userns")
 
 LARGE = os.urandom(1 << 20)
-_receive_answer = Channel.receive_answer
+_receive_numbers = Channel.receive_numbers
 
 
 def after_first_answer(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Do something when PID 1 has announced the first part of a file, which no socket holds."""
     todo = [act]
 
-    def receive(channel: Channel) -> Reply:
-        answer = _receive_answer(channel)
+    def receive(channel: Channel) -> tuple[bytes, int, int]:
+        answer = _receive_numbers(channel)
         if todo:
             todo.pop()()
         return answer
 
-    monkeypatch.setattr(Channel, "receive_answer", receive)
+    monkeypatch.setattr(Channel, "receive_numbers", receive)
 
 
 def test_a_file_is_whole_or_not_there(

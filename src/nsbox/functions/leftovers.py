@@ -18,7 +18,6 @@ from nsbox.functions.deployment import Deployment
 from nsbox.functions.exchange import PendingCall, Steps, Wait
 from nsbox.functions.function import FunctionVersion
 from nsbox.guest import protocol as p
-from nsbox.linux.descriptors import close_all
 from nsbox.supervisor import files
 from nsbox.supervisor.channel import ANSWER_DEADLINE, Channel
 from nsbox.supervisor.connection import EnvironmentConnection
@@ -151,11 +150,9 @@ class Leftovers:
             while answer is None:
                 if not (yield wait):
                     raise TimeoutError
-                answer = channel.feed()
+                answer = channel.feed_numbers()
         except OSError as error:
             raise (yield partial(self._connection.died, error)) from error
         finally:
             channel.close()
-        kind, first, second, _, fds = answer
-        close_all(fds)
-        return kind, first, second
+        return answer

@@ -87,10 +87,12 @@ class LoopDriver:
             return await LoopDriver(self.loop, self._kill).run(steps)  # it is refused
         self._steps = steps
         future = self._future = self.loop.create_future()
-        self._go_on(steps.send, None)
         try:
+            self._go_on(steps.send, None)
             return await future  # type: ignore[no-any-return]
         except BaseException as error:
+            if future.done() and not future.cancelled():
+                future.exception()  # it is raised already
             if self._steps is steps:  # they are not over: cancelled, or the environment is closed
                 self.forget()
                 self._steps = self._wait = None

@@ -159,9 +159,8 @@ class Session:
 
         A signal that comes just before a system call that waits does not interrupt it.
         """
-        if self.worker is not None and self._busy.acquire(blocking=False):
+        if self.worker is not None and not self._busy.locked():
             self.worker.end_events()
-            self._busy.release()
 
     def await_idle(self) -> None:
         """Wait until no other thread is in a call of this killed environment."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import select
 import socket
-from _socket import getdefaulttimeout, socketpair
+from _socket import MSG_CTRUNC, MSG_TRUNC, getdefaulttimeout, socketpair
 from _socket import socket as Socket
+from itertools import starmap
 from resource import RLIMIT_NOFILE, getrlimit
 from select import PIPE_BUF
 
@@ -24,6 +25,7 @@ from nsbox.linux.descriptors import (
     receive_message,
     send_bytes,
 )
+from nsbox.linux.owned import Descriptor, Inbox
 from nsbox.values import json_text
 
 TYPE_CHECKING = False
@@ -36,6 +38,7 @@ KEPT_FREE = 256
 """Descriptors that births leave free, or a quarter of the limit of open files if that is less."""
 SMALL = 64 << 10
 """Bytes that requests about an environment that was born have at most, and all answers."""
+_KIND = (socket.AF_UNIX, socket.SOCK_SEQPACKET, 0)
 LARGEST = 160 << 10
 """Bytes of one message; below the kernel's default send buffer (net.core.wmem_default)."""
 
@@ -76,7 +79,7 @@ def raw_pair(kind: int = socket.SOCK_SEQPACKET) -> tuple[Socket, Socket]:
 def pair() -> tuple[Socket, Socket]:
     """Return a `raw_pair`, its first of this process's kind of sockets (gevent): it may wait."""
     ours, theirs = raw_pair()
-    return ours if _kind() is Socket else adopt(ours.detach()), theirs
+    return ours if _kind() is Socket else _kind()(*_KIND, ours.detach()), theirs
 
 
 def _kind() -> type[Socket]:
@@ -84,12 +87,15 @@ def _kind() -> type[Socket]:
     return Socket if issubclass(socket.socket, Socket) else socket.socket
 
 
-def adopt(fd: int) -> Socket:
-    """Return the socket of a descriptor that is a `pair`'s first."""
-    end = _kind()(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd)
-    if end.gettimeout() is not None:
-        end.settimeout(None)
-    return end
+def adopt(end: Descriptor) -> Socket:
+    """Return the socket of a `pair`'s first that was received."""
+    (adopted,) = starmap(Socket, ((*_KIND, end.number),))
+    end.number = -1  # no interrupt has come in between
+    if (kind := _kind()) is not Socket:
+        adopted = kind(*_KIND, adopted.detach())
+    if adopted.gettimeout() is not None:
+        adopted.settimeout(None)
+    return adopted
 
 
 def send(channel: Socket, message: Message, fds: Sequence[int] = ()) -> None:
@@ -128,6 +134,25 @@ def receive(channel: Socket, *, is_small: bool = False) -> tuple[Message, list[i
     except BaseException:
         close_all(fds)
         raise
+
+
+def hear(channel: Socket) -> tuple[Message, list[Descriptor]] | None:
+    """Do as `receive` with `is_small`, where interrupts come; descriptors are `Inbox.ends`."""
+    inbox = Inbox()
+    try:
+        inbox.receive(channel, SMALL, MOST_FDS)
+        data, parts, flags, _ = inbox[0]
+        if flags & (MSG_TRUNC | MSG_CTRUNC):
+            inbox.check(MOST_FDS)
+        if data:
+            return decode(json_text.decode(data.decode())), inbox.ends if parts else []
+    except ConnectionError:
+        pass
+    except BaseException:
+        inbox.close()
+        raise
+    inbox.close()
+    return None
 
 
 def read(pipe: int) -> Message | None:

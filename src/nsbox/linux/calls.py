@@ -30,6 +30,7 @@ from ctypes import (
     get_errno,
     sizeof,
 )
+from itertools import starmap
 from struct import Struct
 
 from nsbox.errors import SyscallError
@@ -410,7 +411,8 @@ def openat2(dirfd: int, path: str | bytes, flags: int, mode: int = 0, resolve: i
     or RESOLVE_IN_ROOT when something is renamed at the same time; it is for the caller to decide.
     """
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
-    fd = _openat2(_SYS_OPENAT2, dirfd, encode(path), byref(how), _OPEN_HOW_SIZE)
+    words = (_SYS_OPENAT2, dirfd, encode(path), byref(how), _OPEN_HOW_SIZE)
+    (fd,) = starmap(_openat2, (words,))  # as `nsbox.linux.owned` needs it
     if fd < 0:
         raise failure("openat2", path)
     return fd

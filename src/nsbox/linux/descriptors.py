@@ -107,10 +107,16 @@ def receive_bytes(
             received += unpack(f"{count}i", content[: count * _ITEM_SIZE])
     if flags & (MSG_TRUNC | MSG_CTRUNC):
         close_all(received)
-        if not flags & MSG_TRUNC and len(received) < most_fds:
+        check_whole(flags, len(received), most_fds)
+    return data, received
+
+
+def check_whole(flags: int, count: int, most_fds: int) -> None:
+    """Raise as `receive_bytes` when recvmsg(2) says that something was cut off."""
+    if flags & (MSG_TRUNC | MSG_CTRUNC):
+        if not flags & MSG_TRUNC and count < most_fds:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         raise ConnectionError("a message was cut off")
-    return data, received
 
 
 def receive_message(channel: Socket) -> tuple[bytes, list[int]]:

@@ -8,7 +8,7 @@ import functools
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Generic, Literal, Self, Unpack, overload
+from typing import Any, Generic, Literal, Self, TypeVar, Unpack, overload
 
 from nsbox.environment.environment import ExecutionEnvironment
 from nsbox.errors import PoolError
@@ -18,10 +18,12 @@ from nsbox.functions.loop import aside
 from nsbox.functions.request import PoolOptions, TimedCallOptions
 from nsbox.pool.events import PoolSnapshot, PoolStats
 from nsbox.pool.function import PoolFunction, PoolServed
-from nsbox.pool.pool import WarmPool
+from nsbox.pool.pool import WarmPool, withdraw
 from nsbox.pool.settings import PoolSettings
 from nsbox.values.config import Config
 from nsbox.values.invocation import Invocation
+
+_T = TypeVar("_T")
 
 
 class AsyncWarmPool(Generic[PoolServed]):
@@ -138,9 +140,9 @@ class AsyncWarmPool(Generic[PoolServed]):
         What it returns is called with its methods ending in ``_async``: `PoolFunction.invoke_async`
         and so on.
         """
-        return await asyncio.to_thread(
-            self.pool.function, source, reserved=reserved, provisioned=provisioned
-        )
+        pool = self.pool
+        make = functools.partial(pool.function, source, reserved=reserved, provisioned=provisioned)
+        return await _Making[PoolFunction[Function]](make, functools.partial(withdraw, pool)).wait()
 
     async def publish(
         self: AsyncWarmPool[Function], source: Function | FunctionVersion
@@ -181,36 +183,40 @@ class AsyncWarmPool(Generic[PoolServed]):
             raise
 
     async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        making = _Making(self._make)
-        try:
-            await loop.run_in_executor(None, making.run)
-        except BaseException:
-            loop.run_in_executor(None, making.abandon)  # waits for what is under way
-            raise
-        self._pool = making.pool
+        self._pool = await _Making(self._make, lambda pool: pool.close(drain=False)).wait()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         await self.close(drain=kind is None)
 
 
-class _Making(Generic[PoolServed]):
-    """A pool made in a thread, which cannot be stopped when nobody wants the pool any more."""
+class _Making(Generic[_T]):
+    """Something made in a thread, which cannot be stopped when nobody wants it any more."""
 
-    def __init__(self, make: Callable[[], WarmPool[PoolServed]]) -> None:
+    def __init__(self, make: Callable[[], _T], undo: Callable[[_T], object]) -> None:
         self._make = make
+        self._undo = undo
         self._lock = threading.Lock()
         self._is_unwanted = False
-        self.pool: WarmPool[PoolServed] | None = None
+        self._made: list[_T] = []
 
-    def run(self) -> None:
+    async def wait(self) -> _T:
+        """Have it made, and return it; cancelled, have it undone."""
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(None, self._run)
+        except BaseException:
+            loop.run_in_executor(None, self._abandon)  # waits for what is under way
+            raise
+        return self._made.pop()
+
+    def _run(self) -> None:
         with self._lock:
             if not self._is_unwanted:
-                self.pool = self._make()
+                self._made.append(self._make())
 
-    def abandon(self) -> None:
+    def _abandon(self) -> None:
         with self._lock:
             self._is_unwanted = True
-            if self.pool is not None:
-                self.pool.close(drain=False)
+            while self._made:
+                self._undo(self._made.pop())

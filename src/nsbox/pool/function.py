@@ -31,7 +31,6 @@ from nsbox.errors import ConfigError, PoolError, PoolTimeout, refuse_pickling
 from nsbox.functions.credentials import Credentials, Provider, resolve, resolve_async
 from nsbox.functions.exchange import InvocationResponse
 from nsbox.functions.function import Function, FunctionVersion
-from nsbox.functions.loop import aside
 from nsbox.functions.request import (
     CallOptions,
     InvocationRequest,
@@ -67,8 +66,14 @@ class PoolFunction(Generic[Served]):
     The methods ending in ``_async`` do on an asyncio loop what the others do in a thread.
     """
 
-    def __init__(self, manager: PoolManager, queue: PoolQueue, executor: CallExecutor) -> None:
-        """`executor` makes its submitted calls."""
+    def __init__(
+        self,
+        manager: PoolManager,
+        queue: PoolQueue,
+        executor: CallExecutor,
+        pool: PoolFunction[Any] | None = None,
+    ) -> None:
+        """`executor` makes its submitted calls; `pool` stays open while this is kept."""
         self._manager = manager
         self._queue = queue
         self._scheduler = manager.scheduler
@@ -76,6 +81,7 @@ class PoolFunction(Generic[Served]):
         self._acquire_timeout = manager.settings.acquire_timeout
         self._is_function = isinstance(queue.resolve(None)[1], FunctionVersion)
         self._has_provider = manager.settings.credentials is not None
+        self._pool = pool
 
     def __reduce__(self) -> NoReturn:
         refuse_pickling("a pool", "make one there, from the Function or Config")
@@ -264,24 +270,28 @@ class PoolFunction(Generic[Served]):
         self._check_usable(is_function=True)
         begin = time.monotonic()
         lease: PoolLease = Lease()
-        is_again = has_one = self._scheduler.take_idle(lease, self._queue, tenant)
-        while True:
-            is_plain = has_one and not lease.is_cold and not lease.slot.is_silent
-            if not has_one or (not is_plain and await self._looks_dead_on_loop(lease)):
-                await self._take_on_loop(
-                    lease, tenant, self._acquire_timeout, begin, again=is_again
-                )
-            try:
-                environment = lease.slot.env or env_of(lease)
-                answer = read(await environment.call_async(request))
-            except BaseException as error:
-                if not self._manager.fail(lease, error):
-                    raise
-            else:
-                if not self._scheduler.keep_idle(lease):
-                    self._manager.finish(lease, None)
-                return answer
-            has_one, is_again = False, True
+        try:
+            is_again = has_one = self._scheduler.take_idle(lease, self._queue, tenant)
+            while True:
+                is_plain = has_one and not lease.is_cold and not lease.slot.is_silent
+                if not has_one or (not is_plain and await self._looks_dead_on_loop(lease)):
+                    await self._take_on_loop(
+                        lease, tenant, self._acquire_timeout, begin, again=is_again
+                    )
+                try:
+                    environment = lease.slot.env or env_of(lease)
+                    answer = read(await environment.call_async(request))
+                except BaseException as error:
+                    if not self._manager.fail(lease, error):
+                        raise
+                else:
+                    if not self._scheduler.keep_idle(lease):
+                        self._manager.finish(lease, None)
+                    return answer
+                has_one, is_again = False, True
+        except BaseException:
+            self._manager.abandon(lease)
+            raise
 
     async def map_async(
         self: PoolFunction[Function],
@@ -334,13 +344,25 @@ class PoolFunction(Generic[Served]):
         """
         self._check_usable(is_function=False)
         lease: PoolLease = Lease()
-        await self._take_on_loop(lease, None, self._patience(timeout), time.monotonic())
+        patience = self._patience(timeout)
         try:
-            yield EnvironmentFace(env_of(lease))
-        except BaseException as error:
-            await aside(self._manager.finish, lease, error)
+            await self._take_on_loop(lease, None, patience, time.monotonic())
+            try:
+                yield EnvironmentFace(env_of(lease))
+            except BaseException as error:
+                await self._finish_on_loop(lease, error)
+                raise
+            await self._finish_on_loop(lease, None)
+        except BaseException:
+            self._manager.abandon(lease)
             raise
-        await aside(self._manager.finish, lease, None)
+
+    async def _finish_on_loop(self, lease: PoolLease, error: BaseException | None) -> None:
+        def finish(lease: PoolLease) -> bool:
+            self._manager.finish(lease, error)
+            return False
+
+        await _LeaseThread(self._manager, lease, finish).wait()
 
     def _enter(self, lease: PoolLease, seconds: float | None) -> ExecutionEnvironment:
         self._check_usable(is_function=False)
@@ -605,6 +627,7 @@ class _LeaseThread:
         """`work` returns whether the lease goes on; it does not when that raises."""
         self._manager = manager
         self._lease = lease
+        self._own: PoolLease = Lease()  # the thread's: the task may end before
         self._work = work
         self._loop = asyncio.get_running_loop()
         self._future: asyncio.Future[None] = self._loop.create_future()
@@ -615,26 +638,29 @@ class _LeaseThread:
     async def wait(self) -> bool:
         """Return whether the lease goes on."""
         try:
+            self._manager.scheduler.pass_on(self._lease, self._own)
             threading.Thread(target=self._run, name="nsbox-pool-lease", daemon=True).start()
         except BaseException:
-            self._manager.drop(self._lease)
+            self._manager.abandon(self._own)
             raise
         try:
             await self._future
+            if self._error is not None:
+                raise self._error
+            if self._is_held:
+                self._manager.scheduler.pass_on(self._own, self._lease)
+            return self._is_held
         except BaseException:
             with self._lock:
                 self._is_unwanted = True
                 is_held = self._is_held
             if is_held:
-                self._manager.drop(self._lease)
+                self._manager.drop(self._own)
             raise
-        if self._error is not None:
-            raise self._error
-        return self._is_held
 
     def _run(self) -> None:
         try:
-            is_held = self._work(self._lease)
+            is_held = self._work(self._own)
         except BaseException as error:  # noqa: BLE001 - handed to the task
             self._error = error
             is_held = False
@@ -644,7 +670,7 @@ class _LeaseThread:
                 self._is_held = is_held
                 is_unwanted = not _wake(self._loop, self._future)
         if is_unwanted and is_held:
-            self._manager.drop(self._lease)
+            self._manager.drop(self._own)
 
 
 def _answers(futures: deque[Future[Any]], end: float | None) -> Iterator[Any]:

@@ -124,6 +124,15 @@ class Ledger(Generic[E, W]):
             if turn.locked():
                 turn.release()
 
+    @locked
+    def pass_on(self, lease: Lease[E, W], other: Lease[E, W]) -> None:
+        """Let `other` be the lease of the slot: who has the first has nothing any more."""
+        holder = weakref.ref(other, self._on_lost)
+        slot = other.slot = lease.slot
+        other.token = lease.token
+        other.is_birth, other.is_cold = lease.is_birth, lease.is_cold
+        slot.holder = holder
+
     # -- steps; the lock is held ------------------------------------------------------------------
 
     def _hold(self, lease: Lease[E, W], slot: Slot[E, W]) -> None:

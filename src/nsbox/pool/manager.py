@@ -131,21 +131,22 @@ class PoolManager:
         Raises:
             NsboxError: One cannot be made, or does not start.
         """
-        while (lease := self.scheduler.reserve(queue)) is not None:
-            try:
+        lease: PoolLease = Lease()
+        try:
+            while self.scheduler.reserve(queue, lease) is not None:
                 self._start_ready(lease)
-            except BaseException:
-                self.abandon(lease)
-                raise
+        except BaseException:
+            self.abandon(lease)
+            raise
         queue.is_open = True
         if self.settings.standby:
             self._standby.request()
             self._get_maintenance()
         self._wake()
 
-    def withdraw(self, queue: PoolQueue) -> None:
-        """Take a function out again that could not be opened."""
-        self.retire_all(self.scheduler.remove(queue))
+    def withdraw(self, resolve: Resolve[Source]) -> None:
+        """Take a function out again that could not be added, or opened."""
+        self.retire_all(self.scheduler.remove(resolve))
 
     def retire_all(self, slots: Sequence[PoolSlot]) -> None:
         """Close retired environments, and have maintenance look at what is missing now."""
@@ -333,11 +334,11 @@ class PoolManager:
         return failure
 
     def _close(self, slot: PoolSlot, *, wait: bool = False) -> None:
-        """Close a retired environment, and those that were to make room for it; free its slot."""
-        for victim in slot.victims:
-            self._close(victim)
-        slot.victims = ()
+        """Close a retired environment, and what was to be closed before it, and free its slot."""
         try:
+            for victim in slot.victims:
+                self._close(victim)
+            slot.victims = ()
             if slot.env is not None:
                 if slot.is_cold:
                     self._await_freezing()

@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, Final, Literal, Self, Unpack, overload
 
@@ -173,6 +174,8 @@ class WarmPool(PoolFunction[PoolServed]):
         super().__init__(manager, queue, executor)
         self.max_environments = max_environments
         self._executors = [executor]  # one for each function
+        self._added: weakref.WeakKeyDictionary[PoolFunction[Any], Resolve[Source]]
+        self._added = weakref.WeakKeyDictionary()
         self._close_lock = threading.Lock()
         self._is_closed = False
         try:
@@ -210,19 +213,20 @@ class WarmPool(PoolFunction[PoolServed]):
             reserved = check_count(reserved, "reserved", 0)
         provisioned = check_count(provisioned, "provisioned", 0)
         self._check_usable(is_function=self._is_function)
-        queue = self._manager.add(
-            version_resolver(version), reserved=reserved, provisioned=provisioned
-        )
+        resolve = version_resolver(version)
         most = self._manager.settings.max_environments if reserved is None else max(1, reserved)
-        try:
-            self._manager.open(queue)
-        except BaseException:
-            self._manager.withdraw(queue)
-            raise
         executor = CallExecutor(most)
-        with self._close_lock:
-            self._executors.append(executor)
-        return PoolFunction(self._manager, queue, executor)
+        try:
+            queue = self._manager.add(resolve, reserved=reserved, provisioned=provisioned)
+            self._manager.open(queue)
+            function: PoolFunction[Function] = PoolFunction(self._manager, queue, executor, self)
+            with self._close_lock:
+                self._executors.append(executor)
+            self._added[function] = resolve
+        except BaseException:
+            self._manager.withdraw(resolve)
+            raise
+        return function
 
     def stats(self) -> PoolStats:
         """Return the numbers of all functions of the pool; see `PoolFunction.stats`."""
@@ -250,8 +254,8 @@ class WarmPool(PoolFunction[PoolServed]):
         """Do as `close`; calls that were killed have `patience` seconds to return."""
         if self._manager.owner != os.getpid():
             return
-        _let_go_of_leases()
         try:
+            _let_go_of_leases()
             # Before the lock, which another thread may have that lets calls end.
             failure = None if drain else self._refuse(drain=False)
             with self._close_lock:
@@ -318,8 +322,22 @@ class WarmPool(PoolFunction[PoolServed]):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(drain=kind is None)
 
+    def __del__(self) -> None:
+        # Whoever had it was interrupted, or has forgotten it.
+        if not getattr(self, "_is_closed", True) and self._manager.owner == os.getpid():
+            try:
+                warnings.warn(f"{self!r} was not closed", ResourceWarning, 2, source=self)
+            finally:  # where warnings are errors, too
+                with contextlib.suppress(RuntimeError):  # no thread is started any more
+                    self._close_aside(drain=False)
 
-_pools: set[WarmPool[Any]] = set()
+
+def withdraw(pool: WarmPool[Any], function: PoolFunction[Any]) -> None:
+    """Take out a function again that nobody has called, nor will."""
+    pool._manager.withdraw(pool._added.pop(function))
+
+
+_pools: weakref.WeakSet[WarmPool[Any]] = weakref.WeakSet()
 _HERE: Final = os.path.dirname(__file__)
 
 

@@ -208,15 +208,16 @@ class Scheduler(Ledger[E, W]):
         return queue, self._retire_idle(self._shared.on_demand()[: max(0, surplus)])
 
     @locked
-    def remove(self, queue: FunctionQueue[E, W]) -> list[Slot[E, W]]:
-        """Take out a function that nobody calls any more; return idle ones to close."""
-        self._queues.remove(queue)
-        if queue.places is not self._shared:
-            self._parts.remove(queue.places)
-            self._shared.most += queue.places.most
-        else:
-            self._shared.queues.remove(queue)
-        return self._retire_idle(list(queue.idle_ones()), Retirement.CLOSE)
+    def remove(self, resolve: Resolve[W]) -> list[Slot[E, W]]:
+        """Take out the function of `resolve`, if it is there; return idle ones to close."""
+        idle: list[Slot[E, W]] = []
+        for queue in [queue for queue in self._queues if queue.resolve is resolve]:
+            idle += queue.idle_ones()
+            queue.generation += 1  # what is being born retires when it comes back
+            self._queues.remove(queue)
+        retired = self._retire_idle(idle, Retirement.CLOSE)
+        self._mend()  # the places are others' now
+        return retired
 
     @locked
     def publish(self, queue: FunctionQueue[E, W], resolve: Resolve[W]) -> list[Slot[E, W]]:
@@ -306,6 +307,7 @@ class Scheduler(Ledger[E, W]):
         """
         if self._is_closed and not again:
             raise PoolClosed("the pool is closed")
+        self._retire_lost()
         key, what = queue.resolve(waiter.tenant)
         if not again:
             queue.counters.calls += 1
@@ -365,20 +367,22 @@ class Scheduler(Ledger[E, W]):
         return self._take_lost()
 
     @locked
-    def reserve(self, only: FunctionQueue[E, W] | None = None) -> Lease[E, W] | None:
+    def reserve(
+        self, only: FunctionQueue[E, W] | None = None, record: Lease[E, W] | None = None
+    ) -> Lease[E, W] | None:
         """Return a place for one more to be kept ready, if one is missing and there is room.
 
-        Of `only` this function, or of any that is open.
+        Of `only` this function, or of any that is open. `record` is the lease that it is to be.
         """
         for queue in self._queues:
             is_meant = queue is only or (only is None and queue.is_open and queue.provisioned)
             if is_meant and not self._is_closed and not queue.places.waiters:
-                lease = self._reserve_ready(queue)
+                lease = self._reserve_ready(queue, record or Lease())
                 if lease is not None:
                     return lease
         return None
 
-    def _reserve_ready(self, queue: FunctionQueue[E, W]) -> Lease[E, W] | None:
+    def _reserve_ready(self, queue: FunctionQueue[E, W], lease: Lease[E, W]) -> Lease[E, W] | None:
         key, what = queue.resolve(None)
         present = sum(slot.key == key for slot in self._kept_ready(queue))
         if present >= queue.provisioned or queue.breaker.pause() > 0:
@@ -387,7 +391,6 @@ class Scheduler(Ledger[E, W]):
         victims = self._find_room(queue, memory, Retirement.PROVISIONED)
         if victims is None:
             return None
-        lease: Lease[E, W] = Lease()
         self._reserve(lease, queue, key, what, memory, victims, Retirement.PROVISIONED)
         lease.slot.is_provisioned = True
         return lease

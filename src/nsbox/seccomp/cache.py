@@ -14,11 +14,13 @@ import stat
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nsbox
 from nsbox.errors import UnsupportedHostError
+from nsbox.linux.owned import Descriptor
 from nsbox.seccomp import profiles
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def _file_name(digest: str) -> str:
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
-def _open_directory(*, create: bool) -> int:
+def _open_directory(*, create: bool) -> Descriptor:
     """Return a descriptor of the cache directory. Raises OSError when it cannot be trusted."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):
@@ -86,11 +88,12 @@ def _open_directory(*, create: bool) -> int:
             raise PermissionError(f"{owner} belongs to another user")
         for directory in (base, os.path.dirname(path), path):
             os.makedirs(directory, mode=0o700, exist_ok=True)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if not _is_ours(os.fstat(fd)):
-        os.close(fd)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    opened = Descriptor(os.open, path, flags)
+    if not _is_ours(os.fstat(opened.number)):
+        opened.close()
         raise PermissionError(f"{path} can be written by others")
-    return fd
+    return opened
 
 
 def _is_ours(status: os.stat_result) -> bool:
@@ -100,13 +103,10 @@ def _is_ours(status: os.stat_result) -> bool:
 
 def _read(name: str) -> bytes | None:
     try:
-        directory = _open_directory(create=False)
-        try:
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-            fd = os.open(f"{name}.bpf", flags, dir_fd=directory)
-        finally:
-            os.close(directory)
-        with open(fd, "rb") as file:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        with _open_directory(create=False) as directory:
+            opened = Descriptor(os.open, f"{name}.bpf", flags, dir_fd=directory)
+        with opened as fd, open(fd, "rb", closefd=False) as file:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or not _is_ours(status):
                 return None
@@ -122,23 +122,20 @@ def _write(name: str, program: bytes) -> None:
     """Keep `program`; without a home, or on a full disk, do without."""
     content = _MAGIC + hashlib.sha256(program).digest() + program
     temporary = f".{name}.{os.getpid()}.{threading.get_ident()}"
-    try:
-        directory = _open_directory(create=True)
-    except OSError:
-        return
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(temporary, flags, 0o600, dir_fd=directory)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with suppress(OSError), _open_directory(create=True) as directory:
         try:
-            with open(fd, "wb") as file:
+            with (
+                Descriptor(os.open, temporary, flags, 0o600, dir_fd=directory) as fd,
+                open(fd, "wb", closefd=False) as file,
+            ):
                 file.write(content)
             os.rename(temporary, f"{name}.bpf", src_dir_fd=directory, dst_dir_fd=directory)
-        except OSError:
-            os.unlink(temporary, dir_fd=directory)
-    except OSError:
-        return
-    finally:
-        os.close(directory)
+        except BaseException as error:
+            if not isinstance(error, FileExistsError):  # another process's of the same number
+                with suppress(OSError):
+                    os.unlink(temporary, dir_fd=directory)
+            raise
 
 
 def _is_program(program: bytes) -> bool:

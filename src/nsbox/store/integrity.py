@@ -19,6 +19,7 @@ from itertools import chain
 from typing import Final, NamedTuple
 
 from nsbox.errors import ConfigError, StoreError
+from nsbox.linux.owned import Descriptor
 from nsbox.store.sources import read_directory
 from nsbox.store.tree import DIRECTORY, MODES, Manifest, Node, TreeWriter
 
@@ -61,7 +62,7 @@ def read_manifest(fd: int, digest: str) -> Manifest:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_size > _MANIFEST_MAX:
         raise Corrupt("its manifest is no file of a sensible size")
-    with open(os.dup(fd), "rb") as file:
+    with open(fd, "rb", closefd=False) as file:
         data = file.read(status.st_size)  # of the largest there may be a buffer would be made
     if hashlib.sha256(data).hexdigest() != digest:
         raise Corrupt("its manifest has another hash")
@@ -81,8 +82,7 @@ def check_tree(path: str, entry: int, digest: str, manifest: Manifest) -> None:
         manifest: Its manifest, read with `read_manifest`.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    tree = os.open("tree", flags, dir_fd=entry)
-    try:
+    with Descriptor(os.open, "tree", flags, dir_fd=entry) as tree:
         now = time.clock_gettime_ns(time.CLOCK_REALTIME)  # the clock that stamps files
         seal = _take_seal(".", tree, manifest)
         if _seals.get((path, digest)) == seal:
@@ -101,8 +101,6 @@ def check_tree(path: str, entry: int, digest: str, manifest: Manifest) -> None:
             raise Corrupt("it changed while it was looked at")
         if seal.newest < now - _SETTLED:
             _seals[path, digest] = seal
-    finally:
-        os.close(tree)
 
 
 def is_as_it_was(path: str, entry: str, digest: str, manifest: Manifest, inode: int) -> bool:

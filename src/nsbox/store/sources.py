@@ -18,6 +18,7 @@ import zlib
 from typing import Final
 
 from nsbox.errors import ConfigError
+from nsbox.linux.owned import Descriptor
 from nsbox.store.tree import ENTRIES_MAX, PATH_MAX, TreeWriter
 
 # O_NONBLOCK: a FIFO put in the place of a file must not make us wait (open(2)).
@@ -32,10 +33,10 @@ _FORMS: Final = "give a directory or a zip file"
 def read_source(tree: TreeWriter, path: str) -> None:
     """Add what is in the directory or zip file at `path`."""
     try:
-        fd = os.open(path, _OPEN)
+        opened = Descriptor(os.open, path, _OPEN)
     except OSError as error:
         raise ConfigError(f"{tree.what}: {error.strerror}; {_FORMS} that exists") from error
-    try:
+    with opened as fd:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
             read_directory(tree, fd)
@@ -43,8 +44,6 @@ def read_source(tree: TreeWriter, path: str) -> None:
             _read_zip(tree, fd)
         else:
             raise ConfigError(f"{tree.what}: neither a directory nor a file; {_FORMS}")
-    finally:
-        os.close(fd)
 
 
 def read_module(tree: TreeWriter, name: str) -> None:
@@ -66,17 +65,15 @@ def read_module(tree: TreeWriter, name: str) -> None:
     if path is None or not (os.path.isabs(path) and os.path.exists(path)):
         raise ConfigError(f"{tree.what}: it is no file ({spec.origin or 'no origin'}); {remedy}")
     try:
-        fd = os.open(path, _OPEN)
+        opened = Descriptor(os.open, path, _OPEN)
     except OSError as error:
         raise ConfigError(f"{tree.what}: {path!r}: {error.strerror}; {remedy}") from error
-    try:
+    with opened as fd:
         if places:
             tree.add_directory(name)
             read_directory(tree, fd, f"{name}/")
         else:
             _read_file(tree, fd, os.path.basename(path))
-    finally:
-        os.close(fd)
 
 
 def read_directory(tree: TreeWriter, fd: int, prefix: str = "") -> None:
@@ -103,12 +100,12 @@ def _read_entry(tree: TreeWriter, parent: int, name: str, path: str) -> None:
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         raise tree.refuse(path, "it is neither a file, a directory nor a link; remove it")
     try:
-        fd = os.open(name, _OPEN | os.O_NOFOLLOW, dir_fd=parent)
+        opened = Descriptor(os.open, name, _OPEN | os.O_NOFOLLOW, dir_fd=parent)
     except PermissionError as error:
         raise tree.refuse(path, f"it cannot be opened: {error.strerror}") from error
     except OSError as error:
         raise tree.refuse(path, f"it changed while it was read ({error.strerror})") from error
-    try:
+    with opened as fd:
         if stat.S_IFMT(os.fstat(fd).st_mode) != stat.S_IFMT(mode):
             raise tree.refuse(path, "it changed while it was read")
         if stat.S_ISDIR(mode):
@@ -116,8 +113,6 @@ def _read_entry(tree: TreeWriter, parent: int, name: str, path: str) -> None:
             read_directory(tree, fd, f"{path}/")
         else:
             _read_file(tree, fd, path)
-    finally:
-        os.close(fd)
 
 
 def _read_file(tree: TreeWriter, fd: int, path: str) -> None:

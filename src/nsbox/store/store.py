@@ -22,7 +22,6 @@ import os
 import re
 import secrets
 import stat
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from typing import Any, Final
 from nsbox.errors import ConfigError, StoreError
 from nsbox.linux import calls
 from nsbox.linux import constants as c
+from nsbox.linux.owned import Descriptor
 from nsbox.store.integrity import (
     Corrupt,
     check_tree,
@@ -56,12 +56,10 @@ _INSIDE: Final = (
 )
 
 
-class _Lease:
+class _Lease(Descriptor):
     """A shared lock on an entry's manifest, for as long as this object lives."""
 
-    def __init__(self, fd: int) -> None:
-        self.inode = os.fstat(fd).st_ino
-        weakref.finalize(self, os.close, fd)
+    inode = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +149,10 @@ class Store:
                     elif node.kind == LINK:
                         tree.add_link(path, node.content)
                     else:
-                        with open(os.open(path, _FILE, dir_fd=roots[index]), "rb") as file:
+                        with (
+                            Descriptor(os.open, path, _FILE, dir_fd=roots[index]) as fd,
+                            open(fd, "rb", closefd=False) as file,
+                        ):
                             tree.add_file(path, file.read, executable=node.kind == PROGRAM)
 
         digest = Manifest.of({path: node for path, (_, node) in merged.items()}).digest
@@ -223,7 +224,8 @@ class Store:
                 self._set_aside(root, name, inode, str(error))
                 return None
             # A duplicate shares the lock, and outlives this block.
-            lease = _Lease(os.dup(manifest_fd))
+            lease = _Lease(os.dup, manifest_fd)
+            lease.inode = os.fstat(manifest_fd).st_ino
             return Entry(digest, f"{self.path}/{name}/tree", manifest, self, lease)
 
     def _make(self, read: Callable[[TreeWriter], None], what: str, *, exact: bool) -> str:
@@ -232,8 +234,8 @@ class Store:
         with self._opened() as root, ExitStack() as stack:
             try:
                 with _locked(root, fcntl.LOCK_SH):
-                    os.mkdir(temporary, 0o700, dir_fd=root)
                     stack.callback(_discard, root, temporary)
+                    os.mkdir(temporary, 0o700, dir_fd=root)
                     fd = _open(stack, temporary, _DIRECTORY, root)
                     # Says that it is being made; the kernel lets go of it whoever is killed.
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -243,7 +245,8 @@ class Store:
                 read(writer)
                 manifest = writer.finish()
                 flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                with open(os.open("manifest", flags, 0o400, dir_fd=fd), "wb") as file:
+                written = _open(stack, "manifest", flags, fd, mode=0o400)
+                with open(written, "wb", closefd=False) as file:
                     file.write(manifest.encode())
                 _rename(root, temporary, f"sha256-{manifest.digest}")
             except (OSError, WriteError) as error:
@@ -322,10 +325,10 @@ class Store:
     def _opened(self) -> Iterator[int]:
         """Give a descriptor of the store. Raises StoreError when it cannot be trusted."""
         try:
-            fd = os.open(self.path, _DIRECTORY)
+            directory = Descriptor(os.open, self.path, _DIRECTORY)
         except OSError as error:
             raise StoreError(self.path, f"cannot be opened: {error.strerror}") from error
-        try:
+        with directory as fd:
             status = os.fstat(fd)
             if status.st_uid != os.geteuid():
                 raise StoreError(
@@ -338,8 +341,6 @@ class Store:
                     self.path, "can be written by others; `chmod go-w` it, and empty it first"
                 )
             yield fd
-        finally:
-            os.close(fd)
 
 
 def path_of(store: Store | str | os.PathLike[str] | None) -> str:
@@ -395,18 +396,16 @@ def _upwards(path: str) -> Iterator[str]:
 
 @contextmanager
 def _locked(root: int, operation: int) -> Iterator[int]:
-    fd = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root)
-    try:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with Descriptor(os.open, "lock", flags, 0o600, dir_fd=root) as fd:
         fcntl.flock(fd, operation)
         yield fd
-    finally:
-        os.close(fd)
 
 
-def _open(stack: ExitStack, path: str, flags: int, dir_fd: int | None = None) -> int:
-    fd = os.open(path, flags, dir_fd=dir_fd)
-    stack.callback(os.close, fd)
-    return fd
+def _open(
+    stack: ExitStack, path: str, flags: int, dir_fd: int | None = None, *, mode: int = 0o777
+) -> int:
+    return stack.enter_context(Descriptor(os.open, path, flags, mode, dir_fd=dir_fd))
 
 
 def _is_own(path: str) -> bool:
@@ -474,8 +473,7 @@ def remove_tree(parent: int, name: str) -> None:
     if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
         os.unlink(name, dir_fd=parent)
         return
-    fd = calls.openat2(parent, name, _DIRECTORY, resolve=_INSIDE)
-    try:
+    with Descriptor(calls.openat2, parent, name, _DIRECTORY, resolve=_INSIDE) as fd:
         os.fchmod(fd, 0o700)
         for child in os.listdir(fd):
             try:
@@ -483,8 +481,6 @@ def remove_tree(parent: int, name: str) -> None:
             except OSError as error:
                 if error.errno != errno.ENOENT:  # a second one removes the same
                     raise
-    finally:
-        os.close(fd)
     os.rmdir(name, dir_fd=parent)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from nsbox.errors import ConfigError
+from nsbox.linux.owned import Descriptor
 
 UNPACKED_MAX: Final = 262_144_000
 """Bytes of a function's files, layers included; AWS Lambda's limit."""
@@ -244,12 +245,12 @@ class TreeWriter:
         if not self._exact and _is_timed_pyc(path, chunk):
             return None
         self._claim(path)
-        fd = -1
+        opened = Descriptor()
         if self._root >= 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with _writing(path):
-                fd = os.open(path, flags, 0o600, dir_fd=self._root)
-        try:
+                opened = Descriptor(os.open, path, flags, 0o600, dir_fd=self._root)
+        with opened as fd:
             content = hashlib.sha256()
             size = 0
             while chunk:
@@ -269,9 +270,6 @@ class TreeWriter:
                 with _writing(path):
                     os.fchmod(fd, stat.S_IMODE(MODES[PROGRAM if executable else FILE]))
                     os.utime(fd, (TREE_TIME, TREE_TIME))
-        finally:
-            if fd >= 0:
-                os.close(fd)
         kind = PROGRAM if executable else FILE
         self._nodes[path] = Node(kind, size, content.hexdigest())
         return size
@@ -306,11 +304,8 @@ class TreeWriter:
                 os.utime(path, times, dir_fd=self._root, follow_symlinks=False)
         for path in reversed(tuple(manifest.nodes)):
             if manifest.nodes[path].kind == DIRECTORY:
-                fd = os.open(path, _OPEN_DIRECTORY, dir_fd=self._root)
-                try:
+                with Descriptor(os.open, path, _OPEN_DIRECTORY, dir_fd=self._root) as fd:
                     _seal_directory(fd)
-                finally:
-                    os.close(fd)
         _seal_directory(self._root)
 
     def _check(self, path: str) -> None:

@@ -18,14 +18,15 @@ from typing import IO, Final, Self
 from nsbox.errors import SetupError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.launcher import protocol
-from nsbox.linux.descriptors import close_all, pipe_files, receive_bytes, send_bytes
+from nsbox.linux.descriptors import pipe_files, send_bytes
+from nsbox.linux.owned import Descriptor, Inbox
 
 ANSWER_DEADLINE: Final = 30.0
 """Seconds PID 1 may take to start a command, or for a file operation: all of it."""
 _MALFORMED: Final = "PID 1 sent a malformed answer"
 
-Reply = tuple[bytes, int, int, int, list[int]]
-"""The kind, three numbers and the descriptors of an answer of PID 1."""
+Reply = tuple[bytes, int, int, int, list[Descriptor]]
+"""The kind, three numbers and the descriptors (`Inbox.ends`) of an answer of PID 1."""
 
 
 class BrokenAnswer(ConnectionError):
@@ -48,8 +49,7 @@ class Channel:
 
         Without `waits` what is read afterwards is what is there.
         """
-        self._begun = b""  # an answer of which a part has come
-        self._fds: list[int] = []
+        self._inbox = Inbox()  # what has come of an answer that was not taken
         self._deadline = time.monotonic() + ANSWER_DEADLINE
         self.socket, theirs = make_socket()
         is_short = len(request) + 2 <= p.LARGEST_MESSAGE
@@ -77,8 +77,7 @@ class Channel:
     def close(self) -> None:
         """Close it; may be called again."""
         self.socket.close()
-        fds, self._fds = self._fds, []
-        close_all(fds)
+        self._inbox.close()
 
     def send_all(self, data: bytes) -> None:
         """Send what belongs to the request. Raises TimeoutError: PID 1 does not read it."""
@@ -96,6 +95,12 @@ class Channel:
             TimeoutError: It is not there `ANSWER_DEADLINE` seconds after the request.
         """
         while (answer := self.feed()) is None:
+            self._limit_wait()
+        return answer
+
+    def receive_numbers(self) -> tuple[bytes, int, int]:
+        """Do as `receive_answer` for an answer with which no descriptor belongs."""
+        while (answer := self.feed_numbers()) is None:
             self._limit_wait()
         return answer
 
@@ -131,26 +136,46 @@ class Channel:
     def feed(self) -> Reply | None:
         """Read what has come of the next answer; None: not all of it. Raises as `receive_answer`.
 
-        At most one descriptor comes with it.
+        At most one descriptor comes with it. Interrupted, it is there to be read again.
         """
         try:
-            data, fds = receive_bytes(self.socket, p.ANSWER.size - len(self._begun), 1)
+            if not self.is_answered:
+                self._inbox.receive(self.socket, p.ANSWER.size - len(self._inbox.data), 1)
         except BlockingIOError:
             return None
-        is_over = not data
-        data, fds = self._begun + data, self._fds + fds
-        self._begun, self._fds = b"", []
-        if is_over or len(fds) > 1:
-            close_all(fds)
-            raise ConnectionError("PID 1 is gone") if is_over else BrokenAnswer(_MALFORMED)
-        if len(data) < p.ANSWER.size:
-            self._begun, self._fds = data, fds
+        try:
+            ends = self._inbox.ends
+            self._inbox.check(1)
+            if not self._inbox[-1][0]:
+                raise ConnectionError("PID 1 is gone")
+            if len(ends) > 1:
+                raise BrokenAnswer(_MALFORMED)
+            if not self.is_answered:
+                return None
+            kind, first, second, third = p.ANSWER.unpack(self._inbox.data)
+            if kind == p.FAILED and not (0 <= second < len(p.STAGES) and 0 < first < 4096):
+                raise BrokenAnswer(_MALFORMED)
+        except OSError:
+            self._inbox.close()
+            raise
+        next_inbox = Inbox()
+        # Nothing is called from here on: no interrupt comes in between.
+        self._inbox = next_inbox
+        return kind, first, second, third, ends
+
+    def feed_numbers(self) -> tuple[bytes, int, int] | None:
+        """Do as `feed` for an answer with which no descriptor belongs."""
+        answer = self.feed()
+        if answer is None:
             return None
-        kind, first, second, third = p.ANSWER.unpack(data)
-        if kind == p.FAILED and not (0 <= second < len(p.STAGES) and 0 < first < 4096):
-            close_all(fds)
-            raise BrokenAnswer(_MALFORMED)
-        return kind, first, second, third, fds
+        for end in answer[4]:
+            end.close()
+        return answer[:3]
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether `feed` has an answer, and reads nothing."""
+        return len(self._inbox.data) == p.ANSWER.size
 
 
 class RunRequest:

@@ -25,6 +25,7 @@ from nsbox.launcher import messages, protocol
 from nsbox.launcher.messages import Gone, Spec
 from nsbox.linux.binding import is_unknown
 from nsbox.linux.descriptors import as_file
+from nsbox.linux.owned import Descriptor
 from nsbox.supervisor import reports
 from nsbox.supervisor.channel import BrokenAnswer, Channel, WorkerEndpoints
 from nsbox.supervisor.launcher import NAMESPACES_USED_UP, Launcher
@@ -134,7 +135,7 @@ class EnvironmentConnection:
         self._is_lent = False  # the control socket, to the launcher
         self._control_lock = threading.Lock()
         self.pid = self._pid_inode = 0
-        self._pidfd = -1  # only where pidfds have no inode of their own
+        self._pidfd: Descriptor | None = None  # only where pidfds have no inode of their own
         ends: list[Socket] = []
         try:
             self._control, control = protocol.pair()
@@ -278,7 +279,7 @@ class EnvironmentConnection:
         if not protocol.is_readable(self._birth.fileno(), BIRTH_DEADLINE):
             raise LauncherError(f"the launcher did not answer within {BIRTH_DEADLINE:g} seconds")
         try:
-            received = protocol.receive(self._birth, is_small=True)
+            received = protocol.hear(self._birth)
         except OSError as error:
             raise SetupError("birth", str(error), errno=error.errno or 0) from error
         if received is None:
@@ -456,7 +457,7 @@ class EnvironmentConnection:
             return self.endpoints.socket.fileno()
         return self._control.fileno()
 
-    def request(self, request: messages.Request) -> list[int]:
+    def request(self, request: messages.Request) -> list[Descriptor]:
         """Have the launcher do something to the environment; return the descriptors it gives.
 
         Raises:
@@ -469,7 +470,7 @@ class EnvironmentConnection:
         name = type(request).__name__.lower()
         return self._check_answer(name, lambda: self.supervision.request(request))
 
-    def _check_answer(self, what: str, ask: Callable[[], Answer | None]) -> list[int]:
+    def _check_answer(self, what: str, ask: Callable[[], Answer | None]) -> list[Descriptor]:
         try:
             answer, fds = ask() or (None, [])
         except TimeoutError:
@@ -542,8 +543,8 @@ class EnvironmentConnection:
             ProcessLookupError: It is gone.
             OSError: There is no room for it.
         """
-        if self._pidfd >= 0:
-            return as_file(os.dup, self._pidfd)
+        if self._pidfd is not None:
+            return as_file(os.dup, self._pidfd.fileno())
         if not self.pid:
             raise ProcessLookupError(errno.ESRCH, "it was not born")
         try:
@@ -563,9 +564,9 @@ class EnvironmentConnection:
         for end in (self._control, self._birth, *self._others):
             end.close()
         self.drop_endpoints()
-        pidfd, self._pidfd = self._pidfd, -1
-        if pidfd >= 0:
-            os.close(pidfd)
+        pidfd, self._pidfd = self._pidfd, None
+        if pidfd is not None:
+            pidfd.close()
 
     def __del__(self) -> None:
         # An interrupt came before anybody had it. With PID 1's socket in the launcher nothing is

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 
 from nsbox.errors import ConfigError, EnvironmentStateError, NsboxError, SyscallError
 from nsbox.guest import protocol as p
-from nsbox.linux.descriptors import close_all
 from nsbox.supervisor.channel import BrokenAnswer, Channel
 from nsbox.supervisor.connection import EnvironmentConnection
 from nsbox.values.config import Config, check_text
@@ -148,10 +147,9 @@ def reset(connection: EnvironmentConnection, config: Config) -> None:
     """
     with connection.ask(p.RESET, reset_request(config), []) as channel:
         try:
-            kind, error, stage, _, fds = channel.receive_answer()
+            kind, error, stage = channel.receive_numbers()
         except OSError as cause:
             raise connection.died(cause) from cause
-    close_all(fds)
     check_reset(connection, kind, error, stage)
 
 
@@ -211,10 +209,9 @@ def expect_ok(
     `call` is what transfers the bytes.
     """
     try:
-        kind, first, second, _, fds = channel.receive_answer()
+        kind, first, second = channel.receive_numbers()
     except OSError as error:
         raise connection.failed(error) from error
-    close_all(fds)
     if kind == p.FAILED:
         name, note = _CALLS.get(p.STAGES[second], (call, ""))
         raise SyscallError(name, first, path, note)

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import time
 
+from nsbox.linux.descriptors import as_file
+
 _DEADLINE = 0.05  # seconds; the records are printed by a kernel thread
 _RECORD_MOST = 8192
 _FIRST_PID_NAMESPACE = 0xEFFFFFFC  # inode (linux/proc_ns.h, PROC_PID_INIT_INO)
@@ -27,13 +29,13 @@ def filter_kill(pid: int, age: float) -> str:
     try:
         if os.stat("/proc/self/ns/pid").st_ino != _FIRST_PID_NAMESPACE:
             return ""
-        fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        log = as_file(os.open, "/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return ""
     try:
         while True:
             try:
-                record = os.read(fd, _RECORD_MOST).decode(errors="replace")
+                record = os.read(log.fileno(), _RECORD_MOST).decode(errors="replace")
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     return ""
@@ -48,4 +50,4 @@ def filter_kill(pid: int, age: float) -> str:
     except (OSError, ValueError):
         return ""
     finally:
-        os.close(fd)
+        log.close()

@@ -17,11 +17,12 @@ from typing import IO, Any, Final, Self
 from nsbox.errors import ConfigError, SyscallError
 from nsbox.guest import protocol as p
 from nsbox.launcher import protocol
-from nsbox.linux.descriptors import close_all
+from nsbox.linux.owned import Descriptor
 from nsbox.linux.proc import pidfd_number
 from nsbox.supervisor.channel import (
     BrokenAnswer,
     Channel,
+    Reply,
     RunRequest,
     WorkerEndpoints,
     make_pipe,
@@ -76,18 +77,21 @@ class RunningCommand:
         self.argv = argv
         self.pid = 0
         self.tty = -1
+        self._terminal: Descriptor | None = None  # what has that descriptor
         self.stdin: IO[bytes] | None = None
         self.stdout: IO[bytes] | None = None
         self.stderr: IO[bytes] | None = None
         self._verdict: Verdict | None = None
         self._result: Result | None = None
         self._death: Exception | None = None
-        self._killed_at: float | None = None
+        self._killed_at: float | None = None  # None for a verdict: it is still to be killed
+        self._answer: Reply | None = None  # PID 1's, until it has been acted on
         self._cpu_time = cpu_time
         self._next_cpu_check = 0.0
         self._lock = threading.RLock()
         self._heard = 0  # what PID 1 and the launcher have said; it is not there to be read again
         self._host_pid: int | None = None  # told only of a command that SIGSYS has ended
+        self._is_shown = False  # it was told, and taken
         self._request: RunRequest | None = None
         self._relays = Relays()
         self._channel: Channel | None = None  # a worker's is made when its end is asked for
@@ -146,21 +150,19 @@ class RunningCommand:
 
     def _await_start(self, request: RunRequest, channel: Channel) -> None:
         try:
-            kind, first, stage, _, fds = channel.receive_answer()
+            kind, first, stage, _, ends = channel.receive_answer()
+            if ends:
+                self._terminal = ends[0]
+                self.tty = ends[0].fileno()
             if kind not in (p.FAILED, p.STARTED):
-                close_all(fds)
                 raise BrokenAnswer("PID 1 sent a malformed answer")
         except OSError as error:
             channel.close()
             raise self._connection.failed(error) from error
         if kind == p.FAILED:
-            close_all(fds)
             channel.close()
             raise start_error(self._connection, self.argv[0], request, first, p.STAGES[stage])
         self.pid = first
-        if fds:
-            self.tty = fds[0]
-            close_all(fds[1:])
 
     # -- what a caller does ---------------------------------------------------------------------
 
@@ -204,6 +206,7 @@ class RunningCommand:
                 with suppress(EnvironmentDied):  # then it is gone too
                     self.wait(KILL_DEADLINE * 2)
         finally:
+            self._connection.running.discard(id(self))
             self.abandon()
 
     def abandon(self) -> None:
@@ -359,7 +362,9 @@ class RunningCommand:
             poller = select.poll()
             channel = self._channel or self._ask_for_end()
             self.register(poller)
-            wait = self.poll_milliseconds(None)
+            self._see_to_kill()
+            has_answer = channel is not None and (self._answer is not None or channel.is_answered)
+            wait = 0 if has_answer else self.poll_milliseconds(None)
             heard = self._heard
         # Outside the lock: another thread may kill it meanwhile, or hear the answer.
         wait = _LONGEST_WAIT if wait is None else wait
@@ -372,7 +377,7 @@ class RunningCommand:
             if heard != self._heard:
                 return self._advance(0.0)
             try:
-                if channel is not None and channel.socket.fileno() in ready:
+                if channel is not None and (has_answer or channel.socket.fileno() in ready):
                     self._finish_from_channel(channel)
                 elif (
                     ready or channel is None or self._connection.closing
@@ -437,15 +442,21 @@ class RunningCommand:
             if self._result is not None or self._verdict is not None:
                 if self._verdict is None and outcome is Outcome.OUTPUT_LIMIT:
                     self._verdict = Verdict(outcome, evidence)
+                self._see_to_kill()
                 return
             self._verdict = Verdict(outcome, evidence)
-            self._killed_at = time.monotonic()
+            self._see_to_kill()
+
+    def _see_to_kill(self) -> None:
+        """Do what a verdict asks for, which an interrupt may have come before."""
+        if self._verdict is not None and self._killed_at is None and self._result is None:
             try:
                 self._send(p.SIGNAL_ALL, signal.SIGKILL)
             except BlockingIOError:
                 pass  # PID 1 is frozen, or stopped, and has its time to read it
             except OSError as error:
                 self._connection.kill(f"PID 1 could not be told to kill a command ({error})")
+            self._killed_at = time.monotonic()
 
     def _send(self, kind: bytes, number: int) -> None:
         with self._lock:
@@ -458,18 +469,21 @@ class RunningCommand:
     def _finish_from_channel(self, channel: Channel) -> None:
         try:
             self._heard += 1
-            answer = channel.feed()
+            self._answer = answer = self._answer or channel.feed()
             if answer is None:
                 return
-            kind, status, user, system, fds = answer
-            is_shown = kind == p.SHOWN and self._host_pid is None and len(fds) == 1
-            if is_shown:
-                self._host_pid = pidfd_number(fds[0])
-            close_all(fds)
-            if is_shown:
+            kind, status, user, system, ends = answer
+            if kind == p.SHOWN and not self._is_shown and len(ends) == 1:
+                if self._host_pid is None:
+                    self._host_pid = pidfd_number(ends[0].fileno())
+                ends[0].close()
                 with suppress(OSError):
                     self._send(p.SEEN, 0)
+                self._is_shown = True
+                self._answer = None
                 return
+            for end in ends:
+                end.close()
             unstarted = self._request if kind == p.FAILED and not self.pid else None
             code = None if kind not in (p.EXITED, p.SWEPT) else exit_code(status)
             if unstarted is None and code is None:
@@ -557,9 +571,9 @@ class RunningCommand:
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream is not None:
                 stream.close()
-        if self.tty >= 0:
-            os.close(self.tty)
-            self.tty = -1
+        self.tty = -1
+        if self._terminal is not None:
+            self._terminal.close()
 
 
 def _poll(poller: select.poll, milliseconds: int) -> list[tuple[int, int]]:

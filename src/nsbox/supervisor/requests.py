@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from nsbox.errors import SyscallError
 from nsbox.launcher import messages, protocol
 from nsbox.linux.descriptors import pipe_files
+from nsbox.linux.owned import Descriptor
 
 if TYPE_CHECKING:
     from _socket import socket as Socket
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from nsbox.launcher.messages import Spec
     from nsbox.supervisor.launcher import Launcher
 
-Answer = tuple[messages.Message, list[int]]
-"""What the launcher says, and the descriptors that come with it."""
+Answer = tuple[messages.Message, list[Descriptor]]
+"""What the launcher says, and the descriptors that come with it (`Inbox.ends`)."""
 END_DEADLINE: Final = 10.0
 """Seconds in which the launcher answers, and a killed environment is gone and removed."""
 _ATTEMPTS: Final = 3
@@ -189,4 +190,4 @@ def receive(channel: Socket, timeout: float) -> Answer | None:
     """
     if not protocol.is_readable(channel.fileno(), timeout):
         raise TimeoutError(errno.ETIMEDOUT, "the launcher is silent")
-    return protocol.receive(channel, is_small=True)
+    return protocol.hear(channel)

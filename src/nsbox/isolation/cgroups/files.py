@@ -13,6 +13,7 @@ import os
 from io import FileIO
 
 from nsbox.errors import SyscallError
+from nsbox.linux.descriptors import as_file
 
 _CHUNK = 4096
 
@@ -44,15 +45,15 @@ def write_text(path: str, value: str) -> None:
     """Write `value` in one write(2), as control files need it; `SyscallError` on failure."""
     try:
         # No O_CREAT, no O_TRUNC: a missing file is an error, and the kernel ignores truncation.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file = as_file(os.open, path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError as error:
         raise SyscallError("open", error.errno or 0, path) from None
     try:
-        os.write(descriptor, value.encode())
+        os.write(file.fileno(), value.encode())
     except OSError as error:
         raise SyscallError("write", error.errno or 0, path) from None
     finally:
-        os.close(descriptor)
+        file.close()
 
 
 def read_processes(directory: str) -> list[int]:
