@@ -217,6 +217,8 @@ def choose(
             if (who, call) == ("host", "prlimit64"):
                 continue  # it asks for its own limits, which cannot fail
             for error in ERRNOS.get(call, "").split():
+                if (who, call) == ("launcher", "write") and error in ("ENOSPC", "EDQUOT"):
+                    continue  # its files are the kernel's, which are never full
                 chance = random.Random(f"{seed}/{who}/{scenario}/{call}/{error}")
                 later = chance.sample(range(2, times + 1), min(occurrences, times) - 1)
                 for at in (1, *sorted(later)):

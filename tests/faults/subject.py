@@ -204,6 +204,8 @@ class Subject:
                     kind = os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0]
                 except OSError:
                     continue
+                if kind.endswith("/ids"):
+                    kind = "ids"  # in one of two places, as what may be done there goes
                 # Layouts and network namespaces are kept for later births, up to a number.
                 if kind not in ("mnt", "net"):
                     found[f"{whose}: {kind}"] += 1
@@ -328,7 +330,7 @@ class Subject:
             "met": met, "answer": answer, "seconds": round(seconds, 3), "usual": self.usual,
         }  # fmt: skip
         try:
-            self.judge(scenario, launcher)
+            self.judge(scenario, launcher, whole=not answer)
         except Failed as failure:
             told["not held"] = str(failure)
         except BaseException as failure:  # noqa: BLE001 - to be told
@@ -343,7 +345,7 @@ class Subject:
                 told["not held"] = f"{told['not held']}; the end: {failure!r}"
         return told
 
-    def judge(self, scenario: str, launcher: object) -> None:
+    def judge(self, scenario: str, launcher: object, *, whole: bool) -> None:
         if scenario in ("cold", "birth"):
             for env in self.made.values():
                 if env.state is nsbox.State.READY:
@@ -360,6 +362,9 @@ class Subject:
                 env.init()
         else:
             answer, _ = self.live(scenario, lambda: None)
+            if whole and answer and not answer.startswith(("untyped", "wrong")):
+                # What waited for the next call has met it, and that is the one that it costs.
+                answer, _ = self.live(scenario, lambda: None)
             expect(not answer, f"the next: {answer}")
             if scenario in ("birth", "close"):
                 self.close_all()

@@ -335,7 +335,7 @@ class WorkerConnection:
             return None
         except OSError as error:
             self._note_reset(error)
-            data = b""
+            data = _end_of(error)
         if not data:
             return self._on_end_of_socket(call)
         size = len(data)
@@ -401,8 +401,8 @@ class WorkerConnection:
                 count = self._socket.recv_into(body[self._filled :])
             except BlockingIOError:
                 return None
-            except OSError:
-                count = 0
+            except OSError as error:
+                count = len(_end_of(error))
             if not count:
                 return self._on_end_of_socket(call)
             self._filled += count
@@ -415,8 +415,8 @@ class WorkerConnection:
             data = self._base.recv(_CHUNK)
         except BlockingIOError:
             return None
-        except OSError:
-            data = b""
+        except OSError as error:
+            data = _end_of(error)
         if not data:
             self._note_end()
             return None
@@ -438,6 +438,13 @@ class WorkerConnection:
                 return kind, body
         self._words = data
         return None
+
+
+def _end_of(error: OSError) -> bytes:
+    """Return what was read, nothing, when the other end is gone."""
+    if isinstance(error, ConnectionError):
+        return b""
+    raise SyscallError("recvfrom", error.errno or 0) from error
 
 
 def _read(fd: int) -> bytes | None:

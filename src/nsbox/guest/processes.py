@@ -174,7 +174,10 @@ def _tuning(fd: int, name: str) -> bytes:
 def end_all(pids: list[int]) -> None:
     """SIGKILL processes and wait until each has ended, up to `_DEATH_DEADLINE`."""
     for pid in pids:
-        send_signal(pid, c.SIGKILL)
+        try:
+            send_signal(pid, c.SIGKILL)
+        except OSError:
+            pass  # the next pass finds it again
     for pid in pids:
         try:
             fd = os.pidfd_open(pid)
@@ -192,7 +195,7 @@ def send_signal(pid: int, number: int) -> None:
     """kill(2); does nothing when the process has ended."""
     try:
         os.kill(pid, number)
-    except OSError:
+    except ProcessLookupError:
         pass  # it has ended, and SIGCHLD is pending
 
 

@@ -140,7 +140,8 @@ def _is_own_directory(path: str) -> bool:
             pass
         found = os.lstat(path)
     except OSError as error:
-        if is_unknown(error):
+        # Another place while this one is full: ids of it would be given to others, too.
+        if is_unknown(error) or error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         return False
     is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 from _socket import socket as Socket
@@ -138,8 +137,7 @@ class Requests:
         elif isinstance(request, messages.Kill):
             environment.kill()
         elif isinstance(request, messages.Control):
-            if not protocol.answer(host, messages.Done(), environment.control):
-                error = OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+            if error := protocol.answer(host, messages.Done(), environment.control):
                 protocol.answer(host, messages.Failed(**failure("control", error)))
             os.close(host)
         else:

@@ -164,23 +164,23 @@ def read(pipe: int) -> Message | None:
     return decode(json_text.decode(data.decode())) if data else None
 
 
-def answer(host: int, message: Message, fd: int = -1) -> bool:
+def answer(host: int, message: Message, fd: int = -1) -> OSError | None:
     """Send an answer on a socket's descriptor, with an `fd` if there is one to be sent.
 
-    Returns False when the host has closed its end, or takes no descriptor.
+    Returns why it was not sent: the host has closed its end, or takes no descriptor.
     """
     try:
         if fd < 0:  # no object of Python's, which would ask the kernel what it is
             os.write(host, json_text.encode(encode(message)))
-            return True
+            return None
         channel = Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, host)
         try:
             send(channel, message, [fd])
         finally:
             channel.detach()
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return error
+    return None
 
 
 def reply(host: int, message: Message) -> bool:
@@ -190,7 +190,7 @@ def reply(host: int, message: Message) -> bool:
     """
     if host < 0:
         return False
-    is_sent = answer(host, message)
+    is_sent = answer(host, message) is None
     os.close(host)
     return is_sent
 

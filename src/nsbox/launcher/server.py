@@ -456,7 +456,7 @@ class Server:
             host_id=environment.host_id,
             cgroup=cgroup.paths if cgroup is not None else {},
         )
-        is_heard = protocol.answer(birth.host, born, -1 if self._has_pid_inodes else pidfd)
+        is_heard = not protocol.answer(birth.host, born, -1 if self._has_pid_inodes else pidfd)
         if not is_heard:
             environment.is_let_go = True
             environment.kill()

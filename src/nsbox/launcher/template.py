@@ -310,7 +310,8 @@ def main(lifeline: int, channel: int, kind: str) -> NoReturn:
         try:
             runtime = _load_runtime(kind.split(",")[1:])
         except Exception as error:  # noqa: BLE001 - modules may raise anything
-            _refuse(channel, "preload", error, only_one=False)
+            # What a system call has failed with may be over by the next birth.
+            _refuse(channel, "preload", error, only_one=isinstance(error, OSError | MemoryError))
     try:
         # A preloaded module may have an allocator that expects zeros after MADV_DONTNEED.
         template = Template(channel, runtime, has_image=kind == "python")

@@ -43,6 +43,8 @@ _STEP_HINTS: Final = {
 }
 
 
+_DYING: Final = 1.0
+"""Seconds that PID 1 may take to end, all its processes first, after its descriptors are closed."""
 _MORE_HERE: Final = (
     "Close some, or raise the limit: resource.setrlimit(resource.RLIMIT_NOFILE, ...), 'ulimit -n'"
 )
@@ -375,17 +377,22 @@ class EnvironmentConnection:
 
         Or was not heard: what has become of the environment is not known then, and it is killed.
         """
+        self.kill_for(cause)
+        if not isinstance(cause, TimeoutError):
+            self.await_end()
+        return self.death()
+
+    def kill_for(self, cause: OSError) -> None:
+        """Kill it for what reading an answer of PID 1 has come to, unless it is gone by itself."""
         if isinstance(cause, TimeoutError):
             self.kill("PID 1 did not answer")
         elif isinstance(cause, BrokenAnswer):
             self.kill(str(cause))
         elif isinstance(cause, ConnectionError):
-            self.kill()  # it is gone already
+            # As a rule it is gone already. Or it had no memory, or no room, for an answer.
+            self.kill("" if self.has_ended(_DYING) else "PID 1 closed a request without an answer")
         else:
             self.kill(f"PID 1 was not heard ({cause})")
-        if not isinstance(cause, TimeoutError):
-            self.await_end()
-        return self.death()
 
     def death(self, outcome: Outcome | None = None) -> EnvironmentDied:
         """Return the exception that tells how the environment ended; None: as `end_outcome`."""

@@ -493,8 +493,7 @@ class RunningCommand:
                 self._close_channel()
                 self._death = self._connection.failed(error)
                 raise self._death from error
-            # Broken rules end the environment.
-            self._connection.kill(str(error) if isinstance(error, BrokenAnswer) else "")
+            self._connection.kill_for(error)
             if self._connection.await_end() or self._connection.closing:
                 self._finish_from_end()
                 return
