@@ -205,9 +205,11 @@ class RunningCommand:
                 self.kill()
                 with suppress(EnvironmentDied):  # then it is gone too
                     self.wait(KILL_DEADLINE * 2)
-        finally:
-            self._connection.running.discard(id(self))
+        except Exception:  # after an interrupt it is closed again, and its end is to be heard
             self.abandon()
+            raise
+        self._connection.running.discard(id(self))
+        self.abandon()
 
     def abandon(self) -> None:
         """Close pipes and channel, and wait for nothing: its environment is being closed."""
