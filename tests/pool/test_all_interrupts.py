@@ -445,6 +445,7 @@ def test_an_interrupt_loses_nothing(settled: None, tmp_path: Path, kind: type[Ca
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_ten_thousand_interrupts_lose_nothing(settled: None, tmp_path: Path) -> None:
     """By SIGINT and as from another thread: each case in turn, until there are so many."""
     seed = int(os.environ.get("NSBOX_INTERRUPTS_SEED", "11"))
