@@ -580,6 +580,7 @@ def test_a_worker_that_ends_between_two_calls_is_no_failure_of_the_second(
             threading.Timer(0.05, os._exit, (3,)).start()
             return os.getpid()
     """)
+    wait_until(psutil.Process(env.pid).children, "PID 1 has forked its worker")
     (worker,) = psutil.Process(env.pid).children()
     env.invoke(1)
     wait_until(lambda: is_over(worker.pid), "it has ended")
