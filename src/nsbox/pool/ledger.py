@@ -319,13 +319,13 @@ class Ledger(Generic[E, W]):
                 self._lose(slot)
         serving = [slot.queue for slot in self._slots if slot.serves and slot.token]
         for queue in self._queues:
-            counters = queue.counters
-            counters.calls = counters.answers + counters.errors + counters.throttles
-            counters.calls += serving.count(queue) + len(queue.waiters)
             queue.places.waiters += len(queue.waiters)
             for waiter in list(queue.waiters):
                 if waiter.lease is not None or waiter.error is not None:
-                    self._wake(waiter)
+                    self._wake(waiter)  # it is counted by what it has got
+            counters = queue.counters
+            counters.calls = counters.answers + counters.errors + counters.throttles
+            counters.calls += serving.count(queue) + len(queue.waiters)
         self._has_lost = True
         self._is_torn = False
         self._tell_closers()
