@@ -110,6 +110,8 @@ ROOT_OUTSIDE = "root outside as well" if IS_ROOT else ""
 """Root of a user namespace is the user outside, which works; where that is root, it must not."""
 CLOSED = "for n in range(3): os.close(n)"
 THREADS = "for _ in range(9): threading.Thread(target=threading.Event().wait, daemon=True).start()"
+# Of Python 3.12 and later, that the child may hang.
+NO_WARNING = "import warnings; warnings.filterwarnings('ignore', 'This process')"
 PLACES = {
     "/proc: hidepid=1": Host(mounted("mount -t proc -o hidepid=1 proc /proc")),
     "/proc: hidepid=2": Host(mounted("mount -t proc -o hidepid=2 proc /proc")),
@@ -196,7 +198,10 @@ STARTS = {
     ),
     "LC_ALL=C": Host(("env", "LC_ALL=C", "PYTHONCOERCECLOCALE=0", "PYTHONUTF8=0")),
     "TMPDIR: not there": Host(prelude="os.environ['TMPDIR'] = '/nowhere/\\udcff'"),
-    "working directory: removed": Host(shell('d=$(mktemp -d); cd "$d"; rmdir "$d"')),
+    # Python 3.13.0 itself imports no socket there, unless its path is without that directory.
+    "working directory: removed": Host(
+        shell('d=$(mktemp -d); cd "$d"; rmdir "$d"; export PYTHONSAFEPATH=1')
+    ),
     "a session of its own": Host(("setsid", "-w")),
     "nice": Host(("nice", "-n", "19")),
     "SCHED_IDLE": Host(prelude="os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))"),
@@ -205,7 +210,8 @@ STARTS = {
     "not dumpable": Host(prelude="libc('prctl', 4, 0, 0, 0, 0)"),
     "threads": Host(prelude=THREADS),
     "a fork of threads": Host(
-        prelude=f"{THREADS}\nif pid := os.fork(): os._exit(os.waitpid(pid, 0)[1] >> 8)"
+        prelude=f"{THREADS}\n{NO_WARNING}\n"
+        "if pid := os.fork(): os._exit(os.waitpid(pid, 0)[1] >> 8)"
     ),
     "personality: ADDR_NO_RANDOMIZE": Host(("setarch", "-R")),
     "personality: PER_LINUX32": Host(("setarch", "linux32")),

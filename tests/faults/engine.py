@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +36,13 @@ SLOW = 4.0 * PATIENCE
 """Seconds, over five times the usual, after which somebody has waited for what never came."""
 HANGS = 60.0 * PATIENCE
 
-# What a birth cannot do without: no environment, however these fail.
-ESSENTIAL = frozenset(["capset", "clone3", "landlock_restrict_self", "mount", "pivot_root"])
-ESSENTIAL |= {"seccomp", "setgroups", "sethostname", "setresgid", "setresuid", "umount2"}
+_LOCKS = ["capset", "landlock_restrict_self", "mount", "pivot_root", "seccomp", "setgroups"]
+_LOCKS += ["sethostname", "setresgid", "setresuid", "umount2"]
+ESSENTIAL = defaultdict(frozenset[str], clone=frozenset(_LOCKS), template=frozenset(["clone3"]))
+"""What a birth cannot do without: no environment, however these fail.
+
+A template that cannot enter the launcher's namespaces ends, and another gives birth.
+"""
 
 
 class Fault(NamedTuple):
@@ -195,7 +200,7 @@ def judge(fault: Fault, told: dict[str, Any]) -> str:
         return "not a typed error"
     if seconds > SLOW + 5 * told["usual"]:
         return f"took {seconds:.1f} s"
-    if not answer and fault.who in ("clone", "template") and fault.call in ESSENTIAL:
+    if told.get("met") and not answer and fault.call in ESSENTIAL[fault.who]:
         return "an environment without it"
     return ""
 
