@@ -121,9 +121,9 @@ class Chaos:
             yield
         finally:
             self._over.set()
-            for thread in self._threads:
+            for thread in self._threads:  # the others wait for whom the first has stopped
                 thread.join()
-            self._go_on(float("inf"))
+                self._go_on(float("inf"))
             self._clock.restore()
 
     def _repeat(self, name: str, strike: Callable[[random.Random], None], times: float) -> None:
