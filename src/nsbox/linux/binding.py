@@ -141,10 +141,10 @@ def failure(syscall: str, path: str | bytes | None = None) -> SyscallError:
     return SyscallError(syscall, get_errno(), None if path is None else os.fsdecode(path))
 
 
-def named(call: Callable[[], int]) -> int:
+def named(call: Callable[..., int], *arguments: object) -> int:
     """Return what a call of `os` does; its exception gets the name of the call."""
     try:
-        return call()
+        return call(*arguments)
     except OSError as error:
         raise SyscallError(call.__name__, error.errno or 0) from error
 

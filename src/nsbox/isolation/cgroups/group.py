@@ -14,6 +14,7 @@ from nsbox.isolation.cgroups.files import read_text, write_text
 from nsbox.isolation.cgroups.usage import UsageReader
 from nsbox.isolation.cgroups.v1 import Freezer
 from nsbox.isolation.cgroups.v2 import Unified
+from nsbox.linux.binding import named
 from nsbox.linux.questions import exists
 
 TYPE_CHECKING = False
@@ -167,10 +168,7 @@ class EnvironmentCgroup:
         directory = self.paths.get("memory")
         if directory is None:
             return None
-        try:
-            event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        except OSError as error:
-            raise SyscallError("eventfd", error.errno or 0) from error
+        event = named(os.eventfd, 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             control = os.open(f"{directory}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
             try:
