@@ -23,6 +23,7 @@ from benchmarks.harness import (
     Report,
     Target,
     measure_interleaved,
+    parser_of,
 )
 from benchmarks.peers import (
     BareServer,
@@ -178,10 +179,7 @@ def _timed_run(run: Callable[[list[str]], object]) -> float:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    summary, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--json", metavar="FILE", help="write the JSON lines there, not to stdout")
     parser.add_argument("--rounds", type=positive, default=60, help="measured rounds (default 60)")
     parser.add_argument("--warmup", type=positive, default=3, help="rounds before (default 3)")

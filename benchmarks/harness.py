@@ -8,6 +8,7 @@ a ratio between two cases of one run means something even where the absolute num
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
@@ -16,8 +17,9 @@ import platform
 import pwd
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -233,6 +235,31 @@ def progress(text: str) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\x1b[K{text}")
         sys.stderr.flush()
+
+
+def parser_of(document: str | None, program: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser of a command line whose help is a module's docstring."""
+    summary, _, details = (document or "").partition("\n")
+    return argparse.ArgumentParser(
+        prog=program,
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+@contextlib.contextmanager
+def own_directory(prefix: str) -> Iterator[Path]:
+    """Give a new directory, in whose "tmp" all temporary files of this process are meanwhile."""
+    with tempfile.TemporaryDirectory(prefix=prefix) as own:
+        directory = Path(own)
+        directory.chmod(0o755)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(directory / "tmp")
+        Path(tempfile.tempdir).mkdir()
+        try:
+            yield directory
+        finally:
+            tempfile.tempdir = None
 
 
 def host_facts() -> dict[str, str]:

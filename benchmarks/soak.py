@@ -12,12 +12,10 @@ not judged: it is the machine's, too.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.harness import Series, host_facts, progress
+from benchmarks.harness import Series, host_facts, own_directory, parser_of, progress
 from benchmarks.memory import map_large_blocks, pss, resident, trim
 from benchmarks.peers import UnavailableError
 from benchmarks.subject import import_nsbox, launcher_process
@@ -158,13 +156,7 @@ def uneven(name: str, samples: Sequence[tuple[int, Mapping[str, float]]]) -> lis
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the soak as the command line says; returns 1 when something was not flat."""
-    summary, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="scripts/test --soak",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(__doc__, "scripts/test --soak")
     parser.add_argument("--warm", type=int, default=10_000, help="default: 10000")
     parser.add_argument("--cold", type=int, default=2_000, help="default: 2000")
     parser.add_argument("--output", type=Path, default=Path("benchmark-results"), metavar="DIR")
@@ -173,16 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--warm and --cold must be {LOOKS} at least")
     map_large_blocks()
     facts = host_facts()
-    with tempfile.TemporaryDirectory(prefix="nsbox-soak-") as own:
-        directory = Path(own)
-        directory.chmod(0o755)
-        (directory / "tmp").mkdir()
-        os.environ["TMPDIR"] = tempfile.tempdir = str(directory / "tmp")
+    with own_directory("nsbox-soak-") as directory:
         soak = Soak(directory)
         violations = soak.run(options.warm, options.cold)
         result = {"host": facts, **soak.summary(), "not flat": violations}
         import_nsbox().shutdown()
-        tempfile.tempdir = None
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
     try:

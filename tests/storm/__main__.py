@@ -18,9 +18,7 @@ import gc
 import json
 import logging
 import multiprocessing
-import os
 import sys
-import tempfile
 import threading
 import time
 from functools import partial
@@ -28,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.growth import raise_descriptor_limit
-from benchmarks.harness import host_facts
+from benchmarks.harness import host_facts, own_directory, parser_of
 from benchmarks.memory import Memory, map_large_blocks
 from tests import leaks
 from tests.storm.callers import Callers
@@ -116,13 +114,7 @@ class Storm:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    summary, _, details = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="scripts/test --storm",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(__doc__, "scripts/test --storm")
     parser.add_argument("--seconds", type=float, default=60.0, help="default: 60")
     parser.add_argument("--threads", type=int, default=16, help="calling threads; default: 16")
     parser.add_argument("--seed", type=int, default=0, help="of all choices; default: 0")
@@ -145,12 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
     map_large_blocks()
     raise_descriptor_limit(8 * len(POOLS) * options.threads)
     multiprocessing.current_process()  # what modules open for good when imported is no leak
-    with tempfile.TemporaryDirectory(prefix="nsbox-storm-") as own:
-        directory = Path(own)
-        directory.chmod(0o755)
-        os.environ["TMPDIR"] = tempfile.tempdir = str(directory / "tmp")
-        Path(tempfile.tempdir).mkdir()
-        look = partial(leaks.snapshot, tempfile.tempdir)
+    with own_directory("nsbox-storm-") as directory:
+        look = partial(leaks.snapshot, str(directory / "tmp"))
         before = look()
         plan = Plan(
             seconds=options.seconds,
@@ -168,7 +156,6 @@ def main(arguments: list[str] | None = None) -> int:
         nsbox.shutdown()
         summary["left"] = leaks.await_clean(before, look, grace=10.0 * PATIENCE)
         violations += [f"left behind: {kind}: {items}" for kind, items in summary["left"].items()]
-        tempfile.tempdir = None
     text = json.dumps(summary, indent=1)
     if options.json is not None:
         options.json.write_text(text + "\n")
